@@ -1,0 +1,125 @@
+"""What both command lines do alike: options read in one place, log lines with facts.
+
+Standard library only; the programs bring Typer and Rich themselves.
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from .error import ConfigError
+
+Settings = TypeVar("Settings")
+
+TRUE = frozenset({"true", "yes", "on", "1"})
+FALSE = frozenset({"false", "no", "off", "0"})
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def with_settings(
+    read: Callable[..., Settings],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `read`; it is called with the `settings` that `read` returns.
+
+    The command's own parameters come first and are passed on. A `ConfigError` ends the program
+    with its sentence and exit code 2.
+    """
+    options = list(inspect.signature(read).parameters.values())
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+
+        @wraps(command)
+        def configured(**values: Any) -> None:
+            mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+            try:
+                settings = read(**values)
+            except ConfigError as exc:
+                print(f"Error: {exc}", file=sys.stderr)  # noqa: T201 (a program's last words)
+                raise SystemExit(2) from exc
+            command(settings=settings, **mine)
+
+        # Typer reads a command's options from its signature.
+        signature = inspect.Signature([*own, *options])
+        configured.__signature__ = signature  # type: ignore[attr-defined]
+        configured.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return configured
+
+    return decorate
+
+
+def whole_number(variable: str, text: str) -> int:
+    """A setting as a whole number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(variable, text, "give a whole number") from None
+
+
+def number(variable: str, text: str) -> float:
+    """A setting as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(variable, text, "give a number") from None
+
+
+def truth(variable: str, text: str) -> bool:
+    """A setting as true or false.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    word = text.strip().lower()
+    if word not in TRUE | FALSE:
+        raise ConfigError(variable, text, "give true or false")
+    return word in TRUE
+
+
+def one_of(variable: str, text: str, choices: tuple[str, ...]) -> str:
+    """A setting as one of some words, which are compared without case.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    for choice in choices:
+        if text.strip().lower() == choice.lower():
+            return choice
+    raise ConfigError(variable, text, f"give one of {', '.join(choices)}")
+
+
+class EventFormatter(logging.Formatter):
+    """Appends what a call passed in `extra` as key=value."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        facts = [
+            f"{key}={value}"
+            for key, value in vars(record).items()
+            if key not in _STANDARD and value is not None
+        ]
+        return " ".join([super().formatMessage(record), *facts])
+
+
+def log_to(handler: logging.Handler, level: str, form: str) -> None:
+    """Send the log to one handler in one form; libraries speak up from warnings on."""
+    handler.setFormatter(EventFormatter(form))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in ("aiohttp", "asyncio", "hypercorn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+PLAIN = "%(asctime)s %(levelname)-7s %(message)s"
+"""The form of a log line in a file or a service manager's journal."""

@@ -1,0 +1,109 @@
+"""Ollama's model names: `[scheme://][host/][namespace/]model[:tag]`, compared without case.
+
+Two spellings of one model have one `key`; clients and people see the `short` form, as in Ollama's
+own lists. The rules are those of Ollama's `types/model` package.
+"""
+
+import re
+
+from msgspec import Struct
+
+from .error import ConflictingSource, InvalidModelName
+
+DEFAULT_HOST = "registry.ollama.ai"
+DEFAULT_NAMESPACE = "library"
+DEFAULT_TAG = "latest"
+
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
+_NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
+
+
+class ModelName(Struct, frozen=True):
+    """One parsed name, with Ollama's defaults filled in and its letter case kept."""
+
+    host: str
+    namespace: str
+    model: str
+    tag: str
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelName":
+        """Parse `text` as Ollama does.
+
+        A `:local` suffix only says where to run and is dropped; `model:tag:cloud` is the stub that
+        Ollama stores as `model:tag-cloud`.
+
+        Raises:
+            InvalidModelName: a part is missing, too long or has a character it must not have.
+            ConflictingSource: the name ends in both `:local` and `:cloud`.
+        """
+        rest = _without_source(text.strip(), text)
+        if "://" in rest:
+            _, _, rest = rest.partition("://")
+        head, slash, last = rest.rpartition("/")
+        last, _, tag = last.partition(":")
+        host, inner_slash, namespace = head.rpartition("/")
+        if slash and not inner_slash:
+            host, namespace = "", head
+        name = cls(
+            host=host if inner_slash else DEFAULT_HOST,
+            namespace=namespace if slash else DEFAULT_NAMESPACE,
+            model=last,
+            tag=tag or DEFAULT_TAG,
+        )
+        if not name._is_valid():
+            raise InvalidModelName(text)
+        return name
+
+    def _is_valid(self) -> bool:
+        return bool(
+            _HOST.fullmatch(self.host)
+            and _NAMESPACE.fullmatch(self.namespace)
+            and _PART.fullmatch(self.model)
+            and _PART.fullmatch(self.tag)
+        )
+
+    @property
+    def key(self) -> str:
+        """What two spellings of the same model have in common."""
+        return f"{self.host}/{self.namespace}/{self.model}:{self.tag}".lower()
+
+    @property
+    def short(self) -> str:
+        """The name as Ollama's lists show it: without the defaults, always with the tag."""
+        name = f"{self.model}:{self.tag}"
+        if self.namespace != DEFAULT_NAMESPACE or self.host != DEFAULT_HOST:
+            name = f"{self.namespace}/{name}"
+        return name if self.host == DEFAULT_HOST else f"{self.host}/{name}"
+
+    @property
+    def runs_in_the_cloud(self) -> bool:
+        """Whether the name stands for a model that ollama.com runs, not this fleet."""
+        tag = self.tag.lower()
+        return tag == "cloud" or tag.endswith("-cloud")
+
+
+def _without_source(text: str, original: str) -> str:
+    """The name with an explicit `:local` dropped and `x:tag:cloud` folded into `x:tag-cloud`."""
+    lowered = text.lower()
+    base, _, source = lowered.rpartition(":")
+    if source not in ("local", "cloud") or not base:
+        return text
+    other = "cloud" if source == "local" else "local"
+    if base.endswith(f":{other}") or (source == "local" and base.endswith("-cloud")):
+        raise ConflictingSource(original)
+    without = text[: len(base)]
+    if source == "local":
+        return without
+    has_tag = ":" in without.rpartition("/")[2]
+    return f"{without}-cloud" if has_tag else text
+
+
+def model_key(text: str) -> str:
+    """The canonical routing key of a name as a client wrote it.
+
+    Raises:
+        InvalidModelName: see `ModelName.parse`.
+    """
+    return ModelName.parse(text).key

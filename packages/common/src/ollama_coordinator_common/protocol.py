@@ -1,0 +1,104 @@
+"""What agents and the coordinator say to each other, as JSON over HTTP.
+
+Wire types grow, they never change: a new field has a default, an unknown field is ignored, so that
+yesterday's agent works with today's coordinator and the other way round. The four fields of
+`RegisterRequest` and of `HealthReport` without defaults are all that an agent must send.
+"""
+
+from datetime import datetime
+from typing import Annotated
+
+from msgspec import Meta, Raw, Struct
+
+from .types import AgentId, AgentStatus, Gpu, Percent, Port, RunnerSettings
+
+HEARTBEAT_SECONDS = 10.0
+"""How often our agent reports by itself; it also reports at once when its models change."""
+
+
+class RegisterRequest(Struct, frozen=True, omit_defaults=True):
+    """`POST /api/agents`: this machine offers its Ollama to the fleet.
+
+    `machine_id` is a random id that the agent keeps on its disk, so that a renamed or re-addressed
+    machine stays itself. `relay_port` is where the agent listens for the coordinator when its
+    Ollama is bound to loopback; the coordinator then connects there and not to `ollama_port`.
+    """
+
+    machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
+    ip_address: Annotated[str, Meta(min_length=1, max_length=253)]
+    ollama_version: str
+    ollama_port: Port
+    machine_id: Annotated[str, Meta(max_length=128)] | None = None
+    relay_port: Port | None = None
+    agent_version: str | None = None
+    platform: str | None = None
+
+
+class RegisterReply(Struct, frozen=True):
+    """The agent's id, to be sent with every heartbeat, and `registered` or `updated`."""
+
+    agent_id: AgentId
+    status: str
+
+
+class HealthReport(Struct, frozen=True, omit_defaults=True):
+    """`POST /api/health`: one heartbeat. Percentages are of the whole machine.
+
+    `tags` and `ps` are the bodies of the local Ollama's `/api/tags` and `/api/ps`, untouched; an
+    agent that leaves them out is asked through its Ollama instead. `model_blobs` maps a model's
+    name to the digest of its weights (`sha256:…`), the identity that does not depend on an Ollama
+    version. `ollama_running` false: the agent lives, its Ollama does not answer. `leaving`: the
+    agent is stopping, the last report it sends.
+    """
+
+    agent_id: AgentId
+    cpu_usage: Percent
+    memory_usage: Percent
+    active_requests: Annotated[int, Meta(ge=0)]
+    ollama_running: bool = True
+    ollama_version: str | None = None
+    memory_total_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    gpus: list[Gpu] = []
+    runner: RunnerSettings | None = None
+    tags: Raw | None = None
+    ps: Raw | None = None
+    model_blobs: dict[str, str] = {}
+    leaving: bool = False
+
+
+class HealthReply(Struct, frozen=True):
+    """The coordinator's answer to a heartbeat."""
+
+    status: str = "ok"
+
+
+class AgentView(Struct, frozen=True):
+    """One row of `GET /api/agents`; times are UTC."""
+
+    id: AgentId
+    machine_name: str
+    ip_address: str
+    ollama_version: str
+    ollama_port: int
+    status: AgentStatus
+    registered_at: datetime
+    last_seen: datetime
+    in_flight: int = 0
+    url: str = ""
+    display_name: str | None = None
+    labels: list[str] = []
+    notes: str = ""
+    agent_version: str | None = None
+    platform: str | None = None
+    ollama_running: bool = True
+    out_of_rotation: str | None = None
+    cpu_usage: float | None = None
+    memory_usage: float | None = None
+    memory_total_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    active_requests: int | None = None
+    gpus: list[Gpu] = []
+    runner: RunnerSettings | None = None
+    models: list[str] = []
+    loaded_models: list[str] = []

@@ -1,0 +1,1 @@
+"""One endpoint for many Ollama machines: the coordinator."""

@@ -1,0 +1,41 @@
+"""The HTTP surface: every route in one list."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from starlette.routing import BaseRoute, Route
+
+from .agent import AgentsApi
+from .health import HealthApi
+from .models import ModelsApi
+from .proxy import Proxy
+
+
+class Handlers(Struct, frozen=True):
+    """The handlers that the routes lead to."""
+
+    agents: AgentsApi
+    health: HealthApi
+    models: ModelsApi
+    proxies: Sequence[Proxy]
+
+
+def routes(to: Handlers) -> list[BaseRoute]:
+    """Every route of the coordinator."""
+    return [
+        *(Route(proxy.path, proxy, methods=["POST"]) for proxy in to.proxies),
+        Route("/", to.models.root, methods=["GET"]),
+        Route("/api/version", to.models.version, methods=["GET"]),
+        Route("/api/tags", to.models.tags, methods=["GET"]),
+        Route("/api/ps", to.models.ps, methods=["GET"]),
+        Route("/v1/models", to.models.v1_list, methods=["GET"]),
+        Route("/v1/models/{model}", to.models.v1_show, methods=["GET"]),
+        Route("/api/agents", to.agents.register, methods=["POST"]),
+        Route("/api/agents", to.agents.list, methods=["GET"]),
+        Route("/api/agents/{agent_id}", to.agents.show, methods=["GET"]),
+        Route("/api/agents/{agent_id}", to.agents.change, methods=["PATCH"]),
+        Route("/api/agents/{agent_id}", to.agents.remove, methods=["DELETE"]),
+        Route("/api/health", to.health.heartbeat, methods=["POST"]),
+        Route("/healthz", to.health.healthz, methods=["GET"]),
+        Route("/readyz", to.health.readyz, methods=["GET"]),
+    ]

@@ -1,0 +1,133 @@
+"""`/api/agents`: registration, the list, and what an operator does to one agent."""
+
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, structs
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.keeper import Keeper
+from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.registry import AgentSettings, AgentState, Registry
+from ollama_coordinator_common.protocol import AgentView, RegisterReply, RegisterRequest
+from ollama_coordinator_common.types import AgentId
+
+from .wire import decode, log_event, reply
+
+FIRST_LOOK_SECONDS = 1.0
+"""How long a registration waits for the first list of models: the next request finds them."""
+
+_register = msgspec.json.Decoder(RegisterRequest)
+
+
+class SettingsPatch(Struct, frozen=True):
+    """`PATCH /api/agents/{id}`: the settings to change; the others stay."""
+
+    display_name: str | UnsetType | None = UNSET
+    labels: list[str] | UnsetType = UNSET
+    notes: str | UnsetType = UNSET
+    draining: bool | UnsetType = UNSET
+    preference: float | UnsetType = UNSET
+
+
+_patch = msgspec.json.Decoder(SettingsPatch)
+
+
+class AgentsApi:
+    """The handlers of `/api/agents`."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        monitor: Monitor,
+        keeper: Keeper,
+        clock: Clock,
+    ) -> None:
+        self._registry = registry
+        self._dispatch = dispatch
+        self._monitor = monitor
+        self._keeper = keeper
+        self._clock = clock
+
+    async def register(self, request: Request) -> Response:
+        """`POST /api/agents`: 201 `registered`, or 200 `updated` for a machine already known."""
+        wanted = await decode(_register, request)
+        now = self._clock.now()
+        new_id = AgentId(str(uuid4()))
+        done = self._registry.register(wanted, new_id, self._clock.utc(now), now)
+        agent = done.agent
+        await self._keeper.keep_now(agent)
+        log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
+        if agent.inventory.sampled_at is None or not agent.brings_inventory:
+            await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
+        status = "registered" if done.created else "updated"
+        return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
+
+    async def list(self, request: Request) -> Response:
+        """`GET /api/agents`: every agent, living or not, by name."""
+        agents = sorted(self._registry, key=lambda agent: (agent.name, agent.id))
+        return reply([self.view(agent) for agent in agents])
+
+    async def show(self, request: Request) -> Response:
+        """`GET /api/agents/{id}`."""
+        return reply(self.view(self._registry.get(request.path_params["agent_id"])))
+
+    async def change(self, request: Request) -> Response:
+        """`PATCH /api/agents/{id}`: name, labels, notes, drain or resume; kept across restarts."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        patch = await decode(_patch, request)
+        changes: dict[str, Any] = {
+            name: value for name, value in structs.asdict(patch).items() if value is not UNSET
+        }
+        settings: AgentSettings = structs.replace(agent.settings, **changes)
+        self._registry.update_settings(agent.id, settings)
+        await self._keeper.keep_now(agent)
+        log_event("agent settings changed", agent, **changes)
+        self._dispatch.plan()
+        return reply(self.view(agent))
+
+    async def remove(self, request: Request) -> Response:
+        """`DELETE /api/agents/{id}`: forget it; its streams end as they would have."""
+        agent = self._registry.remove(AgentId(request.path_params["agent_id"]))
+        await self._keeper.forget(agent.id)
+        log_event("agent removed", agent)
+        self._dispatch.plan()
+        return Response(status_code=204)
+
+    def view(self, agent: AgentState) -> AgentView:
+        """An agent as the API shows it."""
+        now = self._clock.now()
+        registration, report = agent.registration, agent.report
+        return AgentView(
+            id=agent.id,
+            machine_name=registration.machine_name,
+            ip_address=registration.ip_address,
+            ollama_version=registration.ollama_version,
+            ollama_port=registration.ollama_port,
+            status=agent.status(now, self._registry.agent_timeout),
+            registered_at=agent.registered_at,
+            last_seen=self._clock.utc(agent.heard_at),
+            in_flight=self._dispatch.in_flight(agent.id),
+            url=agent.url,
+            display_name=agent.settings.display_name,
+            labels=agent.settings.labels,
+            notes=agent.settings.notes,
+            agent_version=registration.agent_version,
+            platform=registration.platform,
+            ollama_running=agent.ollama_running,
+            out_of_rotation=agent.out_of_rotation(),
+            cpu_usage=report.cpu_usage if report else None,
+            memory_usage=report.memory_usage if report else None,
+            memory_total_bytes=report.memory_total_bytes if report else None,
+            disk_free_bytes=report.disk_free_bytes if report else None,
+            active_requests=report.active_requests if report else None,
+            gpus=report.gpus if report else [],
+            runner=report.runner if report else None,
+            models=sorted(row.model.name for row in agent.inventory.available.values()),
+            loaded_models=sorted(row.model.name for row in agent.inventory.loaded.values()),
+        )

@@ -1,0 +1,232 @@
+"""The three dialects Ollama speaks: how each tells an error, frames a stream and ends it.
+
+Shapes and texts are Ollama's own; the OpenAI and Anthropic ones are what it answers on `/v1/…`.
+"""
+
+import re
+from enum import Enum
+from uuid import uuid4
+
+import msgspec
+from msgspec import Struct
+
+from ollama_coordinator.scheduler import Kind, Timings
+
+NANOSECONDS = 1e9
+
+
+class Dialect(Enum):
+    """Whose shapes a route uses."""
+
+    NATIVE = "native"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+    @property
+    def separator(self) -> bytes:
+        """What ends a record of a stream."""
+        return b"\n" if self is Dialect.NATIVE else b"\n\n"
+
+
+class Surface(Struct, frozen=True):
+    """One inference route: its dialect, what it asks of a model, and Ollama's texts for its name.
+
+    `missing` is the 404 for an unknown model; `nameless` the status and text without a name.
+    """
+
+    path: str
+    dialect: Dialect
+    kind: Kind
+    missing: str = "model '{name}' not found"
+    nameless: tuple[int, str] = (400, "model is required")
+    go_type: str = "api.ChatRequest"
+
+
+_TRY_PULLING = 'model "{name}" not found, try pulling it first'
+_NO_NAME = (404, "model '' not found")
+
+SURFACES = (
+    Surface("/api/chat", Dialect.NATIVE, Kind.CHAT),
+    Surface(
+        "/api/generate",
+        Dialect.NATIVE,
+        Kind.GENERATE,
+        nameless=_NO_NAME,
+        go_type="api.GenerateRequest",
+    ),
+    Surface(
+        "/api/embed", Dialect.NATIVE, Kind.EMBED, _TRY_PULLING, _NO_NAME, go_type="api.EmbedRequest"
+    ),
+    Surface(
+        "/api/embeddings",
+        Dialect.NATIVE,
+        Kind.EMBED,
+        _TRY_PULLING,
+        go_type="api.EmbeddingRequest",
+    ),
+    Surface(
+        "/v1/chat/completions",
+        Dialect.OPENAI,
+        Kind.CHAT,
+        go_type="openai.ChatCompletionRequest",
+    ),
+    Surface(
+        "/v1/completions",
+        Dialect.OPENAI,
+        Kind.GENERATE,
+        nameless=_NO_NAME,
+        go_type="openai.CompletionRequest",
+    ),
+    Surface(
+        "/v1/embeddings",
+        Dialect.OPENAI,
+        Kind.EMBED,
+        _TRY_PULLING,
+        _NO_NAME,
+        go_type="openai.EmbedRequest",
+    ),
+    Surface("/v1/responses", Dialect.OPENAI, Kind.CHAT, go_type="openai.ResponsesRequest"),
+    Surface("/v1/messages", Dialect.ANTHROPIC, Kind.CHAT, go_type="anthropic.MessagesRequest"),
+)
+
+_OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+
+
+def error_body(dialect: Dialect, status: int, message: str) -> bytes:
+    """The one-line JSON body of an error answer."""
+    if dialect is Dialect.NATIVE:
+        return msgspec.json.encode({"error": message})
+    if dialect is Dialect.OPENAI:
+        kind = _OPENAI_TYPES.get(status, "api_error")
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        return msgspec.json.encode({"error": error})
+    kind = _ANTHROPIC_TYPES.get(status, "api_error")
+    return msgspec.json.encode(
+        {
+            "type": "error",
+            "error": {"type": kind, "message": message},
+            "request_id": f"req_{uuid4().hex[:24]}",
+        }
+    )
+
+
+def error_record(surface: Surface, message: str) -> bytes:
+    """The record that tells a client in the middle of a stream that its answer ends here."""
+    if surface.dialect is Dialect.NATIVE:
+        return msgspec.json.encode({"error": message}) + b"\n"
+    if surface.path == "/v1/responses":
+        event = {"type": "error", "code": "server_error", "message": message, "param": None}
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    body = error_body(surface.dialect, 500, message)
+    prefix = b"event: error\n" if surface.dialect is Dialect.ANTHROPIC else b""
+    return prefix + b"data: " + body + b"\n\n"
+
+
+# ── what the last record tells ────────────────────────────────────────────────────────────────
+
+
+class _Final(Struct):
+    """The fields of Ollama's last record that say how it went; durations in nanoseconds."""
+
+    error: str | None = None
+    total_duration: int | None = None
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
+
+
+class _Usage(Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Counted(Struct):
+    usage: _Usage | None = None
+
+
+class Ending(Struct, frozen=True):
+    """What the end of an answer says: an error in place of its last record, its timings."""
+
+    error: str | None = None
+    timings: Timings | None = None
+
+
+_final = msgspec.json.Decoder(_Final)
+_counted = msgspec.json.Decoder(_Counted)
+_DATA = re.compile(rb"^data: (\{.*\})\s*$", re.MULTILINE)
+
+
+def read_ending(surface: Surface, last: bytes, records: int) -> Ending:
+    """Read the last records of an answer, or a whole one that was not streamed.
+
+    Never raises: what cannot be read tells nothing. `records` is how many were streamed, an
+    estimate of the tokens where the dialect does not count them.
+    """
+    try:
+        if surface.dialect is Dialect.NATIVE:
+            return _native_ending(last.rstrip(b"\n").rpartition(b"\n")[2])
+        return Ending(timings=_counted_timings(last, records))
+    except msgspec.DecodeError:
+        return Ending()
+
+
+def _native_ending(line: bytes) -> Ending:
+    final = _final.decode(line)
+    if final.error is not None:
+        return Ending(error=final.error)
+    if final.total_duration is None:
+        return Ending()
+    return Ending(
+        timings=Timings(
+            prompt_tokens=final.prompt_eval_count,
+            output_tokens=final.eval_count,
+            total_seconds=final.total_duration / NANOSECONDS,
+            load_seconds=final.load_duration / NANOSECONDS,
+            prompt_seconds=final.prompt_eval_duration / NANOSECONDS,
+            output_seconds=final.eval_duration / NANOSECONDS,
+        )
+    )
+
+
+def _counted_timings(last: bytes, records: int) -> Timings:
+    bodies = _DATA.findall(last) if records else [last]
+    for body in reversed(bodies):
+        usage = _counted.decode(body).usage
+        if usage is not None:
+            return Timings(
+                prompt_tokens=usage.prompt_tokens or usage.input_tokens,
+                output_tokens=usage.completion_tokens or usage.output_tokens,
+            )
+    return Timings(output_tokens=records)
+
+
+_EMPTY_CHUNK = re.compile(
+    rb'"(?:delta":\{(?:"role":"assistant",?)?(?:"content":"")?\}|text":"")[^\n]*'
+    rb'"finish_reason":null'
+)
+
+
+def swallowed_error(surface: Surface, last: bytes) -> bool:
+    """Whether Ollama swallowed an error at the end of a `/v1` stream.
+
+    It turns the error line into a chunk with nothing in it and ends without `data: [DONE]`. A
+    stream that merely ends early (Ollama stops one that repeats itself) ends with text.
+    """
+    if surface.path not in ("/v1/chat/completions", "/v1/completions"):
+        return False
+    records = last.rstrip().rpartition(b"\n\n")[2]
+    return not records.endswith(b"data: [DONE]") and _EMPTY_CHUNK.search(records) is not None

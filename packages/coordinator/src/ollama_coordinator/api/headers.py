@@ -1,0 +1,94 @@
+"""Which headers pass between a client and an agent's Ollama, and which end here."""
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import quote
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""RFC 9110, section 7.6.1."""
+
+NOT_FOR_OLLAMA = HOP_BY_HOP | {
+    # Ollama checks Host and Origin against its own names; credentials are for us, and Ollama would
+    # copy them to ollama.com for a cloud model.
+    b"host",
+    b"origin",
+    b"referer",
+    b"authorization",
+    b"cookie",
+    b"x-api-key",
+    b"forwarded",
+    b"x-forwarded-for",
+    b"x-forwarded-host",
+    b"x-forwarded-proto",
+    b"x-forwarded-prefix",
+    b"x-real-ip",
+    # Computed anew for the next hop.
+    b"content-length",
+    b"expect",
+    b"accept-encoding",
+}
+
+NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"date", b"server"}
+
+
+def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
+    """A client's headers as the agent's Ollama may see them."""
+    received = list(headers)
+    dropped = NOT_FOR_OLLAMA | _named_by_connection(received)
+    return [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in received
+        if name.lower() not in dropped
+    ]
+
+
+def to_client(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
+    """Ollama's headers as the client may see them; CORS is answered here, not there."""
+    received = [(name.lower(), value) for name, value in headers]
+    dropped = NOT_FOR_CLIENTS | _named_by_connection(received)
+    return [
+        (name, value)
+        for name, value in received
+        if name not in dropped and not name.startswith(b"access-control-")
+    ]
+
+
+def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
+    return frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    )
+
+
+def served_by(agent_name: str, request_id: str) -> list[tuple[bytes, bytes]]:
+    """Who served a request, for those who want to know."""
+    return [
+        (b"x-ollama-coordinator-agent", quote(agent_name).encode()),
+        (b"x-ollama-coordinator-request", request_id.encode()),
+    ]
+
+
+def first(headers: RawHeaders, name: bytes) -> str | None:
+    """The first value of a header."""
+    return next((value.decode("latin-1") for key, value in headers if key == name), None)
+
+
+def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """The announced size of a body in bytes."""
+    value = headers.get(b"content-length", b"")
+    return int(value) if value.isdigit() else None

@@ -1,0 +1,82 @@
+"""`POST /api/health`, the agents' heartbeats; `/healthz` and `/readyz` for those who run us."""
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import Store
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.keeper import Keeper
+from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.protocol import HealthReply, HealthReport
+
+from .wire import HttpError, decode, log_event, reply
+
+_report = msgspec.json.Decoder(HealthReport)
+
+
+class HealthView(Struct, frozen=True):
+    """`GET /healthz`: whether the coordinator works, and what it would complain about."""
+
+    status: str
+    agents: int
+    agents_online: int
+    in_flight: int
+    waiting: int
+    database: str
+
+
+class HealthApi:
+    """The handlers of heartbeats and of the coordinator's own health."""
+
+    def __init__(
+        self, registry: Registry, dispatch: Dispatch, keeper: Keeper, store: Store, clock: Clock
+    ) -> None:
+        self._registry = registry
+        self._dispatch = dispatch
+        self._keeper = keeper
+        self._store = store
+        self._clock = clock
+        self.stopping = False
+
+    async def heartbeat(self, request: Request) -> Response:
+        """`POST /api/health`: 404 for an unknown agent, which then registers again."""
+        report = await decode(_report, request)
+        before = self._registry.get(report.agent_id)
+        was_running, tags = before.ollama_running, before.inventory.tags
+        now = self._clock.now()
+        try:
+            agent = self._registry.heartbeat(report, now)
+        except msgspec.DecodeError as exc:
+            raise HttpError(400, f"tags or ps is not what Ollama lists: {exc}") from exc
+        if agent.left:
+            log_event("agent says goodbye", agent)
+        elif was_running and not agent.ollama_running:
+            log_event("agent reports that its Ollama does not answer", agent)
+        if agent.left or agent.inventory.tags != tags:
+            self._keeper.keep(agent)
+        else:
+            self._keeper.keep_seen(agent)
+        self._dispatch.plan()
+        return reply(HealthReply())
+
+    async def healthz(self, request: Request) -> Response:
+        """`GET /healthz`: 200 as long as the process serves."""
+        return reply(self._view())
+
+    async def readyz(self, request: Request) -> Response:
+        """`GET /readyz`: 503 once the coordinator is stopping."""
+        return reply(self._view(), 503 if self.stopping else 200)
+
+    def _view(self) -> HealthView:
+        now = self._clock.now()
+        return HealthView(
+            status="stopping" if self.stopping else "ok",
+            agents=len(self._registry),
+            agents_online=sum(self._registry.is_online(agent, now) for agent in self._registry),
+            in_flight=len(list(self._dispatch.scheduler.leases())),
+            waiting=len(self._dispatch.scheduler.waiting(now)),
+            database=self._store.problem or "ok",
+        )

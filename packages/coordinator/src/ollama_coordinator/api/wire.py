@@ -1,0 +1,128 @@
+"""The edge between HTTP and everything else: decode, reply, and which error is which status.
+
+The core raises what happened; only the table here knows the status, only the dialect the shape.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.registry import AgentState, UnknownAgent
+from ollama_coordinator.scheduler import (
+    HoldersUnavailable,
+    ModelNotFound,
+    NoAgentRegistered,
+    QueueFull,
+)
+from ollama_coordinator.upstream import AgentLost, Cut, Unreachable
+from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
+
+from .dialects import Dialect, error_body
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OWN_BODY_LIMIT = 16 * 1024 * 1024
+"""Bytes; a heartbeat with a thousand models has half a megabyte."""
+
+JSON = "application/json; charset=utf-8"
+
+STATUS: dict[type[OllamaCoordinatorError], int] = {
+    InvalidModelName: 400,
+    ModelNotFound: 404,
+    UnknownAgent: 404,
+    NoAgentRegistered: 503,
+    HoldersUnavailable: 503,
+    QueueFull: 503,
+    Unreachable: 503,
+    AgentLost: 503,
+    Cut: 502,
+    DatabaseError: 503,
+}
+"""The status of every error that can reach a client; `HttpError` brings its own."""
+
+
+class HttpError(OllamaCoordinatorError):
+    """A refusal that exists on the wire only, such as a body that is not JSON."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ClientLeft(OllamaCoordinatorError):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def status_of(error: OllamaCoordinatorError) -> int:
+    """The HTTP status of an error; that of its nearest listed ancestor."""
+    if isinstance(error, HttpError):
+        return error.status
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def headers_of(error: OllamaCoordinatorError) -> dict[str, str]:
+    """The headers that belong to an error."""
+    if isinstance(error, QueueFull):
+        return {"retry-after": str(max(1, round(error.retry_after_seconds)))}
+    return {}
+
+
+async def decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
+    """The body of a request to our own API as its type.
+
+    Raises:
+        HttpError: 400 with the field and what is wrong with it; 413 beyond `OWN_BODY_LIMIT`.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > OWN_BODY_LIMIT:
+            raise HttpError(413, f"request body too large: the limit is {OWN_BODY_LIMIT} bytes")
+    if not body.strip():
+        raise HttpError(400, "missing request body")
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise HttpError(400, f"invalid request body: {exc}") from exc
+
+
+def reply(value: Any, status: int = 200) -> Response:
+    """A JSON answer of our own API."""
+    return Response(msgspec.json.encode(value), status, media_type=JSON)
+
+
+def error_reply(error: OllamaCoordinatorError, dialect: Dialect = Dialect.NATIVE) -> Response:
+    """The answer that tells an error."""
+    status = status_of(error)
+    body = error_body(dialect, status, str(error))
+    return Response(body, status, headers_of(error), media_type=JSON)
+
+
+async def send_whole(
+    send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
+) -> None:
+    """A whole answer on plain ASGI."""
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_error(send: Send, dialect: Dialect, error: OllamaCoordinatorError) -> None:
+    """An error as a whole answer on plain ASGI."""
+    status = status_of(error)
+    headers = {"content-type": JSON, **headers_of(error)}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send_whole(send, status, encoded, error_body(dialect, status, str(error)))
+
+
+def log_event(event: str, agent: AgentState, **facts: object) -> None:
+    """Tell of something that happened to an agent through the API."""
+    log.info(event, extra={"agent_id": agent.id, "agent": agent.name, **facts})

@@ -1,0 +1,269 @@
+"""The one owner of the database: a thread of its own does every read and write.
+
+Registrations are written before they are answered. What changes all the time (last seen, models,
+learned rates) is written behind: the newest value of each, in one transaction, at most
+`FLUSH_SECONDS` late. When the database fails while running, the fleet goes on from memory, the
+unwritten waits for the next try, and `problem` says so to the operator.
+"""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+from sqlite_utils import Database
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.protocol import RegisterRequest
+from ollama_coordinator_common.types import AgentId
+
+from .migrations import migrations
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FLUSH_SECONDS = 1.0
+LOCK_SECONDS = 2.0
+
+
+class DatabaseError(OllamaCoordinatorError):
+    """The database cannot be opened, read or written; says which file and why."""
+
+    def __init__(self, path: Path | None, cause: Exception) -> None:
+        super().__init__(f"database {path or 'in memory'}: {_advice(cause)}")
+        self.path = path
+
+
+class AgentRow(Struct, frozen=True):
+    """One agent as it is kept; `settings` and `blobs` are JSON, `tags` Ollama's own list."""
+
+    id: AgentId
+    registration: RegisterRequest
+    registered_at: datetime
+    last_seen: datetime
+    has_left: bool = False
+    settings: bytes = b"{}"
+    tags: bytes = b""
+    blobs: bytes = b"{}"
+
+
+class Store:
+    """The database of one coordinator; open between `async with` only."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self._database: Database | None = None
+        self._agents: dict[AgentId, AgentRow | None] = {}
+        self._seen: dict[AgentId, datetime] = {}
+        self._documents: dict[str, bytes] = {}
+        self._flusher: asyncio.Task[None] | None = None
+        self.problem: str | None = None
+
+    async def __aenter__(self) -> "Store":
+        """Open the database and bring its schema up to date.
+
+        Raises:
+            DatabaseError: it is locked, read-only, full, or not a database.
+        """
+        try:
+            await self._run(self._open)
+        except DatabaseError:
+            self._thread.shutdown()
+            raise
+        self._flusher = asyncio.create_task(self._flush_for_ever())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.gather(self._flusher, return_exceptions=True)
+        await self.flush()
+        await self._run(self._close)
+        self._thread.shutdown()
+
+    # ── agents ────────────────────────────────────────────────────────────────────────────────
+
+    async def agents(self) -> list[AgentRow]:
+        """Every agent in the database.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        return await self._run(self._read_agents)
+
+    async def save_agent(self, row: AgentRow) -> None:
+        """Write an agent before going on; where the database fails, behind."""
+        self.note_agent(row)
+        await self.flush()
+
+    def note_agent(self, row: AgentRow) -> None:
+        """Write an agent behind."""
+        self._agents[row.id] = row
+
+    def note_seen(self, agent_id: AgentId, at: datetime) -> None:
+        """Write behind when an agent was last heard."""
+        self._seen[agent_id] = at
+
+    async def remove_agent(self, agent_id: AgentId) -> None:
+        """Delete an agent before going on; where the database fails, behind."""
+        self._agents[agent_id] = None
+        await self.flush()
+
+    # ── documents ─────────────────────────────────────────────────────────────────────────────
+
+    async def document(self, name: str) -> bytes | None:
+        """A document, or `None` if it was never written.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        return await self._run(lambda: self._read_document(name))
+
+    def note_document(self, name: str, body: bytes) -> None:
+        """Write a document behind."""
+        self._documents[name] = body
+
+    # ── writing behind ────────────────────────────────────────────────────────────────────────
+
+    async def flush(self) -> None:
+        """Write everything that was noted; what cannot be written stays noted."""
+        if not self._agents and not self._seen and not self._documents:
+            return
+        agents, seen, documents = self._agents, self._seen, self._documents
+        self._agents, self._seen, self._documents = {}, {}, {}
+        try:
+            await self._run(lambda: self._write(agents, seen, documents))
+        except DatabaseError as exc:
+            self._agents = agents | self._agents
+            self._seen = seen | self._seen
+            self._documents = documents | self._documents
+            self._tell(str(exc))
+        else:
+            self._tell(None)
+
+    def _tell(self, problem: str | None) -> None:
+        """Log once when writing stops or goes on."""
+        if problem is not None and self.problem is None:
+            log.error("database not writable; going on from memory", extra={"problem": problem})
+        elif problem is None and self.problem is not None:
+            log.info("database writable again")
+        self.problem = problem
+
+    async def _flush_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            await self.flush()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (sqlite3.Error, OSError) as exc:
+            raise DatabaseError(self._path, exc) from exc
+
+    # ── in the thread ─────────────────────────────────────────────────────────────────────────
+
+    def _open(self) -> None:
+        target = ":memory:" if self._path is None else str(self._path)
+        connection = sqlite3.connect(target, timeout=LOCK_SECONDS)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._database = Database(connection)
+            migrations.apply(self._database)
+            # A schema that is up to date needed no write: find out now whether one works.
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT OR REPLACE INTO documents VALUES ('opened', '{}')")
+            connection.execute("COMMIT")
+        except sqlite3.Error:
+            connection.close()
+            raise
+
+    def _close(self) -> None:
+        self._db.close()
+
+    @property
+    def _db(self) -> Database:
+        if self._database is None:
+            raise RuntimeError("the database is not open")
+        return self._database
+
+    def _read_agents(self) -> list[AgentRow]:
+        return [_from_columns(row) for row in self._db.table("agents").rows_where(order_by="rowid")]
+
+    def _read_document(self, name: str) -> bytes | None:
+        rows = list(self._db.table("documents").rows_where("name = ?", [name]))
+        return str(rows[0]["body"]).encode() if rows else None
+
+    def _write(
+        self,
+        agents: dict[AgentId, AgentRow | None],
+        seen: dict[AgentId, datetime],
+        documents: dict[str, bytes],
+    ) -> None:
+        with self._db.atomic():
+            rows = [_to_columns(row) for row in agents.values() if row is not None]
+            self._db.table("agents").upsert_all(rows, pk="id")
+            for removed in (agent_id for agent_id, row in agents.items() if row is None):
+                self._db.table("agents").delete_where("id = ?", [removed])
+            for agent_id, at in seen.items():
+                self._db.execute(
+                    "UPDATE agents SET last_seen = ? WHERE id = ?", [at.isoformat(), agent_id]
+                )
+            named = [{"name": name, "body": body.decode()} for name, body in documents.items()]
+            self._db.table("documents").upsert_all(named, pk="name")
+
+
+def _to_columns(row: AgentRow) -> dict[str, object]:
+    return {
+        "id": row.id,
+        "registration": msgspec.json.encode(row.registration).decode(),
+        "registered_at": row.registered_at.isoformat(),
+        "last_seen": row.last_seen.isoformat(),
+        "has_left": int(row.has_left),
+        "settings": row.settings.decode(),
+        "tags": row.tags.decode(),
+        "blobs": row.blobs.decode(),
+    }
+
+
+def _from_columns(row: dict[str, object]) -> AgentRow:
+    return AgentRow(
+        id=AgentId(str(row["id"])),
+        registration=msgspec.json.decode(str(row["registration"]), type=RegisterRequest),
+        registered_at=datetime.fromisoformat(str(row["registered_at"])),
+        last_seen=datetime.fromisoformat(str(row["last_seen"])),
+        has_left=bool(row["has_left"]),
+        settings=str(row["settings"] or "{}").encode(),
+        tags=str(row["tags"] or "").encode(),
+        blobs=str(row["blobs"] or "{}").encode(),
+    )
+
+
+def _advice(cause: Exception) -> str:
+    """What an operator can do about an error of SQLite's."""
+    text = str(cause)
+    hints = {
+        "locked": "another process holds it; stop that one, or give another DATABASE_URL",
+        "readonly": "it is read-only; make the file and its folder writable",
+        "read-only": "it is read-only; make the file and its folder writable",
+        "full": "the disk is full; free some space",
+        "not a database": "the file is not an SQLite database; move it away or restore a copy",
+        "malformed": "the file is damaged; move it away or restore a copy",
+        "unable to open": "the file cannot be opened; check that its folder exists and is writable",
+    }
+    hint = next((hint for key, hint in hints.items() if key in text), None)
+    return f"{text} ({hint})" if hint else text

@@ -1,0 +1,191 @@
+"""The asyncio glue of the scheduler: one lease per attempt, ended exactly once.
+
+`async with dispatch.lease(request) as held:` waits for a place, and whatever happens inside ends
+it: what the block settled, else a cancellation.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from ollama_coordinator_common.types import AgentId
+
+from .clock import Clock
+from .interrupt import Interrupt
+from .registry import AgentState, Registry
+from .scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
+from .upstream import AgentLost
+
+log = logging.getLogger(__name__)
+
+CANCELLED = Outcome(Result.CANCELLED)
+
+
+class Held:
+    """One attempt under way: its lease, its agent, and the signs of progress the monitor reads."""
+
+    def __init__(self, lease: Lease, agent: AgentState, now: float) -> None:
+        self.lease = lease
+        self.agent = agent
+        self.outcome = CANCELLED
+        self.interrupt = Interrupt()
+        self.progress_at = now
+        self.began_at: float | None = None
+        self.records = 0
+
+    def lose(self, reason: str) -> None:
+        """End the attempt's block with `AgentLost`."""
+        self.interrupt.fire(AgentLost(reason))
+
+
+class Dispatch:
+    """Hands out leases and carries out what the scheduler decides.
+
+    `on_failure` hears of every agent that an attempt took out of rotation.
+    """
+
+    def __init__(self, scheduler: Scheduler, registry: Registry, clock: Clock) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        self._clock = clock
+        self._held: dict[LeaseId, Held] = {}
+        self._pending: dict[RequestId, asyncio.Future[Held]] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self.on_failure: Callable[[AgentState], None] = lambda agent: None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler, for reading."""
+        return self._scheduler
+
+    def held(self) -> Iterable[Held]:
+        """Every attempt under way."""
+        return self._held.values()
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._clock.now()
+
+    def in_flight(self, agent_id: AgentId) -> int:
+        """How many leases an agent has."""
+        return self._scheduler.in_flight(agent_id)
+
+    @asynccontextmanager
+    async def lease(self, request: Request) -> AsyncIterator[Held]:
+        """A place on an agent for one attempt.
+
+        Raises:
+            SchedulerError: there is none to be had.
+        """
+        held = await self._granted(request)
+        try:
+            yield held
+        finally:
+            self._settle(held)
+
+    async def _granted(self, request: Request) -> Held:
+        self._scheduler.submit(request, self._clock.now())
+        future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
+        self._pending[request.id] = future
+        try:
+            self.plan()
+            return await future
+        except asyncio.CancelledError:
+            self._give_back(request.id, future)
+            raise
+        finally:
+            del self._pending[request.id]
+
+    def _give_back(self, request_id: RequestId, future: asyncio.Future[Held]) -> None:
+        """The client left while it waited, perhaps in the very moment it got its place."""
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._settle(future.result())
+        else:
+            self._scheduler.withdraw(request_id, self._clock.now())
+            self.plan()
+
+    def began(self, held: Held) -> None:
+        """The first byte of the answer is here."""
+        held.began_at = held.progress_at = self._clock.now()
+        self._scheduler.began(held.lease.id, held.began_at)
+
+    def _settle(self, held: Held) -> None:
+        now = self._clock.now()
+        self._note(held.agent, held.lease.request.model, held.outcome, now)
+        self._settle_quietly(held, now)
+        self.plan()
+
+    def _settle_quietly(self, held: Held, now: float) -> None:
+        del self._held[held.lease.id]
+        self._scheduler.end(held.lease.id, held.outcome, now)
+
+    def _note(self, agent: AgentState, model: str, outcome: Outcome, now: float) -> None:
+        """What an attempt taught about its agent."""
+        match outcome.result:
+            case Result.SERVED:
+                self._registry.succeeded(agent, model)
+            case Result.UNREACHABLE | Result.CUT:
+                self.take_out(agent, outcome.reason)
+            case Result.BUSY | Result.MODEL_FAILED:
+                self._registry.fail_model(agent, model, outcome.reason, now)
+                log.warning("model failed on agent", extra=_facts(agent, model, outcome.reason))
+            case Result.MODEL_MISSING:
+                self._registry.note_missing(agent, model)
+                log.warning("model missing on agent", extra=_facts(agent, model, outcome.reason))
+            case Result.CANCELLED:
+                pass
+
+    def take_out(self, agent: AgentState, reason: str) -> None:
+        """An agent does not answer: out of rotation until a probe succeeds."""
+        if not agent.resting:
+            log.warning("agent out of rotation", extra=_facts(agent, None, reason))
+        self._registry.fail(agent, reason, self._clock.now())
+        self.on_failure(agent)
+
+    def plan(self) -> None:
+        """Carry out everything that the scheduler can decide now; call it when facts changed."""
+        now = self._clock.now()
+        plan = self._scheduler.plan(now)
+        for lease in plan.granted:
+            self._grant(lease, now)
+        for request_id, error in plan.refused:
+            future = self._pending[request_id]
+            if not future.done():
+                future.set_exception(error)
+        self._set_alarm(now)
+
+    def _grant(self, lease: Lease, now: float) -> None:
+        future = self._pending[lease.request.id]
+        held = Held(lease, self._registry.get(lease.agent_id), now)
+        self._held[lease.id] = held
+        if future.done():
+            # Its client left in this very moment and has not run yet: the place goes back, and
+            # `plan` runs again when the client's task gets to withdraw.
+            self._settle_quietly(held, now)
+        else:
+            future.set_result(held)
+
+    def _set_alarm(self, now: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        at = self._scheduler.wake_at(now)
+        if at is not None:
+            # The alarm only calls `plan`; it dies with the loop and owns nothing.
+            self._alarm = asyncio.get_running_loop().call_later(max(0.0, at - now), self.plan)
+
+    def close(self, reason: str) -> None:
+        """End every attempt and every wait with an error."""
+        for held in list(self._held.values()):
+            held.lose(reason)
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(AgentLost(reason))
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+
+def _facts(agent: AgentState, model: str | None, reason: str) -> dict[str, str | None]:
+    return {"agent_id": agent.id, "agent": agent.name, "model": model, "reason": reason}

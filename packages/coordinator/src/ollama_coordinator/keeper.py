@@ -1,0 +1,67 @@
+"""What of the registry is kept in the database, and how it comes back."""
+
+import msgspec
+
+from ollama_coordinator_common.types import AgentId
+
+from .clock import Clock
+from .db import AgentRow, Store
+from .registry import AgentSettings, AgentState, Registry
+
+
+class Keeper:
+    """Translates between agents as the registry and as the database know them."""
+
+    def __init__(self, registry: Registry, store: Store, clock: Clock) -> None:
+        self._registry = registry
+        self._store = store
+        self._clock = clock
+
+    async def restore(self) -> None:
+        """Take over every agent in the database.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        now = self._clock.now()
+        for row in await self._store.agents():
+            agent = AgentState(
+                row.id,
+                row.registration,
+                registered_at=row.registered_at,
+                heard_at=min(now, self._clock.monotonic(row.last_seen)),
+                left=row.has_left,
+                settings=msgspec.json.decode(row.settings, type=AgentSettings),
+            )
+            if row.tags:
+                blobs = msgspec.json.decode(row.blobs, type=dict[str, str])
+                agent.inventory.read_tags(row.tags, blobs)
+            self._registry.restore(agent, now)
+
+    def keep(self, agent: AgentState) -> None:
+        """Write an agent behind."""
+        self._store.note_agent(self._row(agent))
+
+    def keep_seen(self, agent: AgentState) -> None:
+        """Write behind when an agent was last heard."""
+        self._store.note_seen(agent.id, self._clock.utc(agent.heard_at))
+
+    async def keep_now(self, agent: AgentState) -> None:
+        """Write an agent before going on; where the database fails, behind."""
+        await self._store.save_agent(self._row(agent))
+
+    async def forget(self, agent_id: AgentId) -> None:
+        """Delete an agent before going on; where the database fails, behind."""
+        await self._store.remove_agent(agent_id)
+
+    def _row(self, agent: AgentState) -> AgentRow:
+        return AgentRow(
+            id=agent.id,
+            registration=agent.registration,
+            registered_at=agent.registered_at,
+            last_seen=self._clock.utc(agent.heard_at),
+            has_left=agent.left,
+            settings=msgspec.json.encode(agent.settings),
+            tags=agent.inventory.tags,
+            blobs=msgspec.json.encode(agent.inventory.blobs),
+        )

@@ -1,0 +1,245 @@
+"""The periodic loop: who went offline, who is back, what the agents hold, what must be kept.
+
+Four sources tell of an agent, each at its own speed: its heartbeats, what it says of its Ollama,
+what requests meet on the way to it, and the progress of its streams. This module asks the fifth:
+a probe of the Ollama itself, where the others leave a doubt.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from functools import partial
+
+import msgspec
+
+from ollama_coordinator_common.types import AgentId
+
+from .clock import Clock
+from .dispatch import Dispatch, Held
+from .keeper import Keeper
+from .registry import AgentState, Registry
+from .upstream import Unreachable, Upstreams
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 2.0
+"""Ollama answers `/api/version` within milliseconds, also while it loads or computes."""
+
+SILENCE_SECONDS = 5.0
+"""An attempt without a byte for so long makes its agent be probed; silence alone is no failure."""
+
+PROBE_AGAIN_SECONDS = 1.0
+
+SILENT_PROBES = 2
+"""Failed probes in a row that show that a silent agent hangs; its waiting requests move on."""
+
+STALLED_PROBES = 5
+"""The same for an answer that has begun, with which no other agent can go on."""
+
+TICK_SECONDS = 0.5
+
+
+class Monitor:
+    """Watches the agents; `run` is its loop, the other methods may be called at any time."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        upstreams: Upstreams,
+        keeper: Keeper,
+        clock: Clock,
+        *,
+        interval: float,
+    ) -> None:
+        self._registry = registry
+        self._dispatch = dispatch
+        self._upstreams = upstreams
+        self._keeper = keeper
+        self._clock = clock
+        self._interval = interval
+        self._nudge = asyncio.Event()
+        self._probes: dict[AgentId, asyncio.Task[None]] = {}
+        self._silent: dict[AgentId, tuple[int, float]] = {}
+        self._asked_at: dict[AgentId, float] = {}
+        dispatch.on_failure = lambda agent: self._nudge.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            try:
+                await self._watch()
+            except Exception:
+                log.exception("the monitor stumbled and goes on")
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _watch(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for agent in self._registry:
+                tasks.create_task(self._greet(agent))
+            while True:
+                self._look(tasks, self._clock.now())
+                await self._pause()
+
+    async def _pause(self) -> None:
+        self._nudge.clear()
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                await self._nudge.wait()
+        except TimeoutError:
+            pass
+
+    async def _greet(self, agent: AgentState) -> None:
+        """After a restart: an Ollama that answers is as good as a heartbeat, for one time-out."""
+        if agent.left or agent.id in self._probes:
+            return
+        try:
+            await self._ask_version(agent)
+            await self._ask_models(agent)
+        except Unreachable:
+            return
+        self._registry.heard(agent, self._clock.now())
+        self._dispatch.plan()
+
+    def _look(self, tasks: asyncio.TaskGroup, now: float) -> None:
+        for agent in self._registry.expire(now):
+            silent_seconds = round(now - agent.heard_at)
+            log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
+            self._dispatch.plan()
+        silent = self._silent_agents(now)
+        for agent in self._registry:
+            if agent.id not in self._probes and self._wants_probe(agent, silent, now):
+                task = tasks.create_task(self._probe(agent, doubted=agent.id in silent))
+                self._probes[agent.id] = task
+                task.add_done_callback(partial(self._probed, agent.id))
+
+    def _probed(self, agent_id: AgentId, task: asyncio.Task[None]) -> None:
+        del self._probes[agent_id]
+
+    # ── probing ───────────────────────────────────────────────────────────────────────────────
+
+    def _wants_probe(self, agent: AgentState, silent: set[AgentId], now: float) -> bool:
+        if agent.resting and agent.cooldown is not None:
+            return now >= agent.cooldown.until and self._registry.is_online(agent, now)
+        if agent.id in silent:
+            failures, asked_at = self._silent.get(agent.id, (0, float("-inf")))
+            return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
+        if agent.brings_inventory or not self._registry.is_online(agent, now):
+            return False
+        return now - self._asked_at.get(agent.id, float("-inf")) >= self._interval
+
+    def _silent_agents(self, now: float) -> set[AgentId]:
+        """The agents with an attempt that has had no byte for `SILENCE_SECONDS`."""
+        silent = {
+            held.agent.id
+            for held in self._dispatch.held()
+            if now - held.progress_at >= SILENCE_SECONDS
+        }
+        for agent_id in self._silent.keys() - silent:
+            del self._silent[agent_id]
+        return silent
+
+    async def _probe(self, agent: AgentState, *, doubted: bool) -> None:
+        """Ask an Ollama for a sign of life, and for its models where nobody brings them."""
+        try:
+            await self._ask_version(agent)
+            if not agent.brings_inventory:
+                await self._ask_models(agent)
+        except Unreachable as exc:
+            self._not_answering(agent, str(exc), doubted=doubted)
+            return
+        self._silent.pop(agent.id, None)
+        if doubted:
+            self._silent[agent.id] = (0, self._clock.now())
+        if agent.resting:
+            self._registry.probed(agent)
+            log.info("agent back in rotation", extra=_facts(agent))
+        self._dispatch.plan()
+
+    async def _ask_version(self, agent: AgentState) -> None:
+        url = f"{agent.url}/api/version"
+        status, _ = await self._upstreams.fetch("GET", url, seconds=PROBE_SECONDS)
+        if status == 403:
+            raise Unreachable("refuses requests from here; set OLLAMA_HOST=0.0.0.0 on that machine")
+        if status != 200:
+            raise Unreachable(f"answers /api/version with status {status}")
+
+    def _not_answering(self, agent: AgentState, reason: str, *, doubted: bool) -> None:
+        now = self._clock.now()
+        self._asked_at[agent.id] = now
+        if agent.resting or not doubted:
+            self._dispatch.take_out(agent, reason)
+        failures = self._silent.get(agent.id, (0, 0.0))[0] + 1
+        self._silent[agent.id] = (failures, now)
+        if failures == SILENT_PROBES and not agent.resting:
+            self._dispatch.take_out(agent, reason)
+        for held in self._lost(agent, failures, now):
+            held.lose(f"agent {agent.name} does not answer any more: {reason}")
+
+    def _lost(self, agent: AgentState, failures: int, now: float) -> Iterable[Held]:
+        """The attempts that a number of failed probes in a row gives up."""
+        for held in list(self._dispatch.held()):
+            silent = held.agent is agent and now - held.progress_at >= SILENCE_SECONDS
+            if silent and failures >= (SILENT_PROBES if held.began_at is None else STALLED_PROBES):
+                yield held
+
+    # ── models of agents that do not bring them ───────────────────────────────────────────────
+
+    async def look_at(self, agent: AgentState, *, seconds: float) -> None:
+        """Learn an agent's models now, waiting at most `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ask_models(agent)
+        except (TimeoutError, Unreachable) as exc:
+            reason = str(exc) or f"no answer within {seconds:g} s"
+            log.warning("agent's Ollama not reached", extra=_facts(agent, url=agent.url))
+            self._dispatch.take_out(agent, reason)
+        self._dispatch.plan()
+
+    async def refresh(
+        self, agents: Iterable[AgentState], *, older_than: float, seconds: float
+    ) -> None:
+        """Ask the living agents again whose models are older than `older_than` seconds."""
+        now = self._clock.now()
+        stale = [
+            agent
+            for agent in agents
+            if not agent.brings_inventory
+            and self._registry.is_routable(agent, now)
+            and now - self._asked_at.get(agent.id, float("-inf")) > older_than
+        ]
+        if not stale:
+            return
+        asked = [asyncio.ensure_future(self._ask_models(agent)) for agent in stale]
+        _, late = await asyncio.wait(asked, timeout=seconds)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _ask_models(self, agent: AgentState) -> None:
+        """Take over what the agent's Ollama lists.
+
+        Raises:
+            Unreachable: it does not list its models.
+        """
+        self._asked_at[agent.id] = self._clock.now()
+        bodies = []
+        for path in ("/api/tags", "/api/ps"):
+            status, body = await self._upstreams.fetch(
+                "GET", agent.url + path, seconds=PROBE_SECONDS
+            )
+            if status != 200:
+                raise Unreachable(f"answers {path} with status {status}")
+            bodies.append(body)
+        now = self._clock.now()
+        try:
+            changed = self._registry.list_models(agent, bodies[0], {}, now)
+            self._registry.list_loaded(agent, bodies[1], now)
+        except msgspec.DecodeError as exc:
+            raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc
+        if changed:
+            self._keeper.keep(agent)
+
+
+def _facts(agent: AgentState, **more: object) -> dict[str, object]:
+    return {"agent_id": agent.id, "agent": agent.name, **more}

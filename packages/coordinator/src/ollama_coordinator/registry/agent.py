@@ -1,0 +1,99 @@
+"""One registered agent: what it said of itself, what was met on the way to it, what follows."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from msgspec import Struct
+
+from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.types import AgentId, AgentStatus
+
+from .inventory import Inventory
+
+LONGEST_COOLDOWN_SECONDS = 30.0
+
+
+class AgentSettings(Struct, frozen=True):
+    """What an operator sets for one agent; kept across restarts."""
+
+    display_name: str | None = None
+    labels: list[str] = []
+    notes: str = ""
+    draining: bool = False
+    preference: float = 1.0
+
+
+class Cooldown(Struct, frozen=True):
+    """An agent, or one model of it, is left alone until a probe or a request succeeds.
+
+    `until` is the earliest time of the next try (monotonic seconds).
+    """
+
+    failures: int
+    until: float
+    reason: str
+
+
+def cooldown_after(previous: Cooldown | None, reason: str, now: float, *, first: float) -> Cooldown:
+    """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s."""
+    failures = previous.failures + 1 if previous else 1
+    wait = first if failures == 1 else min(2.0 ** (failures - 2), LONGEST_COOLDOWN_SECONDS)
+    return Cooldown(failures=failures, until=now + wait, reason=reason)
+
+
+@dataclass(slots=True)
+class AgentState:
+    """One agent. `heard_at` is its last sign of life on the monotonic clock of this process.
+
+    `cooldown` keeps its count of failures after the agent is back in rotation (`resting` false),
+    until a request succeeds; so an agent whose probes pass while its requests fail is tried less
+    and less often.
+    """
+
+    id: AgentId
+    registration: RegisterRequest
+    registered_at: datetime
+    heard_at: float
+    left: bool = False
+    settings: AgentSettings = field(default_factory=AgentSettings)
+    report: HealthReport | None = None
+    inventory: Inventory = field(default_factory=Inventory)
+    cooldown: Cooldown | None = None
+    resting: bool = False
+    model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.settings.display_name or self.registration.machine_name
+
+    @property
+    def url(self) -> str:
+        """Where its Ollama, or the relay before it, is reached; without a trailing slash."""
+        host = self.registration.ip_address
+        port = self.registration.relay_port or self.registration.ollama_port
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def ollama_running(self) -> bool:
+        """Whether the agent says that its Ollama answers; one that says nothing is believed to."""
+        return self.report is None or self.report.ollama_running
+
+    @property
+    def brings_inventory(self) -> bool:
+        """Whether its heartbeats list the models; else its Ollama is asked."""
+        return self.report is not None and self.report.tags is not None
+
+    def status(self, now: float, timeout: float) -> AgentStatus:
+        """Derived: offline after `timeout` seconds of silence or a goodbye."""
+        if self.left or now - self.heard_at > timeout:
+            return AgentStatus.OFFLINE
+        return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
+
+    def out_of_rotation(self) -> str | None:
+        """Why a living agent gets no request just now; `None` when it may."""
+        if not self.ollama_running:
+            return "its Ollama does not answer"
+        if self.resting and self.cooldown is not None:
+            return self.cooldown.reason
+        return None

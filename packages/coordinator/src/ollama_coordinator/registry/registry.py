@@ -1,0 +1,284 @@
+"""All registered agents: who they are, whether they live, and which models they hold."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+
+from msgspec import Struct, structs
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.types import AgentId, AgentStatus
+
+from .agent import AgentSettings, AgentState, cooldown_after
+
+
+class UnknownAgent(OllamaCoordinatorError):
+    """No agent has this id; an agent that hears it registers again."""
+
+    def __init__(self, agent_id: str) -> None:
+        super().__init__(f'agent "{agent_id}" is not registered; register it with POST /api/agents')
+        self.agent_id = agent_id
+
+
+class Registration(Struct, frozen=True):
+    """What a registration did."""
+
+    agent: AgentState
+    created: bool
+
+
+class Registry:
+    """The agents by id, and by model. Synchronous and without a clock: `now` is monotonic seconds.
+
+    `changes` grows with everything that can alter a routing decision, so that a reader knows
+    whether what it derived is still true.
+    """
+
+    def __init__(self, agent_timeout: float) -> None:
+        self.agent_timeout = agent_timeout
+        self.changes = 0
+        self._agents: dict[AgentId, AgentState] = {}
+        self._holders: defaultdict[str, set[AgentId]] = defaultdict(set)
+        self._online: set[AgentId] = set()
+
+    def __iter__(self) -> Iterator[AgentState]:
+        return iter(self._agents.values())
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def get(self, agent_id: str) -> AgentState:
+        """The agent with this id.
+
+        Raises:
+            UnknownAgent: there is none.
+        """
+        agent = self._agents.get(AgentId(agent_id))
+        if agent is None:
+            raise UnknownAgent(agent_id)
+        return agent
+
+    def find(self, agent_id: AgentId) -> AgentState | None:
+        """The agent with this id, or `None` when it was removed meanwhile."""
+        return self._agents.get(agent_id)
+
+    # ── who exists ────────────────────────────────────────────────────────────────────────────
+
+    def register(
+        self, request: RegisterRequest, new_id: AgentId, at: datetime, now: float
+    ) -> Registration:
+        """Add an agent, or renew the one that this machine and Ollama port already have."""
+        known = self._same_machine(request, now)
+        self.changes += 1
+        if known is None:
+            agent = AgentState(new_id, request, registered_at=at, heard_at=now)
+            self._agents[new_id] = agent
+            self._online.add(new_id)
+            return Registration(agent, created=True)
+        known.registration = request
+        known.left = False
+        known.resting, known.cooldown = False, None
+        self.heard(known, now)
+        return Registration(known, created=False)
+
+    def restore(self, agent: AgentState, now: float) -> None:
+        """Take over an agent from the database, with the time it was last heard."""
+        self._agents[agent.id] = agent
+        self._index(agent, {})
+        if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
+            self._online.add(agent.id)
+        self.changes += 1
+
+    def remove(self, agent_id: AgentId) -> AgentState:
+        """Forget an agent.
+
+        Raises:
+            UnknownAgent: there is none.
+        """
+        agent = self.get(agent_id)
+        del self._agents[agent.id]
+        self._online.discard(agent.id)
+        for holders in self._holders.values():
+            holders.discard(agent.id)
+        self.changes += 1
+        return agent
+
+    def update_settings(self, agent_id: AgentId, settings: AgentSettings) -> AgentState:
+        """Replace what the operator set.
+
+        Raises:
+            UnknownAgent: there is none.
+        """
+        agent = self.get(agent_id)
+        agent.settings = settings
+        self.changes += 1
+        return agent
+
+    def _same_machine(self, request: RegisterRequest, now: float) -> AgentState | None:
+        """The agent that this registration renews.
+
+        The machine id decides where both have one; the name and port decide otherwise. A machine id
+        or a name that a *living* agent uses elsewhere is a clone of an image or a namesake, and
+        gets an id of its own.
+        """
+        namesake: AgentState | None = None
+        for agent in self._agents.values():
+            known = agent.registration
+            if known.ollama_port != request.ollama_port:
+                continue
+            same_name = known.machine_name == request.machine_name
+            same_id = known.machine_id is not None and known.machine_id == request.machine_id
+            if same_name and (same_id or None in (known.machine_id, request.machine_id)):
+                return agent
+            if (same_id or same_name) and not self._is_elsewhere(agent, request, now):
+                namesake = agent
+        return namesake
+
+    def _is_elsewhere(self, agent: AgentState, request: RegisterRequest, now: float) -> bool:
+        """Whether the known agent is alive at another address than the one that registers."""
+        offline = agent.status(now, self.agent_timeout) is AgentStatus.OFFLINE
+        return not offline and agent.registration.ip_address != request.ip_address
+
+    # ── who lives ─────────────────────────────────────────────────────────────────────────────
+
+    def heartbeat(self, report: HealthReport, now: float) -> AgentState:
+        """Take over a report; it may carry the models, which the caller has checked to decode.
+
+        Raises:
+            UnknownAgent: no agent has the reported id.
+            msgspec.DecodeError: its `tags` or `ps` are not Ollama's lists.
+        """
+        agent = self.get(report.agent_id)
+        if report.tags is not None:
+            self.list_models(agent, bytes(report.tags), report.model_blobs, now)
+        if report.ps is not None:
+            self.list_loaded(agent, bytes(report.ps), now)
+        if agent.ollama_running != report.ollama_running:
+            self.changes += 1
+        if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
+            agent.registration = structs.replace(
+                agent.registration, ollama_version=report.ollama_version
+            )
+        agent.report = report
+        self.heard(agent, now)
+        if report.leaving:
+            agent.left = True
+            self._online.discard(agent.id)
+            self.changes += 1
+        return agent
+
+    def heard(self, agent: AgentState, now: float) -> None:
+        """A sign of life."""
+        agent.heard_at = now
+        agent.left = False
+        if agent.id not in self._online:
+            self._online.add(agent.id)
+            self.changes += 1
+
+    def expire(self, now: float) -> list[AgentState]:
+        """The agents that went offline since the last call."""
+        offline = [
+            agent
+            for agent in map(self.get, sorted(self._online))
+            if agent.status(now, self.agent_timeout) is AgentStatus.OFFLINE
+        ]
+        for agent in offline:
+            self._online.discard(agent.id)
+            self.changes += 1
+        return offline
+
+    def next_expiry(self) -> float | None:
+        """When the next agent goes offline if nothing is heard of it."""
+        return min(
+            (self._agents[agent_id].heard_at + self.agent_timeout for agent_id in self._online),
+            default=None,
+        )
+
+    # ── what was met on the way ───────────────────────────────────────────────────────────────
+
+    def fail(self, agent: AgentState, reason: str, now: float) -> None:
+        """Take an agent out of rotation until a probe succeeds; the first may come at once."""
+        agent.cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0)
+        agent.resting = True
+        self.changes += 1
+
+    def fail_model(self, agent: AgentState, key: str, reason: str, now: float) -> None:
+        """One model does not run on this agent: others are asked first for a while."""
+        previous = agent.model_cooldowns.get(key)
+        agent.model_cooldowns[key] = cooldown_after(previous, reason, now, first=1.0)
+        self.changes += 1
+
+    def probed(self, agent: AgentState) -> None:
+        """The agent's Ollama answered a probe: back into rotation."""
+        if agent.resting:
+            agent.resting = False
+            self.changes += 1
+
+    def succeeded(self, agent: AgentState, key: str) -> None:
+        """A request was served: what had failed before is forgotten, and the model is in memory."""
+        agent.cooldown, agent.resting = None, False
+        agent.model_cooldowns.pop(key, None)
+        if key not in agent.inventory.loaded:
+            agent.inventory.note_loaded(key)
+            self.changes += 1
+
+    # ── which models ──────────────────────────────────────────────────────────────────────────
+
+    def list_models(
+        self, agent: AgentState, tags: bytes, blobs: Mapping[str, str], now: float
+    ) -> bool:
+        """Take over an agent's `/api/tags`; whether its models changed.
+
+        Raises:
+            msgspec.DecodeError: the body is not Ollama's list.
+        """
+        before = agent.inventory.available
+        changed = agent.inventory.read_tags(tags, blobs)
+        agent.inventory.sampled_at = now
+        if changed and agent.id in self._agents:
+            self._index(agent, before)
+        return changed
+
+    def list_loaded(self, agent: AgentState, ps: bytes, now: float) -> bool:
+        """Take over an agent's `/api/ps`; whether the models in its memory changed.
+
+        Raises:
+            msgspec.DecodeError: the body is not Ollama's list.
+        """
+        changed = agent.inventory.read_ps(ps)
+        if changed:
+            self.changes += 1
+        return changed
+
+    def note_missing(self, agent: AgentState, key: str) -> None:
+        """The agent answered that it does not have a model it was listed with."""
+        agent.inventory.note_missing(key)
+        self._holders[key].discard(agent.id)
+        self.changes += 1
+
+    def _index(self, agent: AgentState, before: Iterable[str]) -> None:
+        for key in before:
+            self._holders[key].discard(agent.id)
+        for key in agent.inventory.available:
+            self._holders[key].add(agent.id)
+        self.changes += 1
+
+    def holders(self, key: str) -> list[AgentState]:
+        """Every agent, living or not, that has the model on disk; in order of id."""
+        return [self._agents[agent_id] for agent_id in sorted(self._holders.get(key, ()))]
+
+    def models(self) -> list[str]:
+        """The routing keys of every model in the fleet."""
+        return sorted(key for key, holders in self._holders.items() if holders)
+
+    def is_online(self, agent: AgentState, now: float) -> bool:
+        """Whether the agent lives; one that drains lives too."""
+        return agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE
+
+    def is_routable(self, agent: AgentState, now: float) -> bool:
+        """Whether a new request may go there."""
+        return (
+            agent.status(now, self.agent_timeout) is AgentStatus.ONLINE
+            and agent.out_of_rotation() is None
+        )

@@ -1,0 +1,67 @@
+"""Which agents may serve a request at all; every policy chooses among these only."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator_common.types import AgentStatus
+
+from .error import HoldersUnavailable, ModelNotFound, NoAgentRegistered, SchedulerError
+from .types import Request
+
+RECOVERY_SECONDS = 5.0
+"""How long a request waits for the only agents of its model when these are out of rotation."""
+
+
+class Eligible(Struct, frozen=True):
+    """The agents that may serve a request, and why the other holders may not, by their name.
+
+    `recovering`: some of the refused may be back within seconds, so waiting can help.
+    """
+
+    agents: Sequence[AgentState]
+    refused: dict[str, str]
+    recovering: bool
+
+
+def eligible(registry: Registry, request: Request, now: float) -> Eligible:
+    """Sort the holders of the request's model into those that may serve it and the others.
+
+    An agent on which this model failed a moment ago comes into question only when no other does.
+    """
+    agents: list[AgentState] = []
+    resting_model: list[AgentState] = []
+    refused: dict[str, str] = {}
+    recovering = False
+    for agent in registry.holders(request.model):
+        reason = _refusal(registry, agent, request, now)
+        if reason is not None:
+            refused[agent.name] = reason
+            if agent.id not in request.excluded and registry.is_online(agent, now):
+                recovering = recovering or agent.out_of_rotation() is not None
+            continue
+        cooldown = agent.model_cooldowns.get(request.model)
+        (agents if cooldown is None or cooldown.until <= now else resting_model).append(agent)
+    return Eligible(agents or resting_model, refused, recovering)
+
+
+def _refusal(registry: Registry, agent: AgentState, request: Request, now: float) -> str | None:
+    if agent.id in request.excluded:
+        return "already tried"
+    status = agent.status(now, registry.agent_timeout)
+    if status is not AgentStatus.ONLINE:
+        return str(status.value)
+    return agent.out_of_rotation()
+
+
+def unavailable(
+    registry: Registry, request: Request, found: Eligible, now: float
+) -> SchedulerError:
+    """The error that tells why nobody can serve the request."""
+    if len(registry) == 0:
+        return NoAgentRegistered()
+    if not registry.holders(request.model):
+        return ModelNotFound(request.name)
+    others = [agent.name for agent in registry if registry.is_routable(agent, now)]
+    return HoldersUnavailable(request.name, found.refused, others)

@@ -1,0 +1,57 @@
+"""Why a request cannot be served; `api/wire.py` knows what that means in HTTP.
+
+SchedulerError
+├── ModelNotFound        no agent of the fleet has the model
+├── NoAgentRegistered    there is no fleet yet
+├── HoldersUnavailable   the agents that have the model cannot take a request now
+└── QueueFull            as many requests wait as may
+"""
+
+from collections.abc import Iterable, Mapping
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+
+class SchedulerError(OllamaCoordinatorError):
+    """A request cannot be served."""
+
+
+class ModelNotFound(SchedulerError):
+    """No agent of the fleet has the model on disk."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"model '{name}' not found")
+        self.name = name
+
+
+class NoAgentRegistered(SchedulerError):
+    """There is no fleet yet."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no agent is registered; start one on a machine with Ollama: "
+            "COORDINATOR_URL=http://THIS-HOST:PORT ollama-coordinator-agent run"
+        )
+
+
+class HoldersUnavailable(SchedulerError):
+    """The agents that have the model cannot take a request now; `reasons` by their names."""
+
+    def __init__(self, name: str, reasons: Mapping[str, str], others: Iterable[str] = ()) -> None:
+        told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(reasons.items()))
+        online = ", ".join(sorted(others)) or "none"
+        super().__init__(
+            f"no agent that has model '{name}' can serve it now ({told}). "
+            f"Other agents online: {online}. Start one of the former, or pull the model elsewhere"
+        )
+        self.name = name
+        self.reasons = dict(reasons)
+
+
+class QueueFull(SchedulerError):
+    """As many requests wait as may; `retry_after` is when a place is predicted to be free."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        # Ollama's own text, with its two spaces: clients match on it.
+        super().__init__("server busy, please try again.  maximum pending requests exceeded")
+        self.retry_after_seconds = retry_after_seconds

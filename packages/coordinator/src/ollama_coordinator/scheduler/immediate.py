@@ -1,0 +1,126 @@
+"""The plain scheduler: a policy picks an agent as soon as one of the eligible has a place.
+
+It serves the policies that count and do not predict. A request waits only while every eligible
+agent has as many leases of its model as that agent said it runs at once.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator_common.types import AgentId
+
+from .base import Plan, Waiting
+from .eligibility import RECOVERY_SECONDS, eligible, unavailable
+from .error import QueueFull, SchedulerError
+from .types import Lease, LeaseId, Outcome, Request, RequestId
+
+RETRY_AFTER_SECONDS = 1.0
+
+Choose = Callable[[Sequence[AgentState], Request, Callable[[AgentId], int]], AgentState]
+"""A policy: the candidates (never empty, least recently chosen first), the request, and the leases
+in flight of an agent; the answer is one of the candidates."""
+
+
+class ImmediateScheduler:
+    """A `Scheduler` around a policy without memory."""
+
+    def __init__(self, registry: Registry, choose: Choose, *, max_queue: int) -> None:
+        self._registry = registry
+        self._choose = choose
+        self._max_queue = max_queue
+        self._waiting: dict[RequestId, Request] = {}
+        self._leases: dict[LeaseId, Lease] = {}
+        self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
+        self._numbers = count(1)
+        self._last_chosen: dict[AgentId, int] = {}
+
+    def submit(self, request: Request, now: float) -> None:
+        """See `Scheduler.submit`."""
+        found = eligible(self._registry, request, now)
+        if not found.agents and not found.recovering:
+            raise unavailable(self._registry, request, found, now)
+        if len(self._waiting) >= self._max_queue:
+            raise QueueFull(RETRY_AFTER_SECONDS)
+        self._waiting[request.id] = request
+
+    def withdraw(self, request_id: RequestId, now: float) -> None:
+        """See `Scheduler.withdraw`."""
+        self._waiting.pop(request_id, None)
+
+    def began(self, lease_id: LeaseId, now: float) -> None:
+        """See `Scheduler.began`."""
+
+    def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
+        """See `Scheduler.end`."""
+        lease = self._leases.pop(lease_id)
+        self._by_agent[lease.agent_id].discard(lease_id)
+
+    def plan(self, now: float) -> Plan:
+        """See `Scheduler.plan`."""
+        granted: list[Lease] = []
+        refused: list[tuple[RequestId, SchedulerError]] = []
+        for request in list(self._waiting.values()):
+            decided = self._decide(request, now)
+            if isinstance(decided, Lease):
+                granted.append(decided)
+            elif decided is not None:
+                refused.append((request.id, decided))
+            if decided is not None:
+                del self._waiting[request.id]
+        return Plan(granted, refused)
+
+    def _decide(self, request: Request, now: float) -> Lease | SchedulerError | None:
+        found = eligible(self._registry, request, now)
+        free = [agent for agent in found.agents if self._has_place(agent, request)]
+        if free:
+            free.sort(key=lambda agent: self._last_chosen.get(agent.id, 0))
+            return self._grant(request, self._choose(free, request, self.in_flight), now)
+        late = request.deadline is not None and now >= request.deadline
+        waited = now - request.arrived_at
+        hopeless = not found.recovering or waited >= RECOVERY_SECONDS
+        if late or (not found.agents and hopeless):
+            return unavailable(self._registry, request, found, now)
+        return None
+
+    def _has_place(self, agent: AgentState, request: Request) -> bool:
+        runner = agent.report.runner if agent.report else None
+        if runner is None or runner.num_parallel is None:
+            return True
+        mine = [self._leases[lease].request.model for lease in self._by_agent[agent.id]]
+        return mine.count(request.model) < runner.num_parallel
+
+    def _grant(self, request: Request, agent: AgentState, now: float) -> Lease:
+        number = next(self._numbers)
+        lease = Lease(id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now)
+        self._leases[lease.id] = lease
+        self._by_agent[agent.id].add(lease.id)
+        self._last_chosen[agent.id] = number
+        return lease
+
+    def wake_at(self, now: float) -> float | None:
+        """See `Scheduler.wake_at`."""
+        times = [
+            min(request.arrived_at + RECOVERY_SECONDS, request.deadline or float("inf"))
+            for request in self._waiting.values()
+        ]
+        later = [time for time in times if time > now]
+        return min(later, default=None)
+
+    def leases(self) -> Iterable[Lease]:
+        """See `Scheduler.leases`."""
+        return self._leases.values()
+
+    def in_flight(self, agent_id: AgentId) -> int:
+        """See `Scheduler.in_flight`."""
+        return len(self._by_agent.get(agent_id, ()))
+
+    def waiting(self, now: float) -> list[Waiting]:
+        """See `Scheduler.waiting`."""
+        seen: defaultdict[str, int] = defaultdict(int)
+        line = []
+        for request in self._waiting.values():
+            seen[request.model] += 1
+            line.append(Waiting(request, seen[request.model], None))
+        return line

@@ -1,0 +1,1 @@
+"""The policies that count instead of predicting, one small file each."""

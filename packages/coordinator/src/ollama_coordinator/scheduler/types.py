@@ -1,0 +1,131 @@
+"""What the scheduler is told and what it answers: requests, leases, outcomes."""
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import NewType
+
+from msgspec import Struct, structs
+
+from ollama_coordinator_common.types import AgentId
+
+RequestId = NewType("RequestId", str)
+LeaseId = NewType("LeaseId", int)
+
+
+class Kind(Enum):
+    """What a request asks of a model."""
+
+    CHAT = "chat"
+    GENERATE = "generate"
+    EMBED = "embed"
+
+
+class Lane(Enum):
+    """How long a request may wait before someone minds; shorter budgets go first."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+    EMBEDDING = "embedding"
+
+
+class RunnerOptions(Struct, frozen=True):
+    """The options that decide whether a loaded runner can serve a request or must be reloaded.
+
+    Field names are Ollama's (`options`); `None` is absent, which matches a runner that was loaded
+    automatically too. Sampling options never reload.
+    """
+
+    num_ctx: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    use_mmap: bool | None = None
+    num_thread: int | None = None
+    draft_num_predict: int | None = None
+    shift: bool | None = None
+
+
+NO_OPTIONS = RunnerOptions()
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """One request as the scheduler sees it.
+
+    `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate;
+    `prefix` the chain of hashes of the conversation's messages, oldest first, each over all before
+    it; `output_limit` the client's own bound on the answer in tokens; `deadline` a monotonic time
+    after which the client no longer wants to wait for a place. `excluded`: already tried.
+    """
+
+    id: RequestId
+    model: str
+    name: str
+    arrived_at: float
+    kind: Kind = Kind.CHAT
+    lane: Lane = Lane.INTERACTIVE
+    client: str = ""
+    prompt_tokens: int = 0
+    prefix: tuple[int, ...] = ()
+    output_limit: int | None = None
+    options: RunnerOptions = NO_OPTIONS
+    load_only: bool = False
+    deadline: float | None = None
+    excluded: frozenset[AgentId] = frozenset()
+
+    def without(self, agents: Iterable[AgentId]) -> "Request":
+        """The same request after these agents failed it."""
+        return structs.replace(self, excluded=self.excluded | frozenset(agents))
+
+
+class Lease(Struct, frozen=True, kw_only=True):
+    """One attempt's place on one agent, from its grant until its end; every count derives from it.
+
+    `unload`: routing keys of models the agent should drop first, so that this one fits.
+    """
+
+    id: LeaseId
+    request: Request
+    agent_id: AgentId
+    granted_at: float
+    unload: tuple[str, ...] = ()
+
+
+class Timings(Struct, frozen=True):
+    """What Ollama's last record says of a request, in seconds and tokens.
+
+    Where the dialect has no durations (`/v1/…`), the seconds are `None` and only tokens are known.
+    """
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    total_seconds: float | None = None
+    load_seconds: float | None = None
+    prompt_seconds: float | None = None
+    output_seconds: float | None = None
+
+
+class Result(Enum):
+    """How an attempt ended."""
+
+    SERVED = "served"
+    """Answered, also with an error of the client's own making."""
+    CANCELLED = "cancelled"
+    """The client left."""
+    UNREACHABLE = "unreachable"
+    """Refused, reset, timed out or silent: the agent leaves rotation."""
+    CUT = "cut"
+    """Ended in the middle of the answer."""
+    BUSY = "busy"
+    """The agent answered that it is full."""
+    MODEL_FAILED = "model failed"
+    """The agent could not load or run the model."""
+    MODEL_MISSING = "model missing"
+    """The agent does not have the model it was listed with."""
+
+
+class Outcome(Struct, frozen=True):
+    """How an attempt ended, why, and what can be learned from it."""
+
+    result: Result
+    reason: str = ""
+    timings: Timings | None = None

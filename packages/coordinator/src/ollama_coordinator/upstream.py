@@ -1,0 +1,167 @@
+"""The connections to the agents' Ollamas; every transport error is translated here, once.
+
+UpstreamError
+├── Unreachable   nothing of an answer arrived: refused, reset, timed out, closed
+├── Cut           the answer ended before its end
+└── AgentLost     somebody else found out that the agent does not answer any more
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from types import TracebackType
+
+import aiohttp
+from aiohttp import AddrInfoType
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 3.0
+"""A machine on a network answers a connection within milliseconds or not at all."""
+
+KEEPALIVE_IDLE_SECONDS = 10
+KEEPALIVE_INTERVAL_SECONDS = 5
+KEEPALIVE_PROBES = 3
+UNACKNOWLEDGED_MILLISECONDS = 20_000
+
+Headers = list[tuple[str, str]]
+
+
+class UpstreamError(OllamaCoordinatorError):
+    """An agent's Ollama did not give a whole answer."""
+
+
+class Unreachable(UpstreamError):
+    """Nothing of an answer arrived."""
+
+
+class Cut(UpstreamError):
+    """The answer ended before its end."""
+
+
+class AgentLost(UpstreamError):
+    """Somebody else found out that the agent does not answer any more."""
+
+
+class Upstreams:
+    """One pool of connections to all agents; open between `async with` only.
+
+    There is no total and no read time-out: a cold load or a long prompt may be silent for minutes.
+    A machine that vanished is noticed by TCP itself (keep-alive, unacknowledged data) and by the
+    monitor's probes.
+    """
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Upstreams":
+        self._session = aiohttp.ClientSession(
+            auto_decompress=False,
+            connector=aiohttp.TCPConnector(
+                limit=0, socket_factory=_socket, keepalive_timeout=60, ttl_dns_cache=60
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            read_bufsize=2**18,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def open(
+        self, method: str, url: str, *, headers: Iterable[tuple[str, str]] = (), body: bytes = b""
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request and yield the response once its headers are here.
+
+        Leaving the block before the end of the body closes the connection, which is how Ollama
+        learns that nobody listens any more.
+
+        Raises:
+            Unreachable: no headers arrived.
+        """
+        if self._session is None:
+            raise RuntimeError("the upstream connections are not open")
+        try:
+            response = await self._session.request(
+                method, url, headers=list(headers), data=body or None, allow_redirects=False
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            raise Unreachable(_reason(exc)) from exc
+        try:
+            yield response
+        finally:
+            response.release() if response.content.is_eof() else response.close()
+
+    async def fetch(
+        self, method: str, url: str, *, seconds: float, body: bytes = b""
+    ) -> tuple[int, bytes]:
+        """A small request with a time-out for all of it: status and body.
+
+        Raises:
+            Unreachable: no whole answer within `seconds`.
+        """
+        try:
+            async with asyncio.timeout(seconds), self.open(method, url, body=body) as response:
+                return response.status, b"".join([chunk async for chunk in chunks(response)])
+        except TimeoutError as exc:
+            raise Unreachable(f"no answer within {seconds:g} s") from exc
+        except Cut as exc:
+            raise Unreachable(str(exc)) from exc
+
+
+async def chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it arrives.
+
+    Raises:
+        Cut: it ended before its end.
+    """
+    try:
+        async for chunk in response.content.iter_any():
+            yield chunk
+    except (aiohttp.ClientError, OSError) as exc:
+        raise Cut(_reason(exc)) from exc
+
+
+def _reason(exc: Exception) -> str:
+    """What an operator understands of a transport error."""
+    if isinstance(exc, aiohttp.ConnectionTimeoutError | aiohttp.ServerTimeoutError):
+        return f"no connection within {CONNECT_SECONDS:g} s"
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        return f"cannot connect: {exc.os_error.strerror or exc.os_error}"
+    if isinstance(exc, aiohttp.ServerDisconnectedError):
+        return "closed the connection without an answer"
+    if isinstance(exc, aiohttp.ClientPayloadError):
+        return "closed the connection in the middle of the answer"
+    if isinstance(exc, ConnectionResetError):
+        return "reset the connection"
+    return str(exc) or type(exc).__name__
+
+
+def _socket(address: AddrInfoType) -> socket.socket:
+    """A socket that notices a vanished machine within half a minute, where the platform can."""
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+        ("TCP_KEEPALIVE", KEEPALIVE_IDLE_SECONDS),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return sock
