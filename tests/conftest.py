@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
+
 from support.coordinator import Running, running
 from support.ollama import StandIn
 

@@ -113,18 +113,17 @@ async def serving(app: Any) -> AsyncIterator[str]:
     config.errorlog = None
     stop = asyncio.Event()
     server = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait))
+    url = f"http://127.0.0.1:{port}"
     try:
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", port)
-                except ConnectionRefusedError:
-                    await asyncio.sleep(0.01)
-                else:
-                    writer.close()
-                    await writer.wait_closed()
-                    break
-        yield f"http://127.0.0.1:{port}"
+        async with aiohttp.ClientSession() as session:
+            # The socket listens already: this waits for the application to start.
+            asked = asyncio.ensure_future(session.get(url))
+            await asyncio.wait({asked, server}, return_when=asyncio.FIRST_COMPLETED)
+            if server.done():
+                asked.cancel()
+                await server
+            (await asked).release()
+        yield url
     finally:
         stop.set()
         await server

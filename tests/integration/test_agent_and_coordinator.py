@@ -1,0 +1,75 @@
+"""The real agent program and the real coordinator, with nothing between them but the network."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import programs
+from support.coordinator import Running, running
+from support.ollama import Model, StandIn
+
+
+@asynccontextmanager
+async def agent(
+    folder: Path, coordinator_url: str, ollama: StandIn, **environment: str
+) -> AsyncIterator[programs.Program]:
+    settings = {
+        "COORDINATOR_URL": coordinator_url,
+        "OLLAMA_PORT": str(ollama.port),
+        "AGENT_STATE_DIR": str(folder / "state"),
+        "AGENT_MACHINE_NAME": "real",
+        "AGENT_MANAGE_OLLAMA": "false",
+        **environment,
+    }
+    program = programs.command("ollama-coordinator-agent")
+    async with programs.program(folder / "agent.log", program, "run", **settings) as started:
+        yield started
+
+
+async def view(coordinator: Running, condition: Any, seconds: float = 20.0) -> dict[str, Any]:
+    """The agent's view once it meets a condition."""
+    async with asyncio.timeout(seconds):
+        while True:
+            agents = await coordinator.get("/api/agents")
+            if agents and condition(agents[0]):
+                return dict(agents[0])
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.spec("FLEET-11")
+@pytest.mark.spec("FLEET-12")
+async def test_an_agent_brings_its_machine_into_the_fleet_and_takes_it_out(tmp_path: Path) -> None:
+    async with running() as coordinator, StandIn() as ollama:
+        async with agent(tmp_path, coordinator.url, ollama) as program:
+            seen = await view(coordinator, lambda agent: agent["cpu_usage"] is not None)
+            assert seen["machine_name"] == "real"
+            assert seen["models"] == ["llama3.2:latest"]
+            assert coordinator.agent(seen["id"]).brings_inventory
+            assert (await coordinator.chat())[0] == 200
+            await view(coordinator, lambda agent: agent["loaded_models"] == ["llama3.2:latest"])
+            ollama.models.add(Model("fresh"))
+            await view(coordinator, lambda agent: "fresh:latest" in agent["models"])
+            await ollama.kill()
+            await view(coordinator, lambda agent: not agent["ollama_running"])
+            await ollama.start()
+            await view(coordinator, lambda agent: agent["ollama_running"])
+            program.send(programs.TERMINATE)
+            assert await program.ended() == 0
+            await view(coordinator, lambda agent: agent["status"] == "offline")
+
+
+@pytest.mark.spec("FLEET-10")
+async def test_an_agent_that_was_forgotten_registers_again(tmp_path: Path) -> None:
+    async with running() as coordinator, StandIn() as ollama:
+        async with agent(tmp_path, coordinator.url, ollama):
+            seen = await view(coordinator, lambda agent: agent["cpu_usage"] is not None)
+            url = f"{coordinator.url}/api/agents/{seen['id']}"
+            async with coordinator.session.delete(url) as response:
+                assert response.status == 204
+            ollama.models.add(Model("news"))  # what it reports at once
+            again = await view(coordinator, lambda agent: "news:latest" in agent["models"])
+            assert again["machine_name"] == "real"

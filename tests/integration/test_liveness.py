@@ -1,0 +1,158 @@
+"""Who counts as alive, and what happens to the requests of who does not."""
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+
+from support.coordinator import Running, running
+from support.ollama import StandIn
+
+
+def named(coordinator: Running, name: str) -> str:
+    return next(agent.id for agent in coordinator.parts.registry if agent.name == name)
+
+
+async def served_by(coordinator: Running, count: int) -> Counter[str]:
+    """Who serves `count` chats, one after the other."""
+    agents: Counter[str] = Counter()
+    for _ in range(count):
+        async with coordinator.stream() as response:
+            assert response.status == 200
+            await response.read()
+        agents[response.headers["X-Ollama-Coordinator-Agent"]] += 1
+    return agents
+
+
+async def served_in_parallel(coordinator: Running, count: int, *ollamas: StandIn) -> list[int]:
+    """How many of `count` simultaneous chats each stand-in gets."""
+    before = [ollama.seen.count("/api/chat") for ollama in ollamas]
+    answers = await asyncio.gather(*(coordinator.chat() for _ in range(count)))
+    assert {status for status, _ in answers} == {200}
+    after = [ollama.seen.count("/api/chat") for ollama in ollamas]
+    return [now - then for now, then in zip(after, before, strict=True)]
+
+
+@pytest.mark.spec("FLEET-13")
+async def test_a_silent_agent_goes_offline_and_comes_back_with_a_heartbeat() -> None:
+    async with running(agent_timeout=0.3) as coordinator, StandIn() as ollama:
+        agent_id = await coordinator.register(ollama)
+        agent = coordinator.agent(agent_id)
+        await coordinator.until(
+            lambda: not coordinator.parts.registry.is_online(agent, coordinator.parts.clock.now())
+        )
+        status, answer = await coordinator.chat()
+        assert (status, "offline" in answer["error"]) == (503, True)
+        assert (await coordinator.get("/api/agents"))[0]["status"] == "offline"
+        await coordinator.heartbeat(agent_id)
+        assert (await coordinator.chat())[0] == 200
+
+
+@pytest.mark.spec("FLEET-13")
+async def test_an_answer_goes_on_when_only_the_heartbeats_stop() -> None:
+    async with running(agent_timeout=0.2) as coordinator, StandIn() as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        ollama.hold(after=1)
+        async with coordinator.stream() as response:
+            await response.content.readline()
+            now = coordinator.parts.clock.now
+            await coordinator.until(lambda: not coordinator.parts.registry.is_online(agent, now()))
+            ollama.release()
+            last = (await response.content.read()).splitlines()[-1]
+        assert json.loads(last)["done"] is True
+
+
+@pytest.mark.spec("FLEET-14")
+@pytest.mark.spec("FLEET-15")
+async def test_an_agent_that_was_killed_and_comes_back_gets_its_share(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    await served_in_parallel(coordinator, 8, ollama, spare)
+    await ollama.kill()
+    assert await served_by(coordinator, 6) == {"spare": 6}
+    agent = coordinator.agent(named(coordinator, "first"))
+    assert agent.out_of_rotation()
+    await ollama.start()
+    await coordinator.until(lambda: agent.out_of_rotation() is None)
+    # Its memory is empty now: once it has loaded the model, both are equal.
+    await ollama.load("llama3.2")
+    await coordinator.parts.monitor.look_at(agent, seconds=5)
+    ollama.hold()
+    spare.hold()
+    asked = [asyncio.create_task(coordinator.chat()) for _ in range(10)]
+    await coordinator.until(lambda: coordinator.parts.dispatch.in_flight(agent.id) > 0)
+    ollama.release()
+    spare.release()
+    assert {status for status, _ in await asyncio.gather(*asked)} == {200}
+    shares = await served_in_parallel(coordinator, 20, ollama, spare)
+    assert min(shares) >= 8
+
+
+@pytest.mark.spec("FLEET-14")
+async def test_a_refused_agent_is_asked_again_by_probes_only(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ollama.faults.fin()
+    assert await served_by(coordinator, 12) == {"spare": 12}
+    assert ollama.seen.count("/api/chat") <= 1
+
+
+@pytest.mark.spec("FLEET-16")
+async def test_a_hanging_agent_holds_up_nobody(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ollama.faults.hang()
+    asked = [asyncio.create_task(coordinator.chat()) for _ in range(6)]
+    await coordinator.until(lambda: sum(task.done() for task in asked) >= 3)
+    answers = await asyncio.gather(*asked)
+    assert {status for status, _ in answers} == {200}
+    agent = coordinator.agent(named(coordinator, "first"))
+    assert agent.out_of_rotation()
+    ollama.faults.clear()
+    await coordinator.until(lambda: agent.out_of_rotation() is None)
+    await coordinator.until(coordinator.at_rest)
+    await ollama.seen.wait_for(lambda seen: seen.active == 0)
+
+
+@pytest.mark.spec("FLEET-16")
+async def test_a_machine_that_vanished_ends_its_streams_with_an_error(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    ollama.hold(after=1)
+    async with coordinator.stream() as response:
+        await response.content.readline()
+        ollama.faults.black_hole()
+        held = next(iter(coordinator.parts.dispatch.held()))
+        held.progress_at -= 60
+        last = (await response.content.read()).splitlines()[-1]
+    assert "first does not answer any more" in json.loads(last)["error"]
+    await coordinator.until(coordinator.at_rest)
+
+
+@pytest.mark.spec("FLEET-17")
+async def test_a_silent_agent_that_answers_probes_is_waited_for(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ollama.hold_loads()
+    spare.hold_loads()
+    asked = asyncio.create_task(coordinator.chat())
+    await coordinator.until(lambda: ollama.seen.loading + spare.seen.loading == 1)
+    loading = ollama if ollama.seen.loading else spare
+    held = next(iter(coordinator.parts.dispatch.held()))
+    held.progress_at -= 600
+    await coordinator.until(lambda: loading.seen.count("/api/version") > 0)
+    loading.release()
+    assert (await asked)[0] == 200
+    assert not held.agent.resting
+
+
+@pytest.mark.spec("PROXY-7")
+async def test_a_black_hole_is_left_for_another_agent(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ollama.faults.refuse().clear()  # no connection left over from the registration
+    ollama.faults.black_hole()
+    answers = await asyncio.gather(*(coordinator.chat() for _ in range(4)))
+    assert {status for status, _ in answers} == {200}
+    assert coordinator.agent(named(coordinator, "first")).out_of_rotation()

@@ -1,0 +1,156 @@
+"""What survives a restart, an unwritable database, and a kill -9."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from support import programs
+from support.coordinator import running
+from support.ollama import StandIn
+
+
+def url_of(path: Path) -> str:
+    return f"sqlite:///{path.as_posix()}"
+
+
+@pytest.mark.spec("FLEET-19")
+@pytest.mark.spec("FLEET-20")
+async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(tmp_path: Path) -> None:
+    database = url_of(tmp_path / "c.db")
+    async with StandIn() as ollama:
+        async with running(database_url=database) as coordinator:
+            agent_id = await coordinator.register(ollama, "kept")
+            patch = {"display_name": "Kept", "labels": ["gpu"], "notes": "rack 3"}
+            url = f"{coordinator.url}/api/agents/{agent_id}"
+            async with coordinator.session.patch(url, json=patch):
+                pass
+        async with running(database_url=database) as coordinator:
+            assert (await coordinator.chat())[0] == 200
+            view = await coordinator.get(f"/api/agents/{agent_id}")
+            assert view["status"] == "online"
+            assert {key: view[key] for key in patch} == patch
+            assert await coordinator.heartbeat(agent_id) == 200
+
+
+@pytest.mark.spec("FLEET-20")
+async def test_an_agent_silent_for_long_is_back_when_its_ollama_answers(tmp_path: Path) -> None:
+    database = tmp_path / "c.db"
+    async with StandIn() as ollama:
+        async with running(database_url=url_of(database)) as coordinator:
+            await coordinator.register(ollama)
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE agents SET last_seen = '2020-01-01T00:00:00+00:00'")
+        connection.close()
+        async with running(database_url=url_of(database)) as coordinator:
+            async with asyncio.timeout(5):
+                while (await coordinator.chat())[0] != 200:
+                    await asyncio.sleep(0.01)
+
+
+@pytest.mark.spec("FLEET-19")
+async def test_a_model_whose_agents_are_gone_is_still_known_after_a_restart(tmp_path: Path) -> None:
+    database = url_of(tmp_path / "c.db")
+    async with StandIn() as ollama, running(database_url=database) as coordinator:
+        agent_id = await coordinator.register(ollama, "gone")
+        await coordinator.heartbeat(agent_id, leaving=True)
+    async with running(database_url=database) as coordinator:
+        status, answer = await coordinator.chat()
+        assert (status, "gone: offline" in answer["error"]) == (503, True)
+        names = [model["name"] for model in (await coordinator.get("/api/tags"))["models"]]
+        assert names == ["llama3.2:latest"]
+
+
+@pytest.mark.spec("FLEET-4")
+async def test_a_registration_is_on_disk_when_it_is_answered(tmp_path: Path) -> None:
+    async with running(database_url=url_of(tmp_path / "c.db")) as coordinator, StandIn() as ollama:
+        agent_id = await coordinator.register(ollama)
+        with sqlite3.connect(tmp_path / "c.db") as connection:
+            rows = connection.execute("SELECT id FROM agents").fetchall()
+        connection.close()
+        assert rows == [(agent_id,)]
+
+
+@pytest.mark.spec("FLEET-19")
+async def test_a_removed_agent_stays_removed(tmp_path: Path) -> None:
+    database = url_of(tmp_path / "c.db")
+    async with StandIn() as ollama:
+        async with running(database_url=database) as coordinator:
+            agent_id = await coordinator.register(ollama)
+            url = f"{coordinator.url}/api/agents/{agent_id}"
+            async with coordinator.session.delete(url):
+                pass
+        async with running(database_url=database) as coordinator:
+            assert await coordinator.get("/api/agents") == []
+            assert await coordinator.heartbeat(agent_id) == 404
+
+
+@pytest.mark.spec("OPERATION-6")
+async def test_a_database_that_fails_while_running_stops_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    async with running(database_url=url_of(path)) as coordinator, StandIn() as ollama:
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        agent_id = await coordinator.register(ollama, "unwritten")
+        assert (await coordinator.chat())[0] == 200
+        health = await coordinator.get("/healthz")
+        assert "locked" in health["database"]
+        assert health["status"] == "ok"
+        holder.execute("ROLLBACK")
+        await coordinator.until(lambda: coordinator.parts.store.problem is None)
+        rows = holder.execute("SELECT id FROM agents").fetchall()
+        holder.close()
+        assert rows == [(agent_id,)]
+
+
+@pytest.mark.spec("FLEET-19")
+@pytest.mark.spec("FLEET-20")
+async def test_kill_9_under_load_loses_no_agent(tmp_path: Path) -> None:
+    port = programs.free_port()
+    async with StandIn(slots=4) as ollama, StandIn(slots=4) as other:
+        async with programs.coordinator(tmp_path, port) as (url, first):
+            client = Client(url)
+            ids = [await client.register(node) for node in (ollama, other)]
+            load = [asyncio.create_task(client.chat()) for _ in range(20)]
+            await ollama.seen.wait_for(lambda seen: seen.count("/api/chat") > 0)
+            await first.kill()
+            await asyncio.gather(*load, return_exceptions=True)
+            await client.close()
+        async with programs.coordinator(tmp_path, port) as (url, _):
+            client = Client(url)
+            assert sorted(await client.agents()) == sorted(ids)
+            assert {await client.chat() for _ in range(6)} == {200}
+            await client.close()
+
+
+class Client:
+    """Just enough of one."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session = aiohttp.ClientSession()
+
+    async def register(self, ollama: StandIn) -> str:
+        facts = {
+            "machine_name": f"machine-{ollama.port}",
+            "ip_address": "127.0.0.1",
+            "ollama_version": "0.33.0",
+            "ollama_port": ollama.port,
+        }
+        async with self._session.post(f"{self._url}/api/agents", json=facts) as response:
+            return str((await response.json())["agent_id"])
+
+    async def agents(self) -> list[str]:
+        async with self._session.get(f"{self._url}/api/agents") as response:
+            return [agent["id"] for agent in await response.json()]
+
+    async def chat(self) -> int:
+        body = {"model": "llama3.2", "messages": [{"role": "user", "content": "x"}]}
+        async with self._session.post(f"{self._url}/api/chat", json=body) as response:
+            await response.read()
+            return response.status
+
+    async def close(self) -> None:
+        await self._session.close()

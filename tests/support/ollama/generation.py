@@ -1,0 +1,135 @@
+"""One generation: load, slot, prompt evaluation, then a token at a time, all of it timed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .engine import Engine
+from .models import Model
+from .runner import Runner, Settings, Slot
+from .script import TOKEN_CHARACTERS, Script, count_tokens
+
+Kind = Literal["content", "thinking"]
+Emit = Callable[[Kind, str], Awaitable[None]]
+
+# A stream further behind than this (it was held, or its client read slowly) does not catch up.
+CATCH_UP_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a route asks the engine for."""
+
+    model: Model
+    prompt: str
+    script: Script
+    settings: Settings
+    keep_alive: float | None = None
+    extra_tokens: int = 0  # images
+
+
+@dataclass
+class Timings:
+    """Nanoseconds of wall time, as the final line reports them."""
+
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
+
+    def fields(self) -> dict[str, int]:
+        """Zero values are left out, as Go's `omitempty` does."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@dataclass
+class Generation:
+    """A running answer: `run` it, then read what it took."""
+
+    engine: Engine
+    turn: Turn
+    runner: Runner
+    started: float
+    loaded_at: float
+    timings: Timings = field(default_factory=Timings)
+
+    async def run(self, emit: Emit) -> None:
+        """Waits for a slot, evaluates the prompt, hands on the tokens at the node's pace."""
+        prompt = self.turn.prompt
+        self.timings.load_duration = _nanoseconds(self.loaded_at - self.started)
+        async with self.runner.slot(prompt) as slot:
+            await self._evaluate(slot)
+            slot.cached = prompt
+            await self._decode(emit)
+            slot.cached = prompt + "".join(self.turn.script.content)
+        self.timings.total_duration = _nanoseconds(_now() - self.started)
+
+    async def _evaluate(self, slot: Slot) -> None:
+        """Only what the slot does not remember costs time; the count reports the whole prompt."""
+        turn, began = self.turn, _now()
+        total = count_tokens(turn.prompt) + turn.extra_tokens
+        fresh = max(total - slot.overlap(turn.prompt) // TOKEN_CHARACTERS, 1)
+        seconds = self.engine.hardware.prefill_seconds(turn.model, fresh) * self._factor()
+        if seconds:
+            await asyncio.sleep(seconds)
+        self.timings.prompt_eval_count = total
+        self.timings.prompt_eval_duration = _nanoseconds(_now() - began)
+
+    async def _decode(self, emit: Emit) -> None:
+        script, gate, seen = self.turn.script, self.engine.gate, self.engine.seen
+        interval = self.engine.hardware.decode_seconds(self.turn.model)
+        began = due = _now()
+        produced = 0
+        if not (script.thinking or script.content) and gate.stops(0):
+            await gate.wait()
+        kind: Kind
+        for kind, texts in (("thinking", script.thinking), ("content", script.content)):
+            for text in texts:
+                if gate.stops(produced):
+                    await gate.wait()
+                if interval:
+                    due = await _pause(due + interval * self._factor())
+                else:
+                    await asyncio.sleep(0)
+                produced += 1
+                seen.tokens += 1
+                await emit(kind, text)
+        self.timings.eval_count = produced or len(script.tool_calls)
+        self.timings.eval_duration = _nanoseconds(_now() - began)
+
+    def _factor(self) -> float:
+        return self.engine.hardware.factor(self.runner.busy, self.engine.busy_runners)
+
+
+@contextlib.asynccontextmanager
+async def generation(engine: Engine, turn: Turn) -> AsyncIterator[Generation]:
+    """Brings the model in (this is where a status can still be an error), then hands over."""
+    started = _now()
+    async with engine.runner(turn.model, turn.settings, turn.keep_alive) as runner:
+        yield Generation(engine, turn, runner, started, _now())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+async def _pause(due: float) -> float:
+    """Sleeps until then and says when the next interval starts."""
+    now = _now()
+    if due > now:
+        await asyncio.sleep(due - now)
+    elif now - due > CATCH_UP_SECONDS:
+        return now
+    else:
+        await asyncio.sleep(0)
+    return due

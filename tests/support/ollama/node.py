@@ -1,0 +1,89 @@
+"""One machine's Ollama without its sockets: what is on disk, in memory, wrong, and seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .engine import Engine
+from .faults import Faults
+from .gate import Gate
+from .hardware import Hardware
+from .models import Model, Store
+from .script import AnswerFunction
+from .seen import Seen
+
+VERSION = "0.33.0"
+
+
+@dataclass
+class Settings:
+    """How the node is set up; most are Ollama's own environment variables."""
+
+    version: str = VERSION
+    slots: int = 1  # OLLAMA_NUM_PARALLEL
+    max_loaded_models: int = 3
+    max_queue: int = 512
+    keep_alive: float = 300.0
+    default_context: int | None = None  # None: by memory
+    origins: Sequence[str] = ()  # OLLAMA_ORIGINS, `*` as a wildcard
+    cloud_disabled: bool = True
+    signed_in_as: str | None = None
+    download_bytes_per_second: float = float("inf")
+    may_push: bool = True
+    lacks: Sequence[str] = ()  # routes an older version does not have yet: 404
+    answer: AnswerFunction | None = None
+
+
+@dataclass
+class Node:
+    """What the routes work on."""
+
+    settings: Settings
+    hardware: Hardware
+    store: Store
+    registry: Store  # what can be pulled
+    seen: Seen
+    gate: Gate
+    faults: Faults
+    engine: Engine
+    audible: asyncio.Event = field(default_factory=asyncio.Event)  # cleared by a black hole
+
+    @classmethod
+    def build(
+        cls,
+        settings: Settings,
+        hardware: Hardware,
+        models: Iterable[Model],
+        registry: Iterable[Model],
+        faults: Faults,
+    ) -> Node:
+        seen = Seen()
+        gate = Gate(seen)
+
+        def load_failure(model: Model) -> str | None:
+            hit = faults.pick(("load",), model=model.name)
+            return hit.fault.text if hit else None
+
+        engine = Engine(
+            hardware=hardware,
+            seen=seen,
+            gate=gate,
+            slots=settings.slots,
+            max_loaded_models=settings.max_loaded_models,
+            max_queue=settings.max_queue,
+            keep_alive=settings.keep_alive,
+            default_context=settings.default_context,
+            load_failure=load_failure,
+        )
+        return cls(
+            settings=settings,
+            hardware=hardware,
+            store=Store(models),
+            registry=Store(registry),
+            seen=seen,
+            gate=gate,
+            faults=faults,
+            engine=engine,
+        )

@@ -1,0 +1,107 @@
+"""The route table: every path of the node, what answers it, and how near misses are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from aiohttp import web
+
+from support.ollama.exchange import Exchange
+
+from . import account, anthropic, audio, embed, inventory, native, openai, responses, transfer
+
+Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+
+
+class Route(NamedTuple):
+    handler: Handler
+    reads_body: bool = False
+
+
+def _get(handler: Handler, *, head: bool = False) -> dict[str, Route]:
+    route = Route(handler)
+    return {"GET": route, "HEAD": route} if head else {"GET": route}
+
+
+def _post(handler: Handler) -> dict[str, Route]:
+    return {"POST": Route(handler, reads_body=True)}
+
+
+ROUTES: dict[str, dict[str, Route]] = {
+    "/": _get(inventory.root, head=True),
+    "/api/version": _get(inventory.version, head=True),
+    "/api/status": _get(inventory.status),
+    "/api/tags": _get(inventory.tags, head=True),
+    "/api/ps": _get(inventory.ps),
+    "/api/show": _post(inventory.show),
+    "/api/generate": _post(native.generate),
+    "/api/chat": _post(native.chat),
+    "/api/embed": _post(embed.embed),
+    "/api/embeddings": _post(embed.embeddings),
+    "/api/copy": _post(inventory.copy),
+    "/api/delete": {"DELETE": Route(inventory.delete, reads_body=True)},
+    "/api/pull": _post(transfer.pull),
+    "/api/push": _post(transfer.push),
+    "/api/create": _post(transfer.create),
+    "/api/me": _post(account.me),
+    "/api/signout": _post(account.signout),
+    "/api/experimental/web_search": _post(account.web_tool),
+    "/api/experimental/web_fetch": _post(account.web_tool),
+    "/v1/audio/transcriptions": {"POST": Route(audio.transcriptions)},
+    "/v1/chat/completions": _post(openai.chat_completions),
+    "/v1/completions": _post(openai.completions),
+    "/v1/embeddings": _post(openai.embeddings),
+    "/v1/responses": _post(responses.responses),
+    "/v1/messages": _post(anthropic.messages),
+    "/v1/models": _get(openai.models),
+    "/api/experimental/model-recommendations": _get(inventory.recommendations),
+}
+# Routes whose last segment is an argument; a `/` in it makes another path.
+WITH_ARGUMENT: dict[str, dict[str, Route]] = {
+    "/v1/models": _get(openai.model),
+    "/api/blobs": {"HEAD": Route(transfer.blob_head), "POST": Route(transfer.blob_post)},
+    "/api/user/keys": {"DELETE": Route(account.signout)},
+}
+
+
+def find(exchange: Exchange) -> Route:
+    """The route of a request; for a path that is none, the route that says so."""
+    path, method = exchange.path, exchange.request.method
+    methods = _methods(exchange, path)
+    if methods is None:
+        trimmed = path.rstrip("/")
+        nearby = _methods(exchange, trimmed) if path.endswith("/") else None
+        return Route(_redirect if nearby and method in nearby else _not_found)
+    route = methods.get(method)
+    if route is None:
+        exchange.argument = ", ".join(sorted(methods))
+        return Route(_not_allowed)
+    return route
+
+
+def _methods(exchange: Exchange, path: str) -> dict[str, Route] | None:
+    if path in exchange.node.settings.lacks:
+        return None
+    if path in ROUTES:
+        return ROUTES[path]
+    head, _, exchange.argument = path.rpartition("/")
+    return WITH_ARGUMENT.get(head) if exchange.argument else None
+
+
+async def _not_found(exchange: Exchange) -> web.StreamResponse:
+    return exchange.text("404 page not found", 404)
+
+
+async def _not_allowed(exchange: Exchange) -> web.StreamResponse:
+    answer = exchange.text("405 method not allowed", 405)
+    answer.headers["Allow"] = exchange.argument
+    return answer
+
+
+async def _redirect(exchange: Exchange) -> web.StreamResponse:
+    moved = 301 if exchange.request.method == "GET" else 307
+    answer = exchange.nothing(moved)
+    query = exchange.request.query_string
+    answer.headers["Location"] = exchange.path.rstrip("/") + (f"?{query}" if query else "")
+    return answer

@@ -1,0 +1,54 @@
+"""`/v1/audio/transcriptions`: a multipart form in, a sentence out."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from aiohttp.multipart import BodyPartReader
+
+from support.ollama.exchange import Exchange
+from support.ollama.generation import Turn, generation
+from support.ollama.script import Script, words
+from support.ollama.wire import ApiError
+
+from .lookup import resolve, single_quoted
+from .options import settings
+
+TRANSCRIBED_TOKENS = 8
+
+
+async def transcriptions(exchange: Exchange) -> web.StreamResponse:
+    form = await _form(exchange)
+    asked = form.get("model", b"").decode("utf-8", "replace")
+    if "file" not in form:
+        raise ApiError(400, "file is required")
+    if not asked:
+        raise ApiError(400, "model is required")
+    exchange.record.model = asked
+    model = resolve(exchange.node, asked, single_quoted(asked))
+    heard = form["file"].hex()
+    said = words(heard, TRANSCRIBED_TOKENS)
+    script = Script(content=said)
+    turn = Turn(model=model, prompt=heard, script=script, settings=settings(exchange, model, {}))
+    async with generation(exchange.node.engine, turn) as running:
+        await running.run(_ignore)
+    text = "".join(said)
+    if form.get("response_format") == b"text":
+        return exchange.text(text, content_type="text/plain; charset=utf-8")
+    return exchange.json({"text": text})
+
+
+async def _ignore(kind: str, text: str) -> None:
+    """The words are sent when all of them are there."""
+
+
+async def _form(exchange: Exchange) -> dict[str, bytes]:
+    """Every field of the form; the record keeps the size of what was sent."""
+    try:
+        reader = await exchange.request.multipart()
+    except (AssertionError, ValueError):  # what aiohttp says to a body that is no form
+        raise ApiError(400, "request Content-Type isn't multipart/form-data") from None
+    form: dict[str, bytes] = {}
+    while (part := await reader.next()) is not None:
+        if isinstance(part, BodyPartReader) and part.name:
+            form[part.name] = bytes(await part.read(decode=False))
+    return form

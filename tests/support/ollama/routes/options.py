@@ -1,0 +1,107 @@
+"""Reading what a request asks of the runner and of the answer, native and `/v1` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from support.ollama.exchange import Exchange
+from support.ollama.generation import Turn
+from support.ollama.gojson import Fields
+from support.ollama.models import Model
+from support.ollama.runner import Settings
+from support.ollama.script import IMAGE_TOKENS, Request, answer, count_tokens
+from support.ollama.wire import ApiError
+
+_INTEGERS = frozenset(
+    {
+        *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict"),
+        *("num_predict", "num_keep", "seed", "top_k", "repeat_last_n"),
+    }
+)
+_NUMBERS = frozenset(
+    {
+        *("temperature", "top_p", "min_p", "typical_p"),
+        *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+    }
+)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """A wrong type inside `options` is a 500: it surfaces after the body was accepted."""
+    for key, value in options.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in _INTEGERS and not number:
+            raise ApiError(500, f'option "{key}" must be of type integer')
+        if key in _NUMBERS and not number:
+            raise ApiError(500, f'option "{key}" must be of type float32')
+        if key == "stop" and not isinstance(value, list):
+            raise ApiError(500, f'option "{key}" must be of type array')
+        if key == "use_mmap" and not isinstance(value, bool | None):
+            raise ApiError(500, f'option "{key}" must be of type boolean')
+
+
+def settings(
+    exchange: Exchange, model: Model, options: Mapping[str, Any], *, shift: bool = True
+) -> Settings:
+    check(options)
+    return exchange.node.engine.settings(model, options, shift=shift)
+
+
+def wants_thinking(model: Model, asked: Any, name: str) -> bool:
+    """`think` as sent: a flag or a level; models that can think do so unless told not to."""
+    able = "thinking" in model.capabilities
+    if asked is None:
+        return able
+    if asked is not False and asked != "none" and not able:
+        raise ApiError(400, f'"{name}" does not support thinking')
+    return asked is not False and asked != "none"
+
+
+def turn(
+    exchange: Exchange,
+    request: Request,
+    options: Mapping[str, Any],
+    *,
+    keep_alive: float | None = None,
+    images: int = 0,
+    shift: bool = True,
+) -> Turn:
+    """Everything the engine needs, from what the route understood."""
+    wanted = settings(exchange, request.model, options, shift=shift)
+    extra = images * IMAGE_TOKENS
+    if not shift and count_tokens(request.prompt) + extra > wanted.num_ctx:
+        raise ApiError(400, "the input length exceeds the context length")
+    return Turn(
+        model=request.model,
+        prompt=request.prompt,
+        script=answer(request, exchange.node.settings.answer),
+        settings=wanted,
+        keep_alive=keep_alive,
+        extra_tokens=extra,
+    )
+
+
+def stops(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(stop) for stop in value) if isinstance(value, list) else ()
+
+
+def flatten(messages: Sequence[Fields]) -> str:
+    """The conversation as the prompt a runner would see; a prefix of the next turn's."""
+    return "".join(f"<|{message.text('role')}|>\n{content_text(message)}\n" for message in messages)
+
+
+def content_text(message: Fields) -> str:
+    """`content` as plain text, also where it is a list of parts."""
+    content = message.raw.get("content")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        return "".join(str(part.get("text") or "") for part in parts)
+    return message.text("content")
+
+
+def last_user(messages: Sequence[Fields]) -> str:
+    said = [content_text(message) for message in messages if message.text("role") == "user"]
+    return said[-1] if said else ""
