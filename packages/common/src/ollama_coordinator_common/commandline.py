@@ -7,8 +7,9 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .error import ConfigError
 
@@ -51,6 +52,18 @@ def with_settings(
         return configured
 
     return decorate
+
+
+class _Context(Protocol):
+    """The part of Typer's context that tells where a value came from."""
+
+    def get_parameter_source(self, name: str) -> Enum | None: ...
+
+
+def is_typed(context: _Context, name: str) -> bool:
+    """Whether an option stands on the command line, and not in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def whole_number(variable: str, text: str) -> int:

@@ -26,6 +26,12 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
     max_queue: int = 512
     max_body_mebibytes: int = 64
     drain_timeout: float = 300.0
+    history_rows: int = 100_000
+    history_days: float = 30.0
+    larger_context: bool = True
+    origins: tuple[str, ...] = ()
+    pull_placement: str = "all"
+    max_spool_gibibytes: float = 64.0
 
     def __post_init__(self) -> None:
         database_path(self.database_url)
@@ -33,11 +39,21 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
             ("HEALTH_CHECK_INTERVAL", self.health_check_interval),
             ("AGENT_TIMEOUT", self.agent_timeout),
             ("COORDINATOR_MAX_BODY_MIB", self.max_body_mebibytes),
+            ("COORDINATOR_HISTORY_ROWS", self.history_rows),
+            ("COORDINATOR_HISTORY_DAYS", self.history_days),
+            ("COORDINATOR_MAX_SPOOL_GIB", self.max_spool_gibibytes),
         ):
             if not 0 < value < float("inf"):
                 raise ConfigError(variable, value, "give a number greater than 0")
+        for variable, value in (
+            ("COORDINATOR_MAX_QUEUE", self.max_queue),
+            ("COORDINATOR_DRAIN_TIMEOUT", self.drain_timeout),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(variable, value, "give 0 or a number greater than 0")
         if not 0 <= self.port <= 65535:
-            raise ConfigError("COORDINATOR_PORT", self.port, "give a port from 1 to 65535")
+            expected = "give a port from 1 to 65535, or 0 for any"
+            raise ConfigError("COORDINATOR_PORT", self.port, expected)
 
     @property
     def max_body_bytes(self) -> int:

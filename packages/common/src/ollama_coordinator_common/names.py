@@ -36,21 +36,18 @@ class ModelName(Struct, frozen=True):
 
         Raises:
             InvalidModelName: a part is missing, too long or has a character it must not have.
-            ConflictingSource: the name ends in both `:local` and `:cloud`.
+            ConflictingSource: the name ends in two of `:local`, `:cloud` and `-cloud`.
         """
-        rest = _without_source(text.strip(), text)
-        if "://" in rest:
-            _, _, rest = rest.partition("://")
-        head, slash, last = rest.rpartition("/")
-        last, _, tag = last.partition(":")
+        head, slash, last = _without_source(text.strip()).rpartition("/")
+        model, colon, tag = last.partition(":")
         host, inner_slash, namespace = head.rpartition("/")
-        if slash and not inner_slash:
-            host, namespace = "", head
+        if "://" in host:
+            host = host.partition("://")[2]
         name = cls(
             host=host if inner_slash else DEFAULT_HOST,
             namespace=namespace if slash else DEFAULT_NAMESPACE,
-            model=last,
-            tag=tag or DEFAULT_TAG,
+            model=model,
+            tag=tag if colon else DEFAULT_TAG,
         )
         if not name._is_valid():
             raise InvalidModelName(text)
@@ -73,9 +70,11 @@ class ModelName(Struct, frozen=True):
     def short(self) -> str:
         """The name as Ollama's lists show it: without the defaults, always with the tag."""
         name = f"{self.model}:{self.tag}"
-        if self.namespace != DEFAULT_NAMESPACE or self.host != DEFAULT_HOST:
-            name = f"{self.namespace}/{name}"
-        return name if self.host == DEFAULT_HOST else f"{self.host}/{name}"
+        if self.host.lower() != DEFAULT_HOST:
+            return f"{self.host}/{self.namespace}/{name}"
+        if self.namespace.lower() != DEFAULT_NAMESPACE:
+            return f"{self.namespace}/{name}"
+        return name
 
     @property
     def runs_in_the_cloud(self) -> bool:
@@ -84,20 +83,26 @@ class ModelName(Struct, frozen=True):
         return tag == "cloud" or tag.endswith("-cloud")
 
 
-def _without_source(text: str, original: str) -> str:
+def _without_source(text: str) -> str:
     """The name with an explicit `:local` dropped and `x:tag:cloud` folded into `x:tag-cloud`."""
-    lowered = text.lower()
-    base, _, source = lowered.rpartition(":")
-    if source not in ("local", "cloud") or not base:
-        return text
-    other = "cloud" if source == "local" else "local"
-    if base.endswith(f":{other}") or (source == "local" and base.endswith("-cloud")):
-        raise ConflictingSource(original)
-    without = text[: len(base)]
-    if source == "local":
-        return without
-    has_tag = ":" in without.rpartition("/")[2]
-    return f"{without}-cloud" if has_tag else text
+    base, source = _split_source(text)
+    if source and _split_source(base)[1]:
+        raise ConflictingSource(text)
+    if source == ":local":
+        return base
+    has_tag = ":" in base.rpartition("/")[2]
+    return f"{base}-cloud" if source == ":cloud" and has_tag else text
+
+
+def _split_source(text: str) -> tuple[str, str]:
+    """A name and what it says of where to run: `:local`, `:cloud`, `-cloud` or nothing."""
+    head, colon, suffix = text.rpartition(":")
+    word = suffix.strip().lower()
+    if colon and word in ("local", "cloud"):
+        return head, f":{word}"
+    if colon and "/" not in word and word.endswith("-cloud"):
+        return text[: -len("-cloud")], "-cloud"
+    return text, ""
 
 
 def model_key(text: str) -> str:

@@ -5,12 +5,26 @@ yesterday's agent works with today's coordinator and the other way round. The fo
 `RegisterRequest` and of `HealthReport` without defaults are all that an agent must send.
 """
 
+import ipaddress
+import re
 from datetime import datetime
 from typing import Annotated
 
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from .types import AgentId, AgentStatus, Gpu, Percent, Port, RunnerSettings
+
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+
+
+def is_address(text: str) -> bool:
+    """Whether the text is an IP address or could be a host name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return _HOST.fullmatch(text) is not None
+    return True
+
 
 HEARTBEAT_SECONDS = 10.0
 """How often our agent reports by itself; it also reports at once when its models change."""
@@ -32,6 +46,13 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     relay_port: Port | None = None
     agent_version: str | None = None
     platform: str | None = None
+
+    def __post_init__(self) -> None:
+        if not is_address(self.ip_address):
+            raise ValueError(
+                f"ip_address {self.ip_address!r} is none; give an IP address or a host name, "
+                "without scheme and port"
+            )
 
 
 class RegisterReply(Struct, frozen=True):
@@ -61,8 +82,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     disk_free_bytes: int | None = None
     gpus: list[Gpu] = []
     runner: RunnerSettings | None = None
-    tags: Raw | None = None
-    ps: Raw | None = None
+    tags: Raw | UnsetType = UNSET
+    ps: Raw | UnsetType = UNSET
     model_blobs: dict[str, str] = {}
     leaving: bool = False
 
@@ -71,6 +92,19 @@ class HealthReply(Struct, frozen=True):
     """The coordinator's answer to a heartbeat."""
 
     status: str = "ok"
+
+
+class AgentOperation(Struct, frozen=True):
+    """An agent's part of a model operation; `completed` and `total` in bytes."""
+
+    id: str
+    kind: str
+    model: str
+    state: str
+    status: str = ""
+    completed: int = 0
+    total: int = 0
+    error: str | None = None
 
 
 class AgentView(Struct, frozen=True):
@@ -102,3 +136,4 @@ class AgentView(Struct, frozen=True):
     runner: RunnerSettings | None = None
     models: list[str] = []
     loaded_models: list[str] = []
+    operations: list[AgentOperation] = []

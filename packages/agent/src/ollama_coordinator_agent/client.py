@@ -1,0 +1,183 @@
+"""The coordinator as the agent sees it; the one place that knows aiohttp's errors about it.
+
+CoordinatorError
+├── CoordinatorUnreachable   no answer: refused, unresolved, timed out, cut off, untrusted
+├── CoordinatorFailed        an answer that says "not now": 5xx, 429
+├── NotACoordinator          something answers, but it is no coordinator
+├── Rejected                 the coordinator refuses what was sent: 4xx with its sentence
+└── Forgotten                a heartbeat of an agent that the coordinator does not know (404)
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.protocol import (
+    AgentView,
+    HealthReport,
+    RegisterReply,
+    RegisterRequest,
+)
+
+# aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is yarl's and idna's
+# complaint about a host name that cannot be encoded.
+TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
+
+T = TypeVar("T")
+
+
+class CoordinatorError(OllamaCoordinatorError):
+    """What was asked of the coordinator did not happen."""
+
+
+class CoordinatorUnreachable(CoordinatorError):
+    """Nobody answered."""
+
+
+class CoordinatorFailed(CoordinatorError):
+    """The coordinator answered that it cannot, for now."""
+
+
+class NotACoordinator(CoordinatorError):
+    """Something answers under that URL, but it is no coordinator."""
+
+
+class Rejected(CoordinatorError):
+    """The coordinator refuses what was sent."""
+
+
+class Forgotten(CoordinatorError):
+    """The coordinator does not know this agent."""
+
+
+class ErrorReply(msgspec.Struct):
+    """The body of every error the coordinator answers."""
+
+    error: str
+
+
+class CoordinatorClient:
+    """Speaks to one coordinator; `url` may have a base path."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, *, timeout_seconds: float = 5.0
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+
+    async def register(self, request: RegisterRequest) -> RegisterReply:
+        """Offer this machine; the reply carries the agent's id.
+
+        Raises:
+            CoordinatorError: see the module's tree; never `Forgotten`.
+        """
+        status, body = await self._call("POST", "/api/agents", msgspec.json.encode(request))
+        if status == 404:
+            raise self._not_a_coordinator("it answers 404 to a registration")
+        self._check(status, body)
+        return self._decode(body, RegisterReply)
+
+    async def report(self, report: HealthReport) -> None:
+        """Send one heartbeat.
+
+        Raises:
+            Forgotten: the coordinator does not know the agent; register again.
+            CoordinatorError: see the module's tree.
+        """
+        status, body = await self._call("POST", "/api/health", msgspec.json.encode(report))
+        if status == 404:
+            raise Forgotten("the coordinator does not know this agent (any more)")
+        self._check(status, body)
+
+    async def agents(self) -> list[AgentView]:
+        """All agents that the coordinator knows.
+
+        Raises:
+            CoordinatorError: see the module's tree; never `Forgotten`.
+        """
+        status, body = await self._call("GET", "/api/agents", None)
+        if status == 404:
+            raise self._not_a_coordinator("it answers 404 to GET /api/agents")
+        self._check(status, body)
+        return self._decode(body, list[AgentView])
+
+    async def _call(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        async with (
+            self._translated(),
+            self._session.request(
+                method,
+                self.url + path,
+                data=content,
+                headers=headers,
+                timeout=self._timeout,
+                # A redirected POST becomes a GET; the operator should know the real URL instead.
+                allow_redirects=False,
+            ) as response,
+        ):
+            if 300 <= response.status < 400:
+                target = response.headers.get("Location", "elsewhere")
+                raise self._not_a_coordinator(f"it redirects to {target}")
+            return response.status, await response.read()
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except TRANSPORT_ERRORS as exc:
+            raise CoordinatorUnreachable(f"no answer from {self.url}: {_reason(exc)}") from exc
+
+    def _check(self, status: int, body: bytes) -> None:
+        if 200 <= status < 300:
+            return
+        try:
+            sentence = msgspec.json.decode(body, type=ErrorReply).error
+        except msgspec.DecodeError as exc:
+            if status >= 500:
+                raise CoordinatorFailed(f"{self.url} answers {status}") from exc
+            raise self._not_a_coordinator(f"it answers {status} without a reason") from exc
+        if status >= 500 or status == 429:
+            raise CoordinatorFailed(f"{self.url} answers {status}: {sentence}")
+        raise Rejected(f"{self.url} refuses ({status}): {sentence}")
+
+    def _decode(self, body: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.DecodeError as exc:
+            raise self._not_a_coordinator("its reply is not a coordinator's") from exc
+
+    def _not_a_coordinator(self, finding: str) -> NotACoordinator:
+        return NotACoordinator(
+            f"{self.url} is no Ollama Coordinator: {finding}. "
+            "Set COORDINATOR_URL to where `ollama-coordinator serve` listens"
+        )
+
+
+def _reason(exc: BaseException) -> str:
+    """One short clause for the operator."""
+    match exc:
+        case aiohttp.ClientConnectorDNSError():
+            return "its host name does not resolve; check COORDINATOR_URL and the DNS"
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
+            return f"TLS fails ({_text(exc)}); check its certificate, or http against https"
+        case ConnectionRefusedError():
+            return "connection refused; is the coordinator running?"
+        case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
+            return "connection refused; is the coordinator running?"
+        case TimeoutError():
+            return "timed out; is it running, and does a firewall let this machine through?"
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
+            return "it hung up"
+        case aiohttp.InvalidURL() | ValueError():
+            return f"the URL cannot be used ({_text(exc)}); check COORDINATOR_URL"
+        case _:
+            return _text(exc)
+
+
+def _text(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__

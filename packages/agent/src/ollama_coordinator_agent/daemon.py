@@ -1,0 +1,231 @@
+"""The agent's loop: register, report every few seconds, register again when forgotten.
+
+A heartbeat only ever waits for the coordinator. Everything it carries is gathered by others (the
+watch, the meter, the reach) at their own speed; it takes what they know at that moment.
+"""
+
+import asyncio
+import logging
+import platform
+
+from msgspec import Raw, Struct
+
+from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS, HealthReport, RegisterRequest
+from ollama_coordinator_common.types import AgentId
+
+from . import __version__
+from .client import (
+    CoordinatorClient,
+    CoordinatorError,
+    CoordinatorUnreachable,
+    Forgotten,
+    Rejected,
+)
+from .display import Snapshot
+from .metrics import Meter
+from .pacing import Backoff, Reminder, forever
+from .reach import Offer, Reach
+from .relay import Relay
+from .state import State
+from .watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+class Pace(Struct, frozen=True, kw_only=True):
+    """How fast the agent's loops turn, in seconds."""
+
+    heartbeat: float = HEARTBEAT_SECONDS
+    retry_first: float = 1.0
+    retry_ceiling: float = 15.0
+    rejected: float = 60.0
+    first_look: float = 2.0
+    goodbye: float = 2.0
+
+
+class Daemon:
+    """Represents one Ollama to one coordinator; `changed` brings the next heartbeat forward."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        client: CoordinatorClient,
+        watch: Watch,
+        reach: Reach,
+        relay: Relay,
+        meter: Meter,
+        state: State,
+        machine_name: str,
+        changed: asyncio.Event,
+        pace: Pace,
+    ) -> None:
+        self.agent_id: AgentId | None = None
+        self.trouble: str | None = "not registered yet"
+        self._config = config
+        self._machine_name = machine_name
+        self._watch = watch
+        self._reach = reach
+        self._relay = relay
+        self._meter = meter
+        self._client = client
+        self._state = state
+        self._changed = changed
+        self._pace = pace
+        self._machine_id = state.machine_id()
+        self._backoff = Backoff(pace.retry_first, pace.retry_ceiling)
+        self._reminder = Reminder()
+        self._is_proven = False  # whether a heartbeat was taken since the registration
+
+    async def run(self) -> None:
+        """Serve until cancelled; then say goodbye, and only then let Ollama and the relay go."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch.run())
+            tasks.create_task(self._reach.run())
+            try:
+                await self._take_a_first_look()
+                await forever(self._one_registration)
+            finally:
+                await self._say_goodbye()
+
+    async def _take_a_first_look(self) -> None:
+        """Give Ollama and the sensors a moment, so that the first report is not empty."""
+        try:
+            async with asyncio.timeout(self._pace.first_look):
+                await self._watch.looked.wait()
+        except TimeoutError:
+            log.debug("Ollama has not been looked at yet")
+        await asyncio.to_thread(self._meter.ready.wait, self._pace.first_look)
+
+    async def _one_registration(self) -> float:
+        """Register, then report until the coordinator forgets us or that is no longer true."""
+        try:
+            request = self._request(await self._reach.refresh())
+            reply = await self._client.register(request)
+            if reply.agent_id != self.agent_id:
+                log.info("registered", extra={"agent_id": reply.agent_id, "to": self._client.url})
+            self.agent_id = reply.agent_id
+            self._state.remember(agent_id=reply.agent_id)
+            self._is_proven = False
+            await self._report_while_true(request, reply.agent_id)
+        except Forgotten:
+            self.trouble = "the coordinator forgot this agent"
+            log.warning("the coordinator forgot this agent; registering again")
+            if not self._is_proven:
+                # It forgets as fast as we register; that must not become a storm.
+                return self._backoff.next()
+            self._backoff.reset()
+        except CoordinatorError as exc:
+            self._tell(exc)
+            return self._delay_after(exc)
+        return 0.0
+
+    async def _report_while_true(self, registered: RegisterRequest, agent_id: AgentId) -> None:
+        """Send heartbeats for as long as what was registered is still so."""
+        loop = asyncio.get_running_loop()
+        while self._request(self._reach.offer) == registered:
+            self._changed.clear()
+            next_at = loop.time() + self._pace.heartbeat
+            try:
+                await self._client.report(self._report(agent_id))
+            except Forgotten:
+                raise
+            except CoordinatorError as exc:
+                self._tell(exc)
+                next_at = loop.time() + self._delay_after(exc)
+            else:
+                self._all_is_well()
+            await self._wait_for_news(next_at)
+
+    async def _wait_for_news(self, until: float) -> None:
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _say_goodbye(self) -> None:
+        """Tell the coordinator, if it is there, that nothing more is to be sent here."""
+        if self.agent_id is None:
+            return
+        try:
+            async with asyncio.timeout(self._pace.goodbye):
+                await self._client.report(self._report(self.agent_id, leaving=True))
+        except (CoordinatorError, TimeoutError) as exc:
+            log.warning("left without a goodbye", extra={"reason": str(exc) or "timed out"})
+        else:
+            log.info("said goodbye to the coordinator")
+
+    def _tell(self, exc: CoordinatorError) -> None:
+        """Log a trouble once, and again at growing intervals while it lasts."""
+        self.trouble = str(exc)
+        if self._reminder.due(self.trouble, asyncio.get_running_loop().time()):
+            log.warning(f"{self.trouble} (it is tried again)")
+
+    def _all_is_well(self) -> None:
+        self.trouble = None
+        self._is_proven = True
+        self._backoff.reset()
+        if self._reminder.over():
+            log.info("the coordinator takes reports again", extra={"url": self._client.url})
+
+    def _delay_after(self, exc: CoordinatorError) -> float:
+        """A refusal stays one until an operator acts: it is tried again slowly."""
+        return self._pace.rejected if isinstance(exc, Rejected) else self._backoff.next()
+
+    def snapshot(self) -> Snapshot:
+        """What the terminal shows."""
+        offer, readings = self._reach.offer, self._meter.latest
+        return Snapshot(
+            machine_name=self._machine_name,
+            coordinator_url=self._client.url,
+            ollama_url=self._watch.url,
+            facts=self._watch.facts,
+            readings=readings,
+            agent_id=self.agent_id,
+            machine_id=self._machine_id,
+            ip_address=offer.ip_address if offer else None,
+            relay_port=offer.relay_port if offer else None,
+            active_requests=self._active_requests(),
+            coordinator_trouble=self.trouble,
+        )
+
+    def _active_requests(self) -> int:
+        return (self._meter.latest.connections or 0) + self._relay.open_connections
+
+    def _request(self, offer: Offer | None) -> RegisterRequest:
+        if offer is None:
+            raise CoordinatorUnreachable(
+                f"no way to {self._client.url}: its host name does not resolve, or there is no"
+                " network; check COORDINATOR_URL, or set AGENT_IP_ADDRESS"
+            )
+        return RegisterRequest(
+            machine_name=self._machine_name,
+            ip_address=offer.ip_address,
+            ollama_version=self._watch.facts.version or "",
+            ollama_port=self._config.ollama_port,
+            machine_id=self._machine_id,
+            relay_port=offer.relay_port,
+            agent_version=__version__,
+            platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        )
+
+    def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:
+        facts, readings = self._watch.facts, self._meter.latest
+        inventories = {"tags": facts.tags, "ps": facts.ps}
+        return HealthReport(
+            agent_id=agent_id,
+            cpu_usage=readings.cpu_percent,
+            memory_usage=readings.memory_percent,
+            active_requests=self._active_requests(),
+            ollama_running=facts.is_running,
+            ollama_version=facts.version,
+            memory_total_bytes=readings.memory_total_bytes,
+            disk_free_bytes=readings.disk_free_bytes,
+            gpus=readings.gpus,
+            runner=facts.runner,
+            model_blobs=facts.blobs,
+            leaving=leaving,
+            **{name: Raw(known.body) for name, known in inventories.items() if known},
+        )

@@ -1,0 +1,138 @@
+"""What a terminal shows of an agent: one table, live while it runs, once for `status`."""
+
+from collections.abc import Callable
+
+from msgspec import Struct
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ollama_coordinator_common.types import Gpu
+
+from .metrics import Readings
+from .ollama import Inventory
+from .pacing import forever
+from .watch import Facts
+
+GIBIBYTE = 1024**3
+REFRESH_SECONDS = 0.5
+
+
+class Snapshot(Struct, frozen=True):
+    """Everything the table shows; a `trouble` is a sentence for the operator."""
+
+    machine_name: str
+    coordinator_url: str
+    ollama_url: str
+    facts: Facts
+    readings: Readings
+    agent_id: str | None = None
+    machine_id: str | None = None
+    ip_address: str | None = None
+    relay_port: int | None = None
+    active_requests: int = 0
+    coordinator_trouble: str | None = None
+    ollama_trouble: str | None = None
+
+
+def render(snapshot: Snapshot) -> RenderableType:
+    """The table of one snapshot."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in (*_who(snapshot), *_ollama(snapshot), *_machine(snapshot.readings)):
+        table.add_row(label, value)
+    return Group(Text("Ollama Coordinator agent", style="bold cyan"), table)
+
+
+def _who(snapshot: Snapshot) -> list[tuple[str, Text]]:
+    address = snapshot.ip_address or "address not known yet"
+    if snapshot.relay_port:
+        address += f", relayed on port {snapshot.relay_port}"
+    return [
+        ("machine", Text(f"{snapshot.machine_name} ({address})")),
+        ("machine id", Text(snapshot.machine_id or "none kept yet")),
+        ("agent id", Text(snapshot.agent_id or "none yet: never registered")),
+        (
+            "coordinator",
+            _state(snapshot.coordinator_url, "connected", snapshot.coordinator_trouble),
+        ),
+    ]
+
+
+def _ollama(snapshot: Snapshot) -> list[tuple[str, Text]]:
+    facts = snapshot.facts
+    trouble = snapshot.ollama_trouble
+    if trouble is None and not facts.is_running:
+        trouble = facts.presence.value
+    found = f"{facts.presence.value}, version {facts.version or 'unknown'}"
+    rows = [
+        ("Ollama", _state(snapshot.ollama_url, found, trouble)),
+        ("on disk", Text(_names(facts.tags))),
+        ("in memory", Text(_names(facts.ps))),
+        ("requests", Text(f"{snapshot.active_requests} (open connections to Ollama)")),
+    ]
+    if facts.runner:
+        parallel = facts.runner.num_parallel or "automatic"
+        rows.append(("slots", Text(f"{parallel} per loaded model")))
+    return rows
+
+
+def _state(url: str, good: str, trouble: str | None) -> Text:
+    if trouble is None:
+        return Text.assemble((good, "green"), f" at {url}")
+    return Text.assemble((trouble, "red"), f" ({url})" if url not in trouble else "")
+
+
+def _names(inventory: Inventory | None) -> str:
+    if inventory is None:
+        return "not known"
+    names = inventory.names
+    shown = ", ".join(names[:12])
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{shown}{more}" or "none"
+
+
+def _machine(readings: Readings) -> list[tuple[str, Text]]:
+    total = readings.memory_total_bytes
+    memory = f" of {total / GIBIBYTE:.1f} GiB" if total else ""
+    rows = [
+        ("CPU", _meter(readings.cpu_percent)),
+        ("memory", _meter(readings.memory_percent).append(memory)),
+    ]
+    if readings.disk_free_bytes is not None:
+        rows.append(("disk", Text(f"{readings.disk_free_bytes / GIBIBYTE:.1f} GiB free")))
+    rows += [(f"GPU {gpu.index}", _gpu(gpu)) for gpu in readings.gpus]
+    return rows if readings.gpus else [*rows, ("GPU", Text("none found"))]
+
+
+def _gpu(gpu: Gpu) -> Text:
+    text = Text() if gpu.utilization_percent is None else _meter(gpu.utilization_percent)
+    text.append(f"  {gpu.name}")
+    if gpu.memory_used_bytes is not None and gpu.memory_total_bytes is not None:
+        used, total = gpu.memory_used_bytes / GIBIBYTE, gpu.memory_total_bytes / GIBIBYTE
+        text.append(f"  {used:.1f} of {total:.1f} GiB")
+    if gpu.temperature_celsius is not None:
+        text.append(f"  {gpu.temperature_celsius:.0f} °C")
+    return text
+
+
+def _meter(percent: float) -> Text:
+    filled = round(min(percent, 100.0) / 5)
+    style = "red" if percent >= 90 else "yellow" if percent >= 70 else "green"
+    bar = Text("━" * filled, style=style)
+    return bar.append("─" * (20 - filled), style="dim").append(
+        f" {percent:5.1f} %", style="default"
+    )
+
+
+async def show(console: Console, snapshot: Callable[[], Snapshot]) -> None:
+    """Keep the table at the bottom of the terminal until cancelled; log lines scroll above it."""
+    with Live(console=console, auto_refresh=False) as live:
+
+        async def redraw() -> float:
+            live.update(render(snapshot()), refresh=True)
+            return REFRESH_SECONDS
+
+        await forever(redraw)

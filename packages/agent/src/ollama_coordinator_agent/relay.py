@@ -1,0 +1,186 @@
+"""A TCP relay from this machine's network address to its Ollama on loopback.
+
+Raw bytes both ways with back-pressure. An end of one direction is passed on as that (half-close), a
+reset as a reset, so that each side learns at once what the other did: an abandoned request stops
+the generation, a killed Ollama ends the stream. Ollama asks no password, so only the coordinator
+and who the operator named get through.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
+from .network import Address, parse_address
+from .pacing import Reminder
+
+log = logging.getLogger(__name__)
+
+Network = IPv4Network | IPv6Network
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+CHUNK_BYTES = 64 * 1024
+BACKLOG = 512
+REMEMBERED_PEERS = 1000
+ACCEPT_AGAIN_SECONDS = 0.1
+RESET_ON_CLOSE = struct.pack("hh" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "ii", 1, 0)
+"""SO_LINGER on with no time: the close sends a reset (the fields are shorts on Windows)."""
+
+
+class Relay:
+    """Listens for the coordinator and connects it with the Ollama at `host:port`."""
+
+    def __init__(self, host: str, port: int, allowed: Iterable[Network] = ()) -> None:
+        self.port: int | None = None
+        self.open_connections = 0
+        self._target = (host, port)
+        self._allowed = tuple(allowed)
+        self._coordinator: frozenset[Address] = frozenset()
+        self._refused: set[Address] = set()
+        self._listener: socket.socket | None = None
+        self._reminder = Reminder()
+
+    def listen(self, port: int, fallback: int | None = None) -> int:
+        """Open the relay's port: `port`, or if that is 0 the `fallback`, or any.
+
+        Raises:
+            OSError: the configured port cannot be had.
+        """
+        if not port and fallback:
+            try:
+                return self.listen(fallback)
+            except OSError:
+                log.debug("the relay's last port is taken", extra={"port": fallback})
+        self._listener = _listen(port)
+        self._listener.setblocking(False)
+        self.port = int(self._listener.getsockname()[1])
+        return self.port
+
+    def admit_coordinator(self, addresses: Iterable[str]) -> None:
+        """The coordinator's addresses, as now known."""
+        self._coordinator = frozenset(a for text in addresses if (a := parse_address(text)))
+
+    async def run(self) -> None:
+        """Accept until cancelled; then every connection is closed."""
+        listener = self._listener
+        if listener is None:
+            raise RuntimeError("listen() first")
+        loop = asyncio.get_running_loop()
+        with listener:
+            async with asyncio.TaskGroup() as connections:
+                while True:
+                    try:
+                        peer, _ = await loop.sock_accept(listener)
+                    except OSError as exc:  # too many open files, or a peer that left already
+                        if self._reminder.due(
+                            text := f"the relay cannot accept: {exc}", loop.time()
+                        ):
+                            log.warning(text)
+                        await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+                        continue
+                    connections.create_task(self._serve(peer))
+
+    def is_allowed(self, peer: str, local: str) -> bool:
+        """Whether a peer may pass: the coordinator, the operator's list, this machine itself."""
+        address = parse_address(peer)
+        if address is None:
+            return False
+        if address.is_loopback or address == parse_address(local):
+            return True
+        return address in self._coordinator or any(address in net for net in self._allowed)
+
+    async def _serve(self, peer: socket.socket) -> None:
+        try:
+            remote, local = str(peer.getpeername()[0]), str(peer.getsockname()[0])
+        except OSError:  # gone already
+            peer.close()
+            return
+        if not self.is_allowed(remote, local):
+            peer.close()
+            self._tell_refused(remote)
+            return
+        self.open_connections += 1
+        try:
+            await self._connect(peer)
+        finally:
+            self.open_connections -= 1
+
+    async def _connect(self, peer: socket.socket) -> None:
+        near = await asyncio.open_connection(sock=peer, limit=CHUNK_BYTES)
+        try:
+            far = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
+        except OSError:
+            _reset(near[1])  # what the peer would have met without a relay
+            return
+        except asyncio.CancelledError:
+            _reset(near[1])
+            raise
+        await _join(near, far)
+
+    def _tell_refused(self, remote: str) -> None:
+        address = parse_address(remote)
+        if address is None or address in self._refused or len(self._refused) > REMEMBERED_PEERS:
+            return
+        self._refused.add(address)
+        log.warning(
+            "the relay refused a peer that is not the coordinator; if it is (another address, a"
+            " container, NAT), add it to AGENT_RELAY_ALLOW",
+            extra={"peer": remote},
+        )
+
+
+def parse_networks(texts: Iterable[str]) -> list[Network]:
+    """Addresses and networks as the operator wrote them.
+
+    Raises:
+        ValueError: one of them is neither.
+    """
+    return [ip_network(text.strip(), strict=False) for text in texts if text.strip()]
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+        )
+    return socket.create_server(("", port), backlog=BACKLOG)
+
+
+async def _join(near: Streams, far: Streams) -> None:
+    """Pump both directions until both have ended or one is reset."""
+    ended_well = False
+    try:
+        for _, writer in (near, far):
+            _keep_alive(writer)
+        async with asyncio.TaskGroup() as directions:
+            directions.create_task(_pump(near[0], far[1]))
+            directions.create_task(_pump(far[0], near[1]))
+        ended_well = True
+    except* OSError as group:
+        log.debug("a relayed connection was cut", extra={"reason": repr(group.exceptions[0])})
+    finally:
+        for _, writer in (near, far):
+            writer.close() if ended_well else _reset(writer)
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    while chunk := await source.read(CHUNK_BYTES):
+        sink.write(chunk)
+        await sink.drain()
+    if sink.can_write_eof():
+        sink.write_eof()
+
+
+def _keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Let the system notice, in time, a peer that vanished without a word."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):  # it may be gone already
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    writer.transport.abort()

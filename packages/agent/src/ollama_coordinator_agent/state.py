@@ -1,0 +1,128 @@
+"""What the agent keeps on its disk: who this machine is, and what it did last.
+
+`machine-id` is shared by all agents of one machine; `agent-PORT.json` and `agent-PORT.lock` belong
+to the agent of one Ollama. A folder that cannot be read or written is told once and survived: the
+coordinator then knows the machine by its name and port.
+"""
+
+import logging
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+log = logging.getLogger(__name__)
+
+_MACHINE_ID = re.compile(r"[A-Za-z0-9-]{8,128}")
+
+
+class ChildRecord(Struct, frozen=True):
+    """An `ollama serve` that the agent started; the time tells it from a later one with its pid."""
+
+    pid: int
+    created: float
+
+
+class Memory(Struct, frozen=True):
+    """What the agent of one Ollama remembers from its last run."""
+
+    agent_id: str | None = None
+    relay_port: int | None = None
+    child: ChildRecord | None = None
+
+
+class State:
+    """The agent's files in `folder`, for the Ollama on one port."""
+
+    def __init__(self, folder: Path, ollama_port: int) -> None:
+        self.folder = folder
+        self.log_file = folder / f"ollama-{ollama_port}.log"
+        self.lock_file = folder / f"agent-{ollama_port}.lock"
+        self._machine_id_file = folder / "machine-id"
+        self._memory_file = folder / f"agent-{ollama_port}.json"
+        self.memory = self._recall()
+
+    def machine_id(self, *, create: bool = True) -> str | None:
+        """The machine's random id, made when there is none yet; `None` if it cannot be kept."""
+        try:
+            text = self._machine_id_file.read_text("utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return self._make_machine_id(replace=False) if create else None
+        except OSError as exc:
+            self._tell_by_name(exc)
+            return None
+        if _MACHINE_ID.fullmatch(text):
+            return text
+        log.warning(
+            "the machine id is damaged and gets replaced, so the coordinator may list this machine"
+            " twice: remove the offline one there",
+            extra={"file": str(self._machine_id_file)},
+        )
+        return self._make_machine_id(replace=True) if create else None
+
+    def remember(self, **changes: Any) -> None:
+        """Keep some facts for the next run; a disk that refuses only costs comfort."""
+        changed = msgspec.structs.replace(self.memory, **changes)
+        if changed == self.memory:
+            return
+        self.memory = changed
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self._memory_file, msgspec.json.encode(changed))
+        except OSError as exc:
+            log.debug("not remembered", extra={"reason": str(exc)})
+
+    def _recall(self) -> Memory:
+        try:
+            return msgspec.json.decode(self._memory_file.read_bytes(), type=Memory)
+        except FileNotFoundError:
+            return Memory()
+        except (OSError, msgspec.DecodeError) as exc:
+            log.warning(
+                "what the last run remembered cannot be read; starting afresh",
+                extra={"file": str(self._memory_file), "reason": str(exc)},
+            )
+            return Memory()
+
+    def _make_machine_id(self, *, replace: bool) -> str | None:
+        try:
+            self._publish_machine_id(uuid.uuid4().hex, replace=replace)
+            return self._machine_id_file.read_text("utf-8").strip()
+        except OSError as exc:
+            self._tell_by_name(exc)
+            return None
+
+    def _publish_machine_id(self, fresh: str, *, replace: bool) -> None:
+        """Write the id whole; of two agents that start at once, the first one's stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"machine-id.{os.getpid()}"
+        draft.write_text(fresh + "\n", "utf-8")
+        try:
+            if replace:
+                draft.replace(self._machine_id_file)
+            else:
+                os.link(draft, self._machine_id_file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            draft.replace(self._machine_id_file)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _tell_by_name(self, exc: OSError) -> None:
+        log.warning(
+            "the machine id cannot be kept, so the coordinator knows this machine by its name;"
+            " make the folder readable and writable, or set AGENT_STATE_DIR",
+            extra={"file": str(self._machine_id_file), "reason": str(exc)},
+        )
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Replace a file whole, so that a crash leaves the old one or the new one."""
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(content)
+    draft.replace(file)

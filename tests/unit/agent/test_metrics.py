@@ -1,0 +1,100 @@
+"""The machine's readings."""
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pynvml  # type: ignore[import-untyped]
+import pytest
+
+from ollama_coordinator_agent.metrics import Meter, Nvidia, connections_to
+from ollama_coordinator_common.types import Gpu
+
+
+@pytest.mark.spec("AGENT-35")
+def test_the_meter_reads_in_its_own_thread_and_ends_with_its_block(tmp_path: Path) -> None:
+    with Meter(ollama_port=1, disk=tmp_path / "not" / "yet", interval_seconds=0.01) as meter:
+        assert meter.ready.wait(10)
+        readings = meter.latest
+        assert not meter._thread.name.startswith("MainThread")
+    assert not meter._thread.is_alive()
+    assert 0 <= readings.cpu_percent <= 100
+    assert 0 < readings.memory_percent <= 100
+    assert readings.memory_total_bytes
+    assert readings.disk_free_bytes
+
+
+@pytest.mark.spec("AGENT-35")
+def test_a_reading_that_fails_leaves_the_last_one_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no such sensor")
+
+    monkeypatch.setattr(psutil, "virtual_memory", broken)
+    with Meter(ollama_port=1, disk=tmp_path) as meter:
+        assert meter.ready.wait(10)
+    assert meter.latest.memory_total_bytes is None
+    assert "no such sensor" in caplog.text
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """An NVIDIA driver with one GPU that does not tell its temperature."""
+    state = SimpleNamespace(inits=0, is_there=True)
+
+    def init() -> None:
+        state.inits += 1
+        if not state.is_there:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    def unsupported(*_: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    fakes: dict[str, Any] = {
+        "nvmlInit": init,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda device: b"NVIDIA RTX",
+        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=24, used=6),
+        "nvmlDeviceGetUtilizationRates": lambda device: SimpleNamespace(gpu=37),
+        "nvmlDeviceGetTemperature": unsupported,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(pynvml, name, fake)
+    return state
+
+
+@pytest.mark.spec("AGENT-35")
+def test_what_the_driver_does_not_give_is_left_out(driver: SimpleNamespace) -> None:
+    expected = Gpu("NVIDIA RTX", 0, 24, 6, utilization_percent=37.0, temperature_celsius=None)
+    assert Nvidia().read() == [expected]
+
+
+@pytest.mark.spec("AGENT-35")
+def test_without_a_driver_there_are_no_gpus_and_it_is_rarely_asked(driver: SimpleNamespace) -> None:
+    driver.is_there = False
+    nvidia = Nvidia()
+    assert [nvidia.read() for _ in range(31)] == [[]] * 31
+    assert driver.inits == 1
+    driver.is_there = True
+    assert len(nvidia.read()) == 1
+
+
+@pytest.mark.spec("AGENT-36")
+def test_our_own_connections_do_not_count() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
+            assert connections_to(port) in (0, None)
+
+
+@pytest.mark.spec("AGENT-36")
+def test_what_the_system_does_not_tell_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil, "net_connections", denied)
+    assert connections_to(1) is None

@@ -1,0 +1,107 @@
+"""What the agent keeps on its disk."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+
+from ollama_coordinator_agent.lock import AlreadyRunning, only_one
+from ollama_coordinator_agent.state import ChildRecord, Memory, State
+
+
+@pytest.mark.spec("AGENT-19")
+def test_the_machine_id_is_the_same_for_every_agent_and_every_run(tmp_path: Path) -> None:
+    first = State(tmp_path / "state", 11434).machine_id()
+    assert first
+    assert State(tmp_path / "state", 11435).machine_id() == first
+
+
+def _make_id(folder: str, port: int) -> str | None:
+    return State(Path(folder), port).machine_id()
+
+
+@pytest.mark.spec("AGENT-19")
+def test_agents_that_start_at_the_same_moment_agree(tmp_path: Path) -> None:
+    jobs = [(str(tmp_path), 11434 + n) for n in range(8)]
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        ids = pool.starmap(_make_id, jobs)
+    assert len(set(ids)) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["machine-id"]
+
+
+@pytest.mark.spec("AGENT-19")
+def test_two_machines_have_two_ids(tmp_path: Path) -> None:
+    assert State(tmp_path / "a", 1).machine_id() != State(tmp_path / "b", 1).machine_id()
+
+
+@pytest.mark.spec("AGENT-20")
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b"../../etc", b"x" * 5000])
+def test_a_damaged_machine_id_is_told_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "machine-id").write_bytes(content)
+    fresh = State(tmp_path, 11434).machine_id()
+    assert fresh
+    assert "damaged" in caplog.text
+    assert State(tmp_path, 11434).machine_id() == fresh
+
+
+@pytest.mark.spec("AGENT-20")
+def test_a_folder_that_cannot_be_used_is_told_and_survived(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    state = State(tmp_path / "file" / "state", 11434)
+    assert state.machine_id() is None
+    assert "AGENT_STATE_DIR" in caplog.text
+    state.remember(agent_id="a")
+    assert state.memory.agent_id == "a"
+
+
+@pytest.mark.spec("AGENT-42")
+def test_what_was_remembered_is_known_to_the_next_run(tmp_path: Path) -> None:
+    child = ChildRecord(pid=12, created=3.5)
+    State(tmp_path, 11434).remember(relay_port=4000, child=child)
+    assert State(tmp_path, 11434).memory == Memory(relay_port=4000, child=child)
+    assert State(tmp_path, 11435).memory == Memory()
+
+
+@pytest.mark.spec("AGENT-20")
+def test_a_damaged_memory_is_told_and_forgotten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "agent-11434.json").write_text('{"agent_id": 5')
+    assert State(tmp_path, 11434).memory == Memory()
+    assert "starting afresh" in caplog.text
+
+
+@pytest.mark.spec("AGENT-21")
+def test_the_lock_is_held_once_and_free_afterwards(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "agent.lock"
+    with only_one(file), pytest.raises(AlreadyRunning, match="OLLAMA_PORT"), only_one(file):
+        pass
+    with only_one(file), only_one(tmp_path / "state" / "other.lock"):
+        pass
+
+
+@pytest.mark.spec("AGENT-21")
+def test_a_place_that_cannot_lock_is_told_and_survived(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with only_one(tmp_path / "file" / "agent.lock"):
+        assert "unnoticed" in caplog.text
+
+
+@pytest.mark.spec("AGENT-20")
+@pytest.mark.skipif(sys.platform == "win32", reason="links there are another matter")
+def test_a_file_system_without_links_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("links are not supported")
+
+    monkeypatch.setattr("os.link", no_links)
+    first = State(tmp_path, 11434).machine_id()
+    assert first == State(tmp_path, 11434).machine_id()
