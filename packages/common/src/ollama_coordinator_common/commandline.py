@@ -66,6 +66,12 @@ def is_typed(context: _Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def is_given(context: _Context, name: str) -> bool:
+    """Whether an option stands on the command line or in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
 def whole_number(variable: str, text: str) -> int:
     """A setting as a whole number.
 

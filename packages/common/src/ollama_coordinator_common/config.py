@@ -15,14 +15,17 @@ MEBIBYTE = 1024 * 1024
 
 
 class CoordinatorConfig(Struct, frozen=True, kw_only=True):
-    """How a coordinator runs; durations in seconds."""
+    """How a coordinator runs; durations in seconds.
+
+    `given` names the options that the environment or the command line sets.
+    """
 
     host: str = "0.0.0.0"
     port: int = 8080
     database_url: str = "sqlite://coordinator.db"
     health_check_interval: float = 30.0
     agent_timeout: float = 60.0
-    policy: str = "loaded-first"
+    policy: str = "predicted"
     max_queue: int = 512
     max_body_mebibytes: int = 64
     drain_timeout: float = 300.0
@@ -31,7 +34,10 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
     larger_context: bool = True
     origins: tuple[str, ...] = ()
     pull_placement: str = "all"
+    pull_patience: float = 15.0
     max_spool_gibibytes: float = 64.0
+    http: str = "auto"
+    given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         database_path(self.database_url)
@@ -48,6 +54,7 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
         for variable, value in (
             ("COORDINATOR_MAX_QUEUE", self.max_queue),
             ("COORDINATOR_DRAIN_TIMEOUT", self.drain_timeout),
+            ("COORDINATOR_PULL_PATIENCE", self.pull_patience),
         ):
             if not 0 <= value < float("inf"):
                 raise ConfigError(variable, value, "give 0 or a number greater than 0")

@@ -10,7 +10,7 @@ import re
 from datetime import datetime
 from typing import Annotated
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
 from .types import AgentId, AgentStatus, Gpu, Percent, Port, RunnerSettings
 
@@ -86,6 +86,12 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     ps: Raw | UnsetType = UNSET
     model_blobs: dict[str, str] = {}
     leaving: bool = False
+
+    def __post_init__(self) -> None:
+        # A list that is null is one that was not given.
+        for name, body in (("tags", self.tags), ("ps", self.ps)):
+            if body is not UNSET and bytes(body) == b"null":
+                structs.force_setattr(self, name, UNSET)
 
 
 class HealthReply(Struct, frozen=True):

@@ -1,0 +1,121 @@
+"""Imports point one way, and the environment has one reader."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ollama_coordinator
+import ollama_coordinator_agent
+import ollama_coordinator_common
+
+COORDINATOR = Path(ollama_coordinator.__file__).parent
+COMMON = Path(ollama_coordinator_common.__file__).parent
+AGENT = Path(ollama_coordinator_agent.__file__).parent
+
+OUTSIDE = {
+    "starlette", "aiohttp", "hypercorn", "sqlite_utils", "sqlite3", "asyncio", "typer", "time",
+    "rich", "socket", "threading", "random", "logging",
+}  # fmt: skip
+RANDOM = {"random.py"}
+"""The policy that draws lots needs something to draw them from."""
+
+
+def nodes(module: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(module.read_text("utf-8")))
+
+
+def imported(module: Path) -> set[str]:
+    """The top-level packages that a module imports; relative ones by their names in full."""
+    names: set[str] = set()
+    for node in nodes(module):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def from_ours(module: Path) -> set[str]:
+    """What a module takes from its own distribution's packages."""
+    found: set[str] = set()
+    for node in nodes(module):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = node.module.removeprefix("ollama_coordinator.")
+            if node.level or inside != node.module:
+                found.add(inside.split(".")[0])
+    return found
+
+
+CORE = [*COORDINATOR.glob("registry/**/*.py"), *COORDINATOR.glob("scheduler/**/*.py")]
+
+
+def test_the_core_is_there() -> None:
+    assert len(CORE) > 10
+
+
+@pytest.mark.parametrize("module", CORE, ids=lambda path: str(path.relative_to(COORDINATOR)))
+def test_the_core_knows_nothing_of_http_databases_clocks_and_loops(module: Path) -> None:
+    allowed = {"random"} if module.name in RANDOM else set()
+    assert imported(module) & (OUTSIDE - allowed) == set()
+
+
+@pytest.mark.parametrize(
+    "module", sorted(COORDINATOR.glob("registry/*.py")), ids=lambda path: path.name
+)
+def test_the_registry_does_not_know_the_scheduler_or_the_database(module: Path) -> None:
+    assert from_ours(module) & {"scheduler", "db", "api", "dispatch", "monitor"} == set()
+
+
+@pytest.mark.parametrize("module", sorted(COORDINATOR.glob("db/*.py")), ids=lambda path: path.name)
+def test_the_database_does_not_know_the_registry(module: Path) -> None:
+    assert from_ours(module) & {"registry", "scheduler", "api", "dispatch", "monitor"} == set()
+
+
+@pytest.mark.parametrize("module", sorted(COMMON.glob("*.py")), ids=lambda path: path.name)
+def test_what_both_sides_share_knows_neither_and_needs_msgspec_alone(module: Path) -> None:
+    foreign = {"ollama_coordinator", "ollama_coordinator_agent", "typer", "aiohttp", "starlette"}
+    assert imported(module) & foreign == set()
+
+
+def test_the_agent_and_the_coordinator_do_not_know_each_other() -> None:
+    for module in AGENT.rglob("*.py"):
+        assert "ollama_coordinator" not in imported(module), module
+    for module in COORDINATOR.rglob("*.py"):
+        assert "ollama_coordinator_agent" not in imported(module), module
+
+
+def reads_environment(module: Path) -> bool:
+    return any(
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+        and node.attr in ("environ", "getenv", "environb")
+        for node in nodes(module)
+    )
+
+
+def test_only_the_command_lines_read_the_environment() -> None:
+    readers = {
+        module.relative_to(package.parent).as_posix()
+        for package in (COORDINATOR, COMMON, AGENT)
+        for module in package.rglob("*.py")
+        if reads_environment(module)
+    }
+    allowed = {
+        f"{package.name}/{name}.py"
+        for package in (COORDINATOR, AGENT)
+        for name in ("main", "settings")
+    }
+    assert readers <= allowed
+
+
+def test_only_one_module_translates_errors_into_statuses() -> None:
+    """Nothing below the HTTP surface imports from it."""
+    below = [
+        module
+        for module in COORDINATOR.rglob("*.py")
+        if module.relative_to(COORDINATOR).parts[0] not in ("api", "app.py", "console.py")
+    ]
+    assert {module.name for module in below if "api" in from_ours(module)} == set()

@@ -1,0 +1,432 @@
+"""The registry: who is who, who lives, and who is left alone for a while."""
+
+import json
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+
+from ollama_coordinator.registry import (
+    AgentSettings,
+    AgentState,
+    Registration,
+    Registry,
+    UnknownAgent,
+)
+from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.types import AgentId, AgentStatus
+
+TIMEOUT = 60.0
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+KEY = "registry.ollama.ai/library/m:latest"
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(TIMEOUT)
+
+
+def machine(
+    name: str = "gpu-1",
+    address: str = "10.0.0.1",
+    *,
+    port: int = 11434,
+    machine_id: str | None = None,
+    relay_port: int | None = None,
+) -> RegisterRequest:
+    return RegisterRequest(name, address, "0.33.0", port, machine_id, relay_port)
+
+
+def register(registry: Registry, request: RegisterRequest, now: float = 0.0) -> Registration:
+    return registry.register(request, AgentId(f"agent-{len(registry)}-{now}"), AT, now)
+
+
+def add(registry: Registry, agent_id: str, *, now: float = 0.0) -> AgentState:
+    request = machine(agent_id, "10.0.0.9", machine_id=agent_id)
+    return registry.register(request, AgentId(agent_id), AT, now).agent
+
+
+def lists(*names: str) -> bytes:
+    return json.dumps({"models": [{"name": name} for name in names]}).encode()
+
+
+def report(agent: AgentState, body: str = "") -> HealthReport:
+    start = f'{{"agent_id":"{agent.id}","cpu_usage":0,"memory_usage":0,"active_requests":0'
+    return msgspec.json.decode(f"{start}{body}}}", type=HealthReport)
+
+
+# ── who is who ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_machine_that_registers_again_keeps_its_id_and_its_age(registry: Registry) -> None:
+    first = register(registry, machine())
+    again = registry.register(machine(), AgentId("new"), datetime(2027, 1, 1, tzinfo=UTC), 5.0)
+    assert first.created
+    assert not again.created
+    assert again.agent is first.agent
+    assert again.agent.registered_at == AT
+    assert again.agent.heard_at == 5.0
+
+
+def test_two_agents_on_one_host_are_two(registry: Registry) -> None:
+    first = register(registry, machine(machine_id="a"))
+    second = register(registry, machine(machine_id="a", port=11435))
+    assert second.created
+    assert first.agent is not second.agent
+    assert len(registry) == 2
+
+
+@pytest.mark.spec("FLEET-3")
+def test_a_machine_that_got_another_address_stays_itself(registry: Registry) -> None:
+    before = register(registry, machine(machine_id="a")).agent
+    after = register(registry, machine(address="10.0.0.2", machine_id="a"), now=1.0)
+    assert after.agent is before
+    assert after.agent.url == "http://10.0.0.2:11434"
+
+
+@pytest.mark.spec("FLEET-3")
+def test_a_machine_that_got_another_name_stays_itself(registry: Registry) -> None:
+    before = register(registry, machine("old", machine_id="a")).agent
+    after = register(registry, machine("new", machine_id="a"), now=1.0)
+    assert after.agent is before
+    assert after.agent.name == "new"
+
+
+def test_a_machine_without_an_id_is_known_by_its_name(registry: Registry) -> None:
+    before = register(registry, machine()).agent
+    assert register(registry, machine(address="10.0.0.2")).agent is before
+    assert register(registry, machine("other")).created
+
+
+def test_an_agent_that_learned_to_send_an_id_stays_itself(registry: Registry) -> None:
+    before = register(registry, machine()).agent
+    after = register(registry, machine(machine_id="a"), now=1.0).agent
+    assert after is before
+    assert register(registry, machine("renamed", machine_id="a"), now=2.0).agent is before
+
+
+@pytest.mark.spec("FLEET-3")
+def test_clones_of_one_image_are_separate_while_both_live(registry: Registry) -> None:
+    original = register(registry, machine("gpu-1", "10.0.0.1", machine_id="image")).agent
+    clone = register(registry, machine("gpu-2", "10.0.0.2", machine_id="image"), now=1.0)
+    assert clone.created
+    assert register(registry, machine("gpu-1", "10.0.0.1", machine_id="image")).agent is original
+    again = register(registry, machine("gpu-2", "10.0.0.2", machine_id="image"), now=2.0)
+    assert again.agent is clone.agent
+
+
+@pytest.mark.spec("FLEET-3")
+def test_namesakes_with_ids_are_separate_while_both_live(registry: Registry) -> None:
+    first = register(registry, machine("ubuntu", "10.0.0.1", machine_id="a")).agent
+    second = register(registry, machine("ubuntu", "10.0.0.2", machine_id="b"), now=1.0)
+    assert second.created
+    assert register(registry, machine("ubuntu", "10.0.0.1", machine_id="a")).agent is first
+    again = register(registry, machine("ubuntu", "10.0.0.2", machine_id="b"), now=2.0)
+    assert again.agent is second.agent
+
+
+def test_a_machine_that_was_installed_anew_takes_its_place_back(registry: Registry) -> None:
+    before = register(registry, machine(machine_id="a")).agent
+    assert register(registry, machine(machine_id="b"), now=1.0).agent is before
+
+
+def test_an_agent_is_reached_at_its_relay_where_it_has_one(registry: Registry) -> None:
+    assert register(registry, machine(relay_port=4000)).agent.url == "http://10.0.0.1:4000"
+    six = register(registry, machine("six", "fd00::7")).agent
+    assert six.url == "http://[fd00::7]:11434"
+
+
+def test_the_name_that_an_operator_gave_wins(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.update_settings(agent.id, AgentSettings(display_name="Rack 3"))
+    assert agent.name == "Rack 3"
+
+
+def test_an_id_that_nobody_has_is_told_with_what_to_do(registry: Registry) -> None:
+    with pytest.raises(UnknownAgent, match='agent "x" is not registered; register it with POST'):
+        registry.get("x")
+    with pytest.raises(UnknownAgent):
+        registry.remove(AgentId("x"))
+    with pytest.raises(UnknownAgent):
+        registry.update_settings(AgentId("x"), AgentSettings())
+    with pytest.raises(UnknownAgent):
+        registry.heartbeat(HealthReport(AgentId("x"), 0, 0, 0), 0.0)
+    assert registry.find(AgentId("x")) is None
+
+
+# ── who lives ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_silence_beyond_the_timeout_is_offline(registry: Registry) -> None:
+    agent = add(registry, "a")
+    assert agent.status(TIMEOUT, TIMEOUT) is AgentStatus.ONLINE
+    assert agent.status(TIMEOUT + 0.1, TIMEOUT) is AgentStatus.OFFLINE
+
+
+def test_an_agent_is_told_offline_once(registry: Registry) -> None:
+    first, second = add(registry, "a"), add(registry, "b", now=30.0)
+    assert registry.expire(60.0) == []
+    assert registry.expire(61.0) == [first]
+    assert registry.expire(62.0) == []
+    assert registry.expire(91.0) == [second]
+
+
+def test_an_agent_that_came_back_goes_offline_again(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.expire(61.0)
+    registry.heartbeat(report(agent), 70.0)
+    assert registry.is_online(agent, 70.0)
+    assert registry.expire(131.0) == [agent]
+
+
+def test_the_next_expiry_is_that_of_the_agent_heard_longest_ago(registry: Registry) -> None:
+    assert registry.next_expiry() is None
+    first = add(registry, "a", now=5.0)
+    add(registry, "b", now=7.0)
+    assert registry.next_expiry() == 65.0
+    registry.heartbeat(report(first), 9.0)
+    assert registry.next_expiry() == 67.0
+    registry.expire(100.0)
+    assert registry.next_expiry() is None
+
+
+def test_a_goodbye_is_offline_at_once_and_not_told_again(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.heartbeat(report(agent, ',"leaving":true'), 1.0)
+    assert not registry.is_online(agent, 1.0)
+    assert registry.expire(100.0) == []
+    registry.heartbeat(report(agent), 2.0)
+    assert registry.is_online(agent, 2.0)
+
+
+def test_a_goodbye_ends_with_the_next_registration(registry: Registry) -> None:
+    agent = register(registry, machine()).agent
+    registry.heartbeat(report(agent, ',"leaving":true'), 1.0)
+    register(registry, machine(), now=2.0)
+    assert registry.is_routable(agent, 2.0)
+
+
+def test_a_draining_agent_lives_but_gets_nothing_new(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.update_settings(agent.id, AgentSettings(draining=True))
+    assert agent.status(0.0, TIMEOUT) is AgentStatus.DRAINING
+    assert registry.is_online(agent, 0.0)
+    assert not registry.is_routable(agent, 0.0)
+    registry.update_settings(agent.id, AgentSettings())
+    assert registry.is_routable(agent, 0.0)
+
+
+def test_an_agent_without_its_ollama_gets_nothing(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.heartbeat(report(agent, ',"ollama_running":false'), 1.0)
+    assert registry.is_online(agent, 1.0)
+    assert agent.out_of_rotation() == "its Ollama does not answer"
+    registry.heartbeat(report(agent), 2.0)
+    assert registry.is_routable(agent, 2.0)
+
+
+def test_a_heartbeat_tells_of_a_new_ollama(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.heartbeat(report(agent, ',"ollama_version":"0.34.0"'), 1.0)
+    assert agent.registration.ollama_version == "0.34.0"
+    assert agent.registration.machine_name == "a"
+
+
+def test_an_answer_that_comes_after_a_removal_brings_nobody_back(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    registry.remove(agent.id)
+    registry.heard(agent, 1.0)
+    registry.list_models(agent, lists("m", "n"), {}, 1.0)
+    registry.list_loaded(agent, lists("m"), 1.0)
+    registry.succeeded(agent, KEY)
+    registry.note_missing(agent, KEY)
+    registry.fail(agent, "refused", 1.0)
+    registry.probed(agent)
+    assert registry.expire(1000.0) == []
+    assert registry.next_expiry() is None
+    assert registry.models() == []
+    assert registry.holders(KEY) == []
+
+
+# ── what the database gives back ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("heard_at", "online"), [(-10.0, True), (-61.0, False)])
+def test_an_agent_from_the_database_is_as_alive_as_it_was_heard(
+    registry: Registry, heard_at: float, online: bool
+) -> None:
+    agent = AgentState(AgentId("a"), machine(), registered_at=AT, heard_at=heard_at)
+    agent.inventory.read_tags(lists("m"), {})
+    registry.restore(agent, 0.0)
+    assert registry.is_online(agent, 0.0) is online
+    assert registry.holders(KEY) == [agent]
+    assert registry.expire(100.0) == ([agent] if online else [])
+
+
+# ── cooldown ──────────────────────────────────────────────────────────────────────────────────
+
+
+def waits(registry: Registry, agent: AgentState, failures: int) -> list[float]:
+    told = []
+    for _ in range(failures):
+        registry.fail(agent, "refused", 100.0)
+        assert agent.cooldown is not None
+        told.append(agent.cooldown.until - 100.0)
+    return told
+
+
+@pytest.mark.spec("FLEET-14")
+def test_an_agent_that_fails_is_tried_less_and_less_often(registry: Registry) -> None:
+    assert waits(registry, add(registry, "a"), 9) == [0, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_an_agent_may_fail_for_weeks(registry: Registry) -> None:
+    assert waits(registry, add(registry, "a"), 2000)[-1] == 30
+
+
+def test_an_agent_that_failed_is_out_of_rotation_until_a_probe_succeeds(
+    registry: Registry,
+) -> None:
+    agent = add(registry, "a")
+    registry.fail(agent, "refused", 1.0)
+    assert agent.out_of_rotation() == "refused"
+    assert not registry.is_routable(agent, 50.0)
+    registry.probed(agent)
+    assert registry.is_routable(agent, 50.0)
+
+
+def test_a_probe_does_not_forget_the_failures(registry: Registry) -> None:
+    agent = add(registry, "a")
+    waits(registry, agent, 3)
+    registry.probed(agent)
+    assert waits(registry, agent, 1) == [4]
+
+
+def test_a_served_request_forgets_the_failures(registry: Registry) -> None:
+    agent = add(registry, "a")
+    waits(registry, agent, 3)
+    registry.succeeded(agent, KEY)
+    assert registry.is_routable(agent, 0.0)
+    assert waits(registry, agent, 1) == [0]
+
+
+@pytest.mark.spec("FLEET-18")
+def test_one_model_that_fails_does_not_take_the_agent_out(registry: Registry) -> None:
+    agent = add(registry, "a")
+    told = []
+    for _ in range(4):
+        registry.fail_model(agent, "k", "out of memory", 10.0)
+        told.append(agent.model_cooldowns["k"].until - 10.0)
+    assert told == [1, 1, 2, 4]
+    assert registry.is_routable(agent, 10.0)
+    registry.succeeded(agent, "other")
+    assert agent.model_cooldowns["k"].failures == 4
+    registry.succeeded(agent, "k")
+    assert agent.model_cooldowns == {}
+
+
+# ── which models ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_heartbeat_brings_the_models(registry: Registry) -> None:
+    agent = add(registry, "a")
+    assert not agent.brings_inventory
+    body = f',"tags":{lists("m", "n").decode()},"ps":{lists("m").decode()}'
+    registry.heartbeat(report(agent, body), 1.0)
+    assert agent.brings_inventory
+    assert agent.inventory.sampled_at == 1.0
+    assert registry.holders(KEY) == [agent]
+    assert agent.inventory.is_loaded(KEY)
+    assert registry.models() == [KEY, "registry.ollama.ai/library/n:latest"]
+
+
+@pytest.mark.parametrize("body", [',"tags":[]', ',"ps":7', ',"tags":{"models":1}'])
+def test_a_list_that_is_none_is_refused_and_changes_nothing(registry: Registry, body: str) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    with pytest.raises(msgspec.DecodeError):
+        registry.heartbeat(report(agent, body), 1.0)
+    assert agent.report is None
+    assert registry.holders(KEY) == [agent]
+
+
+def test_a_model_that_is_gone_from_the_list_has_no_holder(registry: Registry) -> None:
+    first, second = add(registry, "a"), add(registry, "b")
+    registry.list_models(second, lists("m"), {}, 0.0)
+    registry.list_models(first, lists("m"), {}, 0.0)
+    assert registry.holders(KEY) == [first, second]
+    registry.list_models(first, lists("n"), {}, 1.0)
+    assert registry.holders(KEY) == [second]
+    registry.list_models(second, b'{"models":null}', {}, 1.0)
+    assert KEY not in registry.models()
+
+
+def test_an_offline_agent_still_holds_its_models(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    registry.expire(1000.0)
+    assert registry.holders(KEY) == [agent]
+
+
+def test_a_removed_agent_leaves_no_holder_behind(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    registry.remove(agent.id)
+    assert registry.holders(KEY) == []
+    assert registry.models() == []
+    assert list(registry) == []
+
+
+def test_a_model_that_an_agent_denies_is_not_asked_of_it_until_its_next_list(
+    registry: Registry,
+) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    registry.note_missing(agent, KEY)
+    assert registry.holders(KEY) == []
+    registry.list_models(agent, lists("m"), {}, 1.0)
+    assert registry.holders(KEY) == [agent]
+
+
+def test_who_derived_something_learns_that_it_may_be_old(registry: Registry) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m"), {}, 0.0)
+    for act in (
+        lambda: registry.list_loaded(agent, lists("m"), 0.0),
+        lambda: registry.fail(agent, "refused", 0.0),
+        lambda: registry.probed(agent),
+        lambda: registry.fail_model(agent, KEY, "failed", 0.0),
+        lambda: registry.update_settings(agent.id, AgentSettings(draining=True)),
+        lambda: registry.heartbeat(report(agent, ',"ollama_running":false'), 0.0),
+        lambda: registry.heartbeat(report(agent, ',"leaving":true'), 0.0),
+        lambda: registry.heartbeat(report(agent), 0.0),
+        lambda: registry.expire(1000.0),
+        lambda: registry.heard(agent, 1000.0),
+        lambda: registry.note_missing(agent, KEY),
+        lambda: registry.remove(agent.id),
+    ):
+        before = registry.changes
+        act()
+        assert registry.changes > before
+
+
+def test_a_heartbeat_without_news_changes_nothing(registry: Registry) -> None:
+    agent = add(registry, "a")
+    body = f',"tags":{lists("m").decode()},"ps":{lists("m").decode()}'
+    registry.heartbeat(report(agent, body), 1.0)
+    before = registry.changes
+    registry.heartbeat(report(agent, body), 2.0)
+    assert registry.changes == before
+
+
+def test_a_sign_of_life_after_the_time_is_over_is_a_change_also_before_anybody_noticed() -> None:
+    registry = Registry(agent_timeout=60.0)
+    agent = registry.register(
+        RegisterRequest("m", "10.0.0.1", "0.33.0", 11434), AgentId("a"), datetime.now(UTC), 0.0
+    ).agent
+    changes = registry.changes
+    registry.heard(agent, 30.0)
+    assert registry.changes == changes
+    registry.heard(agent, 100.0)
+    assert registry.changes > changes

@@ -1,0 +1,125 @@
+"""The command line and its environment."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import ollama_coordinator
+from ollama_coordinator import main
+from ollama_coordinator.scheduler import POLICIES
+from ollama_coordinator.settings import Settings, read
+from ollama_coordinator_common.config import CoordinatorConfig
+
+DEFAULTS = {
+    "COORDINATOR_HOST": "0.0.0.0",
+    "COORDINATOR_PORT": "8080",
+    "DATABASE_URL": "sqlite://coordinator.db",
+    "HEALTH_CHECK_INTERVAL": "30",
+    "AGENT_TIMEOUT": "60",
+    "COORDINATOR_POLICY": POLICIES[0],
+    "COORDINATOR_MAX_QUEUE": "512",
+    "COORDINATOR_MAX_BODY_MIB": "64",
+    "COORDINATOR_DRAIN_TIMEOUT": "300",
+    "COORDINATOR_LOG_LEVEL": "INFO",
+}
+"""Some of the variables, the first version's among them; README's tables are tested whole."""
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """What `serve` was called with; nothing is served."""
+    calls: list[Settings] = []
+    monkeypatch.setattr(main, "_serve", lambda settings, *more: calls.append(settings))
+    return calls
+
+
+@pytest.mark.spec("OPERATION-2")
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_help_names_every_variable_with_its_default(command: list[str]) -> None:
+    result = CliRunner().invoke(main.app, [*command, "--help"], terminal_width=300)
+    text = " ".join(result.output.split())
+    shown = dict(re.findall(r"\[env var: (\w+); default: ([^\]]*)\]", text))
+    assert shown.items() >= DEFAULTS.items()
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_the_bare_command_serves(served: list[Settings], command: list[str]) -> None:
+    result = CliRunner().invoke(main.app, [*command, "--port", "1"], env={"AGENT_TIMEOUT": "5"})
+    assert result.exit_code == 0, result.output
+    assert served == [read(port="1", agent_timeout="5")]
+
+
+@pytest.mark.spec("OPERATION-2")
+def test_an_option_beats_the_environment(served: list[Settings]) -> None:
+    CliRunner().invoke(main.app, ["--port", "2"], env={"COORDINATOR_PORT": "1"})
+    assert served[0].config.port == 2
+
+
+def test_options_before_the_command_are_refused_and_not_lost(served: list[Settings]) -> None:
+    result = CliRunner().invoke(main.app, ["--port", "1", "serve"])
+    assert result.exit_code == 2
+    assert "give options after `serve`" in result.output
+    assert served == []
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    result = CliRunner().invoke(main.app, ["--version"])
+    assert re.fullmatch(r"ollama-coordinator \d+\.\d+\.\d+\n", result.output)
+
+
+@pytest.mark.spec("OPERATION-2")
+@pytest.mark.parametrize("command", [[], ["serve"]])
+@pytest.mark.parametrize(
+    ("variable", "value", "right"),
+    [
+        ("COORDINATOR_PORT", "http", "whole number"),
+        ("COORDINATOR_PORT", "65536", "1 to 65535"),
+        ("DATABASE_URL", "postgresql://db", "sqlite://FILE"),
+        ("HEALTH_CHECK_INTERVAL", "0.0", "greater than 0"),
+        ("HEALTH_CHECK_INTERVAL", "often", "give a number"),
+        ("AGENT_TIMEOUT", "inf", "greater than 0"),
+        ("AGENT_TIMEOUT", "nan", "greater than 0"),
+        ("COORDINATOR_POLICY", "fastest", POLICIES[0]),
+        ("COORDINATOR_MAX_QUEUE", "-1", "give 0 or"),
+        ("COORDINATOR_MAX_QUEUE", "1.5", "whole number"),
+        ("COORDINATOR_MAX_BODY_MIB", "0", "greater than 0"),
+        ("COORDINATOR_DRAIN_TIMEOUT", "nan", "give 0 or"),
+        ("COORDINATOR_LOG_LEVEL", "LOUD", "DEBUG"),
+    ],
+)
+def test_a_wrong_setting_is_explained(
+    served: list[Settings], command: list[str], variable: str, value: str, right: str
+) -> None:
+    result = CliRunner().invoke(main.app, command, env={variable: value})
+    assert result.exit_code == 2
+    assert f"Error: {variable}={value} does not work: " in result.output
+    assert right in result.output
+    assert served == []
+
+
+def test_the_defaults_are_told_once() -> None:
+    settings = read()
+    assert settings.config == CoordinatorConfig(policy=POLICIES[0])
+    assert settings.log_level == "INFO"
+
+
+def test_text_becomes_what_it_means() -> None:
+    settings = read(host=" ::1 ", policy=POLICIES[-1].upper(), log_level="debug")
+    assert settings.config.host == "::1"
+    assert settings.config.policy == POLICIES[-1]
+    assert settings.log_level == "DEBUG"
+
+
+def test_an_address_that_is_not_here_is_explained(tmp_path: Path) -> None:
+    arguments = ["--host", "no-such-host.invalid", "--database-url", f"sqlite://{tmp_path}/c.db"]
+    result = CliRunner().invoke(main.app, arguments)
+    assert result.exit_code != 0
+    assert "COORDINATOR_HOST=no-such-host.invalid does not work" in result.output
+
+
+def test_every_command_says_what_it_does() -> None:
+    result = CliRunner().invoke(main.app, ["--help"], terminal_width=200)
+    assert "Serve until stopped" in result.output
+    assert ollama_coordinator.__doc__

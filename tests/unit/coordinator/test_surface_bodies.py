@@ -1,0 +1,107 @@
+"""Bodies of requests: as Go reads them, and changed in one place only."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ollama_coordinator.api.audio import read_form
+from ollama_coordinator.api.gojson import read_fields
+from ollama_coordinator.api.splicing import field, spliced
+from ollama_coordinator.api.versions import is_older, lowest
+from ollama_coordinator.api.wire import HttpError
+
+GO = "api.ShowRequest"
+
+
+@pytest.mark.spec("SURFACE-1")
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "missing request body"),
+        (b"  \n", "missing request body"),
+        (b"{", "unexpected EOF"),
+        (b'{"a', "unexpected EOF"),
+        (b"x", "invalid character 'x' looking for beginning of value"),
+        (b"'", "invalid character '\\'' looking for beginning of value"),
+        (b"{'a'}", "invalid character '\\'' looking for beginning of object key string"),
+        (b'{"a" 1}', "invalid character '1' after object key"),
+        (b'{"a":1 "b"}', "invalid character '\"' after object key:value pair"),
+        (b"NaN", "invalid character 'N' looking for beginning of value"),
+        (b"[]", "json: cannot unmarshal array into Go value of type api.ShowRequest"),
+        (b"7", "json: cannot unmarshal number into Go value of type api.ShowRequest"),
+        (b"[" * 100_000, "json: exceeded max depth"),
+    ],
+)
+def test_complaints_are_those_of_go(body: bytes, text: str) -> None:
+    with pytest.raises(HttpError) as raised:
+        read_fields(body, GO)
+    assert (raised.value.status, str(raised.value)) == (400, text)
+
+
+@pytest.mark.spec("SURFACE-1")
+def test_keys_in_any_case_the_last_wins_and_what_follows_is_ignored() -> None:
+    fields = read_fields(b'{"Model":"a","MODEL":"b"} and more', GO)
+    assert fields.model() == "b"
+    assert read_fields(b'{"model":"","name":"c"}', GO).model() == "c"
+    assert read_fields(b"null", GO).model() == ""
+    assert read_fields(b'{"model":"\\ud800"}', GO).model() == "�"
+    with pytest.raises(HttpError, match=r"ShowRequest\.verbose of type bool"):
+        read_fields(b'{"verbose":"yes"}', GO).flag("verbose")
+    with pytest.raises(HttpError, match=r"number into Go struct field ShowRequest\.files"):
+        read_fields(b'{"files":{"a":1}}', GO).digests("files")
+
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+)
+
+
+@pytest.mark.spec("SURFACE-14")
+@given(st.dictionaries(NAMES, JSON, max_size=5))
+def test_only_the_named_field_of_a_body_changes(value: dict[str, Any]) -> None:
+    body = json.dumps(value).encode()
+    changed = spliced(body, {"options": b'{"num_ctx":8}'})
+    assert changed is not None
+    others = {key: item for key, item in value.items() if key.lower() != "options"}
+    after = json.loads(changed)
+    key = next(key for key in after if key.lower() == "options")
+    assert after.pop(key) == {"num_ctx": 8}
+    assert after == others
+    assert field(changed, "options") == b'{"num_ctx":8}'
+
+
+@pytest.mark.spec("SURFACE-14")
+def test_every_other_value_keeps_its_bytes() -> None:
+    body = b'{"a": 1.50e3, "Options": {"seed":  7, "num_ctx":1}, "b": "\\u00e9", "c":[ 1 ]}'
+    changed = spliced(body, {"options": b"{}"})
+    assert changed == b'{"a":1.50e3,"Options":{},"b":"\\u00e9","c":[ 1 ]}'
+    assert spliced(b"[]", {"options": b"{}"}) is None
+    assert spliced(b'{"a":1} more', {"options": b"{}"}) is None
+    assert field(b"nonsense", "options") is None
+
+
+@pytest.mark.spec("SURFACE-7")
+def test_a_form_is_read_up_to_its_end_and_not_beyond() -> None:
+    body = (
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\r\n--C\r\n'
+        b'\r\n--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--B--\r\n'
+        b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n'
+    )
+    assert read_form('multipart/form-data; boundary="B"', body).name == "whisper"
+    for kind in ("", "application/json", "multipart/form-data", "multipart/form-data; boundary="):
+        with pytest.raises(HttpError, match="isn't multipart/form-data"):
+            read_form(kind, body)
+
+
+@pytest.mark.spec("SURFACE-8")
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert lowest(["0.33.0", "0.9.6", "0.0.0", ""]) == "0.9.6"
+    assert lowest(["0.0.0"]) is None
+    assert is_older("0.9.6", "0.14.0")
+    assert not is_older("0.14.0-rc1", "0.14.0")
+    assert not is_older("0.0.0", "0.14.0")
