@@ -95,6 +95,13 @@ def simulate(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def live(session: nox.Session) -> None:
+    """Play one trace through a real coordinator under each policy, against stand-ins."""
+    install_workspace(session, "test")
+    session.run("python", "tests/benchmarks/live.py", *session.posargs)
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Start a coordinator with three agents, chat through it, and leave it running to try."""
     install_workspace(session, "demo")

@@ -73,7 +73,7 @@ async def stream(url: str, tokens: int) -> Exchange:
     loop = asyncio.get_running_loop()
     request = request_bytes(url, tokens)
     _, exchange = await loop.create_connection(
-        lambda: Exchange(request), parts.hostname, parts.port
+        lambda: Exchange(request), parts.hostname or "", parts.port or 80
     )
     await exchange.ended
     assert exchange.good, "an answer was refused"
@@ -150,9 +150,7 @@ async def fleet(
         )
         async with aiohttp.ClientSession() as session:
             for node_url in urls:
-                port = urlsplit(node_url).port
-                assert port is not None
-                await register(session, url, port)
+                await register(session, url, int(node_url.rpartition(":")[2]))
         yield urls, url, coordinator.pid
 
 

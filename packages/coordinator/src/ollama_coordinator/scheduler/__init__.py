@@ -8,7 +8,10 @@ from .error import (
     QueueFull,
     SchedulerError,
 )
+from .explain import Candidate, Decision
 from .factory import POLICIES, create_scheduler
+from .predicted import PredictedScheduler
+from .state import Estimate, Learned
 from .types import (
     Kind,
     Lane,
@@ -24,15 +27,20 @@ from .types import (
 
 __all__ = [
     "POLICIES",
+    "Candidate",
+    "Decision",
+    "Estimate",
     "HoldersUnavailable",
     "Kind",
     "Lane",
+    "Learned",
     "Lease",
     "LeaseId",
     "ModelNotFound",
     "NoAgentRegistered",
     "Outcome",
     "Plan",
+    "PredictedScheduler",
     "QueueFull",
     "Request",
     "RequestId",

@@ -4,10 +4,11 @@ from ollama_coordinator.registry import Registry
 
 from .base import Scheduler
 from .immediate import Choose, ImmediateScheduler
-from .policies import loaded_first
+from .policies import Random, cpu, least_connections, loaded_first, round_robin
+from .predicted import PredictedScheduler
 
-_COUNTING: dict[str, Choose] = {"loaded-first": loaded_first.choose}
-POLICIES = ("loaded-first",)
+PREDICTED = "predicted"
+POLICIES = (PREDICTED, "loaded-first", "least-connections", "round-robin", "random", "cpu")
 
 
 def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Scheduler:
@@ -16,4 +17,13 @@ def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Sche
     Raises:
         KeyError: no such policy.
     """
-    return ImmediateScheduler(registry, _COUNTING[policy], max_queue=max_queue)
+    if policy == PREDICTED:
+        return PredictedScheduler(registry, max_queue=max_queue)
+    counting: dict[str, Choose] = {
+        "loaded-first": loaded_first,
+        "least-connections": least_connections,
+        "round-robin": round_robin,
+        "random": Random(seed=1),
+        "cpu": cpu,
+    }
+    return ImmediateScheduler(registry, counting[policy], max_queue=max_queue)

@@ -1,0 +1,39 @@
+"""`POST /api/explain`: where a request would go, and why; nothing is sent."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.scheduler import PredictedScheduler, Scheduler
+
+from .dialects import Surface
+from .intake import take_in
+from .reading import read_routing
+from .wire import HttpError, reply
+
+
+class ExplainApi:
+    """The handlers that tell what the scheduler thinks."""
+
+    def __init__(self, scheduler: Scheduler, surface: Surface, clock: Clock) -> None:
+        self._scheduler = scheduler
+        self._surface = surface
+        self._clock = clock
+
+    async def explain(self, request: Request) -> Response:
+        """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
+        routing = read_routing(self._surface, await request.body())
+        now = self._clock.now()
+        asked = take_in(self._surface, routing, request.scope, now)
+        return reply(self._predictor().explain(asked, now))
+
+    async def estimates(self, request: Request) -> Response:
+        """`GET /api/estimates`: what is predicted of every model on every agent."""
+        return reply(self._predictor().estimates())
+
+    def _predictor(self) -> PredictedScheduler:
+        if not isinstance(self._scheduler, PredictedScheduler):
+            raise HttpError(
+                409, "this policy does not predict; start with COORDINATOR_POLICY=predicted"
+            )
+        return self._scheduler

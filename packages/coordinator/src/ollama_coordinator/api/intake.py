@@ -1,0 +1,68 @@
+"""From what was read of a request to what the scheduler decides on."""
+
+from secrets import token_hex
+
+from starlette.types import Scope
+
+from ollama_coordinator.scheduler import Kind, Lane, Request, RequestId
+from ollama_coordinator_common.error import InvalidModelName
+from ollama_coordinator_common.names import model_key
+
+from .dialects import Surface
+from .reading import Routing
+from .wire import HttpError
+
+
+def client_of(scope: Scope) -> str:
+    """Who asks, for fairness between clients: the address they ask from."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+LANE = b"x-ollama-coordinator-lane"
+
+
+def lane_of(surface: Surface, scope: Scope) -> Lane:
+    """How urgent it is: embeddings have a lane of their own; `batch` is for who says so.
+
+    Raises:
+        HttpError: the header names no lane.
+    """
+    if surface.kind is Kind.EMBED:
+        return Lane.EMBEDDING
+    wanted = next((value for name, value in scope["headers"] if name == LANE), b"interactive")
+    if wanted not in (b"interactive", b"batch"):
+        raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
+    return Lane(wanted.decode())
+
+
+def take_in(surface: Surface, routing: Routing, scope: Scope, now: float) -> Request:
+    """The request as the scheduler sees it.
+
+    Raises:
+        InvalidModelName: the model's name cannot be one, and the route says so.
+        HttpError: the same on a route that only says that there is no such model; a wrong header.
+    """
+    return Request(
+        id=RequestId(token_hex(8)),
+        model=_key(surface, routing.name),
+        name=routing.name,
+        arrived_at=now,
+        kind=surface.kind,
+        lane=lane_of(surface, scope),
+        client=client_of(scope),
+        prompt_tokens=routing.prompt_tokens,
+        prefix=routing.prefix,
+        output_limit=routing.output_limit,
+        options=routing.options,
+        load_only=routing.load_only,
+    )
+
+
+def _key(surface: Surface, name: str) -> str:
+    try:
+        return model_key(name)
+    except InvalidModelName as exc:
+        if surface.checks_names:
+            raise
+        raise HttpError(404, surface.missing.format(name=name)) from exc

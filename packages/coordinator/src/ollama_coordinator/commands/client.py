@@ -1,0 +1,98 @@
+"""A running coordinator as the command line sees it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+import typer
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 5.0
+
+
+class NoAnswer(OllamaCoordinatorError):
+    """The coordinator cannot be reached, or refuses; says what to do about it."""
+
+
+class Client:
+    """Requests to one coordinator."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self._url = url.rstrip("/")
+        self._session = session
+
+    async def json(self, method: str, path: str, body: object = None) -> Any:
+        """The JSON of an answer; `None` where there is no body.
+
+        Raises:
+            NoAnswer: there is none, or it is an error.
+        """
+        async with self._answer(method, path, body) as response:
+            text = await response.read()
+            return msgspec.json.decode(text) if text else None
+
+    async def lines(self, path: str) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a stream of lines.
+
+        Raises:
+            NoAnswer: it broke off, or one of them is an error.
+        """
+        async with self._answer("GET", path) as response:
+            try:
+                async for text in response.content:
+                    line: dict[str, Any] = msgspec.json.decode(text)
+                    if "error" in line:
+                        raise NoAnswer(line["error"])
+                    yield line
+            except aiohttp.ClientError as exc:
+                raise NoAnswer(f"the coordinator broke off: {exc}") from exc
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: object = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        data = None if body is None else msgspec.json.encode(body)
+        try:
+            response = await self._session.request(method, self._url + path, data=data)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+            raise NoAnswer(
+                f"no coordinator answers at {self._url} ({exc}); "
+                "start one, or give its address with --coordinator or COORDINATOR_URL"
+            ) from exc
+        async with response:
+            if response.status >= 400:
+                raise NoAnswer(_said(await response.read()) or f"status {response.status}")
+            yield response
+
+
+def _said(body: bytes) -> str:
+    try:
+        error = msgspec.json.decode(body, type=dict[str, Any]).get("error")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return body.decode(errors="replace").strip()
+    return error if isinstance(error, str) else ""
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Client]:
+    """A client for one command."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        yield Client(url, session)
+
+
+def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command; an error is one sentence and exit code 1, Ctrl-C is exit code 130."""
+    try:
+        return asyncio.run(work)
+    except NoAnswer as exc:
+        typer.echo(f"Error: {exc}", err=True)
+        raise typer.Exit(1) from exc
+    except KeyboardInterrupt as exc:
+        raise typer.Exit(130) from exc

@@ -1,0 +1,182 @@
+"""`models …` and `ps`: the fleet's models from the command line."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .client import Client, NoAnswer, connected, finished
+from .showing import Bars, loaded_table, models_table, targets_table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The fleet's models: list, pull, remove, show, copy, load, unload.",
+)
+
+Coordinator = Annotated[
+    str,
+    typer.Option(
+        "--coordinator",
+        envvar="COORDINATOR_URL",
+        metavar="URL",
+        help="The coordinator to ask.",
+        show_envvar=True,
+    ),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")]
+Replicas = Annotated[
+    int | None,
+    typer.Option("--replicas", metavar="NUMBER", min=1, help="On how many agents."),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="all|NUMBER|label:NAME|agents:NAME,...",
+        help="On which agents; the coordinator's own setting if not given.",
+    ),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
+
+DEFAULT = "http://localhost:8080"
+
+
+@app.command("list")
+def list_models(coordinator: Coordinator = DEFAULT) -> None:
+    """List every model, the agents that have it, and where it is in memory."""
+
+    async def work() -> None:
+        async with connected(coordinator) as client:
+            models = (await client.json("GET", "/api/models"))["models"]
+            Console().print(models_table(models, await _names(client)))
+
+    finished(work())
+
+
+@app.command()
+def pull(
+    model: Model,
+    replicas: Replicas = None,
+    on: On = None,
+    detach: Detach = False,
+    coordinator: Coordinator = DEFAULT,
+) -> None:
+    """Pull a model onto agents. It goes on when this command is interrupted."""
+    wanted = {"kind": "pull", "model": model, **_placement(replicas, on)}
+    finished(_operation(coordinator, wanted, detach=detach))
+
+
+@app.command()
+def load(
+    model: Model,
+    replicas: Replicas = None,
+    on: On = None,
+    keep_alive: Annotated[
+        str | None, typer.Option("--keep-alive", metavar="DURATION", help="Such as 30m or -1s.")
+    ] = None,
+    coordinator: Coordinator = DEFAULT,
+) -> None:
+    """Bring a model into memory, on one agent unless told otherwise."""
+    kept = {} if keep_alive is None else {"keep_alive": keep_alive}
+    wanted = {"kind": "load", "model": model, **kept, **_placement(replicas, on)}
+    finished(_operation(coordinator, wanted))
+
+
+@app.command()
+def unload(model: Model, coordinator: Coordinator = DEFAULT) -> None:
+    """Drop a model from memory on every agent."""
+    finished(_operation(coordinator, {"kind": "unload", "model": model}))
+
+
+@app.command()
+def cp(
+    source: Model,
+    destination: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
+    coordinator: Coordinator = DEFAULT,
+) -> None:
+    """Give a model a second name on every agent that has it."""
+    wanted = {"kind": "copy", "model": source, "destination": destination}
+    finished(_operation(coordinator, wanted))
+
+
+@app.command()
+def rm(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")],
+    coordinator: Coordinator = DEFAULT,
+) -> None:
+    """Delete models on every agent; those that are away do it when they return."""
+
+    async def work() -> None:
+        async with connected(coordinator) as client:
+            for model in models:
+                wanted = {"kind": "delete", "model": model}
+                operation = await client.json("POST", "/api/operations", wanted)
+                Console().print(targets_table(operation))
+
+    finished(work())
+
+
+@app.command()
+def show(model: Model, coordinator: Coordinator = DEFAULT) -> None:
+    """Show what a model is and who has it."""
+
+    async def work() -> None:
+        async with connected(coordinator) as client:
+            shown = await client.json("POST", "/api/show", {"model": model})
+            console = Console()
+            for name, value in shown.get("details", {}).items():
+                console.print(f"{name:<20} {value}", highlight=False, markup=False)
+            capabilities = ", ".join(shown.get("capabilities") or ())
+            console.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
+            console.print(shown.get("parameters", ""), highlight=False, markup=False)
+
+    finished(work())
+
+
+def ps(coordinator: Coordinator = DEFAULT) -> None:
+    """List the models in memory and the agents they are on."""
+
+    async def work() -> None:
+        async with connected(coordinator) as client:
+            rows = (await client.json("GET", "/api/ps"))["models"] or ()
+            models = (await client.json("GET", "/api/models"))["models"]
+            where = {model["name"]: model["loaded_on"] for model in models}
+            Console().print(loaded_table(rows, where, await _names(client)))
+
+    finished(work())
+
+
+def _placement(replicas: int | None, on: str | None) -> dict[str, str]:
+    if replicas is not None:
+        return {"placement": str(replicas)}
+    return {} if on is None else {"placement": on}
+
+
+async def _names(client: Client) -> dict[str, str]:
+    agents = await client.json("GET", "/api/agents")
+    return {agent["id"]: agent["display_name"] or agent["machine_name"] for agent in agents}
+
+
+async def _operation(url: str, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
+    """Start an operation, show it until its end, then how every agent fared."""
+    console = Console()
+    async with connected(url) as client:
+        operation = await client.json("POST", "/api/operations", wanted)
+        path = f"/api/operations/{operation['id']}"
+        if detach:
+            console.print(f"operation {operation['id']} goes on by itself", highlight=False)
+            return
+        bars = Bars(console)
+        failure: NoAnswer | None = None
+        try:
+            with bars.progress:
+                async for line in client.lines(f"{path}/progress"):
+                    bars.show(line)
+        except NoAnswer as exc:
+            failure = exc
+        console.print(targets_table(await client.json("GET", path)))
+        if failure is not None:
+            raise failure

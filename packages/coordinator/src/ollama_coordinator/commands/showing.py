@@ -1,0 +1,86 @@
+"""How models and operations look in a terminal."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+AGENT_STATES = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
+
+
+def table(*columns: str) -> Table:
+    """A table without lines, as `ollama list` has none."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> Table:
+    """Every model, who has it, and where it is in memory."""
+    made = table("NAME", "ID", "SIZE", "AGENTS", "LOADED ON", "")
+    for model in models:
+        made.add_row(
+            model["name"],
+            model["digest"][:12],
+            decimal(model["size"]),
+            _named(model["holders"], names),
+            _named(model["loaded_on"], names),
+            "[red]other content elsewhere[/red]" if model["conflict"] else "",
+        )
+    return made
+
+
+def loaded_table(
+    rows: Iterable[Mapping[str, Any]], where: Mapping[str, Iterable[str]], names: Mapping[str, str]
+) -> Table:
+    """What is in memory anywhere."""
+    made = table("NAME", "ID", "SIZE", "CONTEXT", "UNTIL", "AGENTS")
+    for row in rows:
+        made.add_row(
+            row["name"],
+            row["digest"][:12],
+            decimal(row["size"]),
+            str(row.get("context_length", "")),
+            str(row["expires_at"])[:19].replace("T", " "),
+            _named(where.get(row["name"], ()), names),
+        )
+    return made
+
+
+def targets_table(operation: Mapping[str, Any]) -> Table:
+    """An operation's agents and how far each one is."""
+    made = table("AGENT", "STATE", "DETAIL")
+    for target in operation["targets"]:
+        state = target["state"]
+        colour = AGENT_STATES.get(state, "cyan")
+        detail = target["error"] or target["status"]
+        made.add_row(target["agent"], f"[{colour}]{state}[/{colour}]", detail)
+    return made
+
+
+def _named(ids: Iterable[str], names: Mapping[str, str]) -> str:
+    return ", ".join(sorted(names.get(agent_id, agent_id) for agent_id in ids))
+
+
+class Bars:
+    """Ollama's progress lines as bars: one a layer, the other steps as text above them."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console
+        )
+        self._layers: dict[str, TaskID] = {}
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Take over one line."""
+        digest, status = line.get("digest"), str(line.get("status", ""))
+        if digest is None:
+            self.progress.console.print(status)
+            return
+        if digest not in self._layers:
+            self._layers[digest] = self.progress.add_task(status, total=line.get("total"))
+        self.progress.update(self._layers[digest], completed=line.get("completed", 0))

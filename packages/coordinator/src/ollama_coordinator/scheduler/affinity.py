@@ -1,0 +1,68 @@
+"""Which conversations an agent has in its prompt cache, as hashes of their prefixes.
+
+A saving in the estimate, never a pin: an agent's runner remembers about one conversation per slot,
+so the oldest is forgotten here too.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+MOST_CONVERSATIONS = 64
+LONGEST_CHAIN = 128
+
+Chain = tuple[int, ...]
+
+
+class PromptCaches:
+    """Prefix hashes, each with the places that saw it: how many tokens, in how many chains."""
+
+    def __init__(self) -> None:
+        self._index: dict[int, dict[Hashable, tuple[int, int]]] = {}
+        self._held: dict[Hashable, OrderedDict[int, Chain]] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def expected(self, prefix: Chain) -> dict[Hashable, int]:
+        """The tokens of a prompt with this chain that each place is expected to have."""
+        found: dict[Hashable, int] = {}
+        for link in reversed(prefix[-LONGEST_CHAIN:]):
+            for place, (tokens, _) in self._index.get(link, {}).items():
+                found.setdefault(place, tokens)
+        return found
+
+    def remember(self, place: Hashable, prefix: Chain, tokens: int, slots: int) -> None:
+        """The place has just read a prompt of so many tokens."""
+        if not prefix:
+            return
+        chain = prefix[-LONGEST_CHAIN:]
+        held = self._held.setdefault(place, OrderedDict())
+        self._add(place, chain, tokens)
+        for link in chain:  # the conversation goes on: it replaces its earlier self
+            if (earlier := held.pop(link, None)) is not None:
+                self._remove(place, earlier)
+        held[chain[-1]] = chain
+        while len(held) > min(max(slots, 1), MOST_CONVERSATIONS):
+            self._remove(place, held.popitem(last=False)[1])
+
+    def forget(self, place: Hashable) -> None:
+        """The model left the memory of that place."""
+        for chain in self._held.pop(place, OrderedDict()).values():
+            self._remove(place, chain)
+
+    def _add(self, place: Hashable, chain: Chain, tokens: int) -> None:
+        for index, link in enumerate(chain):
+            seen = self._index.setdefault(link, {})
+            known, chains = seen.get(place, (0, 0))
+            seen[place] = (max(known, tokens * (index + 1) // len(chain)), chains + 1)
+
+    def _remove(self, place: Hashable, chain: Chain) -> None:
+        for link in chain:
+            seen = self._index[link]
+            tokens, chains = seen[place]
+            if chains > 1:
+                seen[place] = (tokens, chains - 1)
+                continue
+            del seen[place]
+            if not seen:
+                del self._index[link]

@@ -1,0 +1,207 @@
+"""Where a request should go now, or whether it should rather wait: the cheapest prediction."""
+
+from .affinity import PromptCaches
+from .cost import HELD_WEIGHT, alone_seconds, run_seconds, stay_seconds
+from .fleet import Place
+from .line import Entry, Line
+from .option import NO_PLACE, Action, Choice, Hits
+from .priors import UNLOAD_SECONDS
+from .room import Rooms
+from .waits import wait_for_slot
+
+FASTEST_LOOKED_AT = 12
+OTHERS_LOOKED_AT = 8
+"""Machines on which a load is evaluated: those that load fastest, and some others in turn."""
+
+SEARCH_AGAIN_SECONDS = 2.0
+MUCH_WORSE = 1.25
+"""A search that found no machine is repeated when the wait is so much longer, or after a while."""
+
+NEARLY = 1.05
+NEARLY_SECONDS = 0.01
+"""Costs this close are equal: the place that was used longest ago is taken."""
+
+
+class Chooser:
+    """Evaluates the candidates of a line."""
+
+    def __init__(self, caches: PromptCaches, rooms: Rooms) -> None:
+        self._caches = caches
+        self._rooms = rooms
+
+    def choose(self, line: Line, entry: Entry, ahead: int, now: float) -> Choice:
+        """The cheapest possibility of a request that has `ahead` others before it."""
+        hits = self.hits(entry)
+        go = self._go(line, entry, hits, now)
+        wait = wait_for_slot(line, entry, ahead, hits, now)
+        best, other = (go, wait) if go.cost <= held_cost(wait, entry) else (wait, go)
+        if line.cold and line.quickest_load < best.cost:
+            load = self._load(line, entry, best.cost, now)
+            if load.cost < best.cost:
+                load.others = (best, other)
+                return load
+        best.others = (other,)
+        return best
+
+    def hits(self, entry: Entry) -> Hits:
+        """The prompt tokens that each place is expected to have in its cache."""
+        prefix = entry.request.prefix
+        return (self._caches.expected(prefix) or None) if prefix else None
+
+    def _go(self, line: Line, entry: Entry, hits: Hits, now: float) -> Choice:
+        """The best place that is in memory and has a slot."""
+        excluded = entry.request.excluded
+        tokens, output = entry.request.prompt_tokens, entry.output
+        best: Place | None = None
+        best_cost = floor = NO_PLACE
+        for place in line.hot:
+            if len(place.running) >= place.slots.limit:
+                continue
+            machine = place.machine
+            if excluded and machine.id in excluded:
+                continue
+            new = max(tokens - hits.get(place, 0), 0) if hits else tokens
+            cost = run_seconds(place, new, output, now) + self._queueing(place)
+            if machine.trouble:
+                cost += machine.penalty(now)
+            if machine.preference != 1.0:
+                cost /= machine.preference
+            near = floor * NEARLY + NEARLY_SECONDS
+            if cost > near or (
+                place.draining_until > now and not _ends_in_time(place, new, output, now)
+            ):
+                continue
+            if (
+                cost * NEARLY + NEARLY_SECONDS < floor
+                or best is None
+                or (place.last_used < best.last_used)
+            ):
+                best, best_cost = place, cost
+            floor = min(cost, floor)
+        if best is None:
+            return Choice(Action.GO, None, NO_PLACE)
+        return Choice(Action.GO, best, best_cost, 0.0, best_cost, hits.get(best, 0) if hits else 0)
+
+    def _queueing(self, place: Place) -> float:
+        """Embeddings go to a busy place too, and wait there for the one before them."""
+        if not place.slots.extra:
+            return 0.0
+        beyond = len(place.running) - place.slots.count + 1
+        return beyond * (place.occupancy or 0.0) if beyond > 0 else 0.0
+
+    def _load(self, line: Line, entry: Entry, below: float, now: float) -> Choice:
+        """The best machine to load the model, if one costs less than `below`.
+
+        When there was none a moment ago it is not searched again: what changes meanwhile is a
+        machine with something idle, and such are offered to the lines.
+        """
+        best = Choice(Action.LOAD, None, below)
+        futile_below, futile_until = line.futile
+        if now < futile_until and below <= futile_below and not entry.request.excluded:
+            return best
+        for place in _looked_at(line):
+            if place.load / place.machine.preference >= best.cost:
+                continue
+            load = self.load_at(place, entry, best.cost, now)
+            if load is not None:
+                best = load
+        if best.place is None:
+            line.futile = (below * MUCH_WORSE, now + SEARCH_AGAIN_SECONDS)
+        return best
+
+    def load_at(self, place: Place, entry: Entry, below: float, now: float) -> Choice | None:
+        """Loading the model at this place, if that can start now and costs less than `below`."""
+        machine = place.machine
+        if machine.loading is not None or place.running:
+            return None
+        if machine.reserved is not None and machine.reserved is not place:
+            return None
+        below *= machine.preference
+        tokens, output = entry.request.prompt_tokens, entry.output
+        if place.load + alone_seconds(place, tokens, output) >= below:
+            return None
+        if machine.id in entry.request.excluded:
+            return None
+        run = run_seconds(place, tokens, output, now)
+        least = place.load + run + machine.penalty(now)
+        if least >= below or (room := self._rooms.make(place, now)) is None:
+            return None
+        leave = UNLOAD_SECONDS if room.victims or place.resident else 0.0
+        # Loaded with other options, it is missed itself, as it is.
+        missed = room.penalty + (self._rooms.loss(place, now) if place.resident else 0.0)
+        cost = least + leave + missed
+        if cost >= below:
+            return None
+        cost /= machine.preference
+        return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, room)
+
+    def first_to_go(self, line: Line, now: float) -> int | None:
+        """The first position behind the head for which another place beats its wait.
+
+        Waits grow with the position: the last one tells whether there is any, and halving finds
+        it. Retries may not go everywhere, so each of them is asked by itself.
+        """
+        if line.retried:
+            for position, entry in enumerate(line.entries()):
+                if position and entry.request.excluded:
+                    choice = self.choose(line, entry, position, now)
+                    if choice.action is not Action.WAIT and choice.place is not None:
+                        return position
+        low, high = 1, line.size - 1
+        choice = self.choose(line, line.at(high), high, now)
+        if choice.action is Action.WAIT or choice.place is None:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._rather_waits(line, middle, choice, now):
+                low = middle + 1
+            else:
+                high = middle
+        return high
+
+    def _rather_waits(self, line: Line, position: int, other: Choice, now: float) -> bool:
+        entry = line.at(position)
+        wait = wait_for_slot(line, entry, position, self.hits(entry), now)
+        cost = held_cost(wait, entry) if other.action is Action.GO else wait.cost
+        return cost < other.cost
+
+    def beyond(self, line: Line, entry: Entry, now: float) -> Choice | None:
+        """A place where one request more than is known to run at once may be tried."""
+        open_places = [
+            place
+            for place in line.hot
+            if place.slots.fixed is None
+            and place.draining_until <= now
+            and place.machine.id not in entry.request.excluded
+            and len(place.running) < place.slots.allowance(now)
+        ]
+        if not open_places:
+            return None
+        place = min(open_places, key=_crowded)
+        run = run_seconds(place, entry.request.prompt_tokens, entry.output, now)
+        return Choice(Action.GO, place, run, 0.0, run)
+
+
+def _crowded(place: Place) -> tuple[float, int]:
+    return len(place.running) / place.slots.count, place.last_used
+
+
+def held_cost(wait: Choice, entry: Entry) -> float:
+    """What waiting costs beside a free place: the contended slot is held for the whole answer."""
+    if wait.place is None:
+        return wait.cost
+    return wait.cost + HELD_WEIGHT * entry.output * wait.place.decode
+
+
+def _looked_at(line: Line) -> list[Place]:
+    """All places on disk of a small fleet; of a large one the fastest, and others in turn."""
+    cold = line.cold
+    if len(cold) <= FASTEST_LOOKED_AT + OTHERS_LOOKED_AT:
+        return cold
+    start = line.turn = max(line.turn % len(cold), FASTEST_LOOKED_AT)
+    line.turn += OTHERS_LOOKED_AT
+    return cold[:FASTEST_LOOKED_AT] + cold[start : start + OTHERS_LOOKED_AT]
+
+
+def _ends_in_time(place: Place, tokens: float, output: float, now: float) -> bool:
+    return now + stay_seconds(place, tokens, output) <= place.draining_until

@@ -1,0 +1,203 @@
+"""The agents as the scheduler sees them: places for models, what runs there, what it costs.
+
+A `Place` is one model on one agent's disk (two names of the same weights share it), a `Machine`
+the agent with its memory. Both mirror the registry and add what only leases can tell.
+"""
+
+from dataclasses import dataclass, field
+from math import exp
+from typing import TYPE_CHECKING
+
+from ollama_coordinator.registry import AgentState
+from ollama_coordinator_common.types import AgentId
+
+from .learning import Rates
+from .memory import Memory
+from .priors import Quantity, prior
+from .slots import Slots
+from .types import Lease, LeaseId, RunnerOptions
+
+if TYPE_CHECKING:
+    from .option import Choice
+    from .room import Room
+
+TROUBLE_SECONDS = 0.5
+TROUBLE_HALF_LIFE = 10.0
+SPILL_FACTOR = 8.0
+OCCUPANCY_GAIN = 0.2
+NEVER = float("-inf")
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One model on one agent: in memory or not, its slots, its requests, its learned costs.
+
+    `ends` is the sum of the predicted ends of what runs here, so that the time left is known
+    without a loop; `crowd` their number summed over time. `prefill` and `decode` are seconds per
+    token, `load` the seconds of a load.
+    """
+
+    machine: "Machine"
+    model: str
+    weights: str
+    disk_bytes: int
+    memory_bytes: int
+    slots: Slots
+    names: set[str] = field(default_factory=set)
+    resident: bool = False
+    loading_until: float | None = None
+    options: RunnerOptions | None = None
+    context: int | None = None
+    loaded_at: float = NEVER
+    touched_at: float = NEVER
+    unloaded_at: float = NEVER
+    last_used: int = 0
+    draining_until: float = NEVER
+    running: "dict[LeaseId, Running]" = field(default_factory=dict)
+    ends: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    load: float = 0.0
+    solo: int = 0
+    occupancy: float | None = None
+    crowd: float = 0.0
+    crowd_at: float = 0.0
+    priors: "tuple[tuple[int, int | None], tuple[float, float, float]] | None" = None
+    room: "tuple[int, float, Room | None] | None" = None
+
+    def prior(self, quantity: Quantity) -> float:
+        """What is believed before anything was measured."""
+        known_for = (self.memory_bytes, self.machine.memory.total)
+        if self.priors is None or self.priors[0] != known_for:
+            slower = 1 + SPILL_FACTOR * self._spilled()
+            values = [prior(one, self.disk_bytes, has_gpu=self.machine.has_gpu) for one in Quantity]
+            self.priors = (known_for, (values[0] / slower, values[1] / slower, values[2]))
+        return self.priors[1][quantity]
+
+    def _spilled(self) -> float:
+        """The share of the model that the GPU has no memory for."""
+        total = self.machine.memory.total
+        return 0.0 if total is None else max(0.0, 1 - total / max(self.memory_bytes, 1))
+
+    def rate(self, rates: Rates) -> None:
+        """Take over what was learned since the last time."""
+        agent, model = self.machine.id, self.model
+        prefill = self.prior(Quantity.PREFILL) * rates.factor(Quantity.PREFILL, agent, model)
+        decode = self.prior(Quantity.DECODE) * rates.factor(Quantity.DECODE, agent, model)
+        self.prefill, self.decode = 1 / prefill, 1 / decode
+        self.load = self.prior(Quantity.LOAD) * rates.factor(Quantity.LOAD, agent, model)
+
+    def count_crowd(self, now: float) -> float:
+        """The number of requests here, summed over all time until now."""
+        self.crowd += len(self.running) * (now - self.crowd_at)
+        self.crowd_at = now
+        return self.crowd
+
+    def held(self, seconds: float) -> None:
+        """A request held its slot for so long."""
+        before = seconds if self.occupancy is None else self.occupancy
+        self.occupancy = before + OCCUPANCY_GAIN * (seconds - before)
+
+    def remaining(self, now: float) -> float:
+        """The predicted time until nothing runs here."""
+        return max((run.remaining(now) for run in self.running.values()), default=0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Machine:
+    """One agent: whether it may be used, its memory, and what all its places do together.
+
+    `epoch` grows when a model comes, goes, or changes between idle and in use.
+    `reserved` is the place for which others are drained, `ends` the sum of all predicted ends.
+    """
+
+    agent: AgentState
+    memory: Memory
+    routable: bool = False
+    places: dict[str, Place] = field(default_factory=dict)
+    residents: dict[Place, None] = field(default_factory=dict)
+    loading: Place | None = None
+    trial: "Trial | None" = None
+    reserved: Place | None = None
+    drain_from: float = NEVER
+    running: int = 0
+    active: int = 0
+    ends: float = 0.0
+    has_gpu: bool = True
+    batch: float = 0.4
+    used_bytes: int = 0
+    epoch: int = 0
+    offered_at: float = NEVER
+    preference: float = 1.0
+    trouble: float = 0.0
+    trouble_at: float = 0.0
+    seen: tuple[object, ...] = ()
+    down_since: float | None = None
+    context_length: int | None = None
+
+    @property
+    def id(self) -> AgentId:
+        """The agent's id."""
+        return self.agent.id
+
+    def failed(self, now: float) -> None:
+        """A request failed here."""
+        self.trouble = self._trouble(now) + 1.0
+        self.trouble_at = now
+
+    def served(self, now: float) -> None:
+        """A request was served here: half of what went wrong is forgotten."""
+        if self.trouble:
+            self.trouble = self._trouble(now) / 2
+            self.trouble_at = now
+
+    def penalty(self, now: float) -> float:
+        """Seconds that recent failures add to an estimate."""
+        seconds = self._trouble(now) * TROUBLE_SECONDS
+        return seconds if seconds > 0.01 else 0.0
+
+    def _trouble(self, now: float) -> float:
+        if not self.trouble:
+            return 0.0
+        return self.trouble * exp((self.trouble_at - now) * 0.693 / TROUBLE_HALF_LIFE)
+
+
+@dataclass(slots=True, frozen=True)
+class Trial:
+    """A load beside other models: the next list of loaded models tells whether all of them fit."""
+
+    place: Place
+    beside: tuple[Place, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A lease with what was predicted of it, and what was seen since.
+
+    `loads`: it made the agent load the model; `tries`: it was sent beyond the proven slots.
+    `rank` counts the requests of its place when it was granted, itself included. `saw_end_at` is
+    when one of the earlier ones last ended, `beside` how many of those there were then; `company`
+    how many ran beside it on average, once it has ended.
+    """
+
+    lease: Lease
+    place: Place
+    number: int
+    ends_at: float
+    loads: bool
+    tries: bool
+    rank: int
+    cached: int
+    output: float
+    choice: "Choice"
+    crowd: float = 0.0
+    company: float = 0.0
+    began_at: float | None = None
+    saw_end_at: float | None = None
+    beside: int = 0
+
+    def remaining(self, now: float) -> float:
+        """The predicted time left; never less than a quarter of its age."""
+        left = self.ends_at - now
+        least = (now - self.lease.granted_at) / 4
+        return max(least, left)

@@ -1,0 +1,130 @@
+"""Rates and output lengths, learned from what ended: decaying means that outliers hardly move.
+
+Rates are kept as the logarithm of their ratio to the prior, for each (agent, model) and, to judge
+pairs never seen, for each agent and each model.
+"""
+
+from collections import OrderedDict
+from math import exp, log
+
+from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
+
+from .priors import BATCH_FACTOR, OUTPUT_TOKENS, Quantity
+
+SLOWEST_GAIN = 0.25
+LONGEST_STEP = 1.5
+FIRST_STEP = 6.0
+MOST_CLIENTS = 4096
+ENOUGH_SAMPLES = 3
+
+
+class Mean(Struct):
+    """A decaying mean of logarithms with its number of samples."""
+
+    value: float = 0.0
+    samples: int = 0
+
+    def learn(self, seen: float, *, slowest: float = SLOWEST_GAIN) -> None:
+        """Move towards `seen`: at once at first, then by a quarter, never by more than a step."""
+        gain = max(slowest, 1 / (self.samples + 1))
+        step = LONGEST_STEP if self.samples else FIRST_STEP
+        self.value += gain * min(max(seen - self.value, -step), step)
+        self.samples += 1
+
+
+class Rates:
+    """How far each agent, each model and each pair of them is from the prior."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[tuple[AgentId, str], tuple[Mean, Mean, Mean]] = {}
+        self.agents: dict[AgentId, tuple[Mean, Mean, Mean]] = {}
+        self.models: dict[str, tuple[Mean, Mean, Mean]] = {}
+        self.batch: dict[AgentId, Mean] = {}
+
+    def factor(self, quantity: Quantity, agent: AgentId, model: str) -> float:
+        """What the prior is multiplied by; a pair seen once or twice leans on its kin."""
+        pair = self.pairs.get((agent, model))
+        own = pair[quantity] if pair is not None else None
+        if own is None or own.samples < ENOUGH_SAMPLES:
+            kin = self._kin(quantity, agent, model)
+            samples = own.samples if own is not None else 0
+            value = own.value if own is not None else 0.0
+            return exp((value * samples + kin * 0.5) / (samples + 0.5))
+        return exp(own.value)
+
+    def _kin(self, quantity: Quantity, agent: AgentId, model: str) -> float:
+        value = 0.0
+        if (of_agent := self.agents.get(agent)) is not None:
+            value += of_agent[quantity].value
+        if (of_model := self.models.get(model)) is not None:
+            mean = of_model[quantity]
+            value += mean.value * mean.samples / (mean.samples + ENOUGH_SAMPLES)
+        return value
+
+    def observe(self, quantity: Quantity, agent: AgentId, model: str, ratio: float) -> None:
+        """A measurement was `ratio` times the prior."""
+        if not 0 < ratio < float("inf"):
+            return
+        seen = log(ratio)
+        of_agent = self.agents.setdefault(agent, (Mean(), Mean(), Mean()))[quantity]
+        of_model = self.models.setdefault(model, (Mean(), Mean(), Mean()))[quantity]
+        of_agent.learn(seen - of_model.value, slowest=0.1)
+        of_model.learn(seen - of_agent.value, slowest=0.1)
+        self.pairs.setdefault((agent, model), (Mean(), Mean(), Mean()))[quantity].learn(seen)
+
+    def batch_factor(self, agent: AgentId) -> float:
+        """How much slower one more request in the same runner makes each of them."""
+        mean = self.batch.get(agent)
+        if mean is None:
+            return BATCH_FACTOR
+        return (BATCH_FACTOR * 2 + mean.value * mean.samples) / (2 + mean.samples)
+
+    def observe_batch(self, agent: AgentId, factor: float) -> None:
+        """A request among others was slowed by `factor` for each of the others."""
+        mean = self.batch.setdefault(agent, Mean())
+        mean.learn(min(max(factor, 0.0), 1.5), slowest=0.1)
+        mean.samples = min(mean.samples, 20)
+
+    def forget(self, agent: AgentId) -> None:
+        """The agent is gone for good."""
+        self.agents.pop(agent, None)
+        self.batch.pop(agent, None)
+        for pair in [pair for pair in self.pairs if pair[0] == agent]:
+            del self.pairs[pair]
+
+
+class Lengths:
+    """How long answers are, by client and model; the least recently used clients are forgotten."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Mean] = {}
+        self.clients: OrderedDict[tuple[str, str], Mean] = OrderedDict()
+
+    def expected(self, client: str, model: str, limit: int | None) -> float:
+        """The tokens an answer will probably have."""
+        of_model = self.models.get(model)
+        length = of_model.value if of_model is not None else OUTPUT_TOKENS
+        own = self.clients.get((client, model))
+        if own is not None:
+            lean = max(ENOUGH_SAMPLES - own.samples, 0)
+            length = (own.value * own.samples + length * lean) / (own.samples + lean)
+        return length if limit is None or limit < 0 else min(length, limit)
+
+    def observe(self, client: str, model: str, tokens: int) -> None:
+        """An answer had so many tokens."""
+        _learn_length(self.models.setdefault(model, Mean()), tokens, slowest=0.02)
+        own = self.clients.setdefault((client, model), Mean())
+        _learn_length(own, tokens, slowest=0.1)
+        self.clients.move_to_end((client, model))
+        if len(self.clients) > MOST_CLIENTS:
+            self.clients.popitem(last=False)
+
+
+def _learn_length(mean: Mean, tokens: int, *, slowest: float) -> None:
+    """Lengths are averaged as they are: a wait is a sum of lengths, not of their logarithms."""
+    gain = max(slowest, 1 / (mean.samples + 1))
+    most = mean.value * 4 + OUTPUT_TOKENS if mean.samples else float("inf")
+    mean.value += gain * (min(tokens, most) - mean.value)
+    mean.samples += 1

@@ -1,0 +1,153 @@
+"""Leases and what follows from them: who runs where, what is in memory, what is being loaded."""
+
+from itertools import count
+
+from ollama_coordinator_common.types import AgentId
+
+from .cost import stay_seconds
+from .fleet import Machine, Place, Running, Trial
+from .line import Entry, Line
+from .lines import Lines
+from .mirror import Mirror
+from .option import Action, Choice
+from .types import Lease, LeaseId
+
+LATE_LOAD = 1.1
+"""A load is taken to be over a little after its predicted end when nothing was heard of it."""
+
+
+class Ledger:
+    """Every count here derives from `running`: one entry per lease, from its grant to its end."""
+
+    def __init__(self, mirror: Mirror, lines: Lines) -> None:
+        self._mirror = mirror
+        self._lines = lines
+        self._numbers = count(1)
+        self.loads: list[Place] = []
+        self.running: dict[LeaseId, tuple[Running, Line]] = {}
+        self.by_agent: dict[AgentId, int] = {}
+
+    def grant(self, line: Line, entry: Entry, choice: Choice, now: float, *, tries: bool) -> Lease:
+        """Give a request the place that was chosen for it."""
+        place, request = choice.place, entry.request
+        if place is None:
+            raise ValueError("nothing was chosen")
+        number = next(self._numbers)
+        lease = Lease(
+            id=LeaseId(number),
+            request=request,
+            agent_id=place.machine.id,
+            granted_at=now,
+            unload=tuple(victim.model for victim in choice.room.victims),
+        )
+        loads = choice.action is Action.LOAD
+        wait = choice.wait + (LATE_LOAD - 1) * place.load if loads else 0.0
+        new = max(request.prompt_tokens - choice.cached, 0)
+        run = Running(
+            lease, place, number, now + wait + stay_seconds(place, new, entry.output),
+            loads=loads, tries=tries, rank=len(place.running) + 1, cached=choice.cached,
+            output=entry.output, choice=choice,
+        )  # fmt: skip
+        if loads:
+            self._begin_load(place, line, choice, now)
+        if tries:
+            place.slots.try_more(now)
+        self._start(run, line, now)
+        return lease
+
+    def _begin_load(self, place: Place, line: Line, choice: Choice, now: float) -> None:
+        for victim in choice.room.victims:
+            victim.unloaded_at = now
+            self._mirror.vacate(victim)
+            self._lines.stale(victim)
+        if place.resident:  # in memory with other options: it is loaded anew
+            self._mirror.vacate(place)
+        machine = place.machine
+        machine.loading = place
+        machine.trial = Trial(place, tuple(machine.residents))
+        if machine.reserved is place:
+            machine.reserved = None
+        place.options = line.options
+        place.loading_until = now + choice.wait * LATE_LOAD
+        place.loaded_at = place.loading_until
+        self._mirror.occupy(place)
+        self.loads.append(place)
+        self._lines.stale(place)
+
+    def _start(self, run: Running, line: Line, now: float) -> None:
+        place, machine = run.place, run.place.machine
+        self.running[run.lease.id] = (run, line)
+        self.by_agent[machine.id] = self.by_agent.get(machine.id, 0) + 1
+        run.crowd = place.count_crowd(now)
+        if not place.running:
+            machine.active += 1
+            machine.epoch += 1
+        place.running[run.lease.id] = run
+        place.ends += run.ends_at
+        place.touched_at = now
+        place.last_used = run.number
+        machine.running += 1
+        machine.ends += run.ends_at
+        line.started(run)
+
+    def finish(self, lease_id: LeaseId, now: float) -> tuple[Running, Line]:
+        """Take a lease out of every count.
+
+        Raises:
+            KeyError: there is no such lease, or it has ended before.
+        """
+        run, line = self.running.pop(lease_id)
+        place, machine = run.place, run.place.machine
+        self.by_agent[machine.id] -= 1
+        if not self.by_agent[machine.id]:
+            del self.by_agent[machine.id]
+        crowd = place.count_crowd(now) - run.crowd
+        run.company = max(crowd / max(now - run.lease.granted_at, 1e-6) - 1, 0.0)
+        del place.running[lease_id]
+        place.touched_at = now
+        place.ends -= run.ends_at
+        machine.running -= 1
+        machine.ends -= run.ends_at
+        if not place.running:
+            machine.active -= 1
+            machine.epoch += 1
+            place.ends = 0.0
+        if not machine.running:
+            machine.ends = 0.0
+        line.ended(run)
+        return run, line
+
+    # ── loads ─────────────────────────────────────────────────────────────────────────────────
+
+    def loaded(self, place: Place, now: float) -> None:
+        """A load is over and the model in memory."""
+        if place.machine.places.get(place.model) is not place:  # deleted meanwhile
+            self.load_failed(place)
+            return
+        self._end_load(place)
+        place.loaded_at = now
+        place.machine.epoch += 1
+        self._mirror.settle(place, now, options_known=True)
+        self._lines.stale(place)
+
+    def load_failed(self, place: Place) -> None:
+        """A load came to nothing."""
+        self._end_load(place)
+        place.loading_until = None
+        self._mirror.vacate(place)
+        self._lines.stale(place)
+
+    def _end_load(self, place: Place) -> None:
+        if place in self.loads:
+            self.loads.remove(place)
+        if place.machine.loading is place:
+            place.machine.loading = None
+
+    def due_loads(self, now: float) -> list[Place]:
+        """Loads that should be over by now."""
+        return [place for place in self.loads if (place.loading_until or 0.0) <= now]
+
+    def lost(self, machine: Machine) -> None:
+        """The agent is gone: what it was loading is not being loaded any more."""
+        if machine.loading is not None:
+            self.load_failed(machine.loading)

@@ -1,0 +1,167 @@
+"""The waiting line of one model with one set of runner options, and who may serve it.
+
+Lanes are sorted by start-time fair queueing between clients over predicted work; the lane whose
+head is due first goes first.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .demand import Demand
+from .fleet import Place, Running
+from .types import Lane, Request, RunnerOptions
+
+BUDGET_SECONDS: Mapping[Lane, float] = {
+    Lane.INTERACTIVE: 6.0,
+    Lane.BATCH: 90.0,
+    Lane.EMBEDDING: 3.0,
+}
+"""How long a request of each lane may wait before it is late."""
+
+OCCUPANCY_GAIN = 0.1
+MOST_TAGS = 1024
+
+Tag = tuple[float, float, int]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A waiting request: its place in the order, and what is predicted of it."""
+
+    request: Request
+    tag: Tag
+    line: "Line"
+    output: float
+    work: float
+    stranded_since: float | None = None
+
+    due: float = field(init=False)
+    """When it begins to be late."""
+
+    def __post_init__(self) -> None:
+        self.due = self.request.arrived_at + BUDGET_SECONDS[self.request.lane]
+
+
+@dataclass(slots=True)
+class FairClock:
+    """Start-time fair queueing: a client's next request starts where its last one finished."""
+
+    virtual: float = 0.0
+    finished: dict[str, float] = field(default_factory=dict)
+
+    def start(self, client: str, work: float, weight: float) -> float:
+        """The start tag of one more request of this client."""
+        start = max(self.virtual, self.finished.get(client, 0.0))
+        self.finished[client] = start + work / weight
+        return start
+
+    def give_back(self, client: str, work: float) -> None:
+        """A request of this client left without being served; `work` as weighted as it was."""
+        if client in self.finished:
+            self.finished[client] -= work
+
+    def serve(self, start: float) -> None:
+        """The request with this tag is being served; who has caught up needs no memory."""
+        self.virtual = max(self.virtual, start)
+        if len(self.finished) > MOST_TAGS:
+            now = self.virtual
+            self.finished = {client: end for client, end in self.finished.items() if end > now}
+
+
+class Line:
+    """Requests that one loaded runner can serve alike, in the order in which they go."""
+
+    def __init__(self, model: str, options: RunnerOptions, demand: Demand) -> None:
+        self.model = model
+        self.options = options
+        self.demand = demand
+        self.clock = FairClock()
+        self.lanes: dict[Lane, list[tuple[Tag, Entry]]] = {lane: [] for lane in Lane}
+        self.size = 0
+        self.retried = 0
+        self.hot: list[Place] = []
+        self.loading: list[Place] = []
+        self.cold: list[Place] = []
+        self.quickest_load = 0.0
+        self.disturbed = False
+        self.futile = (0.0, 0.0)
+        self.turn = 0
+        self.could_load: set[Place] = set()
+        self.due = float("inf")
+        self.fresh_until = float("-inf")
+        self.embeds = False
+        self.ends: list[tuple[float, int, Running]] = []
+        self.occupancy: float | None = None
+        self.looked_at = 0.0
+        self.used_at = 0.0
+
+    # ── the order ─────────────────────────────────────────────────────────────────────────────
+
+    def add(self, entry: Entry) -> None:
+        """One more request waits."""
+        lane = self.lanes[entry.request.lane]
+        insort(lane, (entry.tag, entry))
+        self.size += 1
+        if lane[0][1] is entry:
+            self._set_due()
+        self.retried += bool(entry.request.excluded)
+
+    def remove(self, entry: Entry) -> None:
+        """It waits no longer."""
+        lane = self.lanes[entry.request.lane]
+        index = bisect_left(lane, (entry.tag,))
+        del lane[index]
+        self.size -= 1
+        if not index:
+            self._set_due()
+        self.retried -= bool(entry.request.excluded)
+
+    def only(self, place: Place) -> "Line":
+        """The same line, empty, as if its model had this place alone."""
+        alone = Line(self.model, self.options, self.demand)
+        alone.hot = [place] if place in self.hot else []
+        alone.loading = [place] if place in self.loading else []
+        alone.cold = [place] if place in self.cold else []
+        alone.ends = [end for end in self.ends if end[2].place is place]
+        alone.occupancy = self.occupancy
+        return alone
+
+    def _set_due(self) -> None:
+        heads = [lane[0][1].due for lane in self.lanes.values() if lane]
+        self.due = min(heads, default=float("inf"))
+
+    def at(self, position: int) -> Entry:
+        """The request at this position, from 0."""
+        for lane in self._by_urgency():
+            if position < len(lane):
+                return lane[position][1]
+            position -= len(lane)
+        raise IndexError(position)
+
+    def entries(self) -> Iterator[Entry]:
+        """All of them, next first."""
+        for lane in self._by_urgency():
+            for _, entry in lane:
+                yield entry
+
+    def _by_urgency(self) -> list[list[tuple[Tag, Entry]]]:
+        used = [lane for lane in self.lanes.values() if lane]
+        if len(used) > 1:
+            used.sort(key=lambda lane: lane[0][1].due)
+        return used
+
+    # ── what runs ─────────────────────────────────────────────────────────────────────────────
+
+    def started(self, run: Running) -> None:
+        """A request of this line runs."""
+        insort(self.ends, (run.ends_at, run.number, run))
+
+    def ended(self, run: Running) -> None:
+        """It runs no longer."""
+        del self.ends[bisect_left(self.ends, (run.ends_at, run.number))]
+
+    def held(self, seconds: float) -> None:
+        """A request held its slot for so long."""
+        before = seconds if self.occupancy is None else self.occupancy
+        self.occupancy = before + OCCUPANCY_GAIN * (seconds - before)

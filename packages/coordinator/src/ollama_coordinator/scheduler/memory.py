@@ -1,0 +1,121 @@
+"""What fits into an agent's memory.
+
+What an agent reports decides, with a margin: Ollama loads a model beside others only where it is
+predicted to fit well, and how well is learned. Of an agent that reports nothing, what was seen
+together fits, what was seen to push another model out does not, and between the two it is tried:
+the agent's Ollama then decides itself who leaves.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ollama_coordinator.registry import AgentState
+
+MEMORY_SHARE_WITHOUT_GPU = 0.8
+MODELS_PER_DEVICE = 3
+OVERHEAD_BYTES = 200_000_000
+OVERHEAD_FACTOR = 1.1
+CAREFUL_SHARE = 0.8
+"""The share of the free memory that a model may take for certain, until a larger one did."""
+
+
+class Fit(Enum):
+    """Whether models are in memory together."""
+
+    YES = "yes"
+    NO = "no"
+    MAYBE = "maybe"
+
+
+@dataclass(slots=True)
+class Memory:
+    """The limits of one agent: reported, and seen.
+
+    `share` of what is free was seen to be enough room, `refused` was not. Without a known `total`,
+    `most` bytes were seen together, and `tight` bytes were not.
+    """
+
+    total: int | None = None
+    models: int | None = None
+    share: float = CAREFUL_SHARE
+    refused: float = 1.0
+    most: int = 0
+    most_models: int = 0
+    tight: int | None = None
+
+    def fit(self, new: int, beside: int, count: int) -> Fit:
+        """Whether a model of `new` bytes fits beside others of so many, `count` with itself."""
+        bytes_fit, models_fit = self._bytes(new, beside), self._count(count)
+        if Fit.NO in (bytes_fit, models_fit):
+            return Fit.NO
+        return Fit.MAYBE if Fit.MAYBE in (bytes_fit, models_fit) else Fit.YES
+
+    def _bytes(self, new: int, beside: int) -> Fit:
+        if self.total is None:
+            if new + beside <= self.most:
+                return Fit.YES
+            return Fit.NO if self.tight is not None and new + beside >= self.tight else Fit.MAYBE
+        share = self.taken_share(new, beside)
+        if share <= self.share:
+            return Fit.YES
+        return Fit.NO if share >= self.refused else Fit.MAYBE
+
+    def taken_share(self, new: int, beside: int) -> float:
+        """The share of the free memory that a model takes."""
+        return new / max((self.total or 0) - beside, 1)
+
+    def _count(self, count: int) -> Fit:
+        if count <= max(self.most_models, 1):
+            return Fit.YES
+        if self.models is not None:
+            return Fit.YES if count <= self.models else Fit.NO
+        return Fit.YES if count <= MODELS_PER_DEVICE else Fit.MAYBE
+
+    def fitted(self, new: int, beside: int, count: int) -> None:
+        """A model was loaded and nothing left."""
+        self.most = max(self.most, new + beside)
+        self.most_models = max(self.most_models, count)
+        if self.tight is not None and self.tight <= self.most:
+            self.tight = None
+        if self.total is not None:
+            self.share = min(max(self.share, self.taken_share(new, beside)), 1.0)
+            self.refused = max(self.refused, self.share)
+
+    def pushed_out(self, new: int, beside: int) -> None:
+        """A model was loaded and another left, which had not been asked to."""
+        self.tight = min(new + beside, self.tight or new + beside)
+        self.most = min(self.most, self.tight - 1)
+        if self.total is not None:
+            self.refused = min(self.refused, self.taken_share(new, beside))
+            self.share = min(self.share, self.refused * 0.98)
+
+    def read(self, agent: AgentState) -> None:
+        """Take over what the agent reports of its memory."""
+        report = agent.report
+        if report is None:
+            return
+        gpu_bytes = sum(gpu.memory_total_bytes or 0 for gpu in report.gpus)
+        if gpu_bytes:
+            self.total = gpu_bytes - _foreign_bytes(agent)
+        elif report.memory_total_bytes and not report.gpus:
+            self.total = int(report.memory_total_bytes * MEMORY_SHARE_WITHOUT_GPU)
+        runner = report.runner
+        if runner is not None and runner.max_loaded_models is not None:
+            per_device = MODELS_PER_DEVICE * max(len(report.gpus), 1)
+            self.models = runner.max_loaded_models or per_device
+
+
+def _foreign_bytes(agent: AgentState) -> int:
+    """GPU memory that other programs use: what the driver says less what Ollama says."""
+    report = agent.report
+    if report is None or not agent.inventory.ps:
+        return 0
+    used = sum(gpu.memory_used_bytes or 0 for gpu in report.gpus)
+    own = sum(row.model.size_vram or row.model.size for row in agent.inventory.loaded.values())
+    # The runner's own overhead is not in Ollama's figure; a tenth more is not a foreign program.
+    return max(0, int(used - own * OVERHEAD_FACTOR - OVERHEAD_BYTES * 5))
+
+
+def predicted_bytes(disk_bytes: int) -> int:
+    """The memory that a model never seen loaded will probably take."""
+    return int(disk_bytes * OVERHEAD_FACTOR) + OVERHEAD_BYTES

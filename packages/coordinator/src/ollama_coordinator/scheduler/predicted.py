@@ -1,0 +1,295 @@
+"""The default scheduler: requests go where they are predicted to finish first, as late as can be.
+
+An agent gets at most what it runs at once; everybody else waits here and is planned anew on every
+event. See `choice` for the estimate, `room` for evictions, `drains` for models that starve.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import count
+
+from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.types import AgentId
+
+from . import lessons
+from .affinity import PromptCaches
+from .base import Plan, Waiting
+from .choice import Chooser
+from .drains import Drains
+from .eligibility import eligible, unavailable
+from .explain import Decision, brief
+from .explaining import explain
+from .fleet import Machine
+from .learning import Lengths, Rates
+from .ledger import Ledger
+from .line import Entry, Line
+from .lines import Lines
+from .mirror import Mirror
+from .options import normal
+from .room import Rooms
+from .serving import BOTH, HEAD, TAIL, Serving
+from .state import Estimate, Learned, estimates, export_learned, import_learned
+from .types import Kind, Lease, LeaseId, Outcome, Request, RequestId, Result
+from .waits import start_in
+
+TICK_SECONDS = 0.5
+LINES_LOOKED_AT_PER_SECOND = 40
+"""Lines that nothing happened to are looked at again only so often."""
+
+
+class PredictedScheduler:
+    """A `Scheduler` that predicts.
+
+    `weights`: a client's share of a contended model where it is not 1. `lengths`: an own idea of
+    how long answers get.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        max_queue: int,
+        weights: Mapping[str, float] | None = None,
+        lengths: Lengths | None = None,
+    ) -> None:
+        self._registry = registry
+        self._max_queue = max_queue
+        self._weights = weights or {}
+        self._rates, self._caches = Rates(), PromptCaches()
+        self._lengths = lengths or Lengths()
+        self._mirror = Mirror(registry, self._rates)
+        self._lines = Lines(self._mirror)
+        rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
+        self._chooser = Chooser(self._caches, rooms)
+        self._ledger = Ledger(self._mirror, self._lines)
+        self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
+        self._drains = Drains()
+        self._serving = Serving(registry, self._lines, self._chooser, self._ledger, self._caches)
+        self._numbers = count(1)
+        self._dirty: dict[Line, int] = {}
+        self._idle: dict[Machine, None] = {}
+        self._tick_at = 0.0
+
+    # ── what happens ──────────────────────────────────────────────────────────────────────────
+
+    def submit(self, request: Request, now: float) -> None:
+        """See `Scheduler.submit`."""
+        self._sync(now)
+        line = self._line(request, now)
+        if request.excluded or not (line.hot or line.cold or line.loading):
+            found = eligible(self._registry, request, now)
+            if not found.agents and not found.recovering:
+                raise unavailable(self._registry, request, found, now)
+        if len(self._serving.entries) >= self._max_queue and not _has_place(line):
+            raise self._serving.full(now)
+        line.demand.arrived(now)
+        self._enqueue(line, request)
+        self._look(line, TAIL)
+
+    def _line(self, request: Request, now: float) -> Line:
+        """The line of a request, made for models that somebody has and for no others."""
+        options = normal(request.options)
+        if (request.model, options) not in self._lines and not self._registry.holders(
+            request.model
+        ):
+            found = eligible(self._registry, request, now)
+            raise unavailable(self._registry, request, found, now)
+        line = self._lines.get(request, options, now)
+        self._lines.refresh(line, now)
+        return line
+
+    def _look(self, line: Line, part: int) -> None:
+        self._dirty[line] = self._dirty.get(line, 0) | part
+
+    def _enqueue(self, line: Line, request: Request) -> None:
+        number = next(self._numbers)
+        output = self._expected_output(request)
+        work = request.prompt_tokens / 10 + output + 1.0
+        weight = self._weights.get(request.client, 1.0)
+        # A retry was charged when it came first, and goes before those that have waited less.
+        retry = bool(request.excluded)
+        start = line.clock.virtual if retry else line.clock.start(request.client, work, weight)
+        tag = (start, request.arrived_at, number)
+        self._serving.add(Entry(request, tag, line, output, 0.0 if retry else work / weight))
+
+    def _expected_output(self, request: Request) -> float:
+        if request.load_only or request.kind is Kind.EMBED:
+            return 0.0
+        return self._lengths.expected(request.client, request.model, request.output_limit)
+
+    def withdraw(self, request_id: RequestId, now: float) -> None:
+        """See `Scheduler.withdraw`."""
+        entry = self._serving.entries.get(request_id)
+        if entry is not None:
+            self._serving.give_up(entry)
+            self._look(entry.line, BOTH)
+
+    def began(self, lease_id: LeaseId, now: float) -> None:
+        """See `Scheduler.began`."""
+        known = self._ledger.running.get(lease_id)
+        if known is None:  # it ended in the same moment
+            return
+        run, line = known
+        lessons.began(run, now)
+        if run.loads and run.place.machine.loading is run.place:
+            self._ledger.loaded(run.place, now)
+            self._idle[run.place.machine] = None
+        if line.size:
+            self._look(line, BOTH)
+
+    def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
+        """See `Scheduler.end`."""
+        run, line = self._ledger.finish(lease_id, now)
+        place, machine = run.place, run.place.machine
+        served = outcome.result is Result.SERVED
+        lessons.ended(run, outcome.result, outcome.timings, now)
+        if run.loads and machine.loading is place:
+            if served:
+                self._ledger.loaded(place, now)
+            else:
+                self._ledger.load_failed(place)
+        if served:
+            machine.served(now)
+            self._lessons.served(run, outcome.timings, now)
+            held = now - run.lease.granted_at - (place.load if run.loads else 0.0)
+            line.held(max(held, 0.0))
+            place.held(max(held, 0.0))
+        elif outcome.result is not Result.CANCELLED:
+            machine.failed(now)
+        if not self._serving.entries:
+            return
+        for freed in self._lines.of(place.names):
+            if freed.size:
+                self._look(freed, HEAD if freed is line and served else BOTH)
+        if not place.running:
+            self._idle[machine] = None
+
+    # ── what follows ──────────────────────────────────────────────────────────────────────────
+
+    def plan(self, now: float) -> Plan:
+        """See `Scheduler.plan`."""
+        self._sync(now)
+        self._advance(now)
+        serving = self._serving
+        if not serving.entries:
+            self._dirty.clear()
+            self._idle.clear()
+            return Plan()
+        serving.expire(now)
+        if now >= self._tick_at:
+            self._tick(now)
+        dirty, self._dirty = self._dirty, {}
+        for line in sorted(dirty, key=_urgency) if len(dirty) > 1 else dirty:
+            serving.serve(line, now, dirty[line])
+        while self._idle:
+            serving.offer(self._idle.popitem()[0], now)
+        plan = Plan(tuple(serving.granted), tuple(serving.refused))
+        serving.granted.clear()
+        serving.refused.clear()
+        return plan
+
+    def _sync(self, now: float) -> None:
+        concerned = self._mirror.sync(now)
+        if concerned is None:
+            return
+        for line in self._lines.of(concerned):
+            line.fresh_until = float("-inf")
+            self._look(line, BOTH)
+        for machine in self._mirror.machines.values():
+            if machine.down_since == now:
+                self._ledger.lost(machine)
+
+    def _advance(self, now: float) -> None:
+        """Loads that should be over are."""
+        for place in self._ledger.due_loads(now):
+            self._ledger.loaded(place, now)
+            self._idle[place.machine] = None
+            for line in self._lines.of(place.names):
+                self._look(line, BOTH)
+
+    def _tick(self, now: float) -> None:
+        """Look again at lines that nothing happened to, and at models that starve."""
+        self._tick_at = now + TICK_SECONDS
+        for drain in self._drains.settle(now):
+            self._idle[drain.place.machine] = None
+        lines = self._lines.waiting()
+        look_again = max(len(lines) / LINES_LOOKED_AT_PER_SECOND, TICK_SECONDS)
+        for line in lines:
+            stranded = line.retried or not (line.hot or line.cold or line.loading)
+            if stranded or now - line.looked_at >= look_again:
+                self._look(line, BOTH)
+            self._drains.consider(line, now)
+
+    # ── what is known ─────────────────────────────────────────────────────────────────────────
+
+    def wake_at(self, now: float) -> float | None:
+        """See `Scheduler.wake_at`."""
+        if not self._serving.entries:
+            return None
+        times = [self._tick_at, *(place.loading_until or now for place in self._ledger.loads)]
+        if self._serving.deadlines:
+            times.append(self._serving.deadlines[0][0])
+        return max(min(times), now)
+
+    def leases(self) -> Iterable[Lease]:
+        """See `Scheduler.leases`."""
+        return [run.lease for run, _ in self._ledger.running.values()]
+
+    def in_flight(self, agent_id: AgentId) -> int:
+        """See `Scheduler.in_flight`."""
+        return self._ledger.by_agent.get(agent_id, 0)
+
+    def waiting(self, now: float) -> list[Waiting]:
+        """See `Scheduler.waiting`."""
+        line_up: list[tuple[float, Waiting]] = []
+        for line in self._lines.waiting():
+            self._lines.refresh(line, now)
+            for position, entry in enumerate(line.entries()):
+                start = start_in(line, entry, position, now)
+                line_up.append((entry.due, Waiting(entry.request, position + 1, start)))
+        line_up.sort(key=_due)
+        return [waiting for _, waiting in line_up]
+
+    def decision(self, lease_id: LeaseId) -> Decision | None:
+        """Why a lease that has not ended went where it is."""
+        known = self._ledger.running.get(lease_id)
+        if known is None:
+            return None
+        run = known[0]
+        return brief(run.lease.request, run.choice, run.output)
+
+    def explain(self, request: Request, now: float) -> Decision:
+        """What would be decided for a request that is not sent, with every holder of its model.
+
+        Raises:
+            ModelNotFound, NoAgentRegistered, HoldersUnavailable: as `submit`.
+        """
+        self._sync(now)
+        line = self._line(request, now)
+        output = self._expected_output(request)
+        entry = Entry(request, (0.0, 0.0, 0), line, output, 0.0)
+        return explain(self._registry, self._mirror, self._chooser, entry, now)
+
+    def estimates(self) -> list[Estimate]:
+        """What is predicted of every model on every agent, for people."""
+        return estimates(self._mirror, self._rates)
+
+    def export_state(self) -> Learned:
+        """What was learned, to be kept over a restart."""
+        return export_learned(self._mirror, self._rates, self._lengths)
+
+    def import_state(self, learned: Learned) -> None:
+        """Take over what an earlier process learned; before the first request."""
+        import_learned(learned, self._mirror, self._rates, self._lengths)
+
+
+def _has_place(line: Line) -> bool:
+    """Whether a request of this line would not have to wait."""
+    return not line.size and any(len(place.running) < place.slots.limit for place in line.hot)
+
+
+def _urgency(line: Line) -> float:
+    return line.due
+
+
+def _due(pair: tuple[float, Waiting]) -> float:
+    return pair[0]

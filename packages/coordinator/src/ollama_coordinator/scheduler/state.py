@@ -1,0 +1,142 @@
+"""What was learned, as plain rows that survive a restart and can be shown."""
+
+from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
+
+from .learning import Lengths, Mean, Rates
+from .mirror import Mirror
+
+Triple = tuple[Mean, Mean, Mean]
+
+
+class LearnedRates(Struct, frozen=True):
+    """A pair of agent and model, or one of them where the other is empty.
+
+    `value` of each mean is the logarithm of its ratio to the prior; prefill, decode, load.
+    """
+
+    agent_id: AgentId
+    model: str
+    means: Triple
+
+
+class LearnedBatch(Struct, frozen=True):
+    """How much one more request in the same runner slows the others of an agent."""
+
+    agent_id: AgentId
+    mean: Mean
+
+
+class LearnedLength(Struct, frozen=True):
+    """The mean output tokens of a client's requests to a model; of everybody's without a client."""
+
+    model: str
+    mean: Mean
+    client: str | None = None
+
+
+class LearnedSlots(Struct, frozen=True):
+    """How many requests of a model were seen to run at once on an agent."""
+
+    agent_id: AgentId
+    model: str
+    proven: int
+
+
+class Estimate(Struct, frozen=True):
+    """What is predicted of a model on an agent, for people; `samples` of the three in order."""
+
+    agent_id: AgentId
+    model: str
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    slots: int
+    slots_told: bool
+    samples: tuple[int, int, int] = (0, 0, 0)
+
+
+class Learned(Struct, frozen=True):
+    """Everything that a scheduler learned."""
+
+    rates: list[LearnedRates] = []
+    batch: list[LearnedBatch] = []
+    lengths: list[LearnedLength] = []
+    slots: list[LearnedSlots] = []
+
+
+def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
+    """The rows of what is known now."""
+    nobody = AgentId("")
+    return Learned(
+        rates=[
+            *(LearnedRates(agent, model, _copy(m)) for (agent, model), m in rates.pairs.items()),
+            *(LearnedRates(agent, "", _copy(m)) for agent, m in rates.agents.items()),
+            *(LearnedRates(nobody, model, _copy(m)) for model, m in rates.models.items()),
+        ],
+        batch=[LearnedBatch(agent, _one(mean)) for agent, mean in rates.batch.items()],
+        lengths=[
+            *(LearnedLength(model, _one(mean)) for model, mean in lengths.models.items()),
+            *(LearnedLength(m, _one(mean), c) for (c, m), mean in lengths.clients.items()),
+        ],
+        slots=[
+            LearnedSlots(machine.id, name, place.slots.proven)
+            for machine in mirror.machines.values()
+            for name, place in machine.places.items()
+            if place.slots.fixed is None and place.slots.proven > 1
+        ],
+    )
+
+
+def import_learned(learned: Learned, mirror: Mirror, rates: Rates, lengths: Lengths) -> None:
+    """Take over the rows; they replace what is known of the same pairs."""
+    for row in learned.rates:
+        if row.agent_id and row.model:
+            rates.pairs[row.agent_id, row.model] = _copy(row.means)
+        elif row.agent_id:
+            rates.agents[row.agent_id] = _copy(row.means)
+        else:
+            rates.models[row.model] = _copy(row.means)
+    for batch in learned.batch:
+        rates.batch[batch.agent_id] = _one(batch.mean)
+    for length in learned.lengths:
+        if length.client is None:
+            lengths.models[length.model] = _one(length.mean)
+        else:
+            lengths.clients[length.client, length.model] = _one(length.mean)
+    for slots in learned.slots:
+        mirror.known_slots[slots.agent_id, slots.model] = slots.proven
+    mirror.relearn()
+
+
+def estimates(mirror: Mirror, rates: Rates) -> list[Estimate]:
+    """What is predicted of every model on every agent."""
+    return [
+        Estimate(
+            agent_id=machine.id,
+            model=name,
+            load_seconds=place.load,
+            prefill_tokens_per_second=1 / place.prefill,
+            decode_tokens_per_second=1 / place.decode,
+            slots=place.slots.count,
+            slots_told=place.slots.fixed is not None,
+            samples=_samples(rates.pairs.get((machine.id, place.model))),
+        )
+        for machine in mirror.machines.values()
+        for name, place in machine.places.items()
+    ]
+
+
+def _samples(means: Triple | None) -> tuple[int, int, int]:
+    if means is None:
+        return (0, 0, 0)
+    return (means[0].samples, means[1].samples, means[2].samples)
+
+
+def _copy(means: Triple) -> Triple:
+    return (_one(means[0]), _one(means[1]), _one(means[2]))
+
+
+def _one(mean: Mean) -> Mean:
+    return Mean(mean.value, mean.samples)

@@ -1,0 +1,93 @@
+"""What counts of a replay: times to the first token, slow-down, loads, goodput."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from ollama_coordinator.scheduler.types import Lane
+
+from .machine import Fleet
+from .records import PATIENCE_SECONDS, Record, Replay
+
+IN_TIME_SECONDS = 10.0
+
+
+class Summary(Struct, frozen=True):
+    """Interactive requests: seconds to the first token, one that came not counts as the patience.
+
+    `goodput` is the share of interactive requests whose first token came within 10 s, and
+    `slow_down` the mean of whole time over the time on the fastest machine with nothing to wait
+    for. `loads_per_hour` counts all model loads.
+    """
+
+    requests: int
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    goodput: float
+    slow_down: float
+    loads_per_hour: float
+    failed: int
+    batch_p95: float
+    embedding_p95: float
+
+
+def summarise(replay: Replay, fleet: Fleet, *, after: float = 0.0) -> Summary:
+    """The figures of one replay, of the requests that came `after` that time."""
+    lanes: dict[Lane, list[Record]] = {lane: [] for lane in Lane}
+    for record in replay.records:
+        if record.request.at >= after:
+            lanes[record.request.lane].append(record)
+    times = sorted(_first_token(record) for record in lanes[Lane.INTERACTIVE])
+    return Summary(
+        requests=len(replay.records),
+        mean=sum(times) / max(len(times), 1),
+        p50=percentile(times, 0.5),
+        p95=percentile(times, 0.95),
+        p99=percentile(times, 0.99),
+        goodput=sum(time <= IN_TIME_SECONDS for time in times) / max(len(times), 1),
+        slow_down=_slow_down(lanes[Lane.INTERACTIVE], fleet),
+        loads_per_hour=replay.loads * 3600 / replay.seconds,
+        failed=sum(record.error is not None for record in replay.records),
+        batch_p95=percentile(sorted(map(_first_token, lanes[Lane.BATCH])), 0.95),
+        embedding_p95=percentile(sorted(map(_first_token, lanes[Lane.EMBEDDING])), 0.95),
+    )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value that this share of an ordered sequence does not exceed."""
+    if not ordered:
+        return 0.0
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _first_token(record: Record) -> float:
+    seconds = record.first_token_seconds
+    return PATIENCE_SECONDS if seconds is None else seconds
+
+
+def _slow_down(records: Sequence[Record], fleet: Fleet) -> float:
+    ideal = _ideals(fleet)
+    ratios = [
+        (record.ended_at - record.request.at) / max(_alone(record, ideal), 1e-3)
+        for record in records
+        if record.ended_at is not None
+    ]
+    return sum(ratios) / max(len(ratios), 1)
+
+
+def _ideals(fleet: Fleet) -> dict[str, tuple[float, float]]:
+    """The fewest seconds per token read and written, by model."""
+    best: dict[str, tuple[float, float]] = {}
+    for machine in fleet.machines:
+        for model in machine.models:
+            read, write = machine.prefill_seconds(model, 1), machine.decode_seconds(model, 1)
+            known = best.get(model.name, (read, write))
+            best[model.name] = (min(known[0], read), min(known[1], write))
+    return best
+
+
+def _alone(record: Record, ideal: dict[str, tuple[float, float]]) -> float:
+    read, write = ideal[record.request.model]
+    return record.request.prompt_tokens * read + record.request.output_tokens * write

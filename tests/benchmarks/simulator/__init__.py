@@ -1,0 +1,1 @@
+"""The policies compared on a simulated fleet; see `run`."""

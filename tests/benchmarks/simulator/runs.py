@@ -1,0 +1,68 @@
+"""One run of the benchmark: a policy, a load, a seed, and what goes wrong."""
+
+from msgspec import Struct, structs
+
+from ollama_coordinator.registry import Registry
+from ollama_coordinator.scheduler import Scheduler, create_scheduler
+from ollama_coordinator.scheduler.learning import Lengths
+from ollama_coordinator.scheduler.predicted import PredictedScheduler
+from ollama_coordinator.simulation import Fleet, Simulation, Summary, summarise
+
+from .fleet import mixed_fleet, with_outages, with_wrong_timings
+from .workload import make_trace
+
+ORACLE = "predicted, lengths known"
+MAX_QUEUE = 100_000
+"""The benchmark measures waiting, not refusing: clients leave by themselves after two minutes."""
+
+
+class Run(Struct, frozen=True):
+    """What is simulated for how long; the first `warm_up` seconds are not counted."""
+
+    policy: str
+    load: float
+    seed: int
+    seconds: float = 2400.0
+    warm_up: float = 300.0
+    scenario: str = ""
+
+
+class KnownLengths(Lengths):
+    """An oracle: a request's limit is exactly the length of its answer."""
+
+    def expected(self, client: str, model: str, limit: int | None) -> float:
+        """The true length."""
+        return float(limit or 0)
+
+
+def simulate(run: Run) -> Summary:
+    """Play the run."""
+    fleet = _fleet(run)
+    trace = make_trace(mixed_fleet(), run.load, run.seconds, run.seed)
+    if run.policy == ORACLE:
+        trace = [structs.replace(one, output_limit=one.output_tokens) for one in trace]
+    replay = Simulation(fleet, lambda registry: _scheduler(run.policy, registry)).run(trace)
+    return summarise(replay, fleet, after=run.warm_up)
+
+
+def _scheduler(policy: str, registry: Registry) -> Scheduler:
+    if policy == ORACLE:
+        return PredictedScheduler(registry, max_queue=MAX_QUEUE, lengths=KnownLengths())
+    return create_scheduler(policy, registry, max_queue=MAX_QUEUE)
+
+
+def _fleet(run: Run) -> Fleet:
+    """The machines; to policies that count they tell no slots, so that these forward at once."""
+    predicts = run.policy.startswith("predicted")
+    fleet = mixed_fleet(reports_slots=predicts)
+    match run.scenario:
+        case "stale reports (30 s)":
+            return structs.replace(fleet, report_seconds=30.0)
+        case "timings wrong by 2x":
+            return with_wrong_timings(fleet, run.seed)
+        case "every machine fails once":
+            return with_outages(fleet, run.seconds, run.seed)
+        case "agents tell nothing":
+            return mixed_fleet(reports_slots=False, reports_memory=False)
+        case _:
+            return fleet

@@ -1,0 +1,115 @@
+"""Why a request goes where it goes, told over HTTP and on the command line."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from support import programs
+from support.coordinator import Running, running
+from support.ollama import Hardware, StandIn
+
+FAST = Hardware(decode_tokens_per_second=2000, reference_bytes=2_000_000_000)
+SLOW = Hardware(decode_tokens_per_second=100, reference_bytes=2_000_000_000)
+
+
+async def command(folder: Path, url: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of a command against a coordinator."""
+    program = programs.command("ollama-coordinator")
+    settings = {"COORDINATOR_URL": url, "COLUMNS": "160"}
+    log = folder / f"{arguments[0]}.log"
+    async with programs.program(log, program, *arguments, **settings) as started:
+        return await started.ended(), started.output
+
+
+async def chats(coordinator: Running, count: int) -> None:
+    for _ in range(count):
+        status, _ = await coordinator.chat(options={"num_predict": 20})
+        assert status == 200
+
+
+@pytest.mark.spec("OPERATION-20")
+async def test_explain_tells_every_candidate_and_sends_nothing(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    agents = {agent["machine_name"]: agent["id"] for agent in await coordinator.get("/api/agents")}
+    await coordinator.heartbeat(agents["spare"], ollama_running=False)
+    status, decision = await coordinator.post(
+        "/api/explain", {"model": "LLAMA3.2", "messages": [{"role": "user", "content": "hello"}]}
+    )
+    assert status == 200
+    assert decision["chosen"] == agents["first"]
+    told = {candidate["agent"]: candidate for candidate in decision["candidates"]}
+    assert told["first"]["cost"] > 0
+    assert told["spare"]["refused"] == "its Ollama does not answer"
+    assert ollama.seen.count("/api/chat") == 0
+    assert coordinator.at_rest()
+
+
+@pytest.mark.spec("OPERATION-20")
+async def test_explain_refuses_as_the_route_would(coordinator: Running, ollama: StandIn) -> None:
+    assert (await coordinator.post("/api/explain", {"model": "nope"}))[0] == 404
+    assert (await coordinator.post("/api/explain", {}))[0] == 400
+    async with running(policy="round-robin") as other:
+        status, answer = await other.post("/api/explain", {"model": "m"})
+        assert status == 409
+        assert "COORDINATOR_POLICY=predicted" in answer["error"]
+
+
+@pytest.mark.spec("OPERATION-20")
+async def test_the_commands_tell_it_in_tables(tmp_path: Path) -> None:
+    async with running() as coordinator:
+        async with StandIn(hardware=FAST) as fast, StandIn(hardware=SLOW) as slow:
+            await coordinator.register(fast, "fast")
+            await coordinator.register(slow, "slow")
+            await coordinator.register(slow, "[red]like markup[/]", ollama_port=9)
+            await chats(coordinator, 4)
+            code, output = await command(tmp_path, coordinator.url, "explain", "llama3.2", "hi")
+            assert code == 0, output
+            assert "← chosen" in output
+            assert {"fast", "slow"} <= set(output.split())
+            code, output = await command(tmp_path, coordinator.url, "agents")
+            assert code == 0, output
+            assert output.count("online") == 2
+            assert "[red]like markup[/]" in output
+            code, output = await command(tmp_path, coordinator.url, "explain", "nope")
+            assert code == 1
+            assert "not found" in output
+
+
+@pytest.mark.spec("OPERATION-21")
+async def test_what_was_recorded_is_played_again_under_other_policies(tmp_path: Path) -> None:
+    async with running() as coordinator:
+        async with StandIn(hardware=FAST) as fast, StandIn(hardware=SLOW) as slow:
+            await coordinator.register(fast, "fast")
+            await coordinator.register(slow, "slow")
+            await asyncio.gather(*(chats(coordinator, 3) for _ in range(4)))
+            arguments = ("--policy", "predicted", "--policy", "random", "--add", "fast")
+            code, output = await command(tmp_path, coordinator.url, "replay", *arguments)
+            assert code == 0, output
+            assert "12 requests" in output
+            lines = [line.split() for line in output.splitlines()]
+            assert [line[0] for line in lines if line and line[-1] == "0"] == [
+                "predicted",
+                "random",
+            ]
+            code, output = await command(tmp_path, coordinator.url, "replay", "--add", "nobody")
+            assert code == 1
+            assert "nobody" in output
+
+
+@pytest.mark.spec("OPERATION-22")
+async def test_what_was_learned_survives_a_restart(tmp_path: Path) -> None:
+    database = f"sqlite:///{(tmp_path / 'c.db').as_posix()}"
+    async with StandIn(hardware=SLOW) as ollama:
+        async with running(database_url=database) as coordinator:
+            await coordinator.register(ollama)
+            await chats(coordinator, 3)
+            before = await coordinator.get("/api/estimates")
+        async with running(database_url=database) as coordinator:
+            after = await coordinator.get("/api/estimates")
+    assert before[0]["samples"][1] >= 3
+    assert after[0]["samples"] == before[0]["samples"]
+    assert after[0]["decode_tokens_per_second"] == pytest.approx(
+        before[0]["decode_tokens_per_second"]
+    )

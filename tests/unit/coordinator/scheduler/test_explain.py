@@ -1,0 +1,90 @@
+"""Every decision can be told."""
+
+import pytest
+
+from ollama_coordinator.registry import AgentSettings
+from ollama_coordinator.scheduler import HoldersUnavailable, ModelNotFound
+from ollama_coordinator_common.types import AgentId
+from unit.coordinator.scheduler.world import World
+
+
+@pytest.mark.spec("SCHED-60")
+def test_a_request_that_is_not_sent_is_explained_with_every_holder() -> None:
+    world = World()
+    world.agent("hot", loaded=["m"], slots=1)
+    world.agent("cold")
+    world.agent("drained", loaded=["m"])
+    world.registry.update_settings(AgentId("drained"), AgentSettings(draining=True))
+    decision = world.scheduler.explain(world.request(prompt_tokens=800), world.now)
+    assert (decision.action, decision.chosen) == ("go", "hot")
+    told = {candidate.agent: candidate for candidate in decision.candidates}
+    assert told.keys() == {"hot", "cold", "drained"}
+    assert told["drained"].refused == "draining"
+    assert told["cold"].action == "load"
+    assert told["cold"].load_seconds > 1.0
+    for name in ("hot", "cold"):
+        one = told[name]
+        terms = (
+            one.wait_seconds + one.load_seconds + one.evict_seconds + one.prefill_seconds
+            + one.decode_seconds + one.crowding_seconds + one.failure_seconds
+        )  # fmt: skip
+        assert one.cost == pytest.approx(terms)
+    assert list(world.scheduler.leases()) == []
+    assert world.scheduler.waiting(world.now) == []
+
+
+@pytest.mark.spec("SCHED-60")
+def test_why_a_request_would_wait_is_told() -> None:
+    world = World()
+    world.agent("a", models=["m", "other"], loaded=["m"], slots=1)
+    world.send()
+    world.submit()
+    world.plan()
+    decision = world.scheduler.explain(world.request(), world.now)
+    assert decision.action == "wait"
+    assert decision.position == 2
+    assert decision.start_in_seconds is not None
+    assert decision.start_in_seconds > 0
+    world.send("other")
+    third = world.agent("b", models=["third", "fourth"], slots=1)
+    world.send("third")
+    blocked = world.scheduler.explain(world.request("fourth"), world.now)
+    assert blocked.chosen is None
+    assert blocked.candidates[0].agent == third.name
+    assert "loading" in (blocked.candidates[0].refused or "")
+
+
+@pytest.mark.spec("SCHED-60")
+def test_explaining_what_cannot_be_served_fails_as_sending_does() -> None:
+    world = World()
+    agent = world.agent("a")
+    with pytest.raises(ModelNotFound):
+        world.scheduler.explain(world.request("unknown"), world.now)
+    agent.left = True
+    world.registry.changes += 1
+    with pytest.raises(HoldersUnavailable):
+        world.scheduler.explain(world.request(), world.now)
+
+
+@pytest.mark.spec("SCHED-61")
+def test_a_lease_keeps_why_it_was_given_until_it_ends() -> None:
+    world = World()
+    world.agent("hot", loaded=["m"], slots=1)
+    world.agent("cold")
+    lease = world.send()
+    decision = world.scheduler.decision(lease.id)
+    assert decision is not None
+    assert decision.request_id == lease.request.id
+    assert decision.chosen == "hot"
+    assert decision.candidates[0].agent == "hot"
+    world.end(lease)
+    assert world.scheduler.decision(lease.id) is None
+
+
+@pytest.mark.spec("SCHED-62")
+def test_an_operators_preference_weighs_the_estimate() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=4)
+    world.registry.update_settings(AgentId("b"), AgentSettings(preference=4.0))
+    assert [world.send(prompt_tokens=500).agent_id for _ in range(2)] == ["b", "b"]

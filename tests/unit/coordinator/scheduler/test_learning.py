@@ -1,0 +1,222 @@
+"""Estimates: priors, what is learned, how long it is kept."""
+
+from random import Random
+
+import msgspec
+import pytest
+
+from ollama_coordinator.scheduler import Kind, Timings
+from ollama_coordinator.scheduler.affinity import PromptCaches
+from ollama_coordinator.scheduler.demand import Demand
+from ollama_coordinator.scheduler.learning import Lengths, Rates
+from ollama_coordinator.scheduler.priors import Quantity, prior
+from ollama_coordinator.scheduler.state import Estimate, Learned
+from ollama_coordinator_common.types import AgentId
+from unit.coordinator.scheduler.world import GB, M, World
+
+A, B = AgentId("a"), AgentId("b")
+
+
+def estimate(world: World, agent: str = "a", model: str = M) -> Estimate:
+    (found,) = [
+        one for one in world.scheduler.estimates() if (one.agent_id, one.model) == (agent, model)
+    ]
+    return found
+
+
+def taught(**fields: float) -> World:
+    """A world whose one agent has answered ten requests at the same speed."""
+    world = World()
+    world.agent("a", slots=1)
+    timings = Timings(**{"prompt_tokens": 400, "output_tokens": 100, "total_seconds": 6.0,
+                         "load_seconds": 0.01, "prompt_seconds": 2.0, "output_seconds": 4.0,
+                         **fields})  # type: ignore[arg-type]  # fmt: skip
+    for _ in range(10):
+        world.serve(world.send(), timings, after=6.0)
+    return world
+
+
+@pytest.mark.spec("SCHED-50")
+def test_rates_are_learned_from_what_ollama_reports() -> None:
+    world = World()
+    world.agent("a", slots=1)
+    world.plan()
+    before = estimate(world)
+    assert before.decode_tokens_per_second == pytest.approx(
+        prior(Quantity.DECODE, 4 * GB), rel=0.01
+    )
+    after = estimate(taught())
+    assert after.prefill_tokens_per_second == pytest.approx(200, rel=0.1)
+    assert after.decode_tokens_per_second == pytest.approx(25, rel=0.1)
+
+
+@pytest.mark.spec("SCHED-50")
+def test_load_seconds_are_learned_from_loads_only() -> None:
+    world = World()
+    world.agent("a", slots=1)
+    lease = world.send()
+    world.serve(lease, Timings(100, 100, 14.0, 12.0, 0.1, 1.9), after=14.0)
+    assert estimate(world).load_seconds == pytest.approx(12.0, rel=0.35)
+    learned = estimate(world).load_seconds
+    world.serve(world.send(), Timings(100, 100, 2.0, 0.02, 0.1, 1.9), after=2.0)
+    assert estimate(world).load_seconds == learned
+
+
+@pytest.mark.spec("SCHED-51")
+def test_streams_without_durations_teach_by_the_clock() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=1)
+    for _ in range(10):
+        lease = world.send()
+        world.now += 2.0
+        world.began(lease)
+        world.now += 4.0
+        world.end(lease, timings=Timings(prompt_tokens=400, output_tokens=100))
+    learned = estimate(world)
+    assert learned.decode_tokens_per_second == pytest.approx(25, rel=0.1)
+    assert learned.prefill_tokens_per_second == pytest.approx(200, rel=0.1)
+
+
+@pytest.mark.spec("SCHED-51")
+def test_an_answer_in_one_piece_without_durations_teaches_no_rate() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=1)
+    world.plan()
+    before = estimate(world).decode_tokens_per_second
+    for _ in range(5):
+        lease = world.send()
+        world.now += 6.0
+        world.began(lease)
+        world.end(lease, timings=Timings(prompt_tokens=400, output_tokens=100))
+    assert estimate(world).decode_tokens_per_second == pytest.approx(before)
+
+
+@pytest.mark.spec("SCHED-52")
+def test_one_outlier_hardly_moves_a_rate() -> None:
+    world = taught()
+    world.serve(world.send(), Timings(400, 100, 600.0, 0.0, 200.0, 400.0), after=600.0)
+    assert estimate(world).decode_tokens_per_second > 15
+
+
+@pytest.mark.spec("SCHED-52")
+def test_a_changed_speed_is_learned_within_a_dozen_requests() -> None:
+    world = taught()
+    for _ in range(12):
+        world.serve(world.send(), Timings(400, 100, 3.0, 0.0, 1.0, 2.0), after=3.0)
+    assert estimate(world).decode_tokens_per_second == pytest.approx(50, rel=0.1)
+
+
+@pytest.mark.spec("SCHED-53")
+def test_a_pair_never_seen_is_judged_by_its_agent_and_its_model() -> None:
+    rates = Rates()
+    for _ in range(10):
+        rates.observe(Quantity.DECODE, A, "one", 0.25)
+    assert rates.factor(Quantity.DECODE, A, "two") == pytest.approx(0.25, rel=0.3)
+    for agent in ("b", "c", "d"):
+        for _ in range(10):
+            rates.observe(Quantity.DECODE, AgentId(agent), "mixture", 3.0)
+            rates.observe(Quantity.DECODE, AgentId(agent), "plain", 1.0)
+    assert rates.factor(Quantity.DECODE, A, "mixture") > rates.factor(Quantity.DECODE, A, "plain")
+
+
+@pytest.mark.spec("SCHED-54")
+def test_output_lengths_are_learned_by_client_and_model() -> None:
+    lengths = Lengths()
+    assert lengths.expected("c", "m", None) == 150
+    for _ in range(20):
+        lengths.observe("short", "m", 10)
+        lengths.observe("long", "m", 1000)
+    assert lengths.expected("short", "m", None) == pytest.approx(10)
+    assert lengths.expected("long", "m", None) == pytest.approx(1000)
+    assert 100 < lengths.expected("new", "m", None) < 900
+    assert lengths.expected("long", "m", 64) == 64
+
+
+@pytest.mark.spec("SCHED-55")
+def test_company_is_learned_to_slow_down_by_as_much_as_it_does() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=2)
+    alone = Timings(400, 100, 6.0, 0.0, 2.0, 4.0)
+    for _ in range(5):
+        world.serve(world.send(), alone, after=6.0)
+    for _ in range(20):
+        pair = [world.send(), world.send()]
+        world.now += 6.0
+        for lease in pair:
+            world.began(lease)
+        for lease in pair:
+            world.end(lease, timings=Timings(400, 100, 6.2, 0.0, 2.0, 4.2))
+    state = world.scheduler.export_state()
+    assert state.batch[0].mean.value < 0.2
+
+
+@pytest.mark.spec("SCHED-56")
+def test_what_was_learned_survives_a_restart() -> None:
+    world = taught()
+    stored = msgspec.json.encode(world.scheduler.export_state())
+    fresh = World()
+    fresh.scheduler.import_state(msgspec.json.decode(stored, type=Learned))
+    fresh.agent("a", slots=1)
+    fresh.plan()
+    assert estimate(fresh).decode_tokens_per_second == pytest.approx(
+        estimate(world).decode_tokens_per_second
+    )
+    assert fresh.scheduler.export_state() == world.scheduler.export_state()
+
+
+@pytest.mark.spec("SCHED-57")
+def test_a_conversation_goes_back_to_its_prompt_cache_when_all_else_is_equal() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=2)
+    first = world.send(prompt_tokens=4000, prefix=(1, 2))
+    world.serve(first, Timings(4000, 100, 7.0, 0.0, 5.0, 2.0), after=7.0)
+    for _ in range(4):
+        again = world.send(prompt_tokens=4200, prefix=(1, 2, 3))
+        assert again.agent_id == first.agent_id
+        decision = world.scheduler.decision(again.id)
+        assert decision is not None
+        assert decision.candidates[0].cached_tokens > 3000
+        world.end(again, timings=Timings(4200, 100, 2.2, 0.0, 0.2, 2.0))
+
+
+@pytest.mark.spec("SCHED-57")
+def test_prompt_caches_remember_as_many_conversations_as_there_are_slots() -> None:
+    caches = PromptCaches()
+    caches.remember("place", (1, 2), 100, slots=1)
+    caches.remember("place", (1, 2, 3), 200, slots=1)
+    assert caches.expected((1, 2, 3, 4)) == {"place": 200}
+    caches.remember("place", (9,), 50, slots=1)
+    assert caches.expected((1, 2, 3)) == {}
+    caches.forget("place")
+    assert len(caches) == 0
+
+
+@pytest.mark.spec("SCHED-57")
+def test_prompt_caches_hold_no_more_than_what_is_remembered() -> None:
+    caches, lots = PromptCaches(), Random(1)
+    for _ in range(2000):
+        chain = tuple(lots.randrange(50) for _ in range(lots.randrange(1, 6)))
+        caches.remember(lots.randrange(3), chain, 100, slots=2)
+    assert len(caches) <= 3 * 2 * 6
+    for place in range(3):
+        caches.forget(place)
+    assert len(caches) == 0
+
+
+@pytest.mark.spec("SCHED-41")
+def test_demand_fades() -> None:
+    demand = Demand()
+    for second in range(60):
+        demand.arrived(float(second))
+    assert demand.wanted_again(60.0) > 0.99
+    assert demand.wanted_again(1500.0) < 0.01
+
+
+@pytest.mark.spec("SCHED-54")
+def test_embeddings_teach_no_output_length() -> None:
+    world = World()
+    world.agent("a", loaded=["m"])
+    lease = world.send(kind=Kind.EMBED)
+    world.serve(lease, Timings(prompt_tokens=400, total_seconds=0.1), after=0.1)
+    assert world.scheduler.export_state().lengths == []

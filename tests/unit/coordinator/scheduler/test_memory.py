@@ -1,0 +1,182 @@
+"""What fits, who leaves, who makes way."""
+
+import pytest
+from msgspec import structs
+
+from ollama_coordinator.scheduler import Result, RunnerOptions, Timings
+from ollama_coordinator.scheduler.memory import Fit, Memory
+from ollama_coordinator.scheduler.options import normal, serves
+from ollama_coordinator_common.names import model_key
+from unit.coordinator.scheduler.world import GB, World
+
+SHORT = Timings(100, 100, 2.0, 0.0, 0.1, 1.9)
+
+
+@pytest.mark.spec("SCHED-40")
+def test_victims_are_idle_and_named_on_the_lease() -> None:
+    world = World()
+    models = {"busy": 4 * GB, "idle": 4 * GB, "new": 4 * GB}
+    world.agent("a", models=models, loaded=["busy", "idle"], slots=1, memory=12 * GB)
+    world.send("busy")
+    lease = world.send("new")
+    assert lease.unload == (model_key("idle"),)
+
+
+@pytest.mark.spec("SCHED-40")
+def test_nothing_leaves_when_all_fits() -> None:
+    world = World()
+    models = {"one": 4 * GB, "new": 4 * GB}
+    world.agent("a", models=models, loaded=["one"], slots=1, memory=24 * GB)
+    assert world.send("new").unload == ()
+
+
+@pytest.mark.spec("SCHED-41")
+def test_the_model_that_is_missed_least_leaves() -> None:
+    world = World()
+    models = {"often": 4 * GB, "seldom": 4 * GB, "new": 4 * GB}
+    world.agent("a", models=models, loaded=["often", "seldom"], slots=1, memory=12 * GB)
+    for _ in range(20):
+        world.end(world.send("often"), timings=SHORT)
+    world.now += 10.0
+    assert world.send("new").unload == (model_key("seldom"),)
+
+
+@pytest.mark.spec("SCHED-42")
+def test_of_an_agent_that_tells_no_memory_eviction_is_left_to_ollama() -> None:
+    world = World()
+    models = {"one": 4 * GB, "two": 4 * GB, "new": 4 * GB}
+    world.agent("a", models=models, loaded=["one", "two"])
+    assert world.send("new").unload == ()
+
+
+@pytest.mark.spec("SCHED-42")
+def test_what_fitted_fits_and_what_pushed_another_out_does_not() -> None:
+    memory = Memory()
+    assert memory.fit(5 * GB, 5 * GB, 2) is Fit.MAYBE
+    memory.fitted(5 * GB, 5 * GB, 2)
+    assert memory.fit(4 * GB, 6 * GB, 2) is Fit.YES
+    memory.pushed_out(5 * GB, 10 * GB)
+    assert memory.fit(6 * GB, 10 * GB, 2) is Fit.NO
+    assert memory.fit(5 * GB, 7 * GB, 2) is Fit.MAYBE
+
+
+@pytest.mark.spec("SCHED-42")
+def test_the_share_of_free_memory_that_ollama_fills_is_learned() -> None:
+    memory = Memory(total=20 * GB)
+    assert memory.fit(8 * GB, 10 * GB, 2) is Fit.YES
+    assert memory.fit(9 * GB, 10 * GB, 2) is Fit.MAYBE
+    assert memory.fit(11 * GB, 10 * GB, 2) is Fit.NO
+    memory.fitted(9 * GB, 10 * GB, 2)
+    assert memory.fit(9 * GB, 10 * GB, 2) is Fit.YES
+    memory.pushed_out(7 * GB, 10 * GB)
+    assert memory.fit(7 * GB, 10 * GB, 2) is Fit.NO
+
+
+@pytest.mark.spec("SCHED-43")
+def test_an_agent_loads_one_model_at_a_time() -> None:
+    world = World()
+    world.agent("a", models=["one", "two"], slots=1, memory=48 * GB)
+    first = world.send("one")
+    world.submit("two")
+    assert world.plan() == []
+    world.now += 4.0
+    world.began(first)
+    (second,) = world.plan()
+    assert second.request.name == "two"
+
+
+@pytest.mark.spec("SCHED-44")
+def test_a_model_that_starves_behind_busy_ones_gets_a_drain() -> None:
+    world = World(max_queue=1000)
+    models = {"busy": 8 * GB, "starved": 8 * GB}
+    world.agent("a", models=models, loaded=["busy"], slots=2, memory=12 * GB)
+    leases = [world.send("busy"), world.send("busy")]
+    starved = world.submit("starved")
+    for _ in range(200):
+        world.submit("busy")
+    served_at = None
+    for _ in range(80):
+        world.now += 1.0
+        leases += world.end(leases.pop(0), timings=SHORT)
+        leases += world.plan()
+        if any(lease.request is starved for lease in leases):
+            served_at = world.now
+            break
+    assert served_at is not None
+    assert served_at <= 60.0
+
+
+@pytest.mark.spec("SCHED-45")
+def test_requests_whose_options_would_reload_count_as_a_load() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, slots=4)
+    small = RunnerOptions(num_ctx=4096)
+    large = RunnerOptions(num_ctx=8192)
+    loading = Timings(100, 100, 5.0, 3.0, 0.1, 1.9)
+    one = world.send(options=small)
+    world.serve(one, loading, after=5.0)
+    two = world.send(options=large)
+    world.serve(two, loading, after=5.0)
+    assert one.agent_id != two.agent_id
+    for _ in range(6):
+        assert world.send(options=small).agent_id == one.agent_id
+        assert world.send(options=large).agent_id == two.agent_id
+        for lease in list(world.scheduler.leases()):
+            world.end(lease, timings=SHORT)
+
+
+@pytest.mark.spec("SCHED-46")
+@pytest.mark.parametrize(
+    ("loaded", "wanted", "same"),
+    [
+        (RunnerOptions(), RunnerOptions(), True),
+        (RunnerOptions(num_ctx=4096), RunnerOptions(num_ctx=4096), True),
+        (RunnerOptions(num_ctx=4096), RunnerOptions(), False),
+        (RunnerOptions(), RunnerOptions(num_ctx=4096), False),
+        (RunnerOptions(num_ctx=2), RunnerOptions(num_ctx=4), True),
+        (RunnerOptions(num_gpu=10), RunnerOptions(), True),
+        (RunnerOptions(num_gpu=10), RunnerOptions(num_gpu=-1), True),
+        (RunnerOptions(), RunnerOptions(num_gpu=10), False),
+        (RunnerOptions(num_batch=512), RunnerOptions(), True),
+        (RunnerOptions(num_thread=4), RunnerOptions(), False),
+        (RunnerOptions(shift=True), RunnerOptions(), True),
+        (RunnerOptions(shift=False), RunnerOptions(), False),
+    ],
+)
+def test_the_options_that_reload_a_runner(
+    loaded: RunnerOptions, wanted: RunnerOptions, same: bool
+) -> None:
+    assert serves(normal(loaded), normal(wanted)) is same
+
+
+@pytest.mark.spec("SCHED-46")
+def test_an_explicit_context_equal_to_the_default_does_not_reload() -> None:
+    assert serves(RunnerOptions(), RunnerOptions(num_ctx=4096), default_context=4096)
+    assert serves(None, RunnerOptions(num_ctx=8192), context=8192)
+    assert not serves(None, RunnerOptions(num_ctx=4096), context=8192)
+
+
+@pytest.mark.spec("SCHED-47")
+def test_a_model_that_fits_nowhere_by_the_figures_is_tried_all_the_same() -> None:
+    world = World()
+    world.agent("a", models={"huge": 40 * GB}, slots=1, memory=12 * GB)
+    assert world.send("huge").agent_id == "a"
+
+
+@pytest.mark.spec("SCHED-48")
+def test_two_names_of_one_blob_share_what_is_loaded() -> None:
+    world = World()
+    agent = world.agent("a", models=["m", "copy"], loaded=["m"], slots=1)
+    report = agent.report
+    assert report is not None
+    blobs = {"m": "sha256:1", "copy": "sha256:1"}
+    world.registry.heartbeat(structs.replace(report, model_blobs=blobs), world.now)
+    lease = world.send("copy")
+    decision = world.scheduler.decision(lease.id)
+    assert decision is not None
+    assert decision.action == "go"
+    world.submit("m")
+    assert world.plan() == []
+    (other,) = world.end(lease, Result.CANCELLED)
+    assert other.request.name == "m"

@@ -1,0 +1,136 @@
+"""Failures, agents that are away, and requests that nobody may serve."""
+
+import pytest
+
+from ollama_coordinator.scheduler import (
+    HoldersUnavailable,
+    ModelNotFound,
+    NoAgentRegistered,
+    Result,
+    Timings,
+)
+from ollama_coordinator.scheduler.eligibility import RECOVERY_SECONDS
+from ollama_coordinator_common.types import AgentId
+from unit.coordinator.scheduler.world import World
+
+A, B = AgentId("a"), AgentId("b")
+
+
+@pytest.mark.spec("SCHED-30")
+def test_who_cannot_be_served_at_all_is_told_at_once() -> None:
+    world = World()
+    with pytest.raises(NoAgentRegistered):
+        world.submit()
+    agent = world.agent("a")
+    with pytest.raises(ModelNotFound):
+        world.submit("unknown")
+    agent.left = True
+    world.registry.changes += 1
+    with pytest.raises(HoldersUnavailable, match="offline"):
+        world.submit()
+
+
+@pytest.mark.spec("SCHED-31")
+def test_a_request_waits_for_the_only_agent_while_it_may_recover() -> None:
+    world = World()
+    agent = world.agent("a", loaded=["m"])
+    world.registry.fail(agent, "connection refused", world.now)
+    request = world.submit()
+    assert world.plan() == []
+    assert world.tick(RECOVERY_SECONDS - 1.0) == []
+    world.registry.probed(agent)
+    (lease,) = world.plan()
+    assert lease.request is request
+
+
+@pytest.mark.spec("SCHED-31")
+def test_it_is_refused_when_the_agent_does_not_recover() -> None:
+    world = World()
+    agent = world.agent("a")
+    world.registry.fail(agent, "connection refused", world.now)
+    request = world.submit()
+    world.tick(RECOVERY_SECONDS + 0.6)
+    assert isinstance(world.refused[request.id], HoldersUnavailable)
+    assert "connection refused" in str(world.refused[request.id])
+
+
+@pytest.mark.spec("SCHED-31")
+def test_the_recovery_is_awaited_anew_by_a_request_that_waited_long_for_a_slot() -> None:
+    world = World()
+    agent = world.agent("a", loaded=["m"], slots=1)
+    world.send()
+    request = world.submit()
+    world.tick(30.0)
+    world.registry.fail(agent, "reset", world.now)
+    world.tick(RECOVERY_SECONDS - 1.0)
+    assert request.id not in world.refused
+
+
+@pytest.mark.spec("SCHED-32")
+def test_agents_that_failed_a_request_do_not_get_it_again() -> None:
+    world = World()
+    world.agent("a", loaded=["m"])
+    world.agent("b")
+    lease = world.send()
+    assert lease.agent_id == A
+    world.end(lease, Result.BUSY)
+    world.scheduler.submit(lease.request.without([A]), world.now)
+    (again,) = world.plan()
+    assert again.agent_id == B
+    world.end(again, Result.BUSY)
+    with pytest.raises(HoldersUnavailable, match="already tried"):
+        world.scheduler.submit(lease.request.without([A, B]), world.now)
+
+
+@pytest.mark.spec("SCHED-33")
+def test_failures_make_an_agent_less_attractive_and_successes_more_again() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=4)
+    for _ in range(3):
+        world.end(world.send(excluded=frozenset({B})), Result.CUT)
+    assert {world.send().agent_id for _ in range(2)} == {B}
+    for lease in list(world.scheduler.leases()):
+        world.end(lease, Result.CANCELLED)
+    world.now += 60.0
+    assert {world.send().agent_id for _ in range(6)} == {A, B}
+
+
+@pytest.mark.spec("SCHED-34")
+def test_a_load_that_came_to_nothing_is_forgotten() -> None:
+    world = World()
+    world.agent("a", slots=1)
+    lease = world.send()
+    world.now += 0.5
+    world.end(lease, Result.CANCELLED)
+    again = world.send()
+    decision = world.scheduler.decision(again.id)
+    assert decision is not None
+    assert decision.action == "load"
+
+
+@pytest.mark.spec("SCHED-35")
+def test_an_agent_that_went_offline_has_nothing_in_memory_when_it_returns() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=1)
+    agent = world.agent("b", loaded=["m"], slots=1)
+    world.end(world.send())
+    agent.left = True
+    world.registry.changes += 1
+    world.plan()
+    agent.left = False
+    world.registry.changes += 1
+    for _ in range(4):
+        lease = world.send()
+        assert lease.agent_id == A
+        world.end(lease, timings=Timings(10, 10, 0.2, 0.0, 0.1, 0.1))
+
+
+@pytest.mark.spec("SCHED-36")
+def test_a_drained_agent_gets_nothing_new() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=4)
+    settings = world.registry.get("a").settings
+    world.registry.update_settings(A, type(settings)(draining=True))
+    assert {world.send().agent_id for _ in range(4)} == {B}

@@ -1,0 +1,141 @@
+"""How many requests an agent gets at once when nobody says how many it runs."""
+
+import pytest
+from msgspec import structs
+
+from ollama_coordinator.registry import Registry
+from ollama_coordinator.scheduler import Kind, Result, Timings
+from ollama_coordinator.scheduler.predicted import PredictedScheduler
+from ollama_coordinator.scheduler.slots import Slots
+from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec, Simulation, TraceRequest
+from unit.coordinator.scheduler.world import World
+
+M = ModelSpec("m", 4_000_000_000)
+SILENT = MachineSpec(name="silent", models=(M,), reports_memory=False, reports_slots=False)
+
+
+def most_in_flight(slots: int, machines: int, requests: int, seconds: float) -> int:
+    """How many streams are open after so long, on agents that tell nothing of themselves."""
+    machine = structs.replace(SILENT, slots=slots, batch_factor=0.01)
+    fleet = Fleet(
+        machines=tuple(structs.replace(machine, name=f"a{number}") for number in range(machines))
+    )
+
+    def create(registry: Registry) -> PredictedScheduler:
+        return PredictedScheduler(registry, max_queue=10_000)
+
+    simulation = Simulation(fleet, create)
+    for name in fleet.machines:
+        simulation.nodes[name.name].advance(0.0)  # type: ignore[index]
+    simulation.run_until(1.0)
+    for number in range(machines):
+        request = TraceRequest(at=1.0, model="m", prompt_tokens=50, output_tokens=10)
+        simulation.arrive(number, request, 1.0)
+    simulation.run_until(30.0)
+    simulation.most_in_flight = 0
+    for number in range(requests):
+        request = TraceRequest(at=30.0, model="m", prompt_tokens=50, output_tokens=2000)
+        simulation.arrive(1000 + number, request, 30.0)
+    simulation.run_until(30.0 + seconds)
+    return len(list(simulation.scheduler.leases()))
+
+
+@pytest.mark.spec("SCHED-20")
+def test_agents_that_tell_nothing_and_run_many_are_filled_within_two_seconds() -> None:
+    assert most_in_flight(slots=64, machines=5, requests=500, seconds=2.0) >= 300
+
+
+@pytest.mark.spec("SCHED-21")
+def test_an_agent_that_runs_one_is_never_sent_more_than_one_beyond() -> None:
+    assert most_in_flight(slots=1, machines=1, requests=50, seconds=0.5) == 2
+
+
+@pytest.mark.spec("SCHED-21")
+def test_trials_that_fail_are_repeated_at_ever_longer_intervals() -> None:
+    world = World(max_queue=1000)
+    world.agent("a", loaded=["m"])
+    first = world.send()
+    for _ in range(400):
+        world.submit()
+    leases = [first, *world.plan()]
+    trials = []
+    assert len(leases) == 2
+    for _ in range(300):
+        world.now += 2.0
+        lease = leases.pop(0)
+        world.began(lease)
+        timings = Timings(100, 100, world.now - lease.granted_at, 0.0, 0.1, 1.9)
+        leases += world.end(lease, timings=timings)
+        assert 1 <= len(leases) <= 2
+        if len(leases) == 2:
+            trials.append(world.now)
+    assert len(trials) <= 8
+    assert trials[-1] - trials[-2] > 200
+
+
+@pytest.mark.spec("SCHED-22")
+def test_a_first_byte_beside_others_proves_slots_and_a_slot_wait_disproves_them() -> None:
+    slots = Slots()
+    assert (slots.limit, slots.allowance(0.0)) == (1, 2)
+    slots.prove(2)
+    assert (slots.limit, slots.allowance(0.0)) == (2, 4)
+    slots.refute(2, now=10.0)
+    assert (slots.limit, slots.allowance(11.0)) == (2, 2)
+    assert slots.allowance(71.0) == 4
+
+
+@pytest.mark.spec("SCHED-22")
+def test_answers_in_one_piece_prove_slots_by_the_absence_of_a_slot_wait() -> None:
+    world = World()
+    world.agent("a", loaded=["m"])
+    first = world.send()
+    world.submit()
+    world.submit()
+    (second,) = world.plan()
+    world.now += 2.0
+    world.began(first)
+    assert world.end(first, timings=Timings(100, 100, 2.0, 0.0, 0.1, 1.9)) == []
+    world.now += 0.1
+    world.began(second)
+    world.end(second, timings=Timings(100, 100, 2.1, 0.0, 0.1, 2.0))
+    world.send()
+    assert world.scheduler.in_flight(second.agent_id) == 2
+
+
+@pytest.mark.spec("SCHED-23")
+def test_nobody_is_sent_beyond_the_known_slots_while_another_agent_is_free() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"])
+    leases = [world.send(), world.send()]
+    assert {lease.agent_id for lease in leases} == {"a", "b"}
+
+
+@pytest.mark.spec("SCHED-24")
+def test_reported_slots_are_believed() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=3)
+    for _ in range(9):
+        world.submit()
+    assert len(world.plan()) == 3
+    assert world.tick(30.0) == []
+
+
+@pytest.mark.spec("SCHED-25")
+def test_families_that_run_one_at_a_time_do_so_whatever_is_reported() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=4, details={"family": "qwen3next"})
+    for _ in range(3):
+        world.submit()
+    assert len(world.plan()) == 1
+
+
+@pytest.mark.spec("SCHED-26")
+def test_embeddings_get_two_more_in_flight_than_run() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=4)
+    for _ in range(9):
+        world.submit(kind=Kind.EMBED)
+    leases = world.plan()
+    assert len(leases) == 3
+    assert len(world.end(leases[0], Result.CANCELLED)) == 1
