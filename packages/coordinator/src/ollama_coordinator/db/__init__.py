@@ -1,5 +1,17 @@
 """What survives a restart: SQLite behind one thread."""
 
+from .finished import Cursor, Filter, Finished, Status
+from .history import History, StoredBucket
 from .store import AgentRow, DatabaseError, Store
 
-__all__ = ["AgentRow", "DatabaseError", "Store"]
+__all__ = [
+    "AgentRow",
+    "Cursor",
+    "DatabaseError",
+    "Filter",
+    "Finished",
+    "History",
+    "Status",
+    "Store",
+    "StoredBucket",
+]

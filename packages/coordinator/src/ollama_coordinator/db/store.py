@@ -24,7 +24,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
-from .migrations import migrations
+from .migrations import migrations, steps_of_the_future
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Store:
         self._seen: dict[AgentId, datetime] = {}
         self._documents: dict[str, bytes] = {}
         self._flusher: asyncio.Task[None] | None = None
+        self._flushing = asyncio.Lock()
         self.problem: str | None = None
 
     async def __aenter__(self) -> "Store":
@@ -113,6 +114,7 @@ class Store:
     def note_agent(self, row: AgentRow) -> None:
         """Write an agent behind."""
         self._agents[row.id] = row
+        self._seen.pop(row.id, None)
 
     def note_seen(self, agent_id: AgentId, at: datetime) -> None:
         """Write behind when an agent was last heard."""
@@ -137,20 +139,45 @@ class Store:
         """Write a document behind."""
         self._documents[name] = body
 
+    async def run(self, work: Callable[[Database], T]) -> T:
+        """Do something with the database in its thread, in a transaction of its own.
+
+        Raises:
+            DatabaseError: it fails; nothing of it remains.
+        """
+
+        def transaction() -> T:
+            # Without it, Python's sqlite3 would leave one open when a statement fails, and every
+            # later write would end inside of it, never committed.
+            with self._db.atomic():
+                return work(self._db)
+
+        return await self._run(transaction)
+
     # ── writing behind ────────────────────────────────────────────────────────────────────────
 
     async def flush(self) -> None:
-        """Write everything that was noted; what cannot be written stays noted."""
+        """Write everything that was noted; what cannot be written stays noted.
+
+        One at a time: who waits for a write must not pass another that has taken it along.
+        """
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         if not self._agents and not self._seen and not self._documents:
             return
         agents, seen, documents = self._agents, self._seen, self._documents
         self._agents, self._seen, self._documents = {}, {}, {}
         try:
             await self._run(lambda: self._write(agents, seen, documents))
-        except DatabaseError as exc:
+        except (DatabaseError, asyncio.CancelledError) as exc:
+            # A cancelled write may not have begun; what is written twice is the same twice.
             self._agents = agents | self._agents
             self._seen = seen | self._seen
             self._documents = documents | self._documents
+            if not isinstance(exc, DatabaseError):
+                raise
             self._tell(str(exc))
         else:
             self._tell(None)
@@ -166,12 +193,15 @@ class Store:
     async def _flush_for_ever(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception:
+                log.exception("writing behind stumbled and goes on")
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except (sqlite3.Error, OSError) as exc:
+        except (sqlite3.Error, OSError, ValueError) as exc:
             raise DatabaseError(self._path, exc) from exc
 
     # ── in the thread ─────────────────────────────────────────────────────────────────────────
@@ -183,12 +213,15 @@ class Store:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             self._database = Database(connection)
+            newer = steps_of_the_future(self._database)
+            if newer:
+                raise sqlite3.DatabaseError(f"it has {newer[-1]}, unknown here")
             migrations.apply(self._database)
             # A schema that is up to date needed no write: find out now whether one works.
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("INSERT OR REPLACE INTO documents VALUES ('opened', '{}')")
             connection.execute("COMMIT")
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError):
             connection.close()
             raise
 
@@ -216,15 +249,31 @@ class Store:
     ) -> None:
         with self._db.atomic():
             rows = [_to_columns(row) for row in agents.values() if row is not None]
-            self._db.table("agents").upsert_all(rows, pk="id")
+            self._db.conn.executemany(_PUT_AGENT, rows)
             for removed in (agent_id for agent_id, row in agents.items() if row is None):
                 self._db.table("agents").delete_where("id = ?", [removed])
             for agent_id, at in seen.items():
                 self._db.execute(
                     "UPDATE agents SET last_seen = ? WHERE id = ?", [at.isoformat(), agent_id]
                 )
-            named = [{"name": name, "body": body.decode()} for name, body in documents.items()]
-            self._db.table("documents").upsert_all(named, pk="name")
+            named = [(name, body.decode()) for name, body in documents.items()]
+            self._db.conn.executemany(_PUT_DOCUMENT, named)
+
+
+# Not the library's upsert: it finds out whether SQLite knows ON CONFLICT by creating a table, takes
+# a lock in that moment for a no, and from then on silently drops rows with NOT NULL columns.
+_PUT_AGENT = """
+    INSERT INTO agents (
+        id, registration, registered_at, last_seen, has_left, settings, tags, blobs
+    ) VALUES (
+        :id, :registration, :registered_at, :last_seen, :has_left, :settings, :tags, :blobs
+    )
+    ON CONFLICT (id) DO UPDATE SET
+        registration = excluded.registration, last_seen = excluded.last_seen,
+        has_left = excluded.has_left, settings = excluded.settings,
+        tags = excluded.tags, blobs = excluded.blobs
+"""
+_PUT_DOCUMENT = "INSERT OR REPLACE INTO documents (name, body) VALUES (?, ?)"
 
 
 def _to_columns(row: AgentRow) -> dict[str, object]:
@@ -256,6 +305,8 @@ def _from_columns(row: dict[str, object]) -> AgentRow:
 def _advice(cause: Exception) -> str:
     """What an operator can do about an error of SQLite's."""
     text = str(cause)
+    if isinstance(cause, ValueError):
+        return f"{text} (a row is damaged; restore a copy, or move the file away)"
     hints = {
         "locked": "another process holds it; stop that one, or give another DATABASE_URL",
         "readonly": "it is read-only; make the file and its folder writable",
@@ -263,6 +314,8 @@ def _advice(cause: Exception) -> str:
         "full": "the disk is full; free some space",
         "not a database": "the file is not an SQLite database; move it away or restore a copy",
         "malformed": "the file is damaged; move it away or restore a copy",
+        "unknown here": "a newer version wrote it; update the coordinator, or give another"
+        " DATABASE_URL",
         "unable to open": "the file cannot be opened; check that its folder exists and is writable",
     }
     hint = next((hint for key, hint in hints.items() if key in text), None)

@@ -1,0 +1,113 @@
+"""`/dashboard`: the page's files and the event stream it listens to."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.feed import Feed, Rows
+from ollama_coordinator.journal import Observation
+from ollama_coordinator.registry import AgentState, Registry
+
+from .departure import until_departure
+from .files import SECURITY, all_files, send_file
+from .wire import ClientLeft, reply
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+EVENT_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    # Reverse proxies buffer what they do not know to be a stream.
+    "x-accel-buffering": "no",
+    "x-content-type-options": "nosniff",
+}
+
+
+class DashboardApi:
+    """The handlers of the dashboard; `plain_root` answers `/` to everybody but browsers."""
+
+    def __init__(self, plain_root: Handler) -> None:
+        self._plain_root = plain_root
+
+    async def root(self, request: Request) -> Response:
+        """`GET /`: a browser is sent to the dashboard, any other client learns who runs here."""
+        if "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
+        return await self._plain_root(request)
+
+    async def page(self, request: Request) -> Response:
+        """`GET /dashboard` and the files below it."""
+        path = request.path_params.get("path") or "index.html"
+        file = all_files().get(path)
+        if file is None:
+            return Response("404 page not found", 404, headers=SECURITY, media_type="text/plain")
+        return send_file(file, request)
+
+
+class EventsApi:
+    """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the viewer leaves or the coordinator stops."""
+        last_id = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
+        headers = [(name.encode(), value.encode()) for name, value in EVENT_HEADERS.items()]
+        try:
+            async with until_departure(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                if scope["method"] != "HEAD":
+                    await self._send_all(last_id, send)
+                await send(_body(b"", more=False))
+        except ClientLeft:
+            return
+
+    async def _send_all(self, last_id: str, send: Send) -> None:
+        async with aclosing(self._feed.follow(last_id)) as events:
+            async for event in events:
+                await send(_body(event, more=True))
+
+
+def _body(data: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+class DetailsApi:
+    """`GET /api/agents/{id}/details`: everything the agent's page shows beside the live row."""
+
+    def __init__(
+        self, registry: Registry, observation: Observation, rows: Rows, clock: Clock
+    ) -> None:
+        self._registry = registry
+        self._observation = observation
+        self._rows = rows
+        self._clock = clock
+
+    async def show(self, request: Request) -> Response:
+        """Its models with what is predicted of them, and what was logged about it."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        return reply(
+            {
+                "agent": self._rows.agent(agent),
+                "models": [self._model(agent, key) for key in sorted(agent.inventory.available)],
+                "events": self._observation.events.of(agent.id),
+            }
+        )
+
+    def _model(self, agent: AgentState, key: str) -> dict[str, Any]:
+        row = agent.inventory.available[key]
+        return {
+            "name": row.model.name,
+            "size": row.model.size,
+            "digest": row.model.digest,
+            "details": row.model.details,
+            "capabilities": row.model.capabilities,
+            "loaded": agent.inventory.is_loaded(key),
+            "estimate": self._rows.estimate(agent.id, key),
+        }

@@ -1,0 +1,167 @@
+"""`/api/history` and `/api/statistics`: what has been, request by request and over time."""
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
+from ollama_coordinator.journal import Observation
+from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.error import InvalidModelName
+from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.types import AgentId
+
+from .wire import HttpError, reply
+
+PAGE = 50
+LARGEST_PAGE = 500
+EXPORT_PAGE = 1000
+SHORTEST_MINUTES = 1
+LONGEST_MINUTES = 31 * 24 * 60
+
+
+class HistoryApi:
+    """The handlers of finished requests and of numbers over time."""
+
+    def __init__(self, observation: Observation, registry: Registry) -> None:
+        self._observation = observation
+        self._history: History = observation.history
+        self._registry = registry
+
+    async def list(self, request: Request) -> Response:
+        """`GET /api/history`: finished requests, newest first; `next` leads to the older ones."""
+        limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
+        wanted, after = self._filter(request), _cursor(request.query_params.get("after"))
+        rows, cursor = await self._history.page(wanted, limit=int(limit), after=after)
+        following = f"{cursor.finished_ms}.{cursor.seq}" if cursor is not None else None
+        return reply({"requests": rows, "next": following})
+
+    async def choices(self, request: Request) -> Response:
+        """`GET /api/history/choices`: the models, agents and clients to filter by."""
+        return reply(await self._history.choices())
+
+    async def export(self, request: Request) -> Response:
+        """`GET /api/history/export?format=csv|json`: everything the filters let through."""
+        form = request.query_params.get("format", "csv")
+        if form not in ("csv", "json"):
+            raise HttpError(400, f"format={form} is not known: give csv or json")
+        wanted = self._filter(request)
+        lines = self._csv(wanted) if form == "csv" else self._json(wanted)
+        kind = "text/csv; charset=utf-8" if form == "csv" else "application/json; charset=utf-8"
+        name = f'attachment; filename="requests.{form}"'
+        return StreamingResponse(lines, media_type=kind, headers={"content-disposition": name})
+
+    async def statistics(self, request: Request) -> Response:
+        """`GET /api/statistics`: the fleet's numbers, or an agent's, as the points of a chart."""
+        minutes = _number(request, "minutes", 60.0, SHORTEST_MINUTES, LONGEST_MINUTES)
+        agent = request.query_params.get("agent")
+        name = self._registry.get(agent).id if agent else ""
+        points = await self._observation.points(name, minutes * 60, agent=bool(agent))
+        return reply({"minutes": minutes, "points": points})
+
+    # ── reading the query ─────────────────────────────────────────────────────────────────────
+
+    def _filter(self, request: Request) -> Filter:
+        query = request.query_params
+        agent = query.get("agent") or None
+        is_id = agent is not None and self._registry.find(AgentId(agent)) is not None
+        status = query.get("status") or None
+        if status is not None and status not in {known.value for known in Status}:
+            known = ", ".join(known.value for known in Status)
+            raise HttpError(400, f"status={status} is not known: give one of {known}")
+        return Filter(
+            model=_model(query.get("model")),
+            agent=None if is_id else agent,
+            agent_id=agent if is_id else None,
+            client=query.get("client") or None,
+            status=status,
+            since=_time(request, "since"),
+            until=_time(request, "until"),
+        )
+
+    # ── writing all of it ─────────────────────────────────────────────────────────────────────
+
+    async def _pages(self, wanted: Filter) -> AsyncIterator[Sequence[Finished]]:
+        after: Cursor | None = None
+        while True:
+            rows, after = await self._history.page(wanted, limit=EXPORT_PAGE, after=after)
+            yield rows
+            if after is None:
+                return
+
+    async def _csv(self, wanted: Filter) -> AsyncIterator[str]:
+        yield ",".join(Finished.__struct_fields__) + "\r\n"
+        async for rows in self._pages(wanted):
+            yield "".join(_csv_line(msgspec.to_builtins(row)) for row in rows)
+
+    async def _json(self, wanted: Filter) -> AsyncIterator[bytes]:
+        separator = b"["
+        async for rows in self._pages(wanted):
+            for row in rows:
+                yield separator + msgspec.json.encode(row)
+                separator = b",\n"
+        yield b"[]" if separator == b"[" else b"]"
+
+
+def _csv_line(row: dict[str, Any]) -> str:
+    return ",".join(_csv_cell(value) for value in row.values()) + "\r\n"
+
+
+def _csv_cell(value: Any) -> str:
+    """RFC 4180; a text that a spreadsheet would take for a formula gets a quote before it."""
+    if value is None:
+        return ""
+    text = str(value)
+    if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        text = "'" + text
+    if any(sign in text for sign in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def _model(name: str | None) -> str | None:
+    """A model's name in any spelling as the history has it."""
+    if not name:
+        return None
+    try:
+        return ModelName.parse(ModelName.parse(name).key).short
+    except InvalidModelName:
+        return name
+
+
+def _number(request: Request, name: str, default: float, least: float, most: float) -> float:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise HttpError(400, f"{name}={text} does not work: give {least:g} to {most:g}")
+    return value
+
+
+def _time(request: Request, name: str) -> datetime | None:
+    text = request.query_params.get(name)
+    if not text:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as exc:
+        hint = "give a time such as 2026-01-31T08:00:00Z"
+        raise HttpError(400, f"{name}={text} does not work: {hint}") from exc
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _cursor(text: str | None) -> Cursor | None:
+    if not text:
+        return None
+    finished, _, seq = text.partition(".")
+    if not (finished.isdigit() and seq.isdigit()):
+        raise HttpError(400, f"after={text} does not work: give the `next` of the page before")
+    return Cursor(int(finished), int(seq))

@@ -1,0 +1,38 @@
+"""`/api/settings`: what the coordinator works with, where it comes from, and changing it."""
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.tuning import Tuning
+from ollama_coordinator_common.error import ConfigError
+
+from .wire import HttpError, decode, reply
+
+log = logging.getLogger(__name__)
+
+_patch = msgspec.json.Decoder(dict[str, Any])
+
+
+class SettingsApi:
+    """The handlers of the settings."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self._tuning = tuning
+
+    async def list(self, request: Request) -> Response:
+        """`GET /api/settings`."""
+        return reply({"settings": self._tuning.views()})
+
+    async def change(self, request: Request) -> Response:
+        """`PATCH /api/settings`: names and new values; a null goes back to the default."""
+        wanted = await decode(_patch, request)
+        try:
+            self._tuning.change(wanted)
+        except ConfigError as exc:
+            raise HttpError(400, str(exc)) from exc
+        log.info("settings changed", extra=wanted)
+        return await self.list(request)

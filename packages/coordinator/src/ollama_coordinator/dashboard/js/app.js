@@ -1,0 +1,44 @@
+/** The start: theme, stream, and which view is shown for which address. */
+
+import { connect } from "./live.js";
+import { applyTheme, buildShell, markView } from "./shell.js";
+import { listenToKeys } from "./keys.js";
+
+/** Views by the first part of the address after `#/`; each module is fetched when it is wanted. */
+const VIEWS = {
+  fleet: ["fleet-view", () => import("./views/fleet.js"), "Fleet"],
+  agents: ["agent-view", () => import("./views/agent.js"), "Agent"],
+  now: ["now-view", () => import("./views/now.js"), "Now"],
+  models: ["models-view", () => import("./views/models.js"), "Models"],
+  history: ["history-view", () => import("./views/history.js"), "History"],
+  try: ["try-view", () => import("./views/try.js"), "Try it"],
+  settings: ["settings-view", () => import("./views/settings.js"), "Settings"],
+};
+
+let shown = 0;
+
+async function show() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const [name, ...rest] = path.split("/").map(decodeURIComponent);
+  const [tag, load, title] = VIEWS[name] ?? VIEWS.fleet;
+  const turn = ++shown;
+  await load();
+  if (turn !== shown) return;
+  const view = document.createElement(tag);
+  view.argument = rest.join("/");
+  view.query = new URLSearchParams(query ?? "");
+  const main = document.querySelector("main");
+  const first = !main.firstElementChild;
+  main.replaceChildren(view);
+  main.scrollTop = 0;
+  document.title = `${title} · Ollama Coordinator`;
+  markView(VIEWS[name] ? (name === "agents" ? "fleet" : name) : "fleet");
+  if (!first) view.querySelector("h1")?.focus();
+}
+
+applyTheme();
+buildShell();
+listenToKeys(Object.keys(VIEWS).filter((name) => name !== "agents"));
+addEventListener("hashchange", show);
+connect();
+show();

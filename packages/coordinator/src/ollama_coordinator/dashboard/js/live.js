@@ -1,0 +1,50 @@
+/** The event stream: connected, lost and found again by itself. */
+
+import { store } from "./store.js";
+
+const SILENCE_MS = 40_000;
+const AGAIN_MS = 1_500;
+
+/** What the stream is doing: "connecting", "live" or "lost"; listeners hear of changes. */
+export const live = {
+  state: "connecting",
+  since: Date.now(),
+  listeners: new Set(),
+};
+
+let source = null;
+let silence = 0;
+
+function become(state) {
+  if (live.state === state) return;
+  live.state = state;
+  live.since = Date.now();
+  for (const listener of live.listeners) listener(live);
+}
+
+function heard() {
+  become("live");
+  clearTimeout(silence);
+  // A line that went dead without a word (a laptop that slept) is given up.
+  silence = setTimeout(() => { become("lost"); open(); }, SILENCE_MS);
+}
+
+function open() {
+  source?.close();
+  source = new EventSource("/dashboard/events");
+  source.addEventListener("snapshot", (event) => { store.snapshot(JSON.parse(event.data)); heard(); });
+  source.addEventListener("patch", (event) => { store.patch(JSON.parse(event.data)); heard(); });
+  source.addEventListener("beat", heard);
+  source.addEventListener("error", () => {
+    become("lost");
+    // The browser comes back by itself after a cut line, not after an answer it did not like.
+    if (source.readyState === EventSource.CLOSED) setTimeout(open, AGAIN_MS);
+  });
+}
+
+/** Start listening. */
+export function connect() {
+  open();
+  addEventListener("pagehide", () => source?.close());
+  addEventListener("pageshow", (event) => { if (event.persisted) open(); });
+}

@@ -1,0 +1,72 @@
+/** What an operator does to an agent: drain, resume, rename, label, note, remove. */
+
+import { call, path } from "../api.js";
+import { h, icon } from "../dom.js";
+import { store } from "../store.js";
+import { asked, confirmed } from "./dialog.js";
+import { act } from "./toast.js";
+
+const address = (id) => path(["api", "agents", id]);
+const change = (id, patch, done) => act(() => call("PATCH", address(id), patch), done);
+
+export function drain(agent) {
+  const draining = agent.state !== "draining" && agent.status !== "draining";
+  return change(agent.id, { draining }, draining ? `${agent.name} gets no new requests` : `${agent.name} serves again`);
+}
+
+export async function edit(agent) {
+  const values = await asked(`Edit ${agent.name}`, [
+    { name: "display_name", label: "Display name (empty: the machine's own)", value: agent.display_name ?? "", placeholder: agent.machine_name },
+    { name: "labels", label: "Labels, separated by commas", value: agent.labels.join(", ") },
+    { name: "notes", label: "Notes", value: agent.notes, kind: "textarea" },
+    { name: "preference", label: "Preference: 2 counts as twice as fast, 0.5 as half", value: String(agent.preference ?? 1) },
+  ]);
+  if (!values) return null;
+  const labels = [...new Set(values.labels.split(",").map((label) => label.trim()).filter(Boolean))];
+  const preference = Number(values.preference);
+  const patch = { display_name: values.display_name.trim() || null, labels, notes: values.notes };
+  if (preference > 0) patch.preference = preference;
+  return change(agent.id, patch, "Saved");
+}
+
+export async function remove(agent) {
+  const sure = await confirmed(`Remove ${agent.name}?`, "It is forgotten with its settings. Its running requests end by themselves. If its agent still runs, it registers again within seconds.", "Remove");
+  if (!sure) return null;
+  return act(() => call("DELETE", address(agent.id)), `${agent.name} removed`);
+}
+
+/** A menu button for an agent that is looked up when it opens. */
+export function agentMenu(id) {
+  const button = h("button.ghost.small.end", { "aria-label": "Actions", "aria-haspopup": "menu", onclick: (event) => { event.stopPropagation(); open(button, id); } }, icon("more"));
+  return button;
+}
+
+function open(button, id) {
+  const agent = store.state.agents[id];
+  if (!agent || document.querySelector(".menu")) return;
+  const draining = agent.status === "draining";
+  const entries = [
+    [draining ? "Resume" : "Drain", drain],
+    ["Edit name, labels, notes", edit],
+    ["Remove", remove],
+  ];
+  const menu = h("div.menu", { role: "menu" }, entries.map(([label, action]) =>
+    h(action === remove ? "button.ghost.danger" : "button.ghost", { role: "menuitem", onclick: () => { close(); action(agent); } }, label)));
+  const close = () => { menu.remove(); removeEventListener("pointerdown", outside, true); button.focus(); };
+  const outside = (event) => { if (!menu.contains(event.target)) close(); };
+  menu.addEventListener("keydown", (event) => walk(event, menu, close));
+  const place = button.getBoundingClientRect();
+  menu.style.setProperty("top", `${Math.min(place.bottom + 4, innerHeight - 140)}px`);
+  menu.style.setProperty("right", `${Math.max(8, innerWidth - place.right)}px`);
+  document.body.append(menu);
+  menu.firstElementChild.focus();
+  addEventListener("pointerdown", outside, true);
+}
+
+function walk(event, menu, close) {
+  const items = [...menu.children];
+  const at = items.indexOf(document.activeElement);
+  if (event.key === "Escape" || event.key === "Tab") { event.preventDefault(); close(); }
+  else if (event.key === "ArrowDown") { event.preventDefault(); items[(at + 1) % items.length].focus(); }
+  else if (event.key === "ArrowUp") { event.preventDefault(); items[(at + items.length - 1) % items.length].focus(); }
+}

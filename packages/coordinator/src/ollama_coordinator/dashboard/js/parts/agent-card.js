@@ -1,0 +1,107 @@
+/** One machine as a card. Built once; `update` changes what differs. */
+
+import { h, icon, keyed, setAttr, setText } from "../dom.js";
+import { bytes, count, hue, isNumber, memory, model, percent, rate } from "../format.js";
+import { store } from "../store.js";
+import { agentPill } from "./bits.js";
+import { memoryBars } from "./memory.js";
+import { agentMenu } from "./agent-actions.js";
+
+export function agentCard(agent) {
+  const state = agentPill();
+  const name = h("a.agent-name.clip", { href: `#/agents/${encodeURIComponent(agent.id)}` });
+  const since = h("oc-since.muted.small");
+  const about = h("p.muted.small.clip");
+  const reason = h("p.reason.small", { hidden: true });
+  const labels = h("div.row.wrap.labels");
+  const bars = memoryBars();
+  const models = h("ul.loaded");
+  const meters = h("div.meters");
+  const slots = slotDots();
+  const spark = h("oc-spark", { label: "Tokens per second in the last minutes" });
+  const speed = h("b");
+  const card = h("article.card.agent", { "aria-label": "Agent" },
+    h("header", null, name, state, since, agentMenu(agent.id)), about, reason, labels, bars, models,
+    h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small", null, speed, h("span.muted", null, " tok/s")))));
+  card.update = (now) => {
+    setText(name, now.name);
+    setAttr(card, "aria-label", `Agent ${now.name}`);
+    setAttr(card, "data-state", now.state);
+    state.update(now.state);
+    setAttr(since, "at", now.since);
+    setText(about, aboutText(now));
+    const why = now.state === "resting" ? now.out_of_rotation : null;
+    reason.hidden = !why;
+    setText(reason, why);
+    keyed(labels, now.labels, (label) => label, (label) => h("span.tag.clip", null, label));
+    labels.hidden = !now.labels.length;
+    bars.update(now);
+    models.hidden = !now.loaded_models.length;
+    keyed(models, now.loaded_models, (row) => row.name, loadedModel);
+    keyed(meters, readings(now), (reading) => reading.label, meter);
+    slots.update(now);
+    spark.points = store.sparks.agents[now.id] ?? [];
+    setText(speed, rate(now.pulse?.[1] ?? 0));
+  };
+  return card;
+}
+
+/** Version, address or relay, and the agent's own version. */
+export function aboutText(agent) {
+  const address = `${agent.ip_address}:${agent.ollama_port}${agent.relay ? " by relay" : ""}`;
+  return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.platform, agent.models && `${count(agent.models)} models on disk`]
+    .filter(Boolean).join(" · ");
+}
+
+function loadedModel(row) {
+  const mark = h("i.swatch", { style: { background: hue(row.name) } });
+  const name = h("span.clip.grow", { title: row.name }, model(row.name));
+  const size = h("span.muted");
+  const speed = h("span.speed", { title: "Learned: tokens read · written per second" });
+  const item = h("li", null, mark, name, speed, size);
+  item.update = (now) => {
+    setText(size, now.size ? bytes(now.size) : "");
+    setText(speed, now.samples ? `${rate(now.prefill)} · ${rate(now.decode)} tok/s` : "");
+  };
+  return item;
+}
+
+function readings(agent) {
+  const list = [];
+  const push = (label, value, title) => { if (isNumber(value)) list.push({ label, value, text: percent(value), title }); };
+  push("CPU", agent.cpu_usage, "CPU of the whole machine");
+  push("RAM", agent.memory_usage, agent.memory_total_bytes ? `of ${memory(agent.memory_total_bytes)}` : "Main memory");
+  const gpus = agent.gpus.filter((gpu) => isNumber(gpu.utilization_percent));
+  if (gpus.length) push("GPU", gpus.reduce((sum, gpu) => sum + gpu.utilization_percent, 0) / gpus.length, gpus.map((gpu) => gpu.name).join(", "));
+  const hottest = Math.max(...agent.gpus.map((gpu) => gpu.temperature_celsius ?? -1));
+  if (hottest >= 0) list.push({ label: "Temp", value: hottest, text: `${Math.round(hottest)} °C`, title: "The hottest GPU", hot: hottest >= 85 });
+  return list;
+}
+
+function meter(reading) {
+  const value = h("b");
+  const bar = h("i");
+  const element = h("div.meter", { title: reading.title }, h("span.muted.small", null, reading.label), value, h("span.meter-bar", null, bar));
+  element.update = (now) => {
+    setText(value, now.text);
+    bar.style.setProperty("width", `${Math.min(100, now.value)}%`);
+    element.classList.toggle("high", now.hot || (now.label !== "Temp" && now.value >= 90));
+  };
+  return element;
+}
+
+/** Places used and free: dots while they are few. */
+export function slotDots() {
+  const dots = h("span.dots", { "aria-hidden": "true" });
+  const text = h("span.small");
+  const element = h("span.slots", null, dots, text);
+  element.update = (agent) => {
+    const total = Math.max(agent.slots, agent.in_flight);
+    setText(text, `${agent.in_flight}/${total}`);
+    setAttr(element, "title", `${agent.in_flight} of ${total} places used`);
+    const few = total <= 8;
+    const wanted = few ? Array.from({ length: total }, (_, index) => ({ key: String(index), used: index < agent.in_flight })) : [];
+    keyed(dots, wanted, (dot) => dot.key, () => { const dot = h("i"); dot.update = ({ used }) => dot.classList.toggle("used", used); return dot; });
+  };
+  return element;
+}

@@ -1,0 +1,66 @@
+/** Small pieces that several views show. */
+
+import { h, icon, setText } from "../dom.js";
+import { REQUEST_STATES, STATES } from "../format.js";
+import { toast } from "./toast.js";
+
+/** A state as a pill with a shape, a colour and a word. */
+export function pill(known) {
+  const element = h("span.pill");
+  element.update = (state) => {
+    if (element.dataset.state === state) return;
+    element.dataset.state = state;
+    const { label, tone, icon: name } = known[state] ?? { label: state, tone: "", icon: "offline" };
+    element.className = `pill ${tone}`;
+    element.replaceChildren(icon(name), document.createTextNode(label));
+  };
+  return element;
+}
+
+export const agentPill = () => pill(STATES);
+export const requestPill = () => pill(REQUEST_STATES);
+
+/** A command to type, with a button that copies it. */
+export function command(text) {
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      toast("Copied", "good");
+    } catch {
+      toast("The browser does not let this page copy; select the text instead.", "bad");
+    }
+  };
+  return h("div.command", null, h("pre", null, text), h("button", { onclick: copy, "aria-label": "Copy the command" }, icon("copy")));
+}
+
+/** What to show where there is nothing yet. */
+export function empty(name, title, ...content) {
+  return h("div.empty", null, icon(name), h("h2", null, title), ...content);
+}
+
+/** The very commands that add a machine to this coordinator. */
+export function howToAddAnAgent() {
+  return command(`pip install ollama-coordinator-agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
+}
+
+/** A labelled value for lists of facts; `set` changes it. */
+export function fact(label) {
+  const value = h("dd");
+  const element = h("div.fact", null, h("dt", null, label), value);
+  element.set = (text, title) => {
+    setText(value, text);
+    element.hidden = text === null || text === undefined || text === "";
+    if (title) value.title = title;
+  };
+  return element;
+}
+
+/** Buttons of which one is pressed. */
+export function segmented(label, choices, chosen, onchange) {
+  const buttons = choices.map(([key, text]) => h("button", { type: "button", "aria-pressed": String(key === chosen), onclick: () => choose(key) }, text));
+  const choose = (key) => {
+    choices.forEach(([other], index) => buttons[index].setAttribute("aria-pressed", String(other === key)));
+    onchange(key);
+  };
+  return h("div.segmented", { role: "group", "aria-label": label }, buttons);
+}

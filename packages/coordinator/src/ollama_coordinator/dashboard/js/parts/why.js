@@ -1,0 +1,96 @@
+/** Why a request went where it went: its attempts, the candidates and their estimates. */
+
+import { get, path } from "../api.js";
+import { h } from "../dom.js";
+import { count, fullTime, model, rate, seconds } from "../format.js";
+import { requestPill } from "./bits.js";
+import { openDialog } from "./dialog.js";
+
+const TERMS = [
+  ["wait_seconds", "wait for a place"], ["load_seconds", "load the model"], ["prefill_seconds", "read the prompt"],
+  ["decode_seconds", "write (half counts)"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"],
+];
+const ACTIONS = { go: "goes at once", load: "loads the model", wait: "waits" };
+
+/** Open the panel of a request. */
+export async function openWhy(id) {
+  const body = h("div.stack", null, h("p.muted", null, "…"));
+  openDialog(`Request ${id}`, body, { panel: true });
+  try {
+    body.replaceChildren(...content(await get(path(["api", "requests", id]))));
+  } catch (error) {
+    body.replaceChildren(h("p.notice.bad", null, error.message));
+  }
+}
+
+function content(request) {
+  const state = requestPill();
+  state.update(request.status ?? request.state);
+  const parts = [facts(request, state)];
+  if (request.error) parts.push(h("p.notice.bad", null, request.error));
+  const attempts = request.attempts ?? [];
+  if (attempts.length) parts.push(h("h2", null, attempts.length > 1 ? `${attempts.length} attempts` : "Why this agent"));
+  else parts.push(h("p.muted", null, request.state === "waiting" ? "It has no place yet; see what would be decided now." : "It never got a place on an agent."));
+  for (const attempt of attempts) parts.push(attemptPart(attempt, attempts.length > 1));
+  if (request.now) parts.push(h("h2", null, "If it were decided now"), h("p.muted.small", null, sentence(request.now)), candidates(request.now));
+  return parts;
+}
+
+function facts(request, state) {
+  const list = [
+    ["State", state], ["Model", model(request.model)], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
+    ["Arrived", fullTime(request.arrived_at)], ["Waited", request.waited_seconds !== undefined && seconds(request.waited_seconds)],
+    ["Loading", request.load_seconds && seconds(request.load_seconds)], ["First token", request.first_token_seconds && seconds(request.first_token_seconds)],
+    ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${count(request.prompt_tokens)} tokens${request.state === "finished" ? "" : " (estimate)"}`],
+    ["Written", request.output_tokens && `${count(request.output_tokens)} tokens`], ["Speed", request.tokens_per_second && `${rate(request.tokens_per_second)} tokens/s`], ["Status", request.http_status || null],
+  ];
+  return h("dl.facts", null, list.filter(([, value]) => value).map(([label, value]) => h("div.fact", null, h("dt", null, label), h("dd", null, value))));
+}
+
+function attemptPart(attempt, several) {
+  const parts = [];
+  if (several || attempt.reason) {
+    parts.push(h("p", null, h("b", null, attempt.agent), attempt.result ? ` – ${attempt.result}` : "", attempt.reason ? h("span.muted", null, `: ${attempt.reason}`) : ""));
+  }
+  if (attempt.decision) parts.push(h("p.muted.small", null, sentence(attempt.decision)), candidates(attempt.decision, attempt.agent_id));
+  else parts.push(h("p.muted", null, `${attempt.agent} was chosen by a policy that counts and does not predict.`));
+  const refused = Object.entries(attempt.refused ?? {});
+  if (refused.length) {
+    parts.push(h("h3", null, "Had the model and could not take it"),
+      h("ul.refusals", null, refused.map(([agent, reason]) => h("li", null, h("b", null, agent), h("span.muted", null, `: ${reason}`)))));
+  }
+  return h("div.stack", null, parts);
+}
+
+function sentence(decision) {
+  const expected = decision.expected_output_tokens ? ` An answer of about ${count(decision.expected_output_tokens)} tokens was expected.` : "";
+  return `The lowest cost wins. Costs are predicted seconds.${expected}`;
+}
+
+function candidates(decision, chosen = decision.chosen) {
+  const known = decision.candidates ?? [];
+  if (!known.length) return h("p.muted", null, "No other agent came into question.");
+  const most = Math.max(...known.map((one) => one.cost ?? 0), 0.001);
+  const seen = new Set();
+  const rows = known.map((one) => {
+    const first = one.agent_id === chosen && one.action === decision.action && !seen.has(chosen);
+    if (first) seen.add(chosen);
+    return candidate(one, first, most);
+  });
+  return h("ol.candidates", null, rows);
+}
+
+function candidate(one, chosen, most) {
+  const terms = TERMS.filter(([field]) => one[field] > 0.0005);
+  const bar = h("div.cost", { "aria-hidden": "true" }, terms.map(([field, label], index) =>
+    h("i", { title: `${label}: ${seconds(one[field])}`, style: { width: `${(100 * one[field]) / most / (one.preference || 1)}%`, "--tone": `var(--series-${index})` } })));
+  const told = one.refused ?? (terms.map(([field, label]) => `${label} ${seconds(one[field])}`).join(", ") || "nothing to wait for");
+  const extras = [one.cached_tokens && `${count(one.cached_tokens)} prompt tokens cached`, one.preference && one.preference !== 1 && `preference ${one.preference}`, one.unload?.length && `unloads ${one.unload.map(shortModel).join(", ")}`];
+  return h(chosen ? "li.chosen" : "li", null,
+    h("div.row", null, h("b.clip", null, one.agent), h("span.muted.small.grow", null, one.refused ? "refused" : ACTIONS[one.action] ?? one.action), chosen ? h("span.pill.good", null, "chosen") : null, h("span.num", null, one.cost === null || one.cost === undefined ? "–" : seconds(one.cost))),
+    one.refused ? null : bar, h("p.muted.small", null, [told, ...extras.filter(Boolean)].join(" · ")));
+}
+
+function shortModel(key) {
+  return model(key.replace(/^registry\.ollama\.ai\/library\//, ""));
+}

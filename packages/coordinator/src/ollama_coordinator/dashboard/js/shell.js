@@ -1,0 +1,108 @@
+/** The frame around the views: navigation, the fleet in five numbers, the state of the line. */
+
+import { h, icon, setAttr, setText } from "./dom.js";
+import { count, rate } from "./format.js";
+import { live } from "./live.js";
+import { store } from "./store.js";
+import { help } from "./keys.js";
+import "./parts/spark.js";
+import "./parts/clock.js";
+
+const ENTRIES = [
+  ["fleet", "Fleet"], ["now", "Now"], ["models", "Models"], ["history", "History"], ["try", "Try it"], ["settings", "Settings"],
+];
+
+/** The viewer's choice, or what the system prefers. */
+export function applyTheme() {
+  const theme = localStorage.getItem("theme");
+  setAttr(document.documentElement, "data-theme", theme === "light" || theme === "dark" ? theme : null);
+}
+
+function toggleTheme() {
+  const dark = document.documentElement.dataset.theme
+    ? document.documentElement.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
+  localStorage.setItem("theme", dark ? "light" : "dark");
+  applyTheme();
+  dispatchEvent(new Event("themechange"));
+}
+
+export function buildShell() {
+  const links = ENTRIES.map(([name, label]) =>
+    h("a", { href: `#/${name}`, "data-view": name }, icon(name), h("span", null, label), h("span.count", { "data-count": name })));
+  const version = h("span");
+  const side = h("div.side", null,
+    h("a.brand", { href: "#/fleet" }, icon("fleet"), h("span", null, "Ollama Coordinator")),
+    h("nav.nav", { "aria-label": "Views" }, links),
+    h("footer", null, version,
+      h("button.ghost.small.end", { onclick: toggleTheme, "aria-label": "Switch between dark and light", title: "Dark or light" }, icon("theme")),
+      h("button.ghost.small", { onclick: () => help(), "aria-label": "Keyboard help", title: "Keyboard (?)" }, icon("help"))));
+  const strip = buildStrip();
+  const lost = h("div.notice.lost", { role: "status", hidden: true });
+  const main = h("main", { id: "main", tabindex: "-1" });
+  const skip = h("a.skip", { href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); } }, "Skip to content");
+  document.body.append(skip, side, h("div", null, strip.element, lost), main, h("div.toasts", { role: "status", "aria-live": "polite" }));
+  store.subscribe(() => {
+    strip.update();
+    setText(version, `v${store.state.coordinator.version ?? ""}`);
+    const problem = store.state.coordinator.problem;
+    if (live.state === "live") { lost.hidden = !problem; setText(lost, problem ?? ""); }
+    counts();
+  });
+  live.listeners.add(() => tellLine(lost));
+  setInterval(() => { if (live.state === "lost") tellLine(lost); }, 1000);
+}
+
+/** Which entry is the current one. */
+export function markView(name) {
+  for (const link of document.querySelectorAll(".nav a")) {
+    setAttr(link, "aria-current", link.dataset.view === name ? "page" : null);
+  }
+}
+
+function counts() {
+  const { fleet } = store.state;
+  const active = (fleet.in_flight ?? 0) + (fleet.waiting ?? 0);
+  setText(document.querySelector('[data-count="now"]'), active ? count(active) : "");
+  setText(document.querySelector('[data-count="fleet"]'), fleet.agents ? count(fleet.agents) : "");
+}
+
+function tellLine(lost) {
+  const gone = live.state === "lost";
+  document.body.classList.toggle("stale", gone);
+  const silent = Math.round((Date.now() - live.since) / 1000);
+  lost.hidden = !gone && !store.state.coordinator.problem;
+  setText(lost, gone ? `Connection to the coordinator lost ${silent} s ago. Reconnecting…` : store.state.coordinator.problem ?? "");
+  const pill = document.querySelector(".link-state");
+  const [text, tone, name] = { live: ["Live", "good", "online"], lost: ["Reconnecting", "bad", "resting"], connecting: ["Connecting", "", "offline"] }[live.state];
+  if (pill.dataset.state === live.state) return;
+  pill.dataset.state = live.state;
+  pill.className = `pill link-state ${tone}`;
+  pill.replaceChildren(icon(name), document.createTextNode(text));
+}
+
+function buildStrip() {
+  const stat = (label, title) => {
+    const value = h("b", null, "–");
+    return { value, element: h("div.stat", { title }, value, h("span", null, label)) };
+  };
+  const online = stat("online", "Agents that may get requests, of all");
+  const flight = stat("in flight", "Requests on an agent, of the places that the loaded models have");
+  const waiting = stat("waiting", "Requests that wait for a place");
+  const speed = stat("tokens/s", "Tokens written in the whole fleet, in the last 5 seconds");
+  const spark = document.createElement("oc-spark");
+  spark.setAttribute("label", "Tokens per second in the last minutes");
+  speed.element.append(spark);
+  const element = h("header.strip", { "aria-label": "The fleet in numbers" },
+    online.element, flight.element, waiting.element, speed.element,
+    h("span.pill.link-state", { role: "status" }, icon("offline"), "Connecting"));
+  const update = () => {
+    const { fleet } = store.state;
+    setText(online.value, `${count(fleet.states?.online ?? 0)}/${count(fleet.agents ?? 0)}`);
+    setText(flight.value, fleet.slots ? `${count(fleet.in_flight)}/${count(Math.max(fleet.slots, fleet.in_flight))}` : count(fleet.in_flight));
+    setText(waiting.value, count(fleet.waiting));
+    setText(speed.value, rate(fleet.pulse?.[1] ?? 0));
+    spark.points = store.sparks.fleet;
+  };
+  return { element, update };
+}

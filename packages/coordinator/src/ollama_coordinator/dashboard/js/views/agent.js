@@ -1,0 +1,112 @@
+/** One agent: what it does, its charts, its models with learned speeds, its requests, its log. */
+
+import { View } from "../view.js";
+import { get, path } from "../api.js";
+import { h, setAttr, setText } from "../dom.js";
+import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../format.js";
+import { store } from "../store.js";
+import { agentPill, empty, fact } from "../parts/bits.js";
+import { aboutText, slotDots } from "../parts/agent-card.js";
+import { drain, edit, remove } from "../parts/agent-actions.js";
+import { charts } from "../parts/charts.js";
+import { memoryBars } from "../parts/memory.js";
+import { historyRow } from "./history.js";
+
+const REFRESH_MS = 5000;
+const FACTS = ["Address", "Coordinator's way", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Busy by its own count", "Preference", "Notes"];
+
+class AgentView extends View {
+  build() {
+    this.heading = h("span");
+    this.pill = agentPill();
+    this.since = h("oc-since.muted");
+    const agent = () => store.state.agents[this.argument];
+    this.drainButton = h("button", { onclick: () => drain(agent()) }, "Drain");
+    const head = this.head(this.heading, this.pill, this.since, h("div.row.wrap.end", null, this.drainButton,
+      h("button", { onclick: () => edit(agent()) }, "Edit"),
+      h("button.danger", { onclick: async () => { if (await remove(agent())) location.hash = "#/fleet"; } }, "Remove")));
+    this.reason = h("p.notice.bad", { hidden: true });
+    this.about = h("p.muted");
+    this.labels = h("div.row.wrap");
+    this.bars = memoryBars();
+    this.slots = slotDots();
+    this.facts = Object.fromEntries(FACTS.map((label) => [label, fact(label)]));
+    this.models = h("tbody");
+    this.requests = h("tbody");
+    this.events = h("ol.events");
+    this.content = h("div.stack", null, this.reason, this.about, this.labels,
+      h("div.card.stack", null, this.bars, this.slots), h("dl.facts.card", null, Object.values(this.facts)),
+      charts(this.stopping.signal, this.argument),
+      h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
+      h("h2.section", null, "Last requests", h("a.small.more", { href: `#/history?agent=${encodeURIComponent(this.argument)}` }, "All of them")),
+      box(["Ended", "Model", "Result", "Agent", "Client", "Waited", "First token", "Prompt", "Tokens", "Tokens/s", "Took"], this.requests),
+      h("h2.section", null, "Log"), this.events);
+    this.gone = h("div", { hidden: true }, empty("offline", "This agent is not registered", h("p", null, "It was removed, or the address is wrong."), h("a.button", { href: "#/fleet" }, "To the fleet")));
+    this.append(h("p.small", null, h("a", { href: "#/fleet" }, "← Fleet")), head, this.gone, this.content);
+    const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
+    this.stopping.signal.addEventListener("abort", () => clearInterval(timer));
+    this.load();
+  }
+
+  changed(changed) {
+    if (!this.concerns(changed, "agents") || (changed && !changed.get("agents").has(this.argument))) return;
+    const agent = store.state.agents[this.argument];
+    this.gone.hidden = Boolean(agent);
+    this.content.hidden = !agent;
+    if (agent) this.draw(agent);
+  }
+
+  draw(agent) {
+    setText(this.heading, agent.name);
+    document.title = `${agent.name} · Ollama Coordinator`;
+    this.pill.update(agent.state);
+    setAttr(this.since, "at", agent.since);
+    setText(this.drainButton, agent.status === "draining" ? "Resume" : "Drain");
+    this.reason.hidden = agent.state !== "resting";
+    setText(this.reason, agent.out_of_rotation);
+    setText(this.about, aboutText(agent));
+    this.labels.replaceChildren(...agent.labels.map((label) => h("span.tag", null, label)));
+    this.bars.update(agent);
+    this.slots.update(agent);
+    const told = {
+      Address: `${agent.ip_address}:${agent.ollama_port}`, "Coordinator's way": agent.relay ? `${agent.url} (the agent's relay)` : agent.url,
+      Ollama: agent.ollama_version, Agent: agent.agent_version ?? "none, bare Ollama", Platform: agent.platform,
+      Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
+      "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Busy by its own count": agent.active_requests === undefined ? null : count(agent.active_requests),
+      Preference: agent.preference === 1 ? null : String(agent.preference), Notes: agent.notes,
+    };
+    for (const [label, text] of Object.entries(told)) this.facts[label].set(text);
+  }
+
+  async load() {
+    try {
+      const [details, history] = await Promise.all([get(path(["api", "agents", this.argument, "details"])), get(path(["api", "history"], { agent: this.argument, limit: 15 }))]);
+      this.models.replaceChildren(...details.models.map(modelRow));
+      this.requests.replaceChildren(...history.requests.map(historyRow));
+      this.events.replaceChildren(...(details.events.length ? details.events.map(eventRow) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
+    } catch {
+      // The stream says what is wrong: the coordinator is away, or the agent is gone.
+    }
+  }
+}
+
+function box(columns, body) {
+  const texts = new Set(["Model", "Result", "Agent", "Client", "Ended", "In memory"]);
+  return h("div.table-box", null, h("table.stacked", null, h("thead", null, h("tr", null, columns.map((text) => h(texts.has(text) ? "th" : "th.num", { scope: "col" }, text)))), body));
+}
+
+function modelRow(row) {
+  const estimate = row.estimate;
+  const measured = estimate ? estimate.samples[1] : 0;
+  const per = (value) => (estimate ? `${rate(value)} tok/s` : "–");
+  return h(estimate && !measured ? "tr.guessed" : "tr", null, h("td", null, model(row.name)), h("td.num", null, bytes(row.size)), h("td", null, row.loaded ? h("span.pill.good", null, "loaded") : ""),
+    h("td.num", null, per(estimate?.prefill_tokens_per_second)), h("td.num", null, per(estimate?.decode_tokens_per_second)), h("td.num", null, estimate ? seconds(estimate.load_seconds) : "–"),
+    h("td.num", null, estimate ? count(estimate.slots) : "–"), h("td.num.muted", { title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} times` : "estimated"));
+}
+
+function eventRow(event) {
+  const facts = Object.entries(event.facts).map(([key, value]) => `${key}=${value}`).join("  ");
+  return h("li", { "data-level": event.level }, h("time", { title: fullTime(event.at) }, time(event.at)), h("b", null, event.event), h("span.muted.mono", null, facts));
+}
+
+customElements.define("agent-view", AgentView);

@@ -1,0 +1,85 @@
+/** Fleet: every machine at a glance. Cards for a few, rows for many. */
+
+import { View } from "../view.js";
+import { h, icon, keyed } from "../dom.js";
+import { store } from "../store.js";
+import { empty, howToAddAnAgent, segmented } from "../parts/bits.js";
+import { agentCard } from "../parts/agent-card.js";
+import { agentRow, agentRowHead } from "../parts/agent-row.js";
+
+const CARDS_AT_MOST = 24;
+const PHONE_PX = 760;
+const ORDER = { online: 0, draining: 1, resting: 2, offline: 3 };
+const total = (agent, field) => agent.gpus.reduce((sum, gpu) => sum + (gpu[field] ?? 0), 0);
+
+const SORTS = {
+  name: ["Name", () => 0],
+  state: ["State", (a, b) => ORDER[a.state] - ORDER[b.state]],
+  load: ["Requests in flight", (a, b) => b.in_flight - a.in_flight],
+  speed: ["Tokens per second", (a, b) => (b.pulse?.[1] ?? 0) - (a.pulse?.[1] ?? 0)],
+  memory: ["Free GPU memory", (a, b) => free(b) - free(a)],
+  cpu: ["CPU", (a, b) => (b.cpu_usage ?? 0) - (a.cpu_usage ?? 0)],
+};
+
+const byName = (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true });
+
+function free(agent) {
+  return total(agent, "memory_total_bytes") - total(agent, "memory_used_bytes");
+}
+
+class FleetView extends View {
+  build() {
+    this.text = "";
+    this.state = "";
+    this.sort = localStorage.getItem("fleet-sort") ?? "name";
+    this.form = localStorage.getItem("fleet-form") ?? "auto";
+    const search = h("input.inline-field", { type: "search", placeholder: "Search name, label, model", "aria-label": "Search agents", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
+    const filter = h("select.inline-field", { "aria-label": "State", onchange: (event) => { this.state = event.target.value; this.draw(); } },
+      [["", "Every state"], ["online", "Online"], ["draining", "Draining"], ["resting", "Out of rotation"], ["offline", "Offline"]].map(([value, label]) => h("option", { value }, label)));
+    const sort = h("select.inline-field", { "aria-label": "Sort by", onchange: (event) => { this.sort = event.target.value; localStorage.setItem("fleet-sort", this.sort); this.draw(); } },
+      Object.entries(SORTS).map(([value, [label]]) => h("option", { value, selected: value === this.sort }, `By ${label.toLowerCase()}`)));
+    const form = segmented("Layout", [["auto", "Auto"], ["cards", "Cards"], ["rows", "Rows"]], this.form, (key) => { this.form = key; localStorage.setItem("fleet-form", key); this.draw(); });
+    this.controls = h("div.row.wrap.end", null, search, filter, sort, form);
+    this.cards = h("div.cards");
+    this.rows = h("tbody");
+    this.table = h("div.table-box", { hidden: true }, h("table.fleet-table", null, agentRowHead(), this.rows));
+    this.nothing = h("div");
+    this.append(this.head("Fleet", this.controls), this.nothing, this.cards, this.table);
+  }
+
+  changed(changed) {
+    if (this.concerns(changed, "agents")) this.draw();
+  }
+
+  draw() {
+    if (!store.ready) return;
+    const all = Object.values(store.state.agents);
+    this.controls.hidden = all.length === 0;
+    this.tellNothing(all.length);
+    const shown = all.filter((agent) => this.wanted(agent)).sort((a, b) => SORTS[this.sort][1](a, b) || byName(a, b) || a.id.localeCompare(b.id));
+    if (all.length && !shown.length) this.nothing.replaceChildren(empty("search", "No agent matches", h("p", null, "Search for something else, or show every state.")));
+    const inRows = this.form === "rows" || (this.form === "auto" && all.length > CARDS_AT_MOST && innerWidth > PHONE_PX);
+    this.cards.hidden = inRows || !shown.length;
+    this.table.hidden = !inRows || !shown.length;
+    keyed(this.cards, inRows ? [] : shown, (agent) => agent.id, agentCard);
+    keyed(this.rows, inRows ? shown : [], (agent) => agent.id, agentRow);
+  }
+
+  wanted(agent) {
+    if (this.state && agent.state !== this.state) return false;
+    if (!this.text) return true;
+    const words = [agent.name, agent.machine_name, agent.ip_address, ...agent.labels, ...agent.loaded_models.map((model) => model.name)];
+    return words.some((word) => word.toLowerCase().includes(this.text));
+  }
+
+  tellNothing(count) {
+    if (count) return this.nothing.replaceChildren();
+    if (this.nothing.firstElementChild) return;
+    this.nothing.append(empty("fleet", "No machine yet",
+      h("p", null, "On each machine that has Ollama, run this. It registers here by itself and shows up on this page within seconds."),
+      howToAddAnAgent(),
+      h("p", null, icon("help"), "An Ollama without our agent can be added too: POST its address to /api/agents.")));
+  }
+}
+
+customElements.define("fleet-view", FleetView);

@@ -1,0 +1,97 @@
+/** History: charts over time, and every finished request with filters, pages and export. */
+
+import { View } from "../view.js";
+import { get, path } from "../api.js";
+import { h, icon } from "../dom.js";
+import { count, fullTime, model, rate, seconds, time } from "../format.js";
+import { empty, requestPill } from "../parts/bits.js";
+import { charts } from "../parts/charts.js";
+import { openWhy } from "../parts/why.js";
+import { act } from "../parts/toast.js";
+
+const COLUMNS = [["Ended"], ["Model"], ["Result"], ["Agent"], ["Client"], ["Waited", "num"], ["First token", "num"], ["Prompt", "num"], ["Tokens", "num"], ["Tokens/s", "num"], ["Took", "num"]];
+const STATUSES = [["", "Every result"], ["served", "Served"], ["failed", "Failed"], ["cancelled", "Cancelled"], ["refused", "Refused"]];
+
+class HistoryView extends View {
+  build() {
+    this.filters = {};
+    for (const name of ["model", "agent", "client", "status"]) this.filters[name] = this.query.get(name) ?? "";
+    this.pages = [""];
+    this.form = h("div.row.wrap.filters");
+    this.body = h("tbody");
+    this.table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Finished requests"),
+      h("thead", null, h("tr", null, COLUMNS.map(([text, kind]) => h(kind ? `th.${kind}` : "th", { scope: "col" }, text)))), this.body));
+    this.nothing = h("div");
+    this.newer = h("button", { onclick: () => { this.pages.pop(); this.load(); } }, "Newer");
+    this.older = h("button", { onclick: () => { this.pages.push(this.next); this.load(); } }, "Older");
+    this.append(this.head("History"), charts(this.stopping.signal), h("h2.section", null, "Finished requests"), this.form, this.nothing, this.table,
+      h("div.row.pager", null, this.newer, this.older, h("button.ghost.end", { onclick: () => this.first() }, "Newest")));
+    this.fillFilters();
+    this.load();
+  }
+
+  async fillFilters() {
+    const choices = (await act(() => get("/api/history/choices"))) ?? { model: [], agent: [], client: [] };
+    const select = (name, every, values, label = (value) => value) =>
+      h("select.inline-field", { "aria-label": every, onchange: (event) => this.filter(name, event.target.value) },
+        h("option", { value: "" }, every), withChosen(values, this.filters[name]).map((value) => h("option", { value, selected: value === this.filters[name] }, label(value))));
+    const when = (name, label) => h("label.row.small.muted", null, label, h("input.inline-field", { type: "datetime-local", onchange: (event) => this.filter(name, event.target.value ? new Date(event.target.value).toISOString() : "") }));
+    this.form.replaceChildren(select("model", "Every model", choices.model, model), select("agent", "Every agent", choices.agent), select("client", "Every client", choices.client),
+      h("select.inline-field", { "aria-label": "Result", onchange: (event) => this.filter("status", event.target.value) }, STATUSES.map(([value, label]) => h("option", { value, selected: value === this.filters.status }, label))),
+      when("since", "From"), when("until", "to"), h("span.row.end", null, this.exportLink("csv"), this.exportLink("json")));
+    this.setLinks();
+  }
+
+  exportLink(format) {
+    return h("a.button", { "data-format": format, download: `requests.${format}` }, icon("down"), format.toUpperCase());
+  }
+
+  setLinks() {
+    for (const link of this.form.querySelectorAll("a[data-format]")) {
+      link.href = path(["api", "history", "export"], { ...this.filters, format: link.dataset.format });
+    }
+  }
+
+  filter(name, value) {
+    this.filters[name] = value;
+    this.setLinks();
+    this.first();
+  }
+
+  first() {
+    this.pages = [""];
+    this.load();
+  }
+
+  async load() {
+    const turn = (this.turn = (this.turn ?? 0) + 1);
+    const query = { ...this.filters, after: this.pages.at(-1), limit: 50 };
+    const page = await act(() => get(path(["api", "history"], query)));
+    if (!page || turn !== this.turn) return;
+    this.next = page.next;
+    this.newer.disabled = this.pages.length === 1;
+    this.older.disabled = !page.next;
+    this.body.replaceChildren(...page.requests.map(historyRow));
+    this.table.hidden = !page.requests.length;
+    const filtered = Object.values(this.filters).some(Boolean);
+    this.nothing.replaceChildren(...(page.requests.length ? [] : [empty("history", filtered ? "No request matches" : "Nothing has finished yet", h("p", null, filtered ? "Loosen a filter." : "Every request is listed here when it ends. What was asked and answered is never kept."))]));
+  }
+}
+
+function withChosen(values, chosen) {
+  return chosen && !values.includes(chosen) ? [chosen, ...values] : values;
+}
+
+/** One finished request; opens its reasons. */
+export function historyRow(request) {
+  const status = requestPill();
+  status.update(request.status);
+  const open = () => openWhy(request.id);
+  return h("tr.clickable", { tabindex: "0", onclick: open, onkeydown: (event) => { if (event.key === "Enter") open(); } },
+    h("td.nowrap", { title: fullTime(request.finished_at) }, time(request.finished_at)), h("td", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
+    h("td", { title: request.error }, status), h("td", null, request.agent ?? "–"), h("td.muted", null, request.client),
+    [["waited", seconds(request.waited_seconds)], ["first token", seconds(request.first_token_seconds)], ["prompt", count(request.prompt_tokens)], ["tokens", count(request.output_tokens)],
+      ["tok/s", rate(request.tokens_per_second)], ["took", seconds(request.total_seconds)]].map(([label, text]) => h("td.num", { "data-label": label }, text)));
+}
+
+customElements.define("history-view", HistoryView);

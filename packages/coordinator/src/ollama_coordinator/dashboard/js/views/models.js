@@ -1,0 +1,177 @@
+/** Models: the union of the fleet, where each is on disk and in memory, and what is done to them. */
+
+import { View } from "../view.js";
+import { call, get, path } from "../api.js";
+import { h, icon, keyed, setAttr, setText } from "../dom.js";
+import { bytes, hue, model, time } from "../format.js";
+import { store } from "../store.js";
+import { command, empty } from "../parts/bits.js";
+import { asked, confirmed } from "../parts/dialog.js";
+import { operationCard } from "../parts/operation.js";
+import { act } from "../parts/toast.js";
+
+const REFRESH_MS = 1500;
+const nameOf = (id) => store.state.agents[id]?.name ?? "an agent that left";
+
+/** Start an operation; its progress comes with the stream. */
+const start = (wanted, done) => act(() => call("POST", "/api/operations", wanted), done);
+
+class ModelsView extends View {
+  build() {
+    this.text = "";
+    this.list = [];
+    this.details = new Map();
+    const search = h("input.inline-field", { type: "search", placeholder: "Search models", "aria-label": "Search models", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
+    this.operations = h("div.operations");
+    this.body = h("tbody");
+    this.table = h("div.table-box", null, h("table.models-table.stacked", null, h("caption.visually-hidden", null, "Models of the fleet"), h("thead", null, h("tr", null,
+      ["Model", "On disk", "In memory"].map((text) => h("th", { scope: "col" }, text)), h("th.num", { scope: "col" }, "Size"), h("th", { scope: "col" }, "Changed"), h("th", { scope: "col" }, h("span.visually-hidden", null, "Actions")))), this.body));
+    this.disks = h("div.disks");
+    this.disksTitle = h("h2.section", null, "Disk space");
+    this.nothing = h("div");
+    this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: pull }, icon("down"), "Pull a model"))),
+      this.operations, this.nothing, this.table, this.disksTitle, this.disks);
+    this.load();
+  }
+
+  changed(changed) {
+    if (this.concerns(changed, "operations")) this.drawOperations();
+    if (this.concerns(changed, "agents")) this.drawDisks();
+    const revision = store.state.fleet.changes;
+    if (revision !== this.revision) {
+      this.revision = revision;
+      this.later ??= setTimeout(() => { this.later = null; if (this.isConnected) this.load(); }, this.list.length ? REFRESH_MS : 0);
+    }
+  }
+
+  async load() {
+    try {
+      const [all, tags] = await Promise.all([get("/api/models"), get("/api/tags")]);
+      this.list = all.models;
+      this.details = new Map(tags.models.map((row) => [row.name, row]));
+      this.draw();
+    } catch {
+      // Away; the stream says so, and the next change asks again.
+    }
+  }
+
+  draw() {
+    const shown = this.list.filter((row) => !this.text || row.name.toLowerCase().includes(this.text));
+    keyed(this.body, shown.map((row) => ({ ...row, tag: this.details.get(row.name) })), (row) => row.name, modelRow);
+    this.table.hidden = !shown.length;
+    this.tellNothing(shown.length > 0);
+  }
+
+  tellNothing(some) {
+    if (some) return this.nothing.replaceChildren();
+    const agents = Object.keys(store.state.agents).length;
+    const content = this.list.length ? empty("search", "No model matches")
+      : agents ? empty("models", "No model on any machine yet", h("p", null, "Pull one for the fleet, here or with any Ollama client:"), command(`OLLAMA_HOST=${location.origin} ollama pull llama3.2`))
+      : empty("models", "No machine yet, so no model", h("a.button", { href: "#/fleet" }, "Add a machine"));
+    this.nothing.replaceChildren(content);
+  }
+
+  drawOperations() {
+    const all = Object.values(store.state.operations ?? {}).sort((a, b) => b.started_at.localeCompare(a.started_at));
+    keyed(this.operations, all, (one) => one.id, operationCard);
+  }
+
+  drawDisks() {
+    const agents = Object.values(store.state.agents).filter((agent) => agent.disk_free_bytes !== undefined).sort((a, b) => a.disk_free_bytes - b.disk_free_bytes);
+    this.disksTitle.hidden = !agents.length;
+    const most = Math.max(1, ...agents.map((agent) => agent.disk_free_bytes));
+    keyed(this.disks, agents, (agent) => agent.id, disk);
+    this.disks.style.setProperty("--most", String(most));
+  }
+}
+
+function disk(agent) {
+  const name = h("span.clip.grow");
+  const value = h("span.nowrap");
+  const element = h("div.row.small.disk", null, name, value);
+  element.update = (now) => {
+    setText(name, now.name);
+    setText(value, `${bytes(now.disk_free_bytes)} free`);
+    element.classList.toggle("low", now.disk_free_bytes < 20e9);
+  };
+  return element;
+}
+
+function modelRow(row) {
+  const about = h("div.muted.small.clip");
+  const conflict = h("button.pill.warn.ghost", { onclick: () => explainConflict(element.row) }, icon("resting"), "different contents");
+  const holders = h("div.chips");
+  const loaded = h("div.chips");
+  const size = h("td.num");
+  const changed = h("td.muted.nowrap");
+  const unload = h("button.ghost.small", { onclick: () => start({ kind: "unload", model: row.name }, "Unloading") }, "Unload");
+  const element = h("tr", null,
+    h("td", null, h("div.row", null, h("i.swatch", { style: { background: hue(row.name) } }), h("b.clip", null, model(row.name)), conflict), about),
+    h("td", { "data-label": "on" }, holders), h("td", { "data-label": "in memory on" }, loaded), size, changed,
+    h("td", null, h("div.row.model-actions", null,
+      h("a.button.ghost.small", { href: `#/try?model=${encodeURIComponent(row.name)}` }, "Try"),
+      h("button.ghost.small", { onclick: () => load(element.row) }, "Load"), unload,
+      h("button.ghost.small", { onclick: () => replicate(element.row) }, "Replicate"),
+      h("button.ghost.small.danger", { onclick: () => remove(element.row), "aria-label": `Delete ${model(row.name)}`, title: "Delete" }, icon("trash")))));
+  element.update = (now) => {
+    element.row = now;
+    const details = now.tag?.details ?? {};
+    setText(about, [details.parameter_size, details.quantization_level, details.family, now.digest.replace("sha256:", "").slice(0, 12), ...(now.tag?.capabilities ?? []).filter((word) => word !== "completion")].filter(Boolean).join(" · "));
+    conflict.hidden = !now.conflict;
+    chips(holders, now.holders);
+    chips(loaded, now.loaded_on);
+    setText(size, bytes(now.size));
+    setText(changed, time(now.modified_at));
+    unload.hidden = !now.loaded_on.length;
+  };
+  return element;
+}
+
+const CHIPS = 6;
+
+function chips(parent, ids) {
+  const shown = ids.slice(0, CHIPS).map((id) => ({ id, name: nameOf(id) }));
+  if (ids.length > CHIPS) shown.push({ id: "", name: `+${ids.length - CHIPS}` });
+  keyed(parent, shown, (one) => one.id, ({ id }) => {
+    const chip = id ? h("a.tag.clip", { href: `#/agents/${encodeURIComponent(id)}` }) : h("span.tag");
+    chip.update = (now) => setText(chip, now.name);
+    return chip;
+  });
+  setAttr(parent, "title", ids.length > CHIPS ? ids.map(nameOf).join(", ") : null);
+}
+
+function placementField() {
+  const labels = [...new Set(Object.values(store.state.agents).flatMap((agent) => agent.labels))].sort();
+  const choices = [["", "The coordinator's default"], ["all", "Every agent"], ["1", "One agent, most free disk"], ["2", "Two agents"], ["3", "Three agents"],
+    ...labels.map((label) => [`label:${label}`, `Agents labelled ${label}`]), ...Object.values(store.state.agents).map((agent) => [`agents:${agent.id}`, `Only ${agent.name}`])];
+  return { name: "placement", label: "Where", kind: "select", value: "", choices };
+}
+
+async function pull() {
+  const values = await asked("Pull a model", [{ name: "model", label: "Name, as in Ollama's library", placeholder: "llama3.2", required: true }, placementField()], "Pull");
+  if (values) await start({ kind: "pull", model: values.model.trim(), ...(values.placement && { placement: values.placement }) });
+}
+
+async function replicate(row) {
+  const values = await asked(`Replicate ${model(row.name)}`, [{ ...placementField(), value: "all", label: `To which agents? ${row.holders.length} have it already.` }], "Replicate");
+  if (values) await start({ kind: "pull", model: row.name, placement: values.placement || "all" });
+}
+
+async function load(row) {
+  const choices = [["1", "One agent"], ["2", "Two agents"], ["all", "Every agent that has it"], ...row.holders.map((id) => [`agents:${id}`, nameOf(id)])];
+  const values = await asked(`Load ${model(row.name)} into memory`, [{ name: "placement", label: "On", kind: "select", value: "1", choices }], "Load");
+  if (values) await start({ kind: "load", model: row.name, placement: values.placement });
+}
+
+async function remove(row) {
+  const sure = await confirmed(`Delete ${model(row.name)}?`, `It is removed from the disks of ${row.contents.flatMap((one) => one.holders).length} agents: ${row.contents.flatMap((one) => one.holders).map(nameOf).join(", ")}. Agents that are away delete it when they return.`, "Delete");
+  if (sure) await start({ kind: "delete", model: row.name }, "Deleting");
+}
+
+async function explainConflict(row) {
+  const told = row.contents.map((one) => `${one.digest.replace("sha256:", "").slice(0, 12)} (${bytes(one.size)}${one.is_preferred ? ", used" : ", not used"}): ${one.holders.map(nameOf).join(", ")}`).join(" — ");
+  const sure = await confirmed(`${model(row.name)} is not the same everywhere`, `Requests go only to the content that most agents have. ${told}. Pulling it again gives every agent the same.`, "Pull it again");
+  if (sure) await start({ kind: "pull", model: row.name, placement: "all" });
+}
+
+customElements.define("models-view", ModelsView);

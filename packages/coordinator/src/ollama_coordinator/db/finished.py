@@ -1,0 +1,124 @@
+"""A finished request as a row: what is kept of it, and what it may be searched by."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
+
+
+class Status(Enum):
+    """How a request ended; `refused` is an error of the request's own, such as an unknown model."""
+
+    SERVED = "served"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Finished(Struct, frozen=True, kw_only=True):
+    """A request that has ended; times are UTC, durations in seconds from its arrival.
+
+    `waited_seconds` is until the last attempt got its place, `first_token_seconds` until the
+    first token came back; `None` is not known.
+    """
+
+    id: str
+    status: Status
+    model: str
+    path: str
+    client: str
+    arrived_at: datetime
+    finished_at: datetime
+    waited_seconds: float
+    total_seconds: float
+    http_status: int = 0
+    error: str = ""
+    agent_id: AgentId | None = None
+    agent: str | None = None
+    attempts: int = 0
+    streamed: bool = False
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    load_seconds: float | None = None
+    first_token_seconds: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Filter(Struct, frozen=True):
+    """Which requests are wanted; `None` is any, `since` and `until` are when they finished."""
+
+    model: str | None = None
+    agent: str | None = None
+    agent_id: str | None = None
+    client: str | None = None
+    status: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+class Cursor(Struct, frozen=True):
+    """Where a page ended: the time in milliseconds and the number of its last row."""
+
+    finished_ms: int
+    seq: int
+
+
+COLUMNS = (
+    "id", "status", "model", "path", "client", "arrived_ms", "finished_ms", "waited_seconds",
+    "total_seconds", "http_status", "error", "agent_id", "agent", "attempts", "streamed",
+    "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
+    "why",
+)  # fmt: skip
+INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+SHOWN = ", ".join(["seq", *COLUMNS[:-1]])
+
+
+def conditions(wanted: Filter, after: Cursor | None) -> tuple[str, list[Any]]:
+    """The WHERE clause of a filter from a cursor on, and its values."""
+    terms: dict[str, Sequence[Any]] = {}
+    for column in ("model", "agent", "agent_id", "client", "status"):
+        value = getattr(wanted, column)
+        if value is not None:
+            terms[f"{column} = ?"] = [value]
+    if wanted.since is not None:
+        terms["finished_ms >= ?"] = [milliseconds(wanted.since)]
+    if wanted.until is not None:
+        terms["finished_ms < ?"] = [milliseconds(wanted.until)]
+    if after is not None:
+        terms["(finished_ms, seq) < (?, ?)"] = [after.finished_ms, after.seq]
+    where = f"WHERE {' AND '.join(terms)}" if terms else ""
+    return where, [value for values in terms.values() for value in values]
+
+
+def to_columns(request: Finished, why: Any) -> list[Any]:
+    """A request and its reasons in the order of `COLUMNS`."""
+    values = msgspec.structs.asdict(request)
+    values["status"] = request.status.value
+    values["arrived_ms"] = milliseconds(request.arrived_at)
+    values["finished_ms"] = milliseconds(request.finished_at)
+    values["why"] = msgspec.json.encode(why).decode()
+    return [values[column] for column in COLUMNS]
+
+
+def from_columns(row: dict[str, Any]) -> Finished:
+    """A request from its row."""
+    values = {name: row[name] for name in Finished.__struct_fields__ if name in row}
+    values["status"] = Status(row["status"])
+    values["streamed"] = bool(row["streamed"])
+    values["arrived_at"] = _utc(row["arrived_ms"])
+    values["finished_at"] = _utc(row["finished_ms"])
+    return Finished(**values)
+
+
+def milliseconds(at: datetime) -> int:
+    """Unix time in milliseconds."""
+    return round(at.timestamp() * 1000)
+
+
+def _utc(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

@@ -1,0 +1,197 @@
+"""Finished requests and the numbers over time: written behind in batches, bounded, read in pages.
+
+Prompts and answers are never kept. Pages go by key (`Cursor`), so that the last page of a hundred
+thousand rows costs as much as the first.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from msgspec import Struct
+from sqlite_utils import Database
+
+from .finished import (
+    INSERT,
+    SHOWN,
+    Cursor,
+    Filter,
+    Finished,
+    conditions,
+    from_columns,
+    milliseconds,
+    to_columns,
+)
+from .store import DatabaseError, Store
+
+UNWRITTEN_AT_MOST = 20_000
+"""When the database fails for long, older requests are forgotten."""
+
+_UPSERT = "INSERT OR REPLACE INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)"
+
+
+class StoredBucket(Struct, frozen=True):
+    """Numbers of one stretch of time; `body` is JSON, `start` in Unix seconds."""
+
+    tier: int
+    start: int
+    name: str
+    body: bytes
+
+
+class History:
+    """The tables of finished requests and of numbers over time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._unwritten: deque[tuple[Finished, Any]] = deque(maxlen=UNWRITTEN_AT_MOST)
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────
+
+    def note(self, request: Finished, why: Any) -> None:
+        """Write a request behind; `why` is kept as JSON."""
+        self._unwritten.append((request, why))
+
+    async def write(self, buckets: Sequence[StoredBucket]) -> bool:
+        """Write what was noted and these buckets; what cannot be written stays noted."""
+        if not self._unwritten and not buckets:
+            return True
+        batch = list(self._unwritten)
+        self._unwritten.clear()
+        try:
+            await self._store.run(lambda db: _write(db, batch, buckets))
+        except DatabaseError:
+            self._unwritten.extendleft(reversed(batch))
+            return False
+        return True
+
+    async def prune(self, now: datetime, *, rows: int, days: float) -> None:
+        """Delete the oldest requests beyond a number and an age.
+
+        Raises:
+            DatabaseError: the database cannot be written.
+        """
+        oldest = milliseconds(now - timedelta(days=days))
+        await self._store.run(lambda db: _prune_requests(db, rows, oldest))
+
+    async def prune_buckets(self, tier: int, before: float, *, agents: bool) -> None:
+        """Delete the fleet's or the agents' buckets of a tier that began before a Unix time.
+
+        Raises:
+            DatabaseError: the database cannot be written.
+        """
+        named = "name <> ''" if agents else "name = ''"
+        await self._store.run(
+            lambda db: _delete(db, "buckets", f"tier = ? AND start < ? AND {named}", tier, before)
+        )
+
+    # ── reading ───────────────────────────────────────────────────────────────────────────────
+
+    async def page(
+        self, wanted: Filter, *, limit: int, after: Cursor | None = None
+    ) -> tuple[list[Finished], Cursor | None]:
+        """The next finished requests, newest first, and where to go on; `None` at the end.
+
+        The first page has what was noted a moment ago.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        if after is None:
+            await self.write(())
+        where, values = conditions(wanted, after)
+        sql = f"SELECT {SHOWN} FROM requests {where} ORDER BY finished_ms DESC, seq DESC LIMIT ?"  # noqa: S608
+        rows = await self._store.run(lambda db: list(db.query(sql, [*values, limit + 1])))
+        more = len(rows) > limit
+        shown = rows[:limit]
+        cursor = Cursor(shown[-1]["finished_ms"], shown[-1]["seq"]) if more else None
+        return [from_columns(row) for row in shown], cursor
+
+    async def find(self, request_id: str) -> tuple[Finished, bytes] | None:
+        """One request and its reasons as JSON, or `None` when it is not (or no more) kept.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        sql = "SELECT * FROM requests WHERE id = ?"
+        rows = await self._store.run(lambda db: list(db.query(sql, [request_id])))
+        return (from_columns(rows[0]), str(rows[0]["why"]).encode()) if rows else None
+
+    async def choices(self) -> dict[str, list[str]]:
+        """The models, agents and clients to filter by.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        return await self._store.run(_choices)
+
+    async def buckets(self, tier: int, name: str, first: float, last: float) -> list[StoredBucket]:
+        """The buckets of one series that began between two Unix times.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        sql = "SELECT * FROM buckets WHERE tier = ? AND name = ? AND start BETWEEN ? AND ?"
+        rows = await self._store.run(lambda db: list(db.query(sql, [tier, name, first, last])))
+        return [_bucket(row) for row in rows]
+
+    async def last_buckets(self, starts: dict[int, int]) -> list[StoredBucket]:
+        """The buckets of all series that began at the given time of their tier.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        any_of = " OR ".join(["(tier = ? AND start = ?)"] * len(starts))
+        sql = f"SELECT * FROM buckets WHERE {any_of}"  # noqa: S608
+        values = [value for pair in starts.items() for value in pair]
+        rows = await self._store.run(lambda db: list(db.query(sql, values)))
+        return [_bucket(row) for row in rows]
+
+
+# ── in the database's thread ──────────────────────────────────────────────────────────────────
+
+
+def _write(
+    db: Database, requests: Iterable[tuple[Finished, Any]], buckets: Iterable[StoredBucket]
+) -> None:
+    with db.atomic():
+        db.conn.executemany(INSERT, [to_columns(request, why) for request, why in requests])
+        db.conn.executemany(
+            _UPSERT, [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
+        )
+
+
+def _prune_requests(db: Database, rows: int, oldest_ms: int) -> None:
+    with db.atomic():
+        db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
+        db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
+
+
+def _delete(db: Database, table: str, where: str, *values: Any) -> None:
+    with db.atomic():
+        db.table(table).delete_where(where, list(values))
+
+
+def _choices(db: Database) -> dict[str, list[str]]:
+    return {
+        column: [row[column] for row in db.query(_distinct(column)) if row[column]]
+        for column in ("model", "agent", "client")
+    }
+
+
+def _distinct(column: str) -> str:
+    """The distinct values of an indexed column, by jumping through its index (500 at most)."""
+    return f"""
+        WITH RECURSIVE jump(value) AS (
+            SELECT min({column}) FROM requests
+            UNION ALL
+            SELECT (SELECT min({column}) FROM requests WHERE {column} > value)
+            FROM jump WHERE value IS NOT NULL
+        )
+        SELECT value AS {column} FROM jump WHERE value IS NOT NULL LIMIT 500
+    """  # noqa: S608
+
+
+def _bucket(row: dict[str, Any]) -> StoredBucket:
+    return StoredBucket(row["tier"], row["start"], row["name"], str(row["body"]).encode())

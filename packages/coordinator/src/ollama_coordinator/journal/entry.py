@@ -1,0 +1,237 @@
+"""The life of one request, read off what the request path counts anyway.
+
+An entry keeps the attempts (`Held`) of a request and derives everything from them when somebody
+asks, so that a streamed token costs nothing here. Prompts and answers are never in it.
+"""
+
+from datetime import datetime
+from enum import Enum
+from functools import lru_cache
+
+from msgspec import Struct
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import Finished, Status
+from ollama_coordinator.dispatch import Held
+from ollama_coordinator.scheduler import Request, Result
+from ollama_coordinator.scheduler.explain import Decision
+from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.types import AgentId
+
+
+class State(Enum):
+    """Where a living request stands."""
+
+    WAITING = "waiting"
+    LOADING = "loading"
+    READING = "reading"
+    WRITING = "writing"
+
+
+class Attempt(Struct, frozen=True, omit_defaults=True):
+    """One attempt on one agent, and why this one.
+
+    `decision` is what the scheduler weighed, where it does; `refused` the holders of the model
+    that could not take the request then, with the reason by their names; `runner` the context that
+    serves it where that is larger than what it asked for.
+    """
+
+    agent_id: AgentId
+    agent: str
+    granted_at: datetime
+    result: str | None = None
+    reason: str = ""
+    decision: Decision | None = None
+    refused: dict[str, str] = {}
+    runner: str = ""
+
+
+class RequestView(Struct, frozen=True, kw_only=True):
+    """A living request as the API shows it; times are UTC. `tokens` counts streamed records."""
+
+    id: str
+    state: State
+    model: str
+    path: str
+    client: str
+    arrived_at: datetime
+    elapsed_seconds: float
+    prompt_tokens: int
+    agent_id: AgentId | None = None
+    agent: str | None = None
+    position: int | None = None
+    start_in_seconds: float | None = None
+    granted_at: datetime | None = None
+    first_byte_at: datetime | None = None
+    tokens: int = 0
+    tokens_per_second: float | None = None
+    attempts: int = 0
+
+
+class Trial(Struct):
+    """An attempt under way or over, with what was known when its agent was chosen."""
+
+    held: Held
+    decision: Decision | None
+    refused: dict[str, str]
+
+
+class Entry:
+    """One living request. `counted` is how many of its tokens the statistics have already."""
+
+    __slots__ = ("counted", "path", "request", "trials")
+
+    def __init__(self, request: Request, path: str) -> None:
+        self.request = request
+        self.path = path
+        self.trials: list[Trial] = []
+        self.counted = 0
+
+    @property
+    def held(self) -> Held | None:
+        """The attempt under way, or the last one."""
+        return self.trials[-1].held if self.trials else None
+
+    def is_waiting(self) -> bool:
+        """Whether the request has no place: not yet, or no more since its last attempt failed."""
+        return self.held is None or self.held.ended
+
+    def state(self) -> State:
+        """Where the request stands."""
+        held = self.held
+        if held is None or held.ended:
+            return State.WAITING
+        if held.began_at is not None:
+            return State.WRITING
+        loaded = held.agent.inventory.is_loaded(self.request.model)
+        return State.READING if loaded else State.LOADING
+
+    def view(self, clock: Clock, now: float) -> RequestView:
+        """The request as people see it; the place in the line is known elsewhere."""
+        request, held = self.request, self.held
+        granted = held if held is not None and not held.ended else None
+        began_at = granted.began_at if granted else None
+        tokens = granted.records if granted else 0
+        return RequestView(
+            id=request.id,
+            state=self.state(),
+            model=short_name(request.model),
+            path=self.path,
+            client=request.client,
+            arrived_at=clock.utc(request.arrived_at),
+            elapsed_seconds=now - request.arrived_at,
+            prompt_tokens=request.prompt_tokens,
+            agent_id=granted.agent.id if granted else None,
+            agent=granted.agent.name if granted else None,
+            granted_at=clock.utc(granted.lease.granted_at) if granted else None,
+            first_byte_at=clock.utc(began_at) if began_at is not None else None,
+            tokens=tokens,
+            tokens_per_second=_rate(tokens, began_at, now),
+            attempts=len(self.trials),
+        )
+
+    def attempts(self, clock: Clock) -> list[Attempt]:
+        """Every attempt so far, with its reasons."""
+        return [_attempt(trial, clock) for trial in self.trials]
+
+
+def _attempt(trial: Trial, clock: Clock) -> Attempt:
+    held = trial.held
+    return Attempt(
+        agent_id=held.agent.id,
+        agent=held.agent.name,
+        granted_at=clock.utc(held.lease.granted_at),
+        result=held.outcome.result.value if held.ended else None,
+        reason=held.outcome.reason if held.ended else "",
+        decision=trial.decision,
+        refused=trial.refused,
+        runner=held.note,
+    )
+
+
+def _rate(tokens: int, began_at: float | None, now: float) -> float | None:
+    if began_at is None or not tokens or now <= began_at:
+        return None
+    return tokens / (now - began_at)
+
+
+def ending(entry: Entry, http_status: int | None, error: str) -> tuple[Status, int, str]:
+    """How a request ended: by the error that was raised (`http_status`), else by its last attempt.
+
+    `http_status` 499 is the client's departure or an operator's cancellation.
+    """
+    held = entry.held
+    if http_status is None and held is not None:
+        result, http_status = held.outcome.result, held.status
+        error = held.outcome.reason
+        if result is Result.CANCELLED:
+            http_status = http_status or 499
+            return Status.CANCELLED, http_status, error
+        if result is not Result.SERVED:
+            return Status.FAILED, http_status or 503, error
+    status = http_status or 500
+    if status == 499:
+        return Status.CANCELLED, status, error
+    if status >= 500:
+        return Status.FAILED, status, error
+    return (Status.REFUSED if status >= 400 else Status.SERVED), status, error
+
+
+def finished(
+    entry: Entry, clock: Clock, now: float, *, http_status: int | None, error: str
+) -> Finished:
+    """The entry's last word."""
+    request, held = entry.request, entry.held
+    status, http_status, error = ending(entry, http_status, error)
+    timings = held.outcome.timings if held is not None else None
+    placed_at = held.lease.granted_at if held is not None else now
+    streamed = held is not None and held.records > 0
+    output = timings.output_tokens if timings is not None else held.records if held else None
+    return Finished(
+        id=request.id,
+        status=status,
+        model=short_name(request.model),
+        path=entry.path,
+        client=request.client,
+        arrived_at=clock.utc(request.arrived_at),
+        finished_at=clock.utc(now),
+        waited_seconds=placed_at - request.arrived_at,
+        total_seconds=now - request.arrived_at,
+        http_status=http_status,
+        error=error[:500],
+        agent_id=held.agent.id if held is not None else None,
+        agent=held.agent.name if held is not None else None,
+        attempts=len(entry.trials),
+        streamed=streamed,
+        prompt_tokens=timings.prompt_tokens if timings is not None else None,
+        output_tokens=output,
+        load_seconds=timings.load_seconds if timings is not None else None,
+        first_token_seconds=_first_token(entry, now),
+        tokens_per_second=_speed(held, now) if held is not None else None,
+    )
+
+
+def _first_token(entry: Entry, now: float) -> float | None:
+    """A streamed answer's first record; one that came whole says how long its tokens took."""
+    held = entry.held
+    if held is None or held.began_at is None:
+        return None
+    if held.records:
+        return held.began_at - entry.request.arrived_at
+    timings = held.outcome.timings
+    if timings is None or timings.output_seconds is None or not timings.output_tokens:
+        return None
+    return max(now - entry.request.arrived_at - timings.output_seconds, 0.0)
+
+
+def _speed(held: Held, now: float) -> float | None:
+    timings = held.outcome.timings
+    if timings is not None and timings.output_seconds:
+        return timings.output_tokens / timings.output_seconds
+    return _rate(held.records, held.began_at, now)
+
+
+@lru_cache(maxsize=4096)
+def short_name(key: str) -> str:
+    """A routing key as people write the model's name."""
+    return ModelName.parse(key).short

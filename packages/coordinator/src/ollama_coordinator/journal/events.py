@@ -1,0 +1,59 @@
+"""What the coordinator logged about each agent, kept in memory for the agent's page."""
+
+import logging
+from collections import OrderedDict, deque
+from datetime import UTC, datetime
+
+from msgspec import Struct
+
+EVENTS_PER_AGENT = 100
+AGENTS = 1000
+PACKAGE = "ollama_coordinator"
+
+_NOT_FACTS = frozenset(vars(logging.makeLogRecord({}))) | {
+    "agent", "agent_id", "asctime", "message", "taskName",
+}  # fmt: skip
+
+
+class AgentEvent(Struct, frozen=True):
+    """One log line about an agent."""
+
+    at: datetime
+    level: str
+    event: str
+    facts: dict[str, str]
+
+
+class EventLog(logging.Handler):
+    """A log handler that files the lines with an `agent_id` under their agent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: OrderedDict[str, deque[AgentEvent]] = OrderedDict()
+
+    def __enter__(self) -> "EventLog":
+        logging.getLogger(PACKAGE).addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger(PACKAGE).removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """File one line."""
+        agent_id = getattr(record, "agent_id", None)
+        if not isinstance(agent_id, str):
+            return
+        facts = {
+            key: str(value)
+            for key, value in vars(record).items()
+            if key not in _NOT_FACTS and value is not None
+        }
+        at = datetime.fromtimestamp(record.created, UTC)
+        event = AgentEvent(at, record.levelname.lower(), record.getMessage(), facts)
+        self._events.setdefault(agent_id, deque(maxlen=EVENTS_PER_AGENT)).append(event)
+        if len(self._events) > AGENTS:
+            self._events.popitem(last=False)
+
+    def of(self, agent_id: str) -> list[AgentEvent]:
+        """The lines about one agent, newest first."""
+        return list(reversed(self._events.get(agent_id, ())))

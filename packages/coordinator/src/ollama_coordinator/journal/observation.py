@@ -1,0 +1,135 @@
+"""Everything that watches the fleet for people, put together: one thing to start and to stop."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+from msgspec import Struct
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import DatabaseError, History, Store, StoredBucket
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+from .buckets import Bucket, Point, point
+from .events import EventLog
+from .journal import Journal
+from .sampler import Sampler
+from .series import TIERS, Series, SeriesRow, Tier, merge, tier_for
+
+log = logging.getLogger(__name__)
+
+PRUNE_SECONDS = 60.0
+CHART_POINTS = 120
+
+_bucket = msgspec.json.Decoder(Bucket)
+
+
+class Limits(Struct):
+    """How much history is kept; may change while running."""
+
+    rows: int
+    days: float
+
+
+class Observation:
+    """The journal of requests, the numbers over time, the agents' events, and their history."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        store: Store,
+        clock: Clock,
+        limits: Limits,
+        *,
+        status_of: Callable[[OllamaCoordinatorError], int],
+    ) -> None:
+        self._clock = clock
+        self.limits = limits
+        self.history = History(store)
+        self.series = Series()
+        self.events = EventLog()
+        self.sampler = Sampler(registry, dispatch, self.series, self.history, clock)
+        self.journal = Journal(
+            registry, dispatch, clock, status_of=status_of, listeners=[self.sampler.finished]
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch as long as the block runs; the database must be open before and after.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        now = self._at()
+        starts = {tier.seconds: int(now) // tier.seconds * tier.seconds for tier in TIERS}
+        self.series.restore(_rows(await self.history.last_buckets(starts)))
+        tasks = [asyncio.create_task(self.sampler.run(self.journal))]
+        tasks.append(asyncio.create_task(self._prune_for_ever()))
+        try:
+            with self.events:
+                yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.sampler.write(everything=True)
+
+    async def points(self, name: str, seconds: float, *, agent: bool) -> list[Point]:
+        """The last so many seconds of a series, as a chart's points.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        self.series.fold(self._at())
+        tier = TIERS[1] if agent and seconds <= TIERS[1].keep_agents_seconds else tier_for(seconds)
+        width = _width(tier, seconds)
+        last = int(self._at())
+        first = int(last - seconds)
+        stored = await self.history.buckets(tier.seconds, name, first // width * width, last)
+        by_start = {row.start: row for row in _rows(stored)}
+        by_start |= {row.start: row for row in self.series.unwritten(tier.seconds, name)}
+        merged = merge(by_start.values(), width, first, last)
+        return [
+            point(bucket, datetime.fromtimestamp(start, UTC), min(width, max(last - start, 1)))
+            for start, bucket in merged.items()
+        ]
+
+    async def _prune_for_ever(self) -> None:
+        while True:
+            try:
+                await self.prune()
+            except DatabaseError as exc:
+                log.warning("old history not deleted", extra={"problem": str(exc)})
+            await asyncio.sleep(PRUNE_SECONDS)
+
+    async def prune(self) -> None:
+        """Delete what is too old or too much.
+
+        Raises:
+            DatabaseError: the database cannot be written.
+        """
+        now = self._clock.utc(self._clock.now())
+        await self.history.prune(now, rows=self.limits.rows, days=self.limits.days)
+        for tier in TIERS:
+            for agents, keep in ((False, tier.keep_seconds), (True, tier.keep_agents_seconds)):
+                before = (now - timedelta(seconds=keep)).timestamp()
+                await self.history.prune_buckets(tier.seconds, before, agents=agents)
+
+    def _at(self) -> float:
+        return self._clock.utc(self._clock.now()).timestamp()
+
+
+def _width(tier: Tier, seconds: float) -> int:
+    """The width of a chart's points: a multiple of the tier's, so that they are not too many."""
+    rows = seconds / tier.seconds
+    return tier.seconds * max(1, round(rows / CHART_POINTS + 0.49))
+
+
+def _rows(stored: list[StoredBucket]) -> list[SeriesRow]:
+    return [SeriesRow(row.tier, row.start, row.name, _bucket.decode(row.body)) for row in stored]

@@ -1,0 +1,175 @@
+"""The once-a-second look at the fleet: tokens written, queues, readings, and since when what is so.
+
+It also carries the written-behind rows to the database, so that no request waits for that.
+"""
+
+import asyncio
+import logging
+from collections import deque
+
+from msgspec import Struct
+from msgspec.json import encode
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import History, StoredBucket
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator_common.types import AgentId, AgentStatus
+
+from .buckets import Bucket
+from .entry import Entry
+from .journal import Ended, Journal
+from .series import FLEET, Series
+
+log = logging.getLogger(__name__)
+
+SAMPLE_SECONDS = 1.0
+PULSE_SECONDS = 5
+"""How long one point of an agent's sparkline is."""
+
+PULSES = 60
+AGENTS_WRITTEN_SECONDS = 60.0
+
+
+class Standing(Struct, frozen=True):
+    """An agent's state and since when (monotonic seconds)."""
+
+    state: str
+    since: float
+
+
+class Sampler:
+    """`run` is its loop; `standing` and `pulses` are for the pages that show agents.
+
+    `pulse` is the number of the newest point of all sparklines.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        series: Series,
+        history: History,
+        clock: Clock,
+    ) -> None:
+        self._registry = registry
+        self._dispatch = dispatch
+        self._series = series
+        self._history = history
+        self._clock = clock
+        self._tokens: dict[str, int] = {}
+        self.pulse = 0
+        self._agents_written_at = float("-inf")
+        self.standing: dict[AgentId, Standing] = {}
+        self.pulses: dict[AgentId, deque[float]] = {}
+        self.fleet_pulses: deque[float] = deque(maxlen=PULSES)
+
+    async def run(self, journal: Journal) -> None:
+        """Sample until cancelled."""
+        while True:
+            try:
+                self.sample(journal)
+                await self.write()
+            except Exception:
+                log.exception("the sampler stumbled and goes on")
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    # ── counting ──────────────────────────────────────────────────────────────────────────────
+
+    def finished(self, entry: Entry, ended: Ended) -> None:
+        """A request ended."""
+        request = ended.request
+        left = (request.output_tokens or 0) - entry.counted
+        self._history.note(request, ended.attempts)
+        for name in (FLEET, request.agent_id or FLEET)[: 2 if request.agent_id else 1]:
+            self._tokens[name] = self._tokens.get(name, 0) + left
+            self._series.fresh(name).count(request, left)
+
+    def sample(self, journal: Journal) -> None:
+        """Take one sample of everything."""
+        now = self._clock.now()
+        for entry in journal.live.values():
+            held = entry.held
+            if held is not None and held.records > entry.counted:
+                self._wrote(held.agent.id, held.records - entry.counted)
+                entry.counted = held.records
+        in_flight = len(list(self._dispatch.held()))
+        self._series.fresh(FLEET).sample(journal.waiting(), in_flight)
+        for agent in self._registry:
+            self._look(agent, now)
+        self._forget()
+        pulse = int(self._at() // PULSE_SECONDS)
+        if pulse != self.pulse:
+            self.pulse = pulse
+            self._take_pulse()
+
+    def _wrote(self, agent_id: AgentId, tokens: int) -> None:
+        for name in (FLEET, agent_id):
+            self._tokens[name] = self._tokens.get(name, 0) + tokens
+            self._series.fresh(name).output_tokens += tokens
+
+    def _take_pulse(self) -> None:
+        """The next point of the sparklines, and the agents' readings."""
+        self.fleet_pulses.append(self._tokens.pop(FLEET, 0) / PULSE_SECONDS)
+        for agent in self._registry:
+            pulses = self.pulses.setdefault(agent.id, deque(maxlen=PULSES))
+            pulses.append(max(self._tokens.pop(agent.id, 0), 0) / PULSE_SECONDS)
+            if self._registry.is_online(agent, self._clock.now()):
+                bucket = self._series.fresh(agent.id)
+                bucket.sample(0, self._dispatch.in_flight(agent.id))
+                _read(bucket, agent)
+
+    def _look(self, agent: AgentState, now: float) -> None:
+        state = state_of(agent, now, self._registry.agent_timeout)
+        known = self.standing.get(agent.id)
+        if known is None or known.state != state:
+            was_away = state == AgentStatus.OFFLINE.value
+            self.standing[agent.id] = Standing(state, agent.heard_at if was_away else now)
+
+    def _forget(self) -> None:
+        for agent_id in [known for known in self.standing if self._registry.find(known) is None]:
+            del self.standing[agent_id]
+            self.pulses.pop(agent_id, None)
+            self._tokens.pop(agent_id, None)
+            self._series.forget(agent_id)
+
+    # ── writing behind ────────────────────────────────────────────────────────────────────────
+
+    async def write(self, *, everything: bool = False) -> None:
+        """Carry what is new to the database; what cannot be written waits for the next time."""
+        now = self._clock.now()
+        due = everything or now - self._agents_written_at >= AGENTS_WRITTEN_SECONDS
+        if due:
+            self._agents_written_at = now
+        self._series.fold(self._at())
+        rows = self._series.take_changed(fleet_only=not due)
+        stored = [StoredBucket(r.tier, r.start, r.name, encode(r.bucket)) for r in rows]
+        if not await self._history.write(stored):
+            self._series.put_back(rows)
+
+    def _at(self) -> float:
+        return self._clock.utc(self._clock.now()).timestamp()
+
+
+def state_of(agent: AgentState, now: float, timeout: float) -> str:
+    """online, draining, offline, or `resting` when it lives but gets no requests."""
+    status = agent.status(now, timeout)
+    if status is AgentStatus.ONLINE and agent.out_of_rotation() is not None:
+        return "resting"
+    return str(status.value)
+
+
+def _read(bucket: Bucket, agent: AgentState) -> None:
+    """The machine's own readings."""
+    report = agent.report
+    if report is None:
+        return
+    bucket.readings += 1
+    bucket.cpu_sum += report.cpu_usage
+    bucket.memory_sum += report.memory_usage
+    for gpu in report.gpus:
+        bucket.hottest = max(bucket.hottest, gpu.temperature_celsius or 0.0)
+        if gpu.memory_total_bytes:
+            bucket.gpu_readings += 1
+            bucket.gpu_sum += gpu.utilization_percent or 0.0
+            bucket.vram_sum += 100 * (gpu.memory_used_bytes or 0) / gpu.memory_total_bytes

@@ -1,0 +1,360 @@
+"""The dashboard in a real browser: every view, every action, against a real coordinator."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+pytest.importorskip("playwright")
+
+from playwright.async_api import expect
+
+from support.browser import Visit, chromium, visiting
+from support.coordinator import Running
+from support.demo import free_port
+from support.ollama import Hardware, Model, StandIn
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(chromium() is None, reason="no Chromium here"),
+]
+
+GPU = {
+    "name": "GeForce", "memory_total_bytes": 24 * 2**30, "memory_used_bytes": 3 * 10**9,
+    "utilization_percent": 40, "temperature_celsius": 66,
+}  # fmt: skip
+
+
+@pytest.fixture
+async def visit(coordinator: Running) -> AsyncIterator[Visit]:
+    """A browser at an empty coordinator; whatever happens, nothing complains or leaves."""
+    async with visiting(coordinator.url, viewport={"width": 1440, "height": 900}) as visit:
+        yield visit
+        assert visit.troubles == []
+        assert visit.foreign == []
+
+
+async def beat(coordinator: Running, agent: str, **more: Any) -> None:
+    assert await coordinator.heartbeat(agent, gpus=[GPU], disk_free_bytes=10**11, **more) == 200
+
+
+async def test_an_empty_fleet_says_what_to_type(coordinator: Running, visit: Visit) -> None:
+    await visit.page.goto(coordinator.url)
+    await expect(visit.page).to_have_url(f"{coordinator.url}/dashboard")
+    command = f"COORDINATOR_URL={coordinator.url} ollama-coordinator-agent run"
+    await expect(visit.page.locator("main pre")).to_contain_text(command)
+
+
+async def test_every_view_shows_without_complaint(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    await coordinator.chat()
+    for view in ("fleet", "now", "models", "history", "try", "settings"):
+        await visit.open(view)
+        await expect(visit.page.locator(f".nav [data-view={view}]")).to_have_attribute(
+            "aria-current", "page"
+        )
+    await visit.page.keyboard.press("1")
+    await expect(visit.page.locator("h1")).to_have_text("Fleet")
+    await visit.page.click("article.agent .agent-name")
+    await expect(visit.page.locator("h1")).to_have_text("first")
+    await expect(visit.page.locator("oc-chart canvas").first).to_be_visible()
+
+
+@pytest.mark.spec("DASH-26")
+async def test_the_first_view_is_there_within_a_second(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    await visit.page.goto(f"{coordinator.url}/dashboard")
+    await visit.page.wait_for_selector("article.agent")
+    painted = await visit.page.evaluate("performance.now()")
+    assert painted < 1000
+
+
+@pytest.mark.spec("DASH-28")
+async def test_a_machine_called_script_stays_a_name(coordinator: Running, visit: Visit) -> None:
+    name = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    async with StandIn() as ollama:
+        agent = await coordinator.register(ollama, name)
+        url = f"{coordinator.url}/api/agents/{agent}"
+        await coordinator.session.patch(url, json={"labels": ["<b>bold</b>"], "notes": name})
+        await visit.open("fleet")
+        await expect(visit.page.locator(".agent-name")).to_have_text(name)
+        await expect(visit.page.locator(".labels .tag")).to_have_text("<b>bold</b>")
+        for view in ("models", f"agents/{agent}", "try"):
+            await visit.open(view)
+        assert await visit.page.locator("main script, main img").count() == 0
+
+
+async def test_agents_are_drained_renamed_and_removed(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    await visit.open("fleet")
+    card = page.locator("article.agent")
+    await card.locator("button[aria-haspopup]").click()
+    await page.get_by_role("menuitem", name="Drain").click()
+    await expect(card.locator(".pill").first).to_have_text("Draining")
+    await card.locator("button[aria-haspopup]").click()
+    await page.get_by_role("menuitem", name="Edit").click()
+    await page.get_by_label("Display name").fill("the big one")
+    await page.get_by_label("Labels").fill("gpu, upstairs")
+    await page.get_by_role("button", name="Save").click()
+    await expect(card.locator(".agent-name")).to_have_text("the big one")
+    (agent,) = await coordinator.get("/api/agents")
+    assert agent["labels"] == ["gpu", "upstairs"]
+    await card.locator("button[aria-haspopup]").click()
+    await page.get_by_role("menuitem", name="Remove").click()
+    await page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+    await expect(page.locator(".empty h2")).to_have_text("No machine yet")
+
+
+async def test_a_running_request_is_shown_explained_and_cancelled(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    ollama.hold(after=3)
+    async with coordinator.stream() as answer:
+        await answer.content.readline()
+        await visit.open("now")
+        row = page.locator("tbody tr.clickable").first
+        await expect(row).to_contain_text("Writing")
+        await expect(row).to_contain_text("first")
+        await row.click()
+        await expect(page.locator("dialog.panel")).to_contain_text("Why this agent")
+        await page.keyboard.press("Escape")
+        await row.get_by_role("button", name="Cancel").click()
+        assert "cancelled by the operator" in (await answer.read()).decode()
+    await expect(page.locator("tbody tr", has_text="Cancelled")).to_be_visible()
+    await expect(page.locator(".empty h2")).to_have_text("Nothing runs and nothing waits")
+
+
+async def test_models_are_pulled_loaded_and_deleted(coordinator: Running, visit: Visit) -> None:
+    page = visit.page
+    async with StandIn(registry=[Model("qwen3:8b", 5_200_000_000)]) as ollama:
+        await beat(coordinator, await coordinator.register(ollama, "first"))
+        await visit.open("models")
+        await page.get_by_role("button", name="Pull a model").click()
+        await page.get_by_label("Name, as in").fill("qwen3:8b")
+        await page.get_by_role("dialog").get_by_role("button", name="Pull").click()
+        await expect(page.locator(".operation")).to_contain_text("Done")
+        row = page.locator("tbody tr", has_text="qwen3:8b")
+        await row.get_by_role("button", name="Load", exact=True).click()
+        await page.get_by_role("dialog").get_by_role("button", name="Load").click()
+        await expect(row.get_by_role("button", name="Unload")).to_be_visible()
+        await row.get_by_role("button", name="Delete").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        await expect(row).to_have_count(0)
+        assert ollama.models.find("qwen3:8b") is None
+
+
+async def test_a_chat_shows_who_served_it_and_can_be_stopped(
+    coordinator: Running, visit: Visit
+) -> None:
+    page = visit.page
+    text = "# Plan\n\n- **one** `two`\n\n```python\nprint('<b>')\n```\n<script>alert(1)</script>"
+    async with StandIn(answer=lambda request: text) as ollama:
+        await coordinator.register(ollama, "first")
+        await visit.open("try")
+        await page.get_by_label("Message").fill("Write markdown")
+        await page.keyboard.press("Enter")
+        said = page.locator(".said.assistant")
+        await expect(said.locator(".meta")).to_contain_text("Served by first")
+        await expect(said.locator("h3")).to_have_text("Plan")
+        await expect(said.locator("li strong")).to_have_text("one")
+        await expect(said.locator("pre code")).to_have_text("print('<b>')")
+        await expect(said).to_contain_text("<script>alert(1)</script>")
+        await expect(page.locator(".lines pre")).to_contain_text(f"curl {coordinator.url}/api/chat")
+        await page.get_by_role("button", name="Python").click()
+        await expect(page.locator(".lines pre")).to_contain_text("from ollama import Client")
+        ollama.hold(after=2)
+        await page.get_by_label("Message").fill("Again")
+        await page.keyboard.press("Enter")
+        await ollama.seen.wait_for(lambda seen: seen.held == 1)
+        await page.get_by_role("button", name="Stop").click()
+        await expect(said.last).to_contain_text("Stopped.")
+        await ollama.seen.wait_for(lambda seen: seen.held == 0)
+
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c49444154789c63f8cfc0000003010100c9fe92ef0000000049454e44ae426082"
+)
+
+
+async def test_a_model_that_sees_is_sent_images(coordinator: Running, visit: Visit) -> None:
+    page = visit.page
+    sees = Model("gemma3:12b", capabilities=("completion", "vision"))
+    async with StandIn([sees, "llama3.2"]) as ollama:
+        await coordinator.register(ollama, "first")
+        await visit.open("try")
+        await page.get_by_label("Model").select_option("llama3.2:latest")
+        await expect(page.get_by_label("Add an image")).to_be_hidden()
+        await page.get_by_label("Model").select_option("gemma3:12b")
+        await expect(page.get_by_label("Add an image")).to_be_visible()
+        file = {"name": "pixel.png", "mimeType": "image/png", "buffer": PIXEL}
+        await page.locator("input[type=file]").set_input_files(file)  # type: ignore[arg-type]
+        await expect(page.locator(".thumb img")).to_be_visible()
+        await page.get_by_label("Message").fill("What is this?")
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator(".said.user img")).to_be_visible()
+        # The stand-in counts an image as 256 tokens.
+        await expect(page.locator(".said.assistant .meta")).to_contain_text("prompt 2")
+
+
+async def test_history_is_filtered_paged_and_exported(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    for number in range(60):
+        await coordinator.chat(model="llama3.2" if number % 6 else "nonesuch")
+    await visit.open("history")
+    rows = page.locator("history-view .table-box tbody tr")
+    await expect(rows).to_have_count(50)
+    await page.get_by_role("button", name="Older").click()
+    await expect(rows).to_have_count(10)
+    await page.get_by_label("Result").select_option("refused")
+    await expect(rows).to_have_count(10)
+    await expect(rows.first).to_contain_text("nonesuch")
+    async with page.expect_download() as started:
+        await page.get_by_role("link", name="CSV").click()
+    exported = Path(await (await started.value).path()).read_text("utf-8")
+    assert len(exported.splitlines()) == 11
+
+
+async def test_settings_are_changed(coordinator: Running, visit: Visit) -> None:
+    page = visit.page
+    await visit.open("settings")
+    await page.get_by_label("Silence until offline").fill("42")
+    await page.get_by_role("button", name="Save").click()
+    await expect(page.locator("[data-name=agent_timeout]")).to_contain_text("set here")
+    assert coordinator.parts.registry.agent_timeout == 42
+    await page.locator("[data-name=agent_timeout]").get_by_role("button", name="Reset").click()
+    await expect(page.locator("[data-name=agent_timeout]")).to_contain_text("default")
+
+
+@asynccontextmanager
+async def program(port: int, database: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The coordinator as a process of its own, killed at the end if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("ollama-coordinator")),
+        "serve",
+        env={
+            **os.environ,
+            "COORDINATOR_HOST": "127.0.0.1",
+            "COORDINATOR_PORT": str(port),
+            "DATABASE_URL": f"sqlite:///{database.as_posix()}",
+        },
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def answers(url: str) -> None:
+    """Wait until a coordinator answers."""
+    async with aiohttp.ClientSession() as session, asyncio.timeout(30):
+        while True:
+            try:
+                async with session.get(f"{url}/healthz"):
+                    return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+
+
+async def register(url: str, ollama: StandIn, name: str) -> None:
+    """One agent more."""
+    facts = {
+        "machine_name": name, "ip_address": "127.0.0.1", "ollama_version": "0.33.0",
+        "ollama_port": ollama.port,
+    }  # fmt: skip
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/api/agents", json=facts) as response,
+    ):
+        assert response.status == 201
+
+
+@pytest.mark.spec("DASH-29")
+async def test_the_page_recovers_when_the_coordinator_is_killed(tmp_path: Path) -> None:
+    port, database = free_port(), tmp_path / "fleet.db"
+    url = f"http://127.0.0.1:{port}"
+    async with StandIn() as first, StandIn() as second, visiting(url) as visit:
+        page = visit.page
+        async with program(port, database) as process:
+            await answers(url)
+            await register(url, first, "before")
+            await visit.open("fleet")
+            await expect(page.locator(".agent-name")).to_have_text("before")
+            process.kill()
+            await process.wait()
+            await expect(page.locator(".link-state")).to_have_text("Reconnecting")
+            await expect(page.locator(".lost")).to_contain_text("Reconnecting")
+        async with program(port, database):
+            await answers(url)
+            await register(url, second, "after")
+            await expect(page.locator(".link-state")).to_have_text("Live", timeout=20_000)
+            await expect(page.locator(".agent-name")).to_have_text(["after", "before"])
+            await expect(page.locator(".lost")).to_be_hidden()
+    complaints = [trouble for trouble in visit.troubles if "ERR_CONNECTION_REFUSED" not in trouble]
+    assert [one for one in complaints if "ERR_" not in one] == []
+
+
+async def test_many_agents_are_rows_and_few_are_cards(coordinator: Running, visit: Visit) -> None:
+    async with StandIn() as ollama:
+        for number in range(60):
+            own = {"ip_address": f"127.0.0.{number + 1}", "machine_id": f"m{number}"}
+            agent = await coordinator.register(ollama, f"machine-{number}", **own)
+            await beat(coordinator, agent, tags={"models": []}, ps={"models": []})
+        await visit.open("fleet")
+        await expect(visit.page.locator("tr.agent-row")).to_have_count(60)
+        await visit.page.get_by_label("Search agents").fill("machine-7")
+        await expect(visit.page.locator("tr.agent-row")).to_have_count(1)
+        await visit.page.get_by_label("Search agents").fill("")
+        await visit.page.get_by_role("button", name="Cards").click()
+        await expect(visit.page.locator("article.agent")).to_have_count(60)
+
+
+async def test_the_page_fits_a_phone(coordinator: Running, ollama: StandIn) -> None:
+    await coordinator.chat()
+    async with visiting(coordinator.url, viewport={"width": 390, "height": 844}) as visit:
+        for view in ("fleet", "now", "models", "history", "try", "settings"):
+            await visit.open(view)
+            await asyncio.sleep(0.3)
+            wide = await visit.page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 390, view
+        assert visit.troubles == []
+
+
+async def test_memory_stays_flat_under_load(coordinator: Running, visit: Visit) -> None:
+    fast = Hardware(decode_tokens_per_second=2000)
+    async with StandIn(hardware=fast, slots=8) as ollama:
+        await coordinator.register(ollama, "first")
+        await visit.open("now")
+        session = await visit.page.context.new_cdp_session(visit.page)
+
+        async def used() -> float:
+            await session.send("HeapProfiler.collectGarbage")
+            return float((await session.send("Runtime.getHeapUsage"))["usedSize"])
+
+        async def load(requests: int) -> None:
+            for _ in range(requests):
+                await asyncio.gather(
+                    *(coordinator.chat(options={"num_predict": 20}) for _ in range(8))
+                )
+
+        await load(10)
+        before = await used()
+        await load(40)
+        assert await used() - before < 2_000_000

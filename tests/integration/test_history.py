@@ -1,0 +1,257 @@
+"""What has been: request by request, over time, across restarts, and out of it as a file."""
+
+import asyncio
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollama_coordinator.db import Finished
+from support.coordinator import Running, running
+from support.ollama import StandIn
+from support.past import past
+
+
+async def remember(coordinator: Running, requests: list[Finished]) -> None:
+    """Put finished requests into the history."""
+    history = coordinator.parts.observation.history
+    for start in range(0, len(requests), 10_000):
+        for request in requests[start : start + 10_000]:
+            history.note(request, [])
+        assert await history.write(())
+
+
+async def everything(coordinator: Running, query: str = "", limit: int = 500) -> list[Any]:
+    """All pages."""
+    rows: list[Any] = []
+    after = ""
+    while True:
+        page = await coordinator.get(f"/api/history?limit={limit}{after}{query}")
+        rows += page["requests"]
+        if page["next"] is None:
+            return rows
+        after = f"&after={page['next']}"
+
+
+@pytest.mark.spec("DASH-7")
+async def test_every_end_is_in_the_history_newest_first(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    assert (await coordinator.chat())[0] == 200
+    async with coordinator.stream() as answer:
+        await answer.read()
+    assert (await coordinator.chat(model="nonesuch"))[0] == 404
+    with ollama.faults.status(500, "boom"):
+        assert (await coordinator.chat())[0] == 500
+    with ollama.faults.fin():
+        assert (await coordinator.chat())[0] == 503
+    rows = (await coordinator.get("/api/history"))["requests"]
+    told = [(row["status"], row["http_status"]) for row in rows]
+    assert told == [
+        ("failed", 503), ("failed", 500), ("refused", 404), ("served", 200), ("served", 200),
+    ]  # fmt: skip
+    streamed = rows[3]
+    assert (streamed["model"], streamed["agent"]) == ("llama3.2:latest", "first")
+    assert streamed["output_tokens"] == 16
+    assert streamed["streamed"] is True
+    assert 0 <= streamed["waited_seconds"] <= streamed["first_token_seconds"]
+    assert streamed["first_token_seconds"] <= streamed["total_seconds"]
+    assert "nonesuch" in rows[2]["error"]
+
+
+@pytest.mark.spec("DASH-7")
+async def test_a_client_that_left_is_cancelled(coordinator: Running, ollama: StandIn) -> None:
+    ollama.hold(after=1)
+    async with coordinator.stream() as answer:
+        await answer.content.readline()
+    await coordinator.until(coordinator.at_rest)
+    (row,) = (await coordinator.get("/api/history"))["requests"]
+    assert row["status"] == "cancelled"
+
+
+@pytest.mark.spec("DASH-7")
+async def test_the_history_survives_a_restart_with_its_reasons(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/fleet.db"
+    async with StandIn() as ollama:
+        async with running(database_url=url) as coordinator:
+            await coordinator.register(ollama, "first")
+            await coordinator.chat()
+        async with running(database_url=url) as coordinator:
+            (row,) = (await coordinator.get("/api/history"))["requests"]
+            told = await coordinator.get(f"/api/requests/{row['id']}")
+            assert told["attempts"][0]["agent"] == "first"
+
+
+@pytest.mark.spec("DASH-8")
+async def test_pages_miss_nothing_and_repeat_nothing(coordinator: Running) -> None:
+    same_time = past(1).finished_at
+    await remember(coordinator, [past(n, finished_at=same_time) for n in range(30)])
+    await remember(coordinator, [past(n) for n in range(30, 60)])
+    rows = await everything(coordinator, limit=7)
+    assert len(rows) == 60
+    assert len({row["id"] for row in rows}) == 60
+    assert [row["finished_at"] for row in rows] == sorted(
+        (row["finished_at"] for row in rows), reverse=True
+    )
+
+
+@pytest.mark.spec("DASH-8")
+async def test_filters_can_be_put_together(coordinator: Running) -> None:
+    await remember(coordinator, [past(n) for n in range(210)])
+    assert len(await everything(coordinator, "&model=LLAMA3.2")) == 70
+    assert len(await everything(coordinator, "&agent=machine-3")) == 30
+    assert len(await everything(coordinator, "&status=failed")) == 42
+    assert len(await everything(coordinator, "&client=10.0.0.49")) == 4
+    both = await everything(coordinator, "&model=llama3.2&agent=machine-3")
+    assert {(row["model"], row["agent"]) for row in both} == {("llama3.2:latest", "machine-3")}
+    minute = "&since=2026-01-31T12:01:00Z&until=2026-01-31T12:02:00Z"
+    assert len(await everything(coordinator, minute)) == 60
+    choices = await coordinator.get("/api/history/choices")
+    assert choices["model"] == ["gemma3:12b", "llama3.2:latest", "qwen3:8b"]
+    assert len(choices["agent"]) == 7
+
+
+@pytest.mark.spec("DASH-8")
+async def test_an_agent_is_found_by_its_id_too(coordinator: Running, ollama: StandIn) -> None:
+    await coordinator.chat()
+    (agent,) = await coordinator.get("/api/agents")
+    assert len(await everything(coordinator, f"&agent={agent['id']}")) == 1
+
+
+@pytest.mark.spec("DASH-9")
+async def test_a_long_history_is_paged_without_delay(coordinator: Running) -> None:
+    await remember(coordinator, [past(n) for n in range(100_000)])
+    last = f"&after={past(200).finished_at.timestamp() * 1000:.0f}.0"
+    rare = "&agent=machine-3&client=10.0.0.3&status=failed"
+    for query in ("", last, "&model=qwen3:8b", "&client=10.0.0.7", "&client=10.9.9.9", rare):
+        took = []
+        for _ in range(3):
+            started = time.perf_counter()
+            await coordinator.get(f"/api/history?limit=50{query}")
+            took.append(time.perf_counter() - started)
+        assert min(took) < 0.1, query
+
+
+@pytest.mark.spec("DASH-10")
+async def test_only_the_newest_are_kept() -> None:
+    async with running(history_rows=50, history_days=365_000.0) as coordinator:
+        await remember(coordinator, [past(n) for n in range(120)])
+        await coordinator.parts.observation.prune()
+        rows = await everything(coordinator)
+        assert len(rows) == 50
+        assert rows[0]["id"] == past(119).id
+    async with running(history_days=0.01) as coordinator:
+        await remember(coordinator, [past(n) for n in range(10)])
+        await coordinator.parts.observation.prune()
+        assert await everything(coordinator) == []
+
+
+@pytest.mark.spec("DASH-11")
+async def test_the_history_is_exported_whole(coordinator: Running) -> None:
+    wild = past(2500, client='=HYPERLINK("http://example")', error='said "no", twice')
+    await remember(coordinator, [*(past(n) for n in range(2500)), wild])
+    async with coordinator.session.get(
+        f"{coordinator.url}/api/history/export?format=csv"
+    ) as response:
+        assert response.headers["content-disposition"].endswith('"requests.csv"')
+        rows = list(csv.DictReader(io.StringIO(await response.text(), newline="")))
+    assert len(rows) == 2501
+    assert rows[0]["client"].startswith("'=HYPERLINK")
+    assert rows[0]["error"] == 'said "no", twice'
+    listed = await coordinator.get("/api/history/export?format=json&status=failed")
+    assert {row["status"] for row in listed} == {"failed"}
+    assert await coordinator.get("/api/history/export?format=json&client=nobody") == []
+
+
+@pytest.mark.spec("DASH-12")
+async def test_requests_go_on_while_the_database_does_not(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    store = coordinator.parts.store
+    await store.run(lambda db: db.execute("ALTER TABLE requests RENAME TO elsewhere"))
+    assert (await coordinator.chat())[0] == 200
+    assert not await coordinator.parts.observation.history.write(())
+    await store.run(lambda db: db.execute("ALTER TABLE elsewhere RENAME TO requests"))
+    assert len(await everything(coordinator)) == 1
+
+
+@pytest.mark.spec("DASH-13")
+async def test_statistics_count_what_happened(coordinator: Running, ollama: StandIn) -> None:
+    for _ in range(3):
+        async with coordinator.stream() as answer:
+            await answer.read()
+    await coordinator.chat(model="nonesuch")
+    (agent,) = await coordinator.get("/api/agents")
+    for query, ended in (("", 4), (f"&agent={agent['id']}", 3)):
+        points = (await coordinator.get(f"/api/statistics?minutes=15{query}"))["points"]
+        assert sum(point["requests"] for point in points) == ended
+        assert sum(point["output_tokens"] for point in points) == 48
+        assert points[-1]["first_token_p50"] <= points[-1]["first_token_p95"] < 5
+    for minutes in (1, 15, 60, 360, 1440, 10_080, 44_640):
+        points = (await coordinator.get(f"/api/statistics?minutes={minutes}"))["points"]
+        assert len(points) <= 130
+        assert sum(point["requests"] for point in points) == 4
+
+
+@pytest.mark.spec("DASH-13")
+async def test_statistics_sample_the_queue_and_the_machines() -> None:
+    async with running() as coordinator, StandIn() as ollama:
+        agent = await coordinator.register(ollama, "single")
+        gpu = {
+            "name": "G", "memory_total_bytes": 100, "memory_used_bytes": 25,
+            "utilization_percent": 50, "temperature_celsius": 70,
+        }  # fmt: skip
+        await coordinator.heartbeat(agent, runner={"num_parallel": 1}, gpus=[gpu], cpu_usage=20)
+        ollama.hold(after=0)
+        chats = [asyncio.create_task(coordinator.chat()) for _ in range(2)]
+        journal = coordinator.parts.observation.journal
+        await coordinator.until(lambda: journal.waiting() == 1)
+        sampler = coordinator.parts.observation.sampler
+        sampler.pulse = 0
+        sampler.sample(journal)
+        fleet = (await coordinator.get("/api/statistics?minutes=15"))["points"][-1]
+        mine = (await coordinator.get(f"/api/statistics?minutes=15&agent={agent}"))["points"][-1]
+        ollama.release()
+        await asyncio.gather(*chats)
+    assert (fleet["waiting_most"], fleet["in_flight_most"]) == (1, 1)
+    assert (mine["cpu_percent"], mine["gpu_percent"], mine["vram_percent"]) == (20, 50, 25)
+    assert mine["temperature_celsius"] == 70
+
+
+@pytest.mark.spec("DASH-14")
+async def test_statistics_go_on_after_a_restart(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/fleet.db"
+    async with StandIn() as ollama:
+        for expected in (1, 2, 3):
+            async with running(database_url=url) as coordinator:
+                await coordinator.register(ollama, "first")
+                assert (await coordinator.chat())[0] == 200
+                for minutes in (15, 60, 1440):
+                    path = f"/api/statistics?minutes={minutes}"
+                    points = (await coordinator.get(path))["points"]
+                    assert sum(point["requests"] for point in points) == expected
+
+
+@pytest.mark.spec("DASH-15")
+@pytest.mark.parametrize(
+    "query",
+    [
+        "history?limit=0", "history?limit=many", "history?after=x", "history?status=fine",
+        "history?since=yesterday", "history/export?format=xml", "statistics?minutes=0",
+        "statistics?minutes=nan",
+    ],
+)  # fmt: skip
+async def test_a_wrong_parameter_is_told(coordinator: Running, query: str) -> None:
+    async with coordinator.session.get(f"{coordinator.url}/api/{query}") as response:
+        assert response.status == 400
+        assert "give" in (await response.json())["error"]
+
+
+@pytest.mark.spec("DASH-13")
+async def test_statistics_of_an_unknown_agent_are_404(coordinator: Running) -> None:
+    url = f"{coordinator.url}/api/statistics?agent=nobody"
+    async with coordinator.session.get(url) as response:
+        assert response.status == 404

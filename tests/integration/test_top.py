@@ -1,0 +1,90 @@
+"""`top` in the terminal: the same picture as the page's."""
+
+import asyncio
+import io
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ollama_coordinator.commands.follower import Follower
+from ollama_coordinator.commands.screen import screen
+from ollama_coordinator.main import app
+from support.coordinator import Running, running
+from support.ollama import StandIn
+
+
+def drawn(state: dict[str, Any], problem: str | None = None, height: int | None = None) -> str:
+    """The picture as text."""
+    console = Console(width=140, file=io.StringIO(), color_system=None)
+    console.print(screen(state, problem, datetime.now(UTC), height))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.spec("DASH-31")
+async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "[red]a<script>[/red]")
+        await coordinator.chat()
+        ollama.hold(after=2)
+        follower = Follower(coordinator.url)
+        async with (
+            coordinator.stream() as answer,
+            aclosing(follower.follow()) as pictures,
+            asyncio.timeout(10),
+        ):
+            await answer.content.readline()
+            async for state in pictures:
+                if [r["tokens"] for r in state["requests"].values()] == [2]:
+                    break
+            ollama.release()
+    text = drawn(follower.state)
+    assert "[red]a<script>[/red]" in text
+    assert "1/1 online" in text
+    assert "writing" in text
+    assert "llama3.2" in text
+
+
+@pytest.mark.spec("DASH-31")
+async def test_the_follower_survives_a_restart(coordinator: Running) -> None:
+    follower = Follower("http://127.0.0.1:9")
+    async with aclosing(follower.follow()) as pictures, asyncio.timeout(10):
+        async for _ in pictures:
+            break
+    assert follower.problem
+    assert "reconnecting" in drawn(follower.state, follower.problem)
+    again = Follower(coordinator.url)
+    async with aclosing(again.follow()) as pictures, asyncio.timeout(10):
+        async for _ in pictures:
+            coordinator.parts.begin_stopping()
+            if again.problem:
+                break
+    assert again.problem == "the coordinator has stopped"
+
+
+@pytest.mark.spec("DASH-31")
+async def test_one_picture_can_be_printed() -> None:
+    async with running() as coordinator:
+        arguments = ["top", "--once", "--coordinator", coordinator.url]
+        result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "0/0 online" in result.output
+        assert "ollama-coordinator-agent run" in result.output
+    result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+    assert result.exit_code == 1
+    assert "no coordinator answers" in result.output
+
+
+def test_a_small_terminal_shows_what_fits() -> None:
+    agent = {
+        "state": "online", "loaded_models": [], "gpus": [], "in_flight": 0, "slots": 1,
+        "pulse": [0, 0],
+    }  # fmt: skip
+    agents = {str(n): {**agent, "name": f"machine-{n:02}"} for n in range(40)}
+    text = drawn({"agents": agents, "requests": {}, "fleet": {}}, height=24)
+    assert "and 24 more" in text
+    assert len(text.splitlines()) <= 24
