@@ -36,7 +36,7 @@ async def served_in_parallel(coordinator: Running, count: int, *ollamas: StandIn
 
 @pytest.mark.spec("FLEET-13")
 async def test_a_silent_agent_goes_offline_and_comes_back_with_a_heartbeat() -> None:
-    async with running(agent_timeout=0.3) as coordinator, StandIn() as ollama:
+    async with running(agent_timeout=0.5) as coordinator, StandIn() as ollama:
         agent_id = await coordinator.register(ollama)
         agent = coordinator.agent(agent_id)
         await coordinator.until(

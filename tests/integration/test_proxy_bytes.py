@@ -107,7 +107,7 @@ async def test_headers_that_are_not_for_ollama_end_here(
 ) -> None:
     sent = {
         "Host": "fleet.example",
-        "Origin": "https://page.example",
+        "Origin": "http://localhost:3000",
         "Referer": "https://page.example/chat",
         "Authorization": "Bearer secret",
         "Cookie": "session=1",

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
 from ollama_coordinator.app import Coordinator, create_app
+from ollama_coordinator.http1 import serve
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.config import CoordinatorConfig
 
@@ -101,18 +101,17 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    """Serve an ASGI application with Hypercorn in this event loop; yields its URL."""
+async def serving(app: Any, http: str = "auto", **settings: Any) -> AsyncIterator[str]:
+    """Serve an ASGI application in this event loop, with these of Hypercorn's; yields its URL."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.listen(1024)
     port = sock.getsockname()[1]
-    config = Config()
+    config = Config.from_mapping({"graceful_timeout": 0.2, **settings})
     config.bind = [f"fd://{sock.detach()}"]  # Hypercorn closes it
-    config.graceful_timeout = 0.2
     config.errorlog = None
     stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait))
+    server = asyncio.create_task(serve(app, config, stop.wait, http=http))
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession() as session:

@@ -268,6 +268,7 @@ def by_hand(url: str, model: str) -> Text:
         f"curl {url}/api/chat -d {shlex.quote(body)}",
         f"curl {url}/api/agents",
         f"curl {url}/api/tags",
+        f"{url}/dashboard    # in a browser",
         f"OLLAMA_HOST={url} ollama run {model}    # any Ollama client works",
     )
     return Text("\n".join(lines), "cyan")

@@ -6,34 +6,44 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
+from . import tuning
 from .api import Handlers, routes
 from .api.agent import AgentsApi
+from .api.cors import Cors
 from .api.dialects import SURFACES
+from .api.explain import ExplainApi
 from .api.health import HealthApi
 from .api.models import ModelsApi
 from .api.proxy import Proxy
-from .api.wire import error_reply
+from .api.routing import NearMiss
+from .api.surface import Surface
+from .api.wire import error_reply, status_of
 from .clock import Clock
+from .console import Console
 from .db import DatabaseError, Store
 from .dispatch import Dispatch
+from .journal import Limits, Observation
 from .keeper import Keeper
+from .learned import LearnedKeeper
 from .monitor import Monitor
 from .registry import Registry
-from .scheduler import create_scheduler
+from .scheduler import PredictedScheduler, create_scheduler
+from .tuning import Started, Tuning
 from .upstream import Upstreams
 
 
 class Coordinator:
     """Everything one coordinator consists of, put together but not yet running."""
 
-    def __init__(self, config: CoordinatorConfig) -> None:
-        self.config = config
+    def __init__(self, started: Started) -> None:
+        self.config = config = started.config
         self.failure: DatabaseError | None = None
         self.clock = Clock()
         self.registry = Registry(config.agent_timeout)
@@ -41,6 +51,14 @@ class Coordinator:
         self.dispatch = Dispatch(self.scheduler, self.registry, self.clock)
         self.upstreams = Upstreams()
         self.store = Store(database_path(config.database_url))
+        self.observation = Observation(
+            self.registry,
+            self.dispatch,
+            self.store,
+            self.clock,
+            Limits(config.history_rows, config.history_days),
+            status_of=status_of,
+        )
         self.keeper = Keeper(self.registry, self.store, self.clock)
         self.monitor = Monitor(
             self.registry,
@@ -50,7 +68,46 @@ class Coordinator:
             self.clock,
             interval=config.health_check_interval,
         )
+        self.surface = Surface(
+            config,
+            self.registry,
+            self.dispatch,
+            self.monitor,
+            self.upstreams,
+            self.store,
+            self.clock,
+        )
         self.health = HealthApi(self.registry, self.dispatch, self.keeper, self.store, self.clock)
+        self.agents = AgentsApi(
+            self.registry,
+            self.dispatch,
+            self.monitor,
+            self.keeper,
+            self.clock,
+            operations=lambda agent_id: self.surface.operations.of_agent(agent_id),
+        )
+        self.models = ModelsApi(self.registry, self.monitor, self.clock)
+        self.console = Console(
+            self.registry,
+            self.dispatch,
+            self.observation,
+            self.store,
+            self.clock,
+            Tuning(started, self.store),
+            view=self.agents.view,
+            plain_root=self.models.root,
+            operations=self.surface.operations,
+        )
+        self.console.tuning.apply = self.apply
+
+    def apply(self, config: CoordinatorConfig) -> None:
+        """Work with other settings from now on; some count from the next start on only."""
+        self.config = config
+        self.registry.agent_timeout = config.agent_timeout
+        self.monitor.interval = config.health_check_interval
+        self.observation.limits.rows = config.history_rows
+        self.observation.limits.days = config.history_days
+        self.dispatch.plan()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -67,7 +124,13 @@ class Coordinator:
                 # An ASGI server reports a failed start as text; who started us wants the error.
                 self.failure = exc
                 raise
+            if isinstance(self.scheduler, PredictedScheduler):
+                learned = LearnedKeeper(self.scheduler, self.store)
+                await stack.enter_async_context(learned.running())
+            await stack.enter_async_context(self.observation.running())
+            await stack.enter_async_context(self.console.running())
             await stack.enter_async_context(self.upstreams)
+            await stack.enter_async_context(self.surface.running())
             watching = asyncio.create_task(self.monitor.run())
             stack.push_async_callback(_stop, watching)
             try:
@@ -75,10 +138,16 @@ class Coordinator:
             finally:
                 self.stop_serving("the coordinator is shutting down")
 
+    def begin_stopping(self) -> None:
+        """Say so to who asks whether we are ready, and send those who only watch away."""
+        self.health.stopping = True
+        self.console.feed.close()
+
     def stop_serving(self, reason: str) -> None:
         """End what still runs with an error to its client."""
-        self.health.stopping = True
+        self.begin_stopping()
         self.dispatch.close(reason)
+        self.surface.operations.close(reason)
 
     def handlers(self) -> Handlers:
         """The handlers of all routes."""
@@ -90,15 +159,21 @@ class Coordinator:
                 self.monitor,
                 self.upstreams,
                 self.clock,
-                body_limit=self.config.max_body_bytes,
+                self.observation.journal,
+                fitting=self.surface.fitting,
+                unloading=self.surface.unloading,
+                body_limit=lambda: self.config.max_body_bytes,
             )
             for surface in SURFACES
         ]
         return Handlers(
-            agents=AgentsApi(self.registry, self.dispatch, self.monitor, self.keeper, self.clock),
+            agents=self.agents,
+            explain=ExplainApi(self.scheduler, SURFACES[0], self.clock),
             health=self.health,
-            models=ModelsApi(self.registry, self.monitor, self.clock),
+            models=self.models,
             proxies=proxies,
+            surface=self.surface.routes(),
+            console=self.console.routes(),
         )
 
 
@@ -109,15 +184,17 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 def create_app(config: CoordinatorConfig) -> Starlette:
     """The ASGI application of one coordinator; `app.state.coordinator` is what it consists of."""
-    coordinator = Coordinator(config)
+    coordinator = Coordinator(tuning.started(config))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with coordinator.running():
             yield
 
+    listed = routes(coordinator.handlers())
     app = Starlette(
-        routes=routes(coordinator.handlers()),
+        routes=listed,
+        middleware=[Middleware(Cors, config.origins)],
         lifespan=lifespan,
         exception_handlers={
             OllamaCoordinatorError: _tell_error,
@@ -125,6 +202,8 @@ def create_app(config: CoordinatorConfig) -> Starlette:
         },
     )
     app.state.coordinator = coordinator
+    app.router.redirect_slashes = False
+    app.router.default = NearMiss(listed)
     return app
 
 

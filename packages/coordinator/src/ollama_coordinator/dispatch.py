@@ -15,7 +15,7 @@ from .clock import Clock
 from .interrupt import Interrupt
 from .registry import AgentState, Registry
 from .scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
-from .upstream import AgentLost
+from .upstream import AgentLost, RequestCancelled
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,17 @@ class Held:
         self.progress_at = now
         self.began_at: float | None = None
         self.records = 0
+        self.status = 0
+        self.ended = False
+        self.note = ""
 
     def lose(self, reason: str) -> None:
         """End the attempt's block with `AgentLost`."""
         self.interrupt.fire(AgentLost(reason))
+
+    def cancel(self, reason: str) -> None:
+        """End the attempt's block with `RequestCancelled`."""
+        self.interrupt.fire(RequestCancelled(reason))
 
 
 class Dispatch:
@@ -112,19 +119,35 @@ class Dispatch:
 
     def _settle(self, held: Held) -> None:
         now = self._clock.now()
-        self._note(held.agent, held.lease.request.model, held.outcome, now)
+        self._note(held.agent, held.lease.request, held.outcome, now)
         self._settle_quietly(held, now)
         self.plan()
 
     def _settle_quietly(self, held: Held, now: float) -> None:
         del self._held[held.lease.id]
+        held.ended = True
         self._scheduler.end(held.lease.id, held.outcome, now)
 
-    def _note(self, agent: AgentState, model: str, outcome: Outcome, now: float) -> None:
+    def cancel(self, request_id: RequestId, reason: str) -> bool:
+        """End a request wherever it stands; false when it neither waits nor runs."""
+        future = self._pending.get(request_id)
+        if future is not None and not future.done():
+            self._scheduler.withdraw(request_id, self._clock.now())
+            future.set_exception(RequestCancelled(reason))
+            self.plan()
+            return True
+        for held in self._held.values():
+            if held.lease.request.id == request_id:
+                held.cancel(reason)
+                return True
+        return False
+
+    def _note(self, agent: AgentState, request: Request, outcome: Outcome, now: float) -> None:
         """What an attempt taught about its agent."""
+        model = request.model
         match outcome.result:
             case Result.SERVED:
-                self._registry.succeeded(agent, model)
+                self._registry.succeeded(agent, model, request.options.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
                 self.take_out(agent, outcome.reason)
             case Result.BUSY | Result.MODEL_FAILED:
@@ -179,8 +202,10 @@ class Dispatch:
         """End every attempt and every wait with an error."""
         for held in list(self._held.values()):
             held.lose(reason)
-        for future in self._pending.values():
+        for request_id, future in self._pending.items():
             if not future.done():
+                # A place granted later would find nobody who waits for it.
+                self._scheduler.withdraw(request_id, self._clock.now())
                 future.set_exception(AgentLost(reason))
         if self._alarm is not None:
             self._alarm.cancel()

@@ -39,8 +39,9 @@ class Keeper:
             self._registry.restore(agent, now)
 
     def keep(self, agent: AgentState) -> None:
-        """Write an agent behind."""
-        self._store.note_agent(self._row(agent))
+        """Write an agent behind, unless it was removed meanwhile: it would come back."""
+        if self._registry.find(agent.id) is agent:
+            self._store.note_agent(self._row(agent))
 
     def keep_seen(self, agent: AgentState) -> None:
         """Write behind when an agent was last heard."""

@@ -6,13 +6,16 @@ from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
+from msgspec import structs
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ollama_coordinator_common.commandline import PLAIN, log_to, with_settings
+from ollama_coordinator_common.commandline import PLAIN, is_given, is_typed, log_to, with_settings
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import server
+from .commands import agents, models, scheduling
+from .commands.top import top
 from .settings import Settings, read
 
 app = typer.Typer(
@@ -41,17 +44,30 @@ def default(
 ) -> None:
     """Many Ollama machines behind one endpoint, as if it were one very large Ollama."""
     if context.invoked_subcommand is None:
-        _serve(settings)
+        _serve(settings, context)
+    elif any(is_typed(context, name) for name in context.params):
+        typer.echo(f"Error: give options after `{context.invoked_subcommand}`", err=True)
+        raise typer.Exit(2)
+
+
+app.add_typer(models.app, name="models")
+app.command()(agents.agents)
+app.command()(scheduling.explain)
+app.command()(scheduling.replay)
+app.command()(models.ps)
+app.command()(top)
 
 
 @app.command()
 @with_settings(read)
-def serve(settings: Settings) -> None:
+def serve(context: typer.Context, settings: Settings) -> None:
     """Serve until stopped; this is also what happens without a command."""
-    _serve(settings)
+    _serve(settings, context)
 
 
-def _serve(settings: Settings) -> None:
+def _serve(settings: Settings, context: typer.Context) -> None:
+    given = frozenset(name for name in context.params if is_given(context, name))
+    config = structs.replace(settings.config, given=given)
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
@@ -60,7 +76,8 @@ def _serve(settings: Settings) -> None:
     else:
         log_to(logging.StreamHandler(), settings.log_level, PLAIN)
     try:
-        asyncio.run(server.run(settings.config))
+        with asyncio.Runner(loop_factory=settings.new_loop) as runner:
+            runner.run(server.run(config))
     except OllamaCoordinatorError as exc:
         typer.echo(f"Error: {exc}", err=True)
         raise typer.Exit(1) from exc

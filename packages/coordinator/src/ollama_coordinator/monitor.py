@@ -57,7 +57,7 @@ class Monitor:
         self._upstreams = upstreams
         self._keeper = keeper
         self._clock = clock
-        self._interval = interval
+        self.interval = interval
         self._nudge = asyncio.Event()
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}
@@ -126,7 +126,7 @@ class Monitor:
             return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
         if agent.brings_inventory or not self._registry.is_online(agent, now):
             return False
-        return now - self._asked_at.get(agent.id, float("-inf")) >= self._interval
+        return now - self._asked_at.get(agent.id, float("-inf")) >= self.interval
 
     def _silent_agents(self, now: float) -> set[AgentId]:
         """The agents with an attempt that has had no byte for `SILENCE_SECONDS`."""
@@ -204,9 +204,8 @@ class Monitor:
         stale = [
             agent
             for agent in agents
-            if not agent.brings_inventory
-            and self._registry.is_routable(agent, now)
-            and now - self._asked_at.get(agent.id, float("-inf")) > older_than
+            if self._registry.is_routable(agent, now)
+            and (agent.inventory.is_inferred or self._is_stale(agent, now, older_than))
         ]
         if not stale:
             return
@@ -215,6 +214,10 @@ class Monitor:
         for task in late:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
+
+    def _is_stale(self, agent: AgentState, now: float, older_than: float) -> bool:
+        asked_at = self._asked_at.get(agent.id, float("-inf"))
+        return not agent.brings_inventory and now - asked_at > older_than
 
     async def _ask_models(self, agent: AgentState) -> None:
         """Take over what the agent's Ollama lists.
@@ -233,7 +236,8 @@ class Monitor:
             bodies.append(body)
         now = self._clock.now()
         try:
-            changed = self._registry.list_models(agent, bodies[0], {}, now)
+            blobs = agent.inventory.blobs
+            changed = self._registry.list_models(agent, bodies[0], blobs, now)
             self._registry.list_loaded(agent, bodies[1], now)
         except msgspec.DecodeError as exc:
             raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc

@@ -12,7 +12,6 @@ import socket
 from collections.abc import Iterator
 from types import FrameType
 
-from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 
@@ -20,6 +19,7 @@ from ollama_coordinator_common.config import CoordinatorConfig
 from ollama_coordinator_common.error import ConfigError
 
 from .app import Coordinator, create_app
+from .http1 import serve
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ async def run(config: CoordinatorConfig) -> None:
     stop = Stop()
     with stop.on_signals():
         log.info("coordinator listens", extra={"host": config.host, "port": config.port})
-        serving = asyncio.create_task(serve(app, server, shutdown_trigger=stop.asked.wait))  # type: ignore[arg-type]
+        serving = asyncio.create_task(serve(app, server, stop.asked.wait, http=config.http))
         ending = asyncio.create_task(_end_in_order(coordinator, stop, serving))
         try:
             await serving
@@ -145,7 +145,7 @@ class Stop:
 
 async def _end_in_order(coordinator: Coordinator, stop: Stop, serving: asyncio.Task[None]) -> None:
     await stop.asked.wait()
-    coordinator.health.stopping = True
+    coordinator.begin_stopping()
     under_way = len(list(coordinator.scheduler.leases()))
     seconds = coordinator.config.drain_timeout
     log.info(

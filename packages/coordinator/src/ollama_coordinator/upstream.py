@@ -3,18 +3,21 @@
 UpstreamError
 ├── Unreachable   nothing of an answer arrived: refused, reset, timed out, closed
 ├── Cut           the answer ended before its end
-└── AgentLost     somebody else found out that the agent does not answer any more
+├── AgentLost     somebody else found out that the agent does not answer any more
+└── RequestCancelled   an operator ended the request; the agent is well
 """
 
 import asyncio
+import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 
 import aiohttp
 from aiohttp import AddrInfoType
+from aiohttp.abc import AbstractStreamWriter
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
@@ -45,6 +48,30 @@ class Cut(UpstreamError):
 
 class AgentLost(UpstreamError):
     """Somebody else found out that the agent does not answer any more."""
+
+
+class RequestCancelled(UpstreamError):
+    """An operator ended the request; the agent is well."""
+
+
+class LargeBody(aiohttp.Payload):
+    """A request body sent in slices, so that neither a copy of it nor a long write is made."""
+
+    SLICE_BYTES = 256 * 1024
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__(value, content_type="application/octet-stream")
+        self._size = len(value)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send it; waits whenever the agent does not keep up."""
+        whole = memoryview(self._value)
+        for start in range(0, len(whole), self.SLICE_BYTES):
+            await writer.write(whole[start : start + self.SLICE_BYTES])
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The body as text; nobody here asks for it."""
+        return str(self._value, encoding, errors)
 
 
 class Upstreams:
@@ -81,9 +108,17 @@ class Upstreams:
 
     @asynccontextmanager
     async def open(
-        self, method: str, url: str, *, headers: Iterable[tuple[str, str]] = (), body: bytes = b""
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        stream: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request and yield the response once its headers are here.
+
+        `stream` is a body in pieces, in place of `body`.
 
         Leaving the block before the end of the body closes the connection, which is how Ollama
         learns that nobody listens any more.
@@ -95,12 +130,17 @@ class Upstreams:
             raise RuntimeError("the upstream connections are not open")
         try:
             response = await self._session.request(
-                method, url, headers=list(headers), data=body or None, allow_redirects=False
+                method,
+                url,
+                headers=list(headers),
+                data=_payload(body) if stream is None else stream,
+                allow_redirects=False,
             )
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
             raise Unreachable(_reason(exc)) from exc
         try:
-            yield response
+            with _noticing_the_end(response):
+                yield response
         finally:
             response.release() if response.content.is_eof() else response.close()
 
@@ -134,17 +174,63 @@ async def chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         raise Cut(_reason(exc)) from exc
 
 
+@contextmanager
+def _noticing_the_end(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Whoever reads the body learns that the connection is gone, whatever the reason.
+
+    Aiohttp 3.14 closes a connection on which it meets a malformed chunk and does not tell the
+    reader of the body, which would wait for ever.
+    """
+    connection, content = response.connection, response.content
+    protocol = connection.protocol if connection is not None else None
+    closed = protocol.closed if protocol is not None else None
+
+    def tell(_: object) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+    if closed is not None:
+        # One connection serves many responses: there is one of these a connection.
+        closed.remove_done_callback(_seen)
+        closed.add_done_callback(_seen)
+        closed.add_done_callback(tell)
+    try:
+        yield
+    finally:
+        if closed is not None:
+            closed.remove_done_callback(tell)
+
+
+def _seen(closed: asyncio.Future[None]) -> None:
+    """Take note of a reset, which asyncio would otherwise log as overlooked."""
+    if not closed.cancelled():
+        closed.exception()
+
+
+def _payload(body: bytes) -> bytes | LargeBody | None:
+    return LargeBody(body) if len(body) > LargeBody.SLICE_BYTES else body or None
+
+
+_RESET = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
+
+
 def _reason(exc: Exception) -> str:
     """What an operator understands of a transport error."""
     if isinstance(exc, aiohttp.ConnectionTimeoutError | aiohttp.ServerTimeoutError):
         return f"no connection within {CONNECT_SECONDS:g} s"
+    if isinstance(exc, aiohttp.InvalidURL | UnicodeError):
+        return f"has no address that can be reached: {exc}"
+    if isinstance(exc, aiohttp.ClientResponseError):
+        return "answers in no form of HTTP"
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return f"cannot connect: {exc.certificate_error}"
     if isinstance(exc, aiohttp.ClientConnectorError):
         return f"cannot connect: {exc.os_error.strerror or exc.os_error}"
     if isinstance(exc, aiohttp.ServerDisconnectedError):
         return "closed the connection without an answer"
     if isinstance(exc, aiohttp.ClientPayloadError):
         return "closed the connection in the middle of the answer"
-    if isinstance(exc, ConnectionResetError):
+    if isinstance(exc, ConnectionResetError) or getattr(exc, "errno", None) in _RESET:
         return "reset the connection"
     return str(exc) or type(exc).__name__
 

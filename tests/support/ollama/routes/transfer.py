@@ -97,7 +97,7 @@ async def blob_post(exchange: Exchange) -> web.StreamResponse:
         size += len(chunk)
     actual = f"sha256:{found.hexdigest()}"
     if actual != digest:
-        raise ApiError(400, f"digest mismatch, expected {digest!r}, got {actual!r}")
+        raise ApiError(400, f'digest mismatch, expected "{digest}", got "{actual}"')
     store.uploaded[digest] = size
     return exchange.nothing(201)
 

@@ -6,25 +6,30 @@ from msgspec import Struct
 from starlette.routing import BaseRoute, Route
 
 from .agent import AgentsApi
+from .explain import ExplainApi
 from .health import HealthApi
 from .models import ModelsApi
 from .proxy import Proxy
+from .routing import gathered
 
 
 class Handlers(Struct, frozen=True):
     """The handlers that the routes lead to."""
 
     agents: AgentsApi
+    explain: ExplainApi
     health: HealthApi
     models: ModelsApi
     proxies: Sequence[Proxy]
+    surface: Sequence[BaseRoute]
+    console: Sequence[BaseRoute]
 
 
 def routes(to: Handlers) -> list[BaseRoute]:
     """Every route of the coordinator."""
-    return [
+    listed: list[BaseRoute] = [
         *(Route(proxy.path, proxy, methods=["POST"]) for proxy in to.proxies),
-        Route("/", to.models.root, methods=["GET"]),
+        *to.console,
         Route("/api/version", to.models.version, methods=["GET"]),
         Route("/api/tags", to.models.tags, methods=["GET"]),
         Route("/api/ps", to.models.ps, methods=["GET"]),
@@ -35,7 +40,11 @@ def routes(to: Handlers) -> list[BaseRoute]:
         Route("/api/agents/{agent_id}", to.agents.show, methods=["GET"]),
         Route("/api/agents/{agent_id}", to.agents.change, methods=["PATCH"]),
         Route("/api/agents/{agent_id}", to.agents.remove, methods=["DELETE"]),
+        Route("/api/explain", to.explain.explain, methods=["POST"]),
+        Route("/api/estimates", to.explain.estimates, methods=["GET"]),
         Route("/api/health", to.health.heartbeat, methods=["POST"]),
         Route("/healthz", to.health.healthz, methods=["GET"]),
         Route("/readyz", to.health.readyz, methods=["GET"]),
+        *to.surface,
     ]
+    return gathered(listed)

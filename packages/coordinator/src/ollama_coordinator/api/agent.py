@@ -1,10 +1,11 @@
 """`/api/agents`: registration, the list, and what an operator does to one agent."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 from uuid import uuid4
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType, structs
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,7 +14,12 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentSettings, AgentState, Registry
-from ollama_coordinator_common.protocol import AgentView, RegisterReply, RegisterRequest
+from ollama_coordinator_common.protocol import (
+    AgentOperation,
+    AgentView,
+    RegisterReply,
+    RegisterRequest,
+)
 from ollama_coordinator_common.types import AgentId
 
 from .wire import decode, log_event, reply
@@ -31,7 +37,7 @@ class SettingsPatch(Struct, frozen=True):
     labels: list[str] | UnsetType = UNSET
     notes: str | UnsetType = UNSET
     draining: bool | UnsetType = UNSET
-    preference: float | UnsetType = UNSET
+    preference: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
 
 
 _patch = msgspec.json.Decoder(SettingsPatch)
@@ -47,12 +53,15 @@ class AgentsApi:
         monitor: Monitor,
         keeper: Keeper,
         clock: Clock,
+        *,
+        operations: Callable[[AgentId], list[AgentOperation]] = lambda agent_id: [],
     ) -> None:
         self._registry = registry
         self._dispatch = dispatch
         self._monitor = monitor
         self._keeper = keeper
         self._clock = clock
+        self._operations = operations
 
     async def register(self, request: Request) -> Response:
         """`POST /api/agents`: 201 `registered`, or 200 `updated` for a machine already known."""
@@ -74,8 +83,9 @@ class AgentsApi:
         return reply([self.view(agent) for agent in agents])
 
     async def show(self, request: Request) -> Response:
-        """`GET /api/agents/{id}`."""
-        return reply(self.view(self._registry.get(request.path_params["agent_id"])))
+        """`GET /api/agents/{id}`: with what it has to do with models."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        return reply(structs.replace(self.view(agent), operations=self._operations(agent.id)))
 
     async def change(self, request: Request) -> Response:
         """`PATCH /api/agents/{id}`: name, labels, notes, drain or resume; kept across restarts."""

@@ -31,7 +31,8 @@ class Dialect(Enum):
 class Surface(Struct, frozen=True):
     """One inference route: its dialect, what it asks of a model, and Ollama's texts for its name.
 
-    `missing` is the 404 for an unknown model; `nameless` the status and text without a name.
+    `missing` is the 404 for an unknown model; `nameless` the status and text without a name;
+    `checks_names`: whether a name that cannot be one is 400, or as unknown as any other.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Surface(Struct, frozen=True):
     missing: str = "model '{name}' not found"
     nameless: tuple[int, str] = (400, "model is required")
     go_type: str = "api.ChatRequest"
+    checks_names: bool = True
 
 
 _TRY_PULLING = 'model "{name}" not found, try pulling it first'
@@ -53,9 +55,16 @@ SURFACES = (
         Kind.GENERATE,
         nameless=_NO_NAME,
         go_type="api.GenerateRequest",
+        checks_names=False,
     ),
     Surface(
-        "/api/embed", Dialect.NATIVE, Kind.EMBED, _TRY_PULLING, _NO_NAME, go_type="api.EmbedRequest"
+        "/api/embed",
+        Dialect.NATIVE,
+        Kind.EMBED,
+        _TRY_PULLING,
+        _NO_NAME,
+        go_type="api.EmbedRequest",
+        checks_names=False,
     ),
     Surface(
         "/api/embeddings",
@@ -76,6 +85,7 @@ SURFACES = (
         Kind.GENERATE,
         nameless=_NO_NAME,
         go_type="openai.CompletionRequest",
+        checks_names=False,
     ),
     Surface(
         "/v1/embeddings",
@@ -84,9 +94,11 @@ SURFACES = (
         _TRY_PULLING,
         _NO_NAME,
         go_type="openai.EmbedRequest",
+        checks_names=False,
     ),
     Surface("/v1/responses", Dialect.OPENAI, Kind.CHAT, go_type="openai.ResponsesRequest"),
     Surface("/v1/messages", Dialect.ANTHROPIC, Kind.CHAT, go_type="anthropic.MessagesRequest"),
+    Surface("/v1/audio/transcriptions", Dialect.OPENAI, Kind.GENERATE),
 )
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
@@ -180,7 +192,7 @@ def read_ending(surface: Surface, last: bytes, records: int) -> Ending:
         if surface.dialect is Dialect.NATIVE:
             return _native_ending(last.rstrip(b"\n").rpartition(b"\n")[2])
         return Ending(timings=_counted_timings(last, records))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError):
         return Ending()
 
 

@@ -41,6 +41,9 @@ NOT_FOR_OLLAMA = HOP_BY_HOP | {
     b"accept-encoding",
 }
 
+RUNNER_HEADER = b"x-ollama-coordinator-runner"
+"""Tells a client that a runner with a larger context than it asked for serves it."""
+
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"date", b"server"}
 
 
@@ -49,10 +52,18 @@ def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
     received = list(headers)
     dropped = NOT_FOR_OLLAMA | _named_by_connection(received)
     return [
-        (name.decode("latin-1"), value.decode("latin-1"))
+        (name.decode("latin-1"), _text(value))
         for name, value in received
         if name.lower() not in dropped
     ]
+
+
+def _text(value: bytes) -> str:
+    """A header's value such that aiohttp, which sends UTF-8, sends the same bytes where it can."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def to_client(headers: RawHeaders) -> list[tuple[bytes, bytes]]:

@@ -1,6 +1,6 @@
 """The fleet's model lists, as if from one Ollama: from what is known, without asking the agents."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -11,15 +11,20 @@ from starlette.responses import Response
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.registry import AgentState, AvailableRow, LoadedRow, Registry
+from ollama_coordinator.registry import (
+    AgentState,
+    AvailableRow,
+    LoadedRow,
+    Registry,
+    modified_at,
+    newest,
+)
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 
 from .dialects import Dialect
+from .versions import UNKNOWN, lowest
 from .wire import JSON, HttpError, error_reply, reply
-
-NO_VERSION = "0.0.0"
-"""What a development build of Ollama reports; clients draw no conclusion from it."""
 
 LONG_AGO = datetime.fromtimestamp(0, UTC)
 
@@ -41,12 +46,12 @@ class ModelsApi:
         """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
         now = self._clock.now()
         routable = [agent for agent in self._registry if self._registry.is_routable(agent, now)]
-        return reply({"version": _lowest(routable) or _lowest(self._registry) or NO_VERSION})
+        return reply({"version": _lowest(routable) or _lowest(self._registry) or UNKNOWN})
 
     async def tags(self, request: Request) -> Response:
         """`GET /api/tags`: the union, one row a name, newest first; offline holders count too."""
         if self._tags[0] != self._registry.changes:
-            rows = sorted(self._preferred(), key=_modified_at, reverse=True)
+            rows = sorted(self._preferred(), key=modified_at, reverse=True)
             body = b'{"models":[' + b",".join(row.raw for row in rows) + b"]}"
             self._tags = (self._registry.changes, body)
         return Response(self._tags[1], media_type=JSON)
@@ -68,8 +73,8 @@ class ModelsApi:
 
     async def v1_list(self, request: Request) -> Response:
         """`GET /v1/models`: the same as OpenAI lists them; Ollama says null where there is none."""
-        rows = sorted(self._preferred(), key=_modified_at, reverse=True)
-        return reply({"object": "list", "data": [_openai_row(row) for row in rows] or None})
+        rows = sorted(self._preferred(), key=modified_at, reverse=True)
+        return _v1({"object": "list", "data": [_openai_row(row) for row in rows] or None})
 
     async def v1_show(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
@@ -81,33 +86,21 @@ class ModelsApi:
         row = next((row for row in self._preferred() if row.key == key), None)
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
-        return reply({**_openai_row(row), "id": name})
+        return _v1({**_openai_row(row), "id": name})
 
     def _preferred(self) -> Iterable[AvailableRow]:
-        """One row a name: the content that most agents have, then the newest."""
+        """One row a name: the newest of the preferred content."""
         for key in self._registry.models():
-            rows = [
-                agent.inventory.available[key]
-                for agent in self._registry.holders(key)
-                if key in agent.inventory.available
-            ]
-            held = Counter(row.identity for row in rows)
-            yield max(rows, key=lambda row: (held[row.identity], _modified_at(row)))
+            holders = self._registry.holders(key)
+            yield newest([agent.inventory.available[key] for agent in holders])
 
 
-def _modified_at(row: AvailableRow) -> datetime:
-    at = row.model.modified_at
-    return LONG_AGO if at is None else at if at.tzinfo else at.replace(tzinfo=UTC)
+def _v1(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 def _lowest(agents: Iterable[AgentState]) -> str | None:
-    versions = {agent.registration.ollama_version for agent in agents} - {NO_VERSION, ""}
-    return min(versions, key=_version_key, default=None)
-
-
-def _version_key(version: str) -> tuple[list[int], str]:
-    numbers = version.lstrip("v").partition("-")[0].split(".")
-    return [int(number) if number.isdigit() else 0 for number in numbers], version
+    return lowest(agent.registration.ollama_version for agent in agents)
 
 
 def _openai_row(row: AvailableRow) -> dict[str, Any]:
@@ -115,7 +108,7 @@ def _openai_row(row: AvailableRow) -> dict[str, Any]:
     return {
         "id": row.model.name,
         "object": "model",
-        "created": int(_modified_at(row).timestamp()),
+        "created": int(modified_at(row).timestamp()),
         "owned_by": parsed.namespace,
     }
 

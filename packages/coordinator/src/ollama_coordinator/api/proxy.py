@@ -4,31 +4,30 @@ Read the routing fields; lease a place; open the upstream; relay until either si
 lease with what was learned; or answer the error in the client's dialect. Bodies pass as they are.
 """
 
-from secrets import token_hex
+from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch, Held
+from ollama_coordinator.journal import Following, Journal
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import Registry
-from ollama_coordinator.scheduler import (
-    Kind,
-    Lane,
-    ModelNotFound,
-    Request,
-    RequestId,
-    SchedulerError,
-)
+from ollama_coordinator.scheduler import ModelNotFound, Request, SchedulerError
 from ollama_coordinator.upstream import UpstreamError, Upstreams
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.names import model_key
 
+from . import audio
+from .compressed import NotDecompressed, plain_body
 from .departure import until_departure
-from .dialects import Surface
+from .dialects import Dialect, Surface
+from .fitting import Fitting
 from .headers import declared_length, to_ollama
+from .intake import take_in
 from .reading import Routing, read_body, read_routing
 from .relay import Call, Failure, Relay
+from .show import cloud_disabled
+from .unload import Unloading
 from .wire import ClientLeft, HttpError, send_error, send_whole
 
 
@@ -43,8 +42,11 @@ class Proxy:
         monitor: Monitor,
         upstreams: Upstreams,
         clock: Clock,
+        journal: Journal,
         *,
-        body_limit: int,
+        fitting: Fitting,
+        unloading: Unloading,
+        body_limit: Callable[[], int],
     ) -> None:
         self._surface = surface
         self._registry = registry
@@ -52,6 +54,9 @@ class Proxy:
         self._monitor = monitor
         self._upstreams = upstreams
         self._clock = clock
+        self._journal = journal
+        self._fitting = fitting
+        self._unloading = unloading
         self._body_limit = body_limit
 
     @property
@@ -63,56 +68,58 @@ class Proxy:
         """Serve one request."""
         try:
             declared = declared_length(dict(scope["headers"]))
-            body = await read_body(receive, self._body_limit, declared)
+            body = await read_body(receive, self._body_limit(), declared)
             async with until_departure(receive):
                 call = await self._read(scope, body, send)
-                await self._serve(call)
+                if call.unloads:
+                    await self._unloading.everywhere(call)
+                    return
+                with self._journal.follow(call.request, self.path) as entry:
+                    await self._serve(call, entry)
         except ClientLeft:
             return
+        except NotDecompressed as error:
+            await send_error(send, Dialect.NATIVE, error)
         except OllamaCoordinatorError as error:
             await send_error(send, self._surface.dialect, error)
 
     # ── read ──────────────────────────────────────────────────────────────────────────────────
 
     async def _read(self, scope: Scope, body: bytes, send: Send) -> Call:
-        routing = read_routing(self._surface, body)
-        request = self._request(scope, routing)
+        routing = await self._routing(dict(scope["headers"]), body)
+        request = take_in(self._surface, routing, scope, self._clock.now())
         if not self._registry.holders(request.model):
             # Perhaps pulled a moment ago on an agent that does not report its models by itself.
-            await self._monitor.refresh(self._registry, older_than=2.0, seconds=1.0)
-        return Call(self._surface, request, to_ollama(scope["headers"]), body, send)
-
-    def _request(self, scope: Scope, routing: Routing) -> Request:
-        client = scope.get("client")
-        embedding = self._surface.kind is Kind.EMBED
-        return Request(
-            id=RequestId(token_hex(8)),
-            model=model_key(routing.name),
-            name=routing.name,
-            arrived_at=self._clock.now(),
-            kind=self._surface.kind,
-            lane=Lane.EMBEDDING if embedding else Lane.INTERACTIVE,
-            client=client[0] if client else "",
-            prompt_tokens=routing.prompt_tokens,
-            prefix=routing.prefix,
-            output_limit=routing.output_limit,
-            options=routing.options,
-            load_only=routing.load_only,
+            await self._monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
+        fitted = await self._fitting.fit(self._surface, request, body)
+        return Call(
+            self._surface,
+            fitted.request,
+            to_ollama(scope["headers"]),
+            fitted.body,
+            send,
+            unloads=routing.unload_only,
+            note=fitted.note,
         )
+
+    async def _routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
+        if self._surface.path == audio.PATH:
+            return audio.read_form(headers.get(b"content-type", b"").decode("latin-1"), body)
+        return read_routing(self._surface, await plain_body(self._surface, headers, body))
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
-    async def _serve(self, call: Call) -> None:
+    async def _serve(self, call: Call, entry: Following) -> None:
         request = call.request
         failure: Failure | None = None
         while True:
             try:
                 async with self._dispatch.lease(request) as held:
+                    entry.leased(held)
                     failure = await self._attempt(call, held)
             except ModelNotFound as exc:
                 if failure is None:
-                    text = self._surface.missing.format(name=request.name)
-                    raise HttpError(404, text) from exc
+                    raise self._missing(request) from exc
                 break
             except SchedulerError:
                 if failure is None:
@@ -123,9 +130,16 @@ class Proxy:
             request = request.without([held.agent.id])
         await self._answer_failure(call, failure)
 
+    def _missing(self, request: Request) -> HttpError:
+        if request.model.endswith((":cloud", "-cloud")):
+            return cloud_disabled("remote inference is unavailable")
+        return HttpError(404, self._surface.missing.format(name=request.name))
+
     async def _attempt(self, call: Call, held: Held) -> Failure | None:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""
         relay = Relay(call, held, self._dispatch)
+        held.note = call.note
+        await self._unloading.make_room(held.agent, held.lease.unload)
         try:
             async with (
                 held.interrupt,

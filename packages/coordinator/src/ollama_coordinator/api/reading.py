@@ -6,6 +6,7 @@ name is read leniently: whether it is right is for Ollama to say.
 """
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.types import Message, Receive
 from ollama_coordinator.scheduler import RunnerOptions
 
 from .dialects import Dialect, Surface
+from .gojson import read_fields
 from .wire import ClientLeft, HttpError
 
 BYTES_PER_TOKEN = 4
@@ -54,26 +56,39 @@ def _check_size(size: int, limit: int) -> None:
         )
 
 
+ABSENT = Raw()
+
+
 class _Message(Struct):
-    content: Raw = Raw(b"")
+    content: Raw = ABSENT
     images: list[Raw] | None = None
 
 
 class _Fields(Struct):
     model: str = ""
-    messages: Raw | None = None
-    prompt: Raw | None = None
-    input: Raw | None = None
-    images: Raw | None = None
-    options: Raw | None = None
-    keep_alive: Raw | None = None
-    shift: Raw | None = None
-    max_tokens: Raw | None = None
-    max_completion_tokens: Raw | None = None
+    messages: Raw = ABSENT
+    prompt: Raw = ABSENT
+    input: Raw = ABSENT
+    images: Raw = ABSENT
+    options: Raw = ABSENT
+    keep_alive: Raw = ABSENT
+    shift: Raw = ABSENT
+    max_tokens: Raw = ABSENT
+    max_completion_tokens: Raw = ABSENT
 
 
 class _Limits(Struct):
     num_predict: int | None = None
+
+
+_ZERO = re.compile(
+    rb"[-+]?0+(?:\.0*)?(?:[eE][-+]?\d+)?"  # seconds
+    rb'|"[-+]?(?:0|(?:0+(?:\.0*)?(?:[num]|\xc2\xb5)?[smh])+)"'  # Go's duration
+)
+"""A `keep_alive` of nothing: a number of seconds, or a duration as Go writes it."""
+
+
+_NOTHING = re.compile(rb'|""|null|\[\s*\]')
 
 
 class Routing(Struct, frozen=True):
@@ -90,7 +105,7 @@ class Routing(Struct, frozen=True):
     @property
     def unload_only(self) -> bool:
         """Whether the request only asks to drop the model from memory (`keep_alive` 0)."""
-        return self.load_only and self.keep_alive.strip(b'"') in (b"0", b"0s", b"0m", b"0h")
+        return self.load_only and _ZERO.fullmatch(self.keep_alive) is not None
 
 
 _fields = msgspec.json.Decoder(_Fields)
@@ -98,7 +113,7 @@ _messages = msgspec.json.Decoder(list[Raw])
 _message = msgspec.json.Decoder(_Message)
 _options = msgspec.json.Decoder(RunnerOptions)
 _limits = msgspec.json.Decoder(_Limits)
-_integer = msgspec.json.Decoder(int)
+_integer = msgspec.json.Decoder(int | None)
 
 
 def read_routing(surface: Surface, body: bytes) -> Routing:
@@ -110,7 +125,7 @@ def read_routing(surface: Surface, body: bytes) -> Routing:
     """
     try:
         fields = _fields.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         fields = _Fields()
     if not fields.model:
         fields = _read_as_go_does(surface, body)
@@ -118,7 +133,7 @@ def read_routing(surface: Surface, body: bytes) -> Routing:
         raise HttpError(*surface.nameless)
     tokens, prefix = _read_messages(fields.messages)
     for text in (fields.prompt, fields.input):
-        tokens += _text_tokens(bytes(text)) if text is not None else 0
+        tokens += _text_tokens(bytes(text))
     return Routing(
         name=fields.model,
         prompt_tokens=tokens,
@@ -126,23 +141,22 @@ def read_routing(surface: Surface, body: bytes) -> Routing:
         output_limit=_output_limit(fields),
         options=_runner_options(fields),
         load_only=surface.dialect is Dialect.NATIVE and _is_empty(fields),
-        keep_alive=bytes(fields.keep_alive or b""),
+        keep_alive=bytes(fields.keep_alive),
     )
 
 
 def _is_empty(fields: _Fields) -> bool:
     """Whether there is nothing to generate: Ollama then only loads or unloads the model."""
-    empty = (b'""', b"[]", b"null")
     given = (fields.messages, fields.prompt, fields.input, fields.images)
-    return all(part is None or bytes(part) in empty for part in given)
+    return all(_NOTHING.fullmatch(bytes(part)) for part in given)
 
 
-def _read_messages(raw: Raw | None) -> tuple[int, tuple[int, ...]]:
+def _read_messages(raw: Raw) -> tuple[int, tuple[int, ...]]:
     """The tokens of a conversation, and a chain of hashes: one per message, over all before it."""
     tokens = 0
     chain: list[int] = []
     try:
-        for message in _messages.decode(raw) if raw is not None else ():
+        for message in _messages.decode(raw) if raw else ():
             read = _message.decode(message)
             tokens += _text_tokens(bytes(read.content)) + TOKENS_PER_IMAGE * len(read.images or ())
             chain.append(hash((chain[-1] if chain else 0, bytes(message))))
@@ -161,10 +175,11 @@ def _output_limit(fields: _Fields) -> int | None:
     """The client's own bound on the answer; negative (no bound) and unreadable are `None`."""
     limit: int | None = None
     try:
-        if fields.options is not None:
+        if fields.options:
             limit = _limits.decode(fields.options).num_predict
         for raw in (fields.max_tokens, fields.max_completion_tokens):
-            limit = _integer.decode(raw) if raw is not None else limit
+            given = _integer.decode(raw) if raw else None
+            limit = limit if given is None else given
     except msgspec.DecodeError:
         return None
     return limit if limit is not None and limit >= 0 else None
@@ -175,67 +190,18 @@ def _runner_options(fields: _Fields) -> RunnerOptions:
         options = _options.decode(fields.options) if fields.options else RunnerOptions()
     except msgspec.DecodeError:
         return RunnerOptions()
-    if fields.shift is None:
+    if bytes(fields.shift) not in (b"true", b"false"):
         return options
     return msgspec.structs.replace(options, shift=bytes(fields.shift) == b"true")
 
 
-# ── as Go reads JSON ──────────────────────────────────────────────────────────────────────────
-
-_GO_TEXTS = {
-    "Expecting value": "looking for beginning of value",
-    "Expecting property name enclosed in double quotes": (
-        "looking for beginning of object key string"
-    ),
-    "Expecting ':' delimiter": "after object key",
-    "Expecting ',' delimiter": "after object key:value pair",
-    "Illegal trailing comma before end of object": "looking for beginning of object key string",
-}
-_GO_KINDS = {
-    str: "string",
-    bool: "bool",
-    int: "number",
-    float: "number",
-    list: "array",
-    dict: "object",
-}
-
-
 def _read_as_go_does(surface: Surface, body: bytes) -> _Fields:
-    text = body.decode(errors="replace").lstrip(" \t\r\n")
-    if not text:
-        native = surface.dialect is Dialect.NATIVE
-        raise HttpError(400, "missing request body" if native else "EOF")
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as exc:
-        raise HttpError(400, _go_text(exc)) from exc
-    except RecursionError as exc:
-        raise HttpError(400, "invalid JSON: exceeded max depth") from exc
-    if value is None:
-        return _Fields()
-    if not isinstance(value, dict):
-        kind = _GO_KINDS[type(value)]
-        text = f"json: cannot unmarshal {kind} into Go value of type {surface.go_type}"
-        raise HttpError(400, text)
-    folded = {key.lower(): part for key, part in value.items()}
-    model = folded.get("model")
-    if model is not None and not isinstance(model, str):
-        field = f"{surface.go_type.rpartition('.')[2]}.model"
-        kind = _GO_KINDS[type(model)]
-        raise HttpError(
-            400, f"json: cannot unmarshal {kind} into Go struct field {field} of type string"
-        )
+    """The slow path, for what the fast one cannot read or finds no name in."""
+    native = surface.dialect is Dialect.NATIVE
+    fields = read_fields(body, surface.go_type, "missing request body" if native else "EOF")
     known: dict[str, Any] = {
-        name: Raw(msgspec.json.encode(folded[name]))
+        name: Raw(json.dumps(fields.values[name]).encode())
         for name in _Fields.__struct_fields__
-        if name != "model" and name in folded
+        if name != "model" and name in fields.values
     }
-    return _Fields(model=model or "", **known)
-
-
-def _go_text(error: json.JSONDecodeError) -> str:
-    if error.pos >= len(error.doc) or error.msg.startswith("Unterminated"):
-        return "unexpected EOF"
-    where = _GO_TEXTS.get(error.msg, "looking for beginning of value")
-    return f"invalid character {error.doc[error.pos]!r} {where}"
+    return _Fields(model=fields.text("model"), **known)

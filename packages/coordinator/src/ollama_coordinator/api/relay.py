@@ -12,10 +12,10 @@ from starlette.types import Send
 
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.scheduler import Outcome, Request, Result
-from ollama_coordinator.upstream import AgentLost, UpstreamError, chunks
+from ollama_coordinator.upstream import AgentLost, RequestCancelled, UpstreamError, chunks
 
 from .dialects import Ending, Surface, error_record, read_ending, swallowed_error
-from .headers import served_by, to_client
+from .headers import RUNNER_HEADER, served_by, to_client
 from .records import Records
 from .verdict import cannot_run, retryable
 from .wire import send_whole
@@ -38,13 +38,18 @@ class Failure(Struct, frozen=True):
 
 
 class Call(Struct, frozen=True):
-    """One request on its way: where it came in, what it is, and the way back to the client."""
+    """One request on its way: where it came in, what it is, and the way back to the client.
+
+    `unloads`: it only asks to drop the model from memory. `note`: what was done to it, if anything.
+    """
 
     surface: Surface
     request: Request
     headers: list[tuple[str, str]]
     body: bytes
     send: Send
+    unloads: bool = False
+    note: str = ""
 
 
 class Relay:
@@ -63,10 +68,13 @@ class Relay:
         Raises:
             UpstreamError: it broke off.
         """
+        self._held.status = response.status
         headers = to_client(response.raw_headers)
         if response.status >= 400:
             return await self._refused(response, headers)
         head = [*headers, *served_by(self._held.agent.name, self._call.request.id)]
+        if self._call.note:
+            head.append((RUNNER_HEADER, self._call.note.encode()))
         if response.content_type in STREAMED:
             return await self._stream(response, head)
         return await self._whole(response, head)
@@ -147,6 +155,9 @@ class Relay:
 
     async def broken(self, error: UpstreamError) -> Failure | None:
         """The agent broke off: try another while the client has seen nothing, else tell it."""
+        if isinstance(error, RequestCancelled):
+            await self._cancelled(error)
+            return None
         held = self._held
         result = Result.CUT if self._started else Result.UNREACHABLE
         reason = f"agent {held.agent.name}: {error}"
@@ -164,6 +175,14 @@ class Relay:
         # An answer without records has no place for an error: it ends unfinished, and the server
         # then closes the connection, which tells the client.
         return None
+
+    async def _cancelled(self, error: RequestCancelled) -> None:
+        """An operator ended the request: the client learns so, the agent is not blamed."""
+        self._held.outcome = Outcome(Result.CANCELLED, str(error))
+        if not self._started:
+            raise error
+        if self._records.count:
+            await self._finish(error_record(self._call.surface, str(error)))
 
     # ── to the client ─────────────────────────────────────────────────────────────────────────
 

@@ -38,6 +38,8 @@ def retryable(status: int, body: bytes) -> Outcome | None:
     if status == 403 and not body.strip():
         # Ollama's Host check: it is bound to loopback and does not take our name for it.
         return Outcome(Result.UNREACHABLE, f"{told}; set OLLAMA_HOST=0.0.0.0 on that machine")
+    if status == 404 and body.startswith(b"404 page not found"):
+        return Outcome(Result.BUSY, "its Ollama is too old for this route")
     if status == 404:
         return Outcome(Result.MODEL_MISSING, told) if "not found" in text else None
     if status in (429, 499, 502, 503, 504):

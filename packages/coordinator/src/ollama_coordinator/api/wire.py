@@ -8,11 +8,19 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Send
 
 from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.operations import (
+    NoAgentForModel,
+    OperationError,
+    Refused,
+    SpoolError,
+    UnknownOperation,
+    WrongPlacement,
+)
 from ollama_coordinator.registry import AgentState, UnknownAgent
 from ollama_coordinator.scheduler import (
     HoldersUnavailable,
@@ -20,7 +28,8 @@ from ollama_coordinator.scheduler import (
     NoAgentRegistered,
     QueueFull,
 )
-from ollama_coordinator.upstream import AgentLost, Cut, Unreachable
+from ollama_coordinator.tuning import NotEditable
+from ollama_coordinator.upstream import AgentLost, Cut, RequestCancelled, Unreachable
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from .dialects import Dialect, error_body
@@ -34,6 +43,11 @@ OWN_BODY_LIMIT = 16 * 1024 * 1024
 
 JSON = "application/json; charset=utf-8"
 
+
+class ClientLeft(OllamaCoordinatorError):
+    """The client closed its connection; there is nobody to answer."""
+
+
 STATUS: dict[type[OllamaCoordinatorError], int] = {
     InvalidModelName: 400,
     ModelNotFound: 404,
@@ -44,7 +58,15 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     Unreachable: 503,
     AgentLost: 503,
     Cut: 502,
+    # What Ollama itself answers for a request that was cancelled; clients do not repeat it.
+    RequestCancelled: 499,
+    NotEditable: 409,
     DatabaseError: 503,
+    ClientLeft: 499,
+    WrongPlacement: 400,
+    NoAgentForModel: 503,
+    UnknownOperation: 404,
+    OperationError: 500,
 }
 """The status of every error that can reach a client; `HttpError` brings its own."""
 
@@ -57,13 +79,9 @@ class HttpError(OllamaCoordinatorError):
         self.status = status
 
 
-class ClientLeft(OllamaCoordinatorError):
-    """The client closed its connection; there is nobody to answer."""
-
-
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
-    if isinstance(error, HttpError):
+    if isinstance(error, HttpError | Refused | SpoolError):
         return error.status
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
@@ -75,22 +93,36 @@ def headers_of(error: OllamaCoordinatorError) -> dict[str, str]:
     return {}
 
 
+async def own_body(request: Request) -> bytes:
+    """The whole body of a request that is not inference.
+
+    Raises:
+        HttpError: 413 beyond `OWN_BODY_LIMIT`.
+        ClientLeft: the client closed the connection before its end.
+    """
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > OWN_BODY_LIMIT:
+                raise HttpError(413, f"request body too large: the limit is {OWN_BODY_LIMIT} bytes")
+    except ClientDisconnect as exc:
+        raise ClientLeft from exc
+    return bytes(body)
+
+
 async def decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
     """The body of a request to our own API as its type.
 
     Raises:
         HttpError: 400 with the field and what is wrong with it; 413 beyond `OWN_BODY_LIMIT`.
     """
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > OWN_BODY_LIMIT:
-            raise HttpError(413, f"request body too large: the limit is {OWN_BODY_LIMIT} bytes")
+    body = await own_body(request)
     if not body.strip():
         raise HttpError(400, "missing request body")
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise HttpError(400, f"invalid request body: {exc}") from exc
 
 
@@ -103,7 +135,12 @@ def error_reply(error: OllamaCoordinatorError, dialect: Dialect = Dialect.NATIVE
     """The answer that tells an error."""
     status = status_of(error)
     body = error_body(dialect, status, str(error))
-    return Response(body, status, headers_of(error), media_type=JSON)
+    return Response(body, status, headers_of(error), media_type=_json_of(dialect))
+
+
+def _json_of(dialect: Dialect) -> str:
+    """Ollama names the charset on its native routes only."""
+    return JSON if dialect is Dialect.NATIVE else "application/json"
 
 
 async def send_whole(
@@ -118,7 +155,7 @@ async def send_whole(
 async def send_error(send: Send, dialect: Dialect, error: OllamaCoordinatorError) -> None:
     """An error as a whole answer on plain ASGI."""
     status = status_of(error)
-    headers = {"content-type": JSON, **headers_of(error)}
+    headers = {"content-type": _json_of(dialect), **headers_of(error)}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send_whole(send, status, encoded, error_body(dialect, status, str(error)))
 

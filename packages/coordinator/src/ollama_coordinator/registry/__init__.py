@@ -1,6 +1,7 @@
 """Who exists and in what state; pure: time and facts in, what changed out."""
 
 from .agent import AgentSettings, AgentState, Cooldown
+from .identity import contents, modified_at, newest
 from .inventory import AvailableRow, Inventory, LoadedRow
 from .registry import Registration, Registry, UnknownAgent
 
@@ -14,4 +15,7 @@ __all__ = [
     "Registration",
     "Registry",
     "UnknownAgent",
+    "contents",
+    "modified_at",
+    "newest",
 ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
@@ -37,7 +37,9 @@ class Cooldown(Struct, frozen=True):
 def cooldown_after(previous: Cooldown | None, reason: str, now: float, *, first: float) -> Cooldown:
     """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s."""
     failures = previous.failures + 1 if previous else 1
-    wait = first if failures == 1 else min(2.0 ** (failures - 2), LONGEST_COOLDOWN_SECONDS)
+    # A probe fails thousands of times in a night; a float has room for 1023 doublings.
+    doubled = 2.0 ** min(failures - 2, 10)
+    wait = first if failures == 1 else min(doubled, LONGEST_COOLDOWN_SECONDS)
     return Cooldown(failures=failures, until=now + wait, reason=reason)
 
 
@@ -82,7 +84,7 @@ class AgentState:
     @property
     def brings_inventory(self) -> bool:
         """Whether its heartbeats list the models; else its Ollama is asked."""
-        return self.report is not None and self.report.tags is not None
+        return self.report is not None and self.report.tags is not UNSET
 
     def status(self, now: float, timeout: float) -> AgentStatus:
         """Derived: offline after `timeout` seconds of silence or a goodbye."""

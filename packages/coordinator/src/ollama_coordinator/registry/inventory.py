@@ -6,9 +6,10 @@ every field, known here or not; only what routing needs is decoded.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, structs
 
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import model_key
@@ -41,9 +42,16 @@ class _Rows(Struct):
     models: list[Raw] | None = None
 
 
+class _Named(Struct):
+    name: str
+
+
 _rows = msgspec.json.Decoder(_Rows)
 _available = msgspec.json.Decoder(AvailableModel)
 _loaded = msgspec.json.Decoder(LoadedModel)
+_named = msgspec.json.Decoder(_Named)
+
+Model = TypeVar("Model", AvailableModel, LoadedModel)
 
 
 @dataclass(slots=True)
@@ -68,10 +76,10 @@ class Inventory:
         """
         if tags == self.tags and blobs == self.blobs:
             return False
-        rows = [(Raw(row), _available.decode(row)) for row in _rows.decode(tags).models or ()]
+        rows = _read(tags, _available, AvailableModel)
         digests = {_key(name): blob for name, blob in blobs.items()}
         self.available = {
-            key: AvailableRow(key, model, bytes(raw), digests.get(key, ""))
+            key: AvailableRow(key, model, raw, digests.get(key, ""))
             for raw, model in rows
             if (key := _key(model.name))
         }
@@ -86,22 +94,35 @@ class Inventory:
         """
         if ps == self.ps:
             return False
-        rows = [(Raw(row), _loaded.decode(row)) for row in _rows.decode(ps).models or ()]
-        before = set(self.loaded)
+        rows = _read(ps, _loaded, LoadedModel)
+        before = {key: row.model.context_length for key, row in self.loaded.items()}
         self.loaded = {
-            key: LoadedRow(key, model, bytes(raw))
-            for raw, model in rows
-            if (key := _key(model.name))
+            key: LoadedRow(key, model, raw) for raw, model in rows if (key := _key(model.name))
         }
         self.ps = ps
-        return before != set(self.loaded)
+        return before != {key: row.model.context_length for key, row in self.loaded.items()}
 
-    def note_loaded(self, key: str) -> None:
-        """A request of this model just finished here, so it is in memory until a list says no."""
-        row = self.available.get(key)
-        if row is not None and key not in self.loaded:
-            self.loaded[key] = LoadedRow(key, LoadedModel(row.model.name, row.model.digest))
-            self.ps = b""
+    def note_loaded(self, key: str, context_length: int | None = None) -> bool:
+        """A request of this model just finished here, so it is in memory until a list says no.
+
+        `context_length` is what it asked for, if anything. Whether this is news.
+        """
+        known, row = self.runner(key), self.available.get(key)
+        if known is None and row is not None:
+            known = LoadedRow(key, LoadedModel(row.model.name, row.model.digest))
+        elif known is None or context_length in (None, known.model.context_length):
+            return False
+        model = known.model
+        if context_length is not None:
+            model = structs.replace(model, context_length=context_length)
+        self.loaded[known.key] = structs.replace(known, model=model)
+        self.ps = b""
+        return True
+
+    @property
+    def is_inferred(self) -> bool:
+        """Whether what is in memory was concluded from requests since the last list."""
+        return bool(self.loaded) and not self.ps
 
     def note_unloaded(self, keys: Iterable[str]) -> None:
         """The models were asked to leave memory."""
@@ -117,16 +138,53 @@ class Inventory:
 
     def is_loaded(self, key: str) -> bool:
         """Whether the model is in memory, also under another name of the same weights."""
-        if key in self.loaded:
-            return True
+        return self.runner(key) is not None
+
+    def runner(self, key: str) -> LoadedRow | None:
+        """What has the model in memory: its own row, or that of another name of its weights."""
+        mine = self.available.get(key)
+        if key in self.loaded or mine is None or not mine.blob:
+            return self.loaded.get(key)
+        for name, row in self.loaded.items():
+            other = self.available.get(name)
+            if other is not None and other.blob == mine.blob:
+                return row
+        return None
+
+    def namesakes(self, key: str) -> list[str]:
+        """The routing keys of every name that shares the model's weights, itself included."""
         row = self.available.get(key)
         if row is None or not row.blob:
-            return False
-        return any(
-            other.blob == row.blob
-            for name in self.loaded
-            if (other := self.available.get(name)) is not None
-        )
+            return [key]
+        return [name for name, other in self.available.items() if other.blob == row.blob]
+
+
+def _read(
+    body: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]
+) -> list[tuple[bytes, Model]]:
+    """The rows of a list, each as it came and as routing reads it; one without a name is left out.
+
+    Raises:
+        msgspec.DecodeError: the body is not Ollama's list.
+    """
+    try:
+        body.decode()  # the database keeps it as text
+        rows = [bytes(row) for row in _rows.decode(body).models or ()]
+        return [(row, model) for row in rows if (model := _model(row, decoder, kind)) is not None]
+    except (UnicodeDecodeError, RecursionError) as exc:
+        raise msgspec.DecodeError(str(exc)) from exc
+
+
+def _model(row: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]) -> Model | None:
+    """One row; by its name alone where another field is not what it should be."""
+    try:
+        return decoder.decode(row)
+    except msgspec.DecodeError:
+        pass
+    try:
+        return kind(name=_named.decode(row).name)
+    except msgspec.DecodeError:
+        return None
 
 
 def _key(name: str) -> str:

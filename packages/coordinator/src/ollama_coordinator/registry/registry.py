@@ -4,13 +4,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 
-from msgspec import Struct, structs
+from msgspec import UNSET, Struct, structs
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .agent import AgentSettings, AgentState, cooldown_after
+from .identity import preferred
+from .inventory import AvailableRow
 
 
 class UnknownAgent(OllamaCoordinatorError):
@@ -41,6 +43,7 @@ class Registry:
         self._agents: dict[AgentId, AgentState] = {}
         self._holders: defaultdict[str, set[AgentId]] = defaultdict(set)
         self._online: set[AgentId] = set()
+        self._preferred: dict[str, list[AgentId]] = {}
 
     def __iter__(self) -> Iterator[AgentState]:
         return iter(self._agents.values())
@@ -74,11 +77,12 @@ class Registry:
         if known is None:
             agent = AgentState(new_id, request, registered_at=at, heard_at=now)
             self._agents[new_id] = agent
-            self._online.add(new_id)
+            self._come(new_id)
             return Registration(agent, created=True)
+        before = known.url
         known.registration = request
-        known.left = False
-        known.resting, known.cooldown = False, None
+        if known.left or known.url != before:
+            known.resting, known.cooldown = False, None
         self.heard(known, now)
         return Registration(known, created=False)
 
@@ -87,7 +91,7 @@ class Registry:
         self._agents[agent.id] = agent
         self._index(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
-            self._online.add(agent.id)
+            self._come(agent.id)
         self.changes += 1
 
     def remove(self, agent_id: AgentId) -> AgentState:
@@ -98,9 +102,9 @@ class Registry:
         """
         agent = self.get(agent_id)
         del self._agents[agent.id]
-        self._online.discard(agent.id)
         for holders in self._holders.values():
             holders.discard(agent.id)
+        self._go(agent.id)
         self.changes += 1
         return agent
 
@@ -150,11 +154,12 @@ class Registry:
             msgspec.DecodeError: its `tags` or `ps` are not Ollama's lists.
         """
         agent = self.get(report.agent_id)
-        if report.tags is not None:
+        if report.tags is not UNSET:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now)
-        if report.ps is not None:
+        if report.ps is not UNSET:
             self.list_loaded(agent, bytes(report.ps), now)
-        if agent.ollama_running != report.ollama_running:
+        runner = agent.report.runner if agent.report is not None else None
+        if (agent.ollama_running, runner) != (report.ollama_running, report.runner):
             self.changes += 1
         if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
             agent.registration = structs.replace(
@@ -164,16 +169,20 @@ class Registry:
         self.heard(agent, now)
         if report.leaving:
             agent.left = True
-            self._online.discard(agent.id)
+            self._go(agent.id)
             self.changes += 1
         return agent
 
     def heard(self, agent: AgentState, now: float) -> None:
         """A sign of life."""
+        # Its time may be over although nobody has called `expire` since: it comes back all the
+        # same, and who derived something from its absence must learn so.
+        is_back = not self.is_online(agent, now) or agent.id not in self._online
         agent.heard_at = now
         agent.left = False
-        if agent.id not in self._online:
-            self._online.add(agent.id)
+        # An answer may come in after its agent was removed; that one stays gone.
+        if is_back and agent.id in self._agents:
+            self._come(agent.id)
             self.changes += 1
 
     def expire(self, now: float) -> list[AgentState]:
@@ -184,9 +193,17 @@ class Registry:
             if agent.status(now, self.agent_timeout) is AgentStatus.OFFLINE
         ]
         for agent in offline:
-            self._online.discard(agent.id)
+            self._go(agent.id)
             self.changes += 1
         return offline
+
+    def _come(self, agent_id: AgentId) -> None:
+        self._online.add(agent_id)
+        self._preferred.clear()
+
+    def _go(self, agent_id: AgentId) -> None:
+        self._online.discard(agent_id)
+        self._preferred.clear()
 
     def next_expiry(self) -> float | None:
         """When the next agent goes offline if nothing is heard of it."""
@@ -215,12 +232,20 @@ class Registry:
             agent.resting = False
             self.changes += 1
 
-    def succeeded(self, agent: AgentState, key: str) -> None:
-        """A request was served: what had failed before is forgotten, and the model is in memory."""
+    def answered(self, agent: AgentState) -> None:
+        """Its Ollama did what it was asked: what had failed before is forgotten."""
+        if agent.resting:
+            self.changes += 1
         agent.cooldown, agent.resting = None, False
+
+    def succeeded(self, agent: AgentState, key: str, context_length: int | None = None) -> None:
+        """A request was served: what had failed before is forgotten, and the model is in memory.
+
+        `context_length` is what the request asked for, if it did.
+        """
+        self.answered(agent)
         agent.model_cooldowns.pop(key, None)
-        if key not in agent.inventory.loaded:
-            agent.inventory.note_loaded(key)
+        if agent.inventory.note_loaded(key, context_length):
             self.changes += 1
 
     # ── which models ──────────────────────────────────────────────────────────────────────────
@@ -255,6 +280,12 @@ class Registry:
         """The agent answered that it does not have a model it was listed with."""
         agent.inventory.note_missing(key)
         self._holders[key].discard(agent.id)
+        self._preferred.pop(key, None)
+        self.changes += 1
+
+    def note_unloaded(self, agent: AgentState, key: str) -> None:
+        """The agent was asked to drop a model from memory, with every name of the same weights."""
+        agent.inventory.note_unloaded(agent.inventory.namesakes(key))
         self.changes += 1
 
     def _index(self, agent: AgentState, before: Iterable[str]) -> None:
@@ -262,11 +293,34 @@ class Registry:
             self._holders[key].discard(agent.id)
         for key in agent.inventory.available:
             self._holders[key].add(agent.id)
+        self._preferred.clear()
         self.changes += 1
 
     def holders(self, key: str) -> list[AgentState]:
-        """Every agent, living or not, that has the model on disk; in order of id."""
-        return [self._agents[agent_id] for agent_id in sorted(self._holders.get(key, ()))]
+        """Every agent, living or not, that has the preferred content of the model on disk.
+
+        In order of id. Agents that have something else under this name are no holders.
+        """
+        ids = self._preferred.get(key)
+        if ids is None:
+            if not self._holders.get(key):
+                return []  # not remembered: clients ask for any name
+            ids = self._preferred[key] = sorted(preferred(self.copies(key), self._online))
+        return [self._agents[agent_id] for agent_id in ids]
+
+    def copies(self, key: str) -> dict[AgentId, AvailableRow]:
+        """What every agent, living or not, has on disk under this name; in order of id."""
+        return {
+            agent_id: self._agents[agent_id].inventory.available[key]
+            for agent_id in sorted(self._holders.get(key, ()))
+        }
+
+    def strangers(self, key: str) -> frozenset[AgentId]:
+        """The agents that have another content under this name than the preferred one."""
+        everybody = self._holders.get(key, set())
+        if len(everybody) < 2:
+            return frozenset()
+        return frozenset(everybody.difference(agent.id for agent in self.holders(key)))
 
     def models(self) -> list[str]:
         """The routing keys of every model in the fleet."""
@@ -275,6 +329,10 @@ class Registry:
     def is_online(self, agent: AgentState, now: float) -> bool:
         """Whether the agent lives; one that drains lives too."""
         return agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE
+
+    def is_reachable(self, agent: AgentState, now: float) -> bool:
+        """Whether its Ollama can be asked something; a draining agent's can."""
+        return self.is_online(agent, now) and agent.out_of_rotation() is None
 
     def is_routable(self, agent: AgentState, now: float) -> bool:
         """Whether a new request may go there."""

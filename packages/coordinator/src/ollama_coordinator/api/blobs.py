@@ -1,0 +1,58 @@
+"""`/api/blobs/{digest}`: files uploaded for a model that is created next."""
+
+import asyncio
+import contextlib
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ollama_coordinator.operations import Spool, digest_of
+
+from .wire import ClientLeft
+
+SILENCE_SECONDS = 5.0
+
+
+class Unread(Response):
+    """200 at once, to a client that is still sending.
+
+    What it sends on is thrown away: many clients read the answer only when they have sent all,
+    and to close the connection under them would lose it.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, then listen until the client has finished, left or fallen silent."""
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            more = True
+            while more:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class BlobsApi:
+    """The handlers of uploads."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    async def head(self, request: Request) -> Response:
+        """`HEAD`: 200 if the file is here, else 404."""
+        digest = digest_of(request.path_params["digest"])
+        return Response(status_code=200 if self._spool.size(digest) is not None else 404)
+
+    async def post(self, request: Request) -> Response:
+        """`POST`: 201 for a new file; 200, unread, for one that is here already."""
+        digest = digest_of(request.path_params["digest"])
+        if self._spool.size(digest) is not None:
+            return Unread()
+        try:
+            await self._spool.take(digest, request.stream())
+        except ClientDisconnect as exc:
+            raise ClientLeft from exc
+        return Response(status_code=201)

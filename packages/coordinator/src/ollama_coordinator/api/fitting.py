@@ -1,0 +1,142 @@
+"""What the fleet does to a request before it is scheduled: who cannot serve it, which context.
+
+A runner with a larger context serves a request for a smaller one: nothing is cut off that would
+have fitted. Ollama itself would reload the model. Where such a runner is in memory and none of the
+wanted size, the request's `num_ctx` is raised to that runner's, and the scheduler is told so; this
+is the one change that is ever made to a body, and only that number differs. A request without
+`num_ctx` is raised only where what it would get is known: the agent's reported default, and no
+context among the model's own parameters.
+"""
+
+from collections.abc import Iterable
+
+from msgspec import Struct, structs
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.scheduler import Request, RunnerOptions
+from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.types import AgentId
+
+from .dialects import Dialect, Surface
+from .show import Shows
+from .splicing import field, spliced
+from .versions import is_older
+
+SINCE = {
+    "/v1/responses": "0.14.0",
+    "/v1/messages": "0.14.0",
+    "/v1/audio/transcriptions": "0.24.0",
+}
+"""The first version of Ollama that has a route that not all have."""
+
+
+class Fitted(Struct, frozen=True):
+    """A request and its body as they go on; `note` is for the client's eyes."""
+
+    request: Request
+    body: bytes
+    note: str = ""
+
+
+class Fitting:
+    """Fits requests to the fleet; `larger_context` off leaves every body alone."""
+
+    def __init__(
+        self, registry: Registry, shows: Shows, clock: Clock, *, larger_context: bool
+    ) -> None:
+        self._registry = registry
+        self._shows = shows
+        self._clock = clock
+        self._larger_context = larger_context
+        self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+
+    async def fit(self, surface: Surface, request: Request, body: bytes) -> Fitted:
+        """The request less the agents that cannot serve it, on a context that is in memory."""
+        unfit = self._registry.strangers(request.model) | self._too_old(surface, request)
+        if unfit:
+            request = request.without(unfit)
+        if not self._larger_context or surface.dialect is not Dialect.NATIVE:
+            return Fitted(request, body)
+        context = await self._context(request)
+        if context is None:
+            return Fitted(request, body)
+        raised = _with_context(body, context)
+        if raised is None:
+            return Fitted(request, body)
+        wanted = request.options.num_ctx or "default"
+        options = structs.replace(request.options, num_ctx=context)
+        note = f"num_ctx={context}; wanted={wanted}"
+        return Fitted(structs.replace(request, options=options), raised, note)
+
+    def _too_old(self, surface: Surface, request: Request) -> frozenset[AgentId]:
+        """None if all of them are: then the client hears what an old Ollama says."""
+        since = SINCE.get(surface.path)
+        if since is None:
+            return frozenset()
+        holders = self._registry.holders(request.model)
+        old = [a.id for a in holders if is_older(a.registration.ollama_version, since)]
+        return frozenset(old) if len(old) < len(holders) else frozenset()
+
+    async def _context(self, request: Request) -> int | None:
+        """The smallest larger context in memory, unless one that fits exactly is there too."""
+        options = request.options
+        if structs.replace(options, num_ctx=None) != RunnerOptions():
+            return None  # something else may force a reload, and then the wanted size is right
+        best: int | None = None
+        for has, default in self._in_memory(request.model):
+            wants = options.num_ctx or default
+            if wants <= 0 or has < wants:
+                continue
+            if has == wants:
+                return None
+            best = has if best is None else min(best, has)
+        if best is not None and options.num_ctx is None and await self._has_own(request.name):
+            return None
+        return best
+
+    def _in_memory(self, key: str) -> list[tuple[int, int]]:
+        """The context of every runner in memory, and its agent's default (0: not known)."""
+        if not self._registry.holders(key):
+            return []
+        changes, found = self._contexts.get(key, (-1, []))
+        if changes != self._registry.changes:
+            found = [
+                (context, _default_context(agent))
+                for agent in self._loaded_on(key)
+                if (context := _loaded_context(agent, key)) is not None
+            ]
+            self._contexts[key] = (self._registry.changes, found)
+        return found
+
+    def _loaded_on(self, key: str) -> Iterable[AgentState]:
+        now = self._clock.now()
+        for agent in self._registry.holders(key):
+            if agent.inventory.loaded and self._registry.is_routable(agent, now):
+                yield agent
+
+    async def _has_own(self, name: str) -> bool:
+        """Whether the model's own parameters set a context; assumed where nobody tells."""
+        try:
+            return await self._shows.context_parameter(name) is not None
+        except OllamaCoordinatorError:
+            return True
+
+
+def _loaded_context(agent: AgentState, key: str) -> int | None:
+    runner = agent.inventory.runner(key)
+    return runner.model.context_length if runner is not None else None
+
+
+def _default_context(agent: AgentState) -> int:
+    runner = agent.report.runner if agent.report is not None else None
+    return (runner.context_length or 0) if runner is not None else 0
+
+
+def _with_context(body: bytes, context: int) -> bytes | None:
+    number = str(context).encode()
+    options = field(body, "options")
+    if options is None or options == b"null":
+        return spliced(body, {"options": b'{"num_ctx":' + number + b"}"})
+    changed = spliced(options, {"num_ctx": number})
+    return None if changed is None else spliced(body, {"options": changed})

@@ -1,0 +1,165 @@
+"""JSON bodies as Go's decoder reads them, its complaints included.
+
+Keys match in any letter case, the last of several equal ones wins, what follows the first value is
+ignored, invalid UTF-8 and lone surrogates become U+FFFD. Texts are those of Go's `encoding/json`.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from .wire import HttpError
+
+KINDS = {
+    str: "string",
+    bool: "bool",
+    int: "number",
+    float: "number",
+    list: "array",
+    dict: "object",
+}
+_WHERE = {
+    "Expecting property name": "looking for beginning of object key string",
+    "Illegal trailing comma before end of object": "looking for beginning of object key string",
+    "Expecting ':'": "after object key",
+    "Expecting ','": "after object key:value pair",
+    "Invalid control character": "in string literal",
+    "Invalid \\": "in string escape code",
+}
+LONGEST_INTEGER = 400
+"""Digits; a longer number is read as a float, since Python refuses to convert one of thousands."""
+
+
+class _Constant(ValueError):
+    """`NaN` or `Infinity`, which Python takes and Go does not."""
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _Constant(f"invalid character '{name[0]}' looking for beginning of value")
+
+
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_int=_whole_number)
+
+
+def first_value(body: bytes, empty: str) -> Any:
+    """The first JSON value of a body.
+
+    Raises:
+        HttpError: 400 with Go's text, or with `empty` where there is nothing.
+    """
+    text = body.decode(errors="replace").lstrip(" \t\r\n")
+    if not text:
+        raise HttpError(400, empty)
+    try:
+        value, _ = _decoder.raw_decode(text)
+        return _whole(value) if "\\ud" in text or "\\uD" in text else value
+    except json.JSONDecodeError as exc:
+        raise HttpError(400, _complaint(text, exc)) from exc
+    except _Constant as exc:
+        raise HttpError(400, str(exc)) from exc
+    except RecursionError as exc:
+        raise HttpError(400, "json: exceeded max depth") from exc
+
+
+def _whole(value: Any) -> Any:
+    """The same value without halves of surrogate pairs, which no encoding can write."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return value
+
+
+def _complaint(text: str, error: json.JSONDecodeError) -> str:
+    at = error.pos
+    if error.msg.startswith(("Illegal trailing comma", "Invalid \\escape")):
+        at += 1  # Python points at the comma or the backslash, Go at what follows
+    while at < len(text) and text[at] in " \t\r\n" and "control character" not in error.msg:
+        at += 1
+    if at >= len(text) or error.msg.startswith("Unterminated"):
+        return "unexpected EOF"
+    where = next(
+        (told for start, told in _WHERE.items() if error.msg.startswith(start)),
+        "looking for beginning of value",
+    )
+    return f"invalid character {_quoted(text[at])} {where}"
+
+
+def _quoted(character: str) -> str:
+    if character == "'":
+        return r"'\''"
+    return "'" + json.dumps(character, ensure_ascii=False)[1:-1].replace('\\"', '"') + "'"
+
+
+class Fields:
+    """The fields of one object by their names in lower case; `go_type` is for the complaints."""
+
+    def __init__(self, value: Any, go_type: str) -> None:
+        self._go_type = go_type
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            kind = KINDS[type(value)]
+            raise HttpError(400, f"json: cannot unmarshal {kind} into Go value of type {go_type}")
+        self.values: dict[str, Any] = {key.lower(): item for key, item in value.items()}
+
+    def text(self, name: str) -> str:
+        """A field that must be a text; empty where it is absent or null.
+
+        Raises:
+            HttpError: 400, it is something else.
+        """
+        value = self._typed(name, str, "string")
+        return value if isinstance(value, str) else ""
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """A field that must be true or false.
+
+        Raises:
+            HttpError: 400, it is something else.
+        """
+        value = self._typed(name, bool, "bool")
+        return value if isinstance(value, bool) else default
+
+    def digests(self, name: str) -> dict[str, str]:
+        """A field that must map names to digests, such as `files`.
+
+        Raises:
+            HttpError: 400, it is something else.
+        """
+        value = self._typed(name, dict, "map[string]string") or {}
+        for digest in value.values():
+            if not isinstance(digest, str):
+                self._complain(name, digest, "string")
+        return dict(value)
+
+    def model(self) -> str:
+        """`model`, else `name`: the command line sends `name` and an empty `model`."""
+        return self.text("model") or self.text("name")
+
+    def _typed(self, name: str, kind: type, go_kind: str) -> Any:
+        value = self.values.get(name)
+        if value is not None and type(value) is not kind:
+            self._complain(name, value, go_kind)
+        return value
+
+    def _complain(self, name: str, value: Any, go_kind: str) -> NoReturn:
+        field = f"{self._go_type.rpartition('.')[2]}.{name}"
+        kind = KINDS.get(type(value), "value")
+        raise HttpError(
+            400, f"json: cannot unmarshal {kind} into Go struct field {field} of type {go_kind}"
+        )
+
+
+def read_fields(body: bytes, go_type: str, empty: str = "missing request body") -> Fields:
+    """The fields of a body that must be one object.
+
+    Raises:
+        HttpError: 400 with Go's text.
+    """
+    return Fields(first_value(body, empty), go_type)

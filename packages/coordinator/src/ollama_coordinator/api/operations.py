@@ -1,0 +1,160 @@
+"""Our own API of operations and models: `/api/operations` and `/api/models`."""
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.operations import (
+    Deed,
+    Kind,
+    Operation,
+    Operations,
+    Placement,
+    Places,
+)
+from ollama_coordinator.operations import deeds as deeds_for
+from ollama_coordinator.operations.choosing import Choosing
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator_common.names import ModelName, model_key
+from ollama_coordinator_common.types import AgentId
+
+from .changes import ChangesApi
+from .fleet_models import fleet_models
+from .told import Told
+from .wire import HttpError, decode, reply
+
+
+class NewOperation(Struct, frozen=True):
+    """`POST /api/operations`. `placement`: for pull and load; `destination`: for copy."""
+
+    kind: Literal["pull", "push", "copy", "delete", "load", "unload"]
+    model: str
+    placement: str | None = None
+    destination: str = ""
+    insecure: bool = False
+    keep_alive: int | str | None = None
+
+
+class PendingView(Struct, frozen=True):
+    """What an agent does when it is back."""
+
+    agent_id: AgentId
+    agent: str
+    kind: Kind
+    model: str
+    since: datetime
+
+
+_new = msgspec.json.Decoder(NewOperation)
+
+
+class OperationsApi:
+    """The handlers of our own API."""
+
+    def __init__(
+        self, operations: Operations, choosing: Choosing, changes: ChangesApi, registry: Registry
+    ) -> None:
+        self._operations = operations
+        self._choosing = choosing
+        self._changes = changes
+        self._registry = registry
+
+    async def start(self, request: Request) -> Response:
+        """`POST /api/operations`: 202 at once; it goes on whether anybody listens or not."""
+        wanted = await decode(_new, request)
+        ModelName.parse(wanted.model)
+        return reply((await self._start(wanted)).view(), 202)
+
+    async def overview(self, request: Request) -> Response:
+        """`GET /api/operations`: under way and ended, and what agents that are away owe.
+
+        `?agent=ID` is only that agent's.
+        """
+        agent_id = request.query_params.get("agent")
+        owed = [
+            PendingView(p.agent_id, self._name(p.agent_id), p.deed.kind, p.deed.name, p.since)
+            for p in self._operations.pending()
+            if agent_id in (None, p.agent_id)
+        ]
+        return reply({"operations": self._operations.views(agent_id), "pending": owed})
+
+    async def show(self, request: Request) -> Response:
+        """`GET /api/operations/{id}`."""
+        return reply(self._get(request).view())
+
+    async def follow(self, request: Request) -> Told:
+        """`GET /api/operations/{id}/progress`: Ollama's progress lines, from where it stands."""
+        return Told(self._operations, self._get(request), stream=True)
+
+    async def cancel(self, request: Request) -> Response:
+        """`DELETE /api/operations/{id}`: end it; what is on the agents stays."""
+        operation = self._get(request)
+        self._operations.cancel(operation)
+        await operation.feed.over()
+        return reply(operation.view())
+
+    async def models(self, request: Request) -> Response:
+        """`GET /api/models`: every model with its contents, who has it, and where it is loaded."""
+        return reply({"models": fleet_models(self._registry)})
+
+    def _get(self, request: Request) -> Operation:
+        return self._operations.get(request.path_params["operation_id"])
+
+    def _name(self, agent_id: AgentId) -> str:
+        agent = self._registry.find(agent_id)
+        return agent_id if agent is None else agent.name
+
+    # ── one of each kind ──────────────────────────────────────────────────────────────────────
+
+    async def _start(self, wanted: NewOperation) -> Operation:
+        given = wanted.placement
+        placement = self._choosing.default if given is None else Placement.parse(given)
+        match Kind(wanted.kind):
+            case Kind.PULL:
+                found = self._choosing.for_pull(wanted.model, placement)
+                return self._begin(
+                    deeds_for.pull(wanted.model, insecure=wanted.insecure), found, placement
+                )
+            case Kind.PUSH:
+                agent = await self._choosing.for_push(wanted.model)
+                deed = deeds_for.push(wanted.model, insecure=wanted.insecure)
+                return self._begin(deed, Places([agent]), placement)
+            case Kind.LOAD:
+                one = Placement.parse(given or "1")
+                return self._load(wanted, await self._choosing.for_load(wanted.model, one), one)
+            case Kind.UNLOAD:
+                return self._unload(wanted.model, await self._changes.copies(wanted.model))
+            case Kind.COPY:
+                return await self._copy(wanted, placement)
+            case _:
+                return await self._changes.delete_everywhere(wanted.model)
+
+    async def _copy(self, wanted: NewOperation, placement: Placement) -> Operation:
+        if not wanted.destination:
+            raise HttpError(400, "destination is required for a copy")
+        ModelName.parse(wanted.destination)
+        holders = await self._changes.copies(wanted.model)
+        deed = deeds_for.copy(wanted.model, wanted.destination)
+        return self._begin(deed, Places(holders), placement)
+
+    def _load(
+        self, wanted: NewOperation, agents: list[AgentState], placement: Placement
+    ) -> Operation:
+        row = agents[0].inventory.available[model_key(wanted.model)]
+        embeds = "embedding" in row.model.capabilities
+        deed = deeds_for.load(wanted.model, keep_alive=wanted.keep_alive, embeds=embeds)
+        return self._begin(deed, Places(agents), placement)
+
+    def _unload(self, name: str, copies: list[AgentState]) -> Operation:
+        key = model_key(name)
+        loaded = [agent for agent in copies if agent.inventory.is_loaded(key)]
+        return self._begin(deeds_for.unload(name), Places(loaded or copies), Placement())
+
+    def _begin(self, deed: Deed, found: Places, placement: Placement) -> Operation:
+        return self._operations.start(
+            deed, found.chosen, placement=placement, spare=found.spare, detached=True
+        )

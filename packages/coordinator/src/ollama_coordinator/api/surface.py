@@ -1,0 +1,120 @@
+"""The rest of Ollama's surface, beside inference and the lists: its handlers and their routes."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.routing import BaseRoute, Route
+
+from ollama_coordinator.asking import Asking
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import Store
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.operations import Debts, Operations, Patience, Placement, Remote, Spool
+from ollama_coordinator.operations.choosing import Choosing
+from ollama_coordinator.registry import Registry
+from ollama_coordinator.upstream import Upstreams
+from ollama_coordinator_common.config import CoordinatorConfig, database_path
+
+from .account import AccountApi
+from .blobs import BlobsApi
+from .changes import ChangesApi
+from .fitting import Fitting
+from .operations import OperationsApi
+from .show import ShowApi, Shows
+from .transfer import TransferApi
+from .unload import Unloading
+
+
+class Surface:
+    """What makes the fleet pass for one Ollama where the request path alone does not."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        registry: Registry,
+        dispatch: Dispatch,
+        monitor: Monitor,
+        upstreams: Upstreams,
+        store: Store,
+        clock: Clock,
+    ) -> None:
+        self.asking = Asking(registry, monitor, upstreams, clock)
+        shows = Shows(self.asking, registry)
+        self.fitting = Fitting(registry, shows, clock, larger_context=config.larger_context)
+        self.unloading = Unloading(self.asking, registry, dispatch)
+        self._show = ShowApi(shows)
+        self._account = AccountApi(self.asking, clock)
+        self._spool = Spool(spool_folder(config.database_url), _bytes(config.max_spool_gibibytes))
+        remote = Remote(upstreams, self._spool)
+        self.operations = Operations(
+            registry,
+            dispatch,
+            monitor,
+            remote,
+            self._spool,
+            Debts(store),
+            clock,
+            Patience(config.pull_patience),
+        )
+        choosing = Choosing(registry, self.asking, Placement.parse(config.pull_placement))
+        self._transfer = TransferApi(self.operations, choosing)
+        self._changes = ChangesApi(self.operations, choosing, self.asking, registry, store)
+        self._blobs = BlobsApi(self._spool)
+        self._own = OperationsApi(self.operations, choosing, self._changes, registry)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Open what has to be open while serving.
+
+        Raises:
+            DatabaseError: what agents owe cannot be read.
+        """
+        async with self._spool, self.operations:
+            yield
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes of all this."""
+        account = self._account
+        return [
+            Route("/api/show", self._show.show, methods=["POST"]),
+            Route("/api/status", account.status, methods=["GET"]),
+            Route("/api/me", account.me, methods=["POST"]),
+            Route("/api/signout", account.signout, methods=["POST"]),
+            Route("/api/user/keys/{key}", account.signout, methods=["DELETE"]),
+            Route("/api/experimental/web_search", account.web, methods=["POST"]),
+            Route("/api/experimental/web_fetch", account.web, methods=["POST"]),
+            Route(
+                "/api/experimental/model-recommendations", account.recommendations, methods=["GET"]
+            ),
+            Route("/api/pull", self._transfer.pull, methods=["POST"]),
+            Route("/api/push", self._transfer.push, methods=["POST"]),
+            Route("/api/create", self._transfer.create, methods=["POST"]),
+            Route("/api/copy", self._changes.copy, methods=["POST"]),
+            Route("/api/delete", self._changes.delete, methods=["DELETE"]),
+            Route("/api/blobs/{digest}", self._blobs.head, methods=["HEAD"]),
+            Route("/api/blobs/{digest}", self._blobs.post, methods=["POST"]),
+            *self._own_routes(),
+        ]
+
+    def _own_routes(self) -> list[BaseRoute]:
+        own = self._own
+        return [
+            Route("/api/models", own.models, methods=["GET"]),
+            Route("/api/operations", own.overview, methods=["GET"]),
+            Route("/api/operations", own.start, methods=["POST"]),
+            Route("/api/operations/{operation_id}", own.show, methods=["GET"]),
+            Route("/api/operations/{operation_id}", own.cancel, methods=["DELETE"]),
+            Route("/api/operations/{operation_id}/progress", own.follow, methods=["GET"]),
+        ]
+
+
+def spool_folder(database_url: str) -> Path | None:
+    """Where uploaded files wait: beside the database; `None` for a database in memory."""
+    path = database_path(database_url)
+    return None if path is None else path.with_name(f"{path.name}.blobs")
+
+
+def _bytes(gibibytes: float) -> int:
+    return int(gibibytes * 1024**3)

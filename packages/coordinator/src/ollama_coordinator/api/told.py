@@ -1,0 +1,64 @@
+"""The answer that follows an operation: Ollama's progress lines, or the last object alone."""
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from ollama_coordinator.operations import Operation, Operations
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+from .departure import until_departure
+from .dialects import Dialect, error_body
+from .wire import ClientLeft, send_error, send_whole
+
+NDJSON = b"application/x-ndjson"
+
+
+class Told:
+    """An ASGI answer; when its client leaves, an operation that is not detached ends."""
+
+    def __init__(self, operations: Operations, operation: Operation, *, stream: bool) -> None:
+        self._operations = operations
+        self._operation = operation
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        try:
+            async with (
+                until_departure(receive),
+                self._operations.followed(self._operation),
+            ):
+                await (self._tell(send) if self._stream else self._tell_end(send))
+        except ClientLeft:
+            return
+
+    def _headers(self, content_type: bytes) -> list[tuple[bytes, bytes]]:
+        named = (b"x-ollama-coordinator-operation", self._operation.id.encode())
+        return [(b"content-type", content_type), named]
+
+    async def _tell(self, send: Send) -> None:
+        """Line by line; a failure before the first line is still a status."""
+        feed = self._operation.feed
+        await feed.began()
+        if not feed.last and self._operation.error is not None:
+            await send_error(send, Dialect.NATIVE, self._operation.error)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers(NDJSON)})
+        async for lines in feed.follow():
+            await send({"type": "http.response.body", "body": lines, "more_body": True})
+        error = self._operation.error
+        last = b"" if error is None else error_line(error)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _tell_end(self, send: Send) -> None:
+        await self._operation.feed.over()
+        if self._operation.error is not None:
+            await send_error(send, Dialect.NATIVE, self._operation.error)
+            return
+        last = self._operation.feed.last.rstrip() or msgspec.json.encode({"status": "success"})
+        await send_whole(send, 200, self._headers(b"application/json"), last)
+
+
+def error_line(error: OllamaCoordinatorError) -> bytes:
+    """The line that ends a progress stream that failed."""
+    return error_body(Dialect.NATIVE, 500, str(error)) + b"\n"

@@ -1,0 +1,112 @@
+"""Several agents' progress as one stream in Ollama's own format; pure.
+
+A layer's bytes are those of the slowest agent, its total never changes, and a step at the end is
+told when the last agent has reached it. `success` is not told here: it belongs to the whole.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import Struct, field
+
+from ollama_coordinator_common.types import AgentId
+
+Line = dict[str, Any]
+
+LATE = (
+    "verifying sha256 digest",
+    "writing manifest",
+    "removing any unused layers",
+    "removing unused layers",
+    "pushing manifest",
+)
+"""Steps after the layers, in Ollama's words; the others are told when the first agent is there."""
+
+
+class _Agent(Struct):
+    layers: dict[str, int] = field(default_factory=dict)
+    steps: set[str] = field(default_factory=set)
+    is_past_layers: bool = False
+    is_done: bool = False
+
+    def completed(self, digest: str, total: int) -> int:
+        return total if self.is_past_layers else min(total, self.layers.get(digest, 0))
+
+    def has_reached(self, step: str) -> bool:
+        return self.is_done or step in self.steps
+
+
+class Progress:
+    """Merges what agents report; every method returns the lines that are news to a client."""
+
+    def __init__(self) -> None:
+        self._agents: dict[AgentId, _Agent] = {}
+        self._layers: dict[str, tuple[str, int]] = {}
+        self._shown: dict[str, int] = {}
+        self._told: set[str] = set()
+
+    def begin(self, agent_id: AgentId) -> None:
+        """An agent takes part, or starts anew."""
+        self._agents[agent_id] = _Agent()
+
+    def feed(self, agent_id: AgentId, line: Line) -> list[Line]:
+        """A line of an agent."""
+        agent = self._agents[agent_id]
+        status, digest, total = line.get("status"), line.get("digest"), line.get("total")
+        if not isinstance(status, str):
+            return []
+        if isinstance(digest, str) and isinstance(total, int) and total > 0:
+            completed = line.get("completed")
+            agent.layers[digest] = completed if isinstance(completed, int) else 0
+            self._layers.setdefault(digest, (status, total))
+            return self._layer_news([digest])
+        agent.is_past_layers = agent.is_past_layers or status in LATE
+        agent.steps.add(status)
+        if status in LATE:
+            return self._news()
+        return self._tell(status)
+
+    def finish(self, agent_id: AgentId) -> list[Line]:
+        """An agent has succeeded."""
+        agent = self._agents[agent_id]
+        agent.is_past_layers = agent.is_done = True
+        return self._news()
+
+    def leave(self, agent_id: AgentId) -> list[Line]:
+        """An agent is not waited for any more."""
+        self._agents.pop(agent_id, None)
+        return self._news() if self._agents else []
+
+    def of(self, agent_id: AgentId) -> tuple[int, int]:
+        """The bytes that one agent has, and those of all layers known."""
+        agent = self._agents.get(agent_id)
+        total = sum(size for _, size in self._layers.values())
+        if agent is None:
+            return 0, total
+        return sum(agent.completed(d, size) for d, (_, size) in self._layers.items()), total
+
+    def _news(self) -> list[Line]:
+        agents = self._agents.values()
+        lines = self._layer_news(self._layers)
+        for step in LATE:
+            is_reported = any(step in agent.steps for agent in agents)
+            if is_reported and all(agent.has_reached(step) for agent in agents):
+                lines += self._tell(step)
+        return lines
+
+    def _layer_news(self, digests: Iterable[str]) -> list[Line]:
+        lines: list[Line] = []
+        for digest in digests:
+            status, total = self._layers[digest]
+            least = min(agent.completed(digest, total) for agent in self._agents.values())
+            if least > self._shown.get(digest, -1):
+                self._shown[digest] = least
+                line: Line = {"status": status, "digest": digest, "total": total}
+                lines.append({**line, "completed": least} if least else line)
+        return lines
+
+    def _tell(self, status: str) -> list[Line]:
+        if status in self._told:
+            return []
+        self._told.add(status)
+        return [{"status": status}]

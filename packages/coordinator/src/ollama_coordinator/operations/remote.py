@@ -1,0 +1,120 @@
+"""One deed on one agent's Ollama: the request, its lines, and what counts as its success."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import aiohttp
+import msgspec
+
+from ollama_coordinator.registry import AgentState
+from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks
+
+from .progress import Line
+from .spool import Spool
+from .types import Deed, Kind, Refused
+
+JSON = [("content-type", "application/json")]
+QUICK = (Kind.COPY, Kind.DELETE, Kind.UNLOAD)
+QUICK_SECONDS = 30.0
+"""What only touches a few files, or answers at once, is not waited for any longer."""
+
+LONGEST_LINE = 1024 * 1024
+
+_line = msgspec.json.Decoder(dict[str, object])
+
+
+class Remote:
+    """Carries deeds out."""
+
+    def __init__(self, upstreams: Upstreams, spool: Spool) -> None:
+        self._upstreams = upstreams
+        self._spool = spool
+
+    async def do(self, agent: AgentState, deed: Deed, hear: Callable[[Line], None]) -> None:
+        """One attempt; `hear` gets every line of progress but the last.
+
+        Raises:
+            Refused: the Ollama answered that it cannot.
+            UpstreamError: it broke off, or did not answer.
+        """
+        for digest in deed.blobs:
+            await self._hand_over(agent, digest)
+        try:
+            async with asyncio.timeout(QUICK_SECONDS if deed.kind in QUICK else None):
+                await self._request(agent, deed, hear)
+        except TimeoutError as exc:
+            raise Unreachable(f"no answer within {QUICK_SECONDS:g} s") from exc
+
+    async def _request(self, agent: AgentState, deed: Deed, hear: Callable[[Line], None]) -> None:
+        async with self._upstreams.open(
+            deed.method, agent.url + deed.path, headers=JSON, body=deed.body.encode()
+        ) as response:
+            if response.status >= 400:
+                await _refuse(response, deed)
+            elif deed.kind.streams:
+                await _follow(response, hear)
+            else:
+                async for _ in chunks(response):
+                    pass
+
+    async def _hand_over(self, agent: AgentState, digest: str) -> None:
+        """Give an agent a blob that it does not have yet."""
+        url = f"{agent.url}/api/blobs/{digest}"
+        async with self._upstreams.open("HEAD", url) as response:
+            if response.status == 200:
+                return
+        size = self._spool.size(digest)
+        if size is None:
+            raise Refused(400, f"blob {digest} does not exist; upload it again")
+        headers = [("content-type", "application/octet-stream"), ("content-length", str(size))]
+        body = self._spool.read(digest)
+        async with self._upstreams.open("POST", url, headers=headers, stream=body) as response:
+            if response.status >= 400:
+                raise Refused(response.status, await _text_of(response))
+
+
+async def _follow(response: aiohttp.ClientResponse, hear: Callable[[Line], None]) -> None:
+    async for line in _lines(response):
+        error = line.get("error")
+        if error is not None:
+            raise Refused(500, error if isinstance(error, str) else str(error))
+        if line.get("status") == "success":
+            return
+        hear(line)
+    raise Cut("ended its progress without a success")
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[Line]:
+    held = b""
+    async for chunk in chunks(response):
+        *whole, held = (held + chunk).split(b"\n")
+        if len(held) > LONGEST_LINE:
+            raise Cut("sends a line of progress without end")
+        for text in whole:
+            if text.strip():
+                yield _decoded(text)
+    if held.strip():
+        yield _decoded(held)
+
+
+def _decoded(text: bytes) -> Line:
+    try:
+        return _line.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise Cut("sends progress that is not JSON") from exc
+
+
+async def _refuse(response: aiohttp.ClientResponse, deed: Deed) -> None:
+    text = await _text_of(response)
+    if response.status == 404 and deed.kind in (Kind.DELETE, Kind.UNLOAD):
+        return  # what is to go is gone
+    raise Refused(response.status, text or f"answers {deed.path} with status {response.status}")
+
+
+async def _text_of(response: aiohttp.ClientResponse) -> str:
+    body = b"".join([chunk async for chunk in chunks(response)])
+    try:
+        error = _line.decode(body).get("error")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return body.decode(errors="replace").strip()[:500]
+    return error if isinstance(error, str) else ""

@@ -1,0 +1,245 @@
+"""The operations under way: started, joined, taken up again, and ended."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from secrets import token_hex
+from types import TracebackType
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.tasks import Tasks
+from ollama_coordinator_common.protocol import AgentOperation
+from ollama_coordinator_common.types import AgentId
+
+from .caretaker import Caretaker
+from .operation import Operation
+from .pending import Debts
+from .placement import Placement
+from .remote import Remote
+from .spool import Spool
+from .types import Deed, Kind, OperationView, Pending, Refused, State, UnknownOperation
+from .work import Patience, Worker
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 100
+"""Ended operations that `GET /api/operations` still shows."""
+
+
+class Operations:
+    """Runs operations; open between `async with` only."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        monitor: Monitor,
+        remote: Remote,
+        spool: Spool,
+        debts: Debts,
+        clock: Clock,
+        patience: Patience,
+    ) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._spool = spool
+        self._debts = debts
+        self._worker = Worker(registry, dispatch, monitor, remote, debts, clock, patience)
+        self._tasks = Tasks()
+        self._caretaker = Caretaker(
+            registry,
+            monitor,
+            debts,
+            clock,
+            self._tasks,
+            running=lambda: list(self._running.values()),
+            resume=self._resume,
+        )
+        self._running: dict[str, Operation] = {}
+        self._tasks_of: dict[str, asyncio.Task[None]] = {}
+        self._ended: deque[Operation] = deque(maxlen=REMEMBERED)
+
+    async def __aenter__(self) -> "Operations":
+        await self._debts.restore()
+        for pending in self._debts.all():
+            agent = self._registry.find(pending.agent_id)
+            if agent is not None and pending.deed.kind is Kind.DELETE:
+                self._registry.note_missing(agent, pending.deed.key)
+        await self._tasks.__aenter__()
+        self._tasks.start(self._caretaker.run())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._tasks.__aexit__(kind, raised, trace)
+
+    # ── what there is ─────────────────────────────────────────────────────────────────────────
+
+    def views(self, agent_id: str | None = None) -> list[OperationView]:
+        """Every operation that is known, newest first; of one agent if asked."""
+        known = [*self._running.values(), *self._ended]
+        known.sort(key=lambda operation: operation.started_at, reverse=True)
+        return [o.view() for o in known if agent_id is None or AgentId(agent_id) in o.targets]
+
+    def of_agent(self, agent_id: AgentId) -> list[AgentOperation]:
+        """An agent's part in every operation that is known, and what it owes."""
+        done = [
+            operation.view_for(operation.targets[agent_id])
+            for operation in (*self._running.values(), *reversed(self._ended))
+            if agent_id in operation.targets
+        ]
+        owed = [
+            AgentOperation("", pending.deed.kind.value, pending.deed.name, State.PENDING.value)
+            for pending in self._debts.of(agent_id)
+        ]
+        return [*done, *owed]
+
+    def get(self, operation_id: str) -> Operation:
+        """One operation.
+
+        Raises:
+            UnknownOperation: there is none, or it ended long ago.
+        """
+        for operation in (*self._running.values(), *self._ended):
+            if operation.id == operation_id:
+                return operation
+        raise UnknownOperation(operation_id)
+
+    def pending(self) -> list[Pending]:
+        """What agents that are away owe."""
+        return self._debts.all()
+
+    # ── starting and following ────────────────────────────────────────────────────────────────
+
+    def start(
+        self,
+        deed: Deed,
+        agents: Sequence[AgentState],
+        *,
+        placement: Placement | None = None,
+        spare: Iterable[AgentState] = (),
+        detached: bool = False,
+    ) -> Operation:
+        """Begin a deed on these agents, or join the same one that is under way already."""
+        operation = self._same(deed)
+        if operation is None:
+            operation = Operation(
+                token_hex(8),
+                deed,
+                placement if placement is not None else Placement(),
+                self._clock.utc(self._clock.now()),
+                detached=detached,
+            )
+            self._running[operation.id] = operation
+            self._take_in(operation, agents)
+            operation.spare = list(spare)
+            self._tasks_of[operation.id] = self._tasks.start(self._run(operation))
+            log.info("operation started", extra=_facts(operation))
+        else:
+            self._take_in(operation, agents)
+        if detached and not operation.detached:
+            operation.detached = True
+        if operation.detached:
+            self._worker.owe(operation)
+        return operation
+
+    def _same(self, deed: Deed) -> Operation | None:
+        """The operation that does this already; several clients that pull one model share it."""
+        if deed.kind is not Kind.PULL:
+            return None
+        for operation in self._running.values():
+            same = (operation.kind, operation.deed.key) == (deed.kind, deed.key)
+            if same and not operation.is_over:
+                return operation
+        return None
+
+    def _take_in(self, operation: Operation, agents: Iterable[AgentState]) -> None:
+        for target in operation.add(agents):
+            self._debts.void(target.agent_id, operation.deed)
+
+    @asynccontextmanager
+    async def followed(self, operation: Operation) -> AsyncIterator[None]:
+        """Wait for an operation; when the last who waits leaves, an attached one is given up."""
+        operation.followers += 1
+        try:
+            yield
+        finally:
+            operation.followers -= 1
+            if not operation.followers and not operation.detached:
+                self.cancel(operation)
+
+    def cancel(self, operation: Operation) -> None:
+        """End an operation; what the agents have got so far stays, and a repetition resumes it."""
+        task = self._tasks_of.get(operation.id)
+        if task is None or operation.is_over:
+            return
+        operation.cancelled = True
+        for target in operation.targets.values():
+            self._debts.settle(target.agent_id, target.deed)
+        task.cancel()
+        log.info("operation cancelled", extra=_facts(operation))
+
+    def close(self, reason: str) -> None:
+        """Tell everyone who waits that nothing more will come; debts stay for the next process."""
+        for operation in list(self._running.values()):
+            operation.error = Refused(503, reason)
+            self._tasks_of[operation.id].cancel()
+
+    async def _run(self, operation: Operation) -> None:
+        try:
+            await self._worker.carry_out(operation)
+        finally:
+            for target in operation.targets.values():
+                if not target.state.is_over:
+                    target.state = State.CANCELLED
+            operation.end(self._clock.utc(self._clock.now()))
+            del self._running[operation.id], self._tasks_of[operation.id]
+            self._ended.append(operation)
+            self._write_off(operation)
+            self._clear_spool(operation)
+            operation.forget_bodies()
+        log.info("operation ended", extra=_facts(operation))
+
+    def _write_off(self, operation: Operation) -> None:
+        """What Ollama refused where it was asked, agents that are away need not try either."""
+        targets = operation.targets.values()
+        failed = any(target.state is State.FAILED for target in targets)
+        if failed and not any(target.state is State.DONE for target in targets):
+            for target in targets:
+                self._debts.settle(target.agent_id, target.deed)
+
+    def _clear_spool(self, operation: Operation) -> None:
+        """Files that a model was created from are on the agents now."""
+        if operation.state is not State.DONE:
+            return
+        wanted = {digest for pending in self._debts.all() for digest in pending.deed.blobs}
+        for digest in set(operation.deed.blobs) - wanted:
+            self._spool.drop(digest)
+
+    def _resume(self, pending: Pending, agent: AgentState) -> None:
+        """A debt is paid by an operation of its own, unless the one it came from still lasts."""
+        for operation in self._running.values():
+            target = operation.targets.get(agent.id)
+            if target is not None and target.deed == pending.deed:
+                return
+        self.start(pending.deed, [agent], detached=True)
+
+
+def _facts(operation: Operation) -> dict[str, object]:
+    return {
+        "operation": operation.id,
+        "kind": operation.kind.value,
+        "model": operation.deed.name,
+        "state": operation.state.value,
+        "agents": len(operation.targets),
+        "reason": None if operation.error is None else str(operation.error),
+    }

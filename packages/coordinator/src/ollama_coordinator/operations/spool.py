@@ -1,0 +1,193 @@
+"""Uploaded model files, kept by digest until the model is created from them.
+
+Ollama takes files before it is told what they are for, and which agents will need them is only
+known then. So they wait here: beside the database, verified, within a limit. Unfinished files have
+names of their own and are gone after a restart; finished ones go after the model was created, or
+when nobody has asked for them for a day.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+from .types import OperationError
+
+log = logging.getLogger(__name__)
+
+KEPT_SECONDS = 24 * 3600.0
+PIECE_BYTES = 1024 * 1024
+PART = ".part-"
+
+_DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
+
+
+class SpoolError(OperationError):
+    """An uploaded file cannot be taken; `status` is what Ollama, or HTTP, would answer."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def digest_of(text: str) -> str:
+    """The digest as it is compared: `sha256:` and 64 lower-case digits.
+
+    Raises:
+        SpoolError: 400, it is none.
+    """
+    match = _DIGEST.fullmatch(text)
+    if match is None:
+        raise SpoolError(400, "invalid digest format")
+    return f"sha256:{match[1].lower()}"
+
+
+class Spool:
+    """Files by digest in one folder; `folder` is `None` for one that ends with the process."""
+
+    def __init__(self, folder: Path | None, limit_bytes: int) -> None:
+        self._given = folder
+        self._limit = limit_bytes
+        self._temporary: TemporaryDirectory[str] | None = None
+        self._folder = Path()
+        self._sizes: dict[str, int] = {}
+        self._arriving = 0
+
+    async def __aenter__(self) -> "Spool":
+        await asyncio.to_thread(self._open)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._temporary is not None:
+            await asyncio.to_thread(self._temporary.cleanup)
+
+    def _open(self) -> None:
+        if self._given is None:
+            self._temporary = TemporaryDirectory(prefix="ollama-coordinator-")
+            self._folder = Path(self._temporary.name)
+            return
+        self._folder = self._given
+        if not self._folder.is_dir():
+            return  # made by the first upload
+        for file in self._folder.iterdir():
+            if PART in file.name:
+                file.unlink(missing_ok=True)
+            elif _DIGEST.fullmatch(file.name):
+                self._sizes[digest_of(file.name)] = file.stat().st_size
+        self._expire()
+
+    # ── what is there ─────────────────────────────────────────────────────────────────────────
+
+    def size(self, digest: str) -> int | None:
+        """The bytes of a file, `None` if it is not here."""
+        return self._sizes.get(digest)
+
+    @property
+    def used_bytes(self) -> int:
+        """What the files take, those under way included."""
+        return sum(self._sizes.values()) + self._arriving
+
+    async def read(self, digest: str) -> AsyncIterator[bytes]:
+        """The file in pieces."""
+        file = await asyncio.to_thread(self._file(digest).open, "rb")
+        try:
+            while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
+                yield piece
+        finally:
+            file.close()
+
+    def _file(self, digest: str) -> Path:
+        return self._folder / digest.replace(":", "-")
+
+    # ── taking and dropping ───────────────────────────────────────────────────────────────────
+
+    async def take(self, digest: str, pieces: AsyncIterator[bytes]) -> None:
+        """Keep a file, once all of it is here and is what it claims to be.
+
+        Raises:
+            SpoolError: 400, it is something else; 507, there is no room for it.
+        """
+        part = self._folder / f"{digest.replace(':', '-')}{PART}{token_hex(6)}"
+        size = 0
+        try:
+            await asyncio.to_thread(self._make_room)
+            found = hashlib.sha256()
+            file = await asyncio.to_thread(part.open, "wb")
+            try:
+                async for piece in _joined(pieces):
+                    self._arriving += len(piece)
+                    size += len(piece)
+                    self._check_room()
+                    await asyncio.to_thread(_write, file, found, piece)
+            finally:
+                await asyncio.to_thread(file.close)
+            _check(digest, found.hexdigest())
+            await asyncio.to_thread(part.replace, self._file(digest))
+            self._sizes[digest] = size
+        except OSError as exc:
+            raise SpoolError(507, f"cannot keep the file: {exc.strerror}; free some disk") from exc
+        finally:
+            self._arriving -= size
+            part.unlink(missing_ok=True)
+
+    def _check_room(self) -> None:
+        if self.used_bytes > self._limit:
+            limit = self._limit / 2**30
+            text = f"uploaded files may take {limit:g} GiB (COORDINATOR_MAX_SPOOL_GIB)"
+            raise SpoolError(507, text)
+
+    def _make_room(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._expire()
+
+    def _expire(self) -> None:
+        """Drop what nobody has used for a day."""
+        oldest = time.time() - KEPT_SECONDS
+        for digest in list(self._sizes):
+            file = self._file(digest)
+            if not file.exists() or file.stat().st_mtime < oldest:
+                self.drop(digest)
+
+    def drop(self, digest: str) -> None:
+        """Forget a file."""
+        if self._sizes.pop(digest, None) is not None:
+            self._file(digest).unlink(missing_ok=True)
+            log.info("uploaded file dropped", extra={"digest": digest})
+
+    def free_bytes(self) -> int:
+        """What the disk has left."""
+        return shutil.disk_usage(self._folder).free
+
+
+def _check(digest: str, found: str) -> None:
+    if digest != f"sha256:{found}":
+        raise SpoolError(400, f'digest mismatch, expected "{digest}", got "sha256:{found}"')
+
+
+def _write(file: object, found: "hashlib._Hash", piece: bytes) -> None:
+    found.update(piece)
+    file.write(piece)  # type: ignore[attr-defined]
+
+
+async def _joined(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Small pieces joined, so that not each one goes to the disk by itself."""
+    held = bytearray()
+    async for piece in pieces:
+        held += piece
+        if len(held) >= PIECE_BYTES:
+            yield bytes(held)
+            held.clear()
+    if held:
+        yield bytes(held)

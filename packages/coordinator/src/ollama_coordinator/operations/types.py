@@ -1,0 +1,120 @@
+"""The nouns of model operations: what is done, to which model, on which agents, how far it is.
+
+OperationError
+├── Refused           an agent's Ollama answered that it cannot
+├── NoAgentForModel   the placement leaves no agent
+└── UnknownOperation  no operation has this id
+"""
+
+from datetime import datetime
+from enum import Enum
+
+from msgspec import Struct
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.types import AgentId
+
+
+class OperationError(OllamaCoordinatorError):
+    """A model operation cannot be done."""
+
+
+class Refused(OperationError):
+    """An agent's Ollama answered that it cannot; `status` is its own, 500 in mid-stream."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NoAgentForModel(OperationError):
+    """The placement leaves no agent that could be asked now."""
+
+
+class UnknownOperation(OperationError):
+    """No operation has this id."""
+
+    def __init__(self, operation_id: str) -> None:
+        super().__init__(f"operation '{operation_id}' is not known; GET /api/operations lists them")
+
+
+class Kind(Enum):
+    """What is done to a model."""
+
+    PULL = "pull"
+    PUSH = "push"
+    CREATE = "create"
+    COPY = "copy"
+    DELETE = "delete"
+    LOAD = "load"
+    UNLOAD = "unload"
+
+    @property
+    def streams(self) -> bool:
+        """Whether Ollama reports progress line by line."""
+        return self in (Kind.PULL, Kind.PUSH, Kind.CREATE)
+
+
+class State(Enum):
+    """Where an operation, or its part on one agent, stands."""
+
+    WAITING = "waiting"
+    """The agent is away; it goes on as soon as it is back."""
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    PENDING = "pending"
+    """Nobody waits for it any more; it is done when the agent returns."""
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens of itself in this operation."""
+        return self not in (State.WAITING, State.RUNNING)
+
+
+class Deed(Struct, frozen=True):
+    """What one agent's Ollama is to do: a request to it. `blobs` it must have before."""
+
+    kind: Kind
+    name: str
+    key: str
+    method: str
+    path: str
+    body: str
+    blobs: tuple[str, ...] = ()
+
+
+class Pending(Struct, frozen=True):
+    """A deed that an agent still owes, kept across restarts."""
+
+    agent_id: AgentId
+    deed: Deed
+    since: datetime
+
+
+class TargetView(Struct, frozen=True):
+    """One agent's part of an operation, as the API shows it; bytes of all layers it reported."""
+
+    agent_id: AgentId
+    agent: str
+    state: State
+    status: str = ""
+    completed: int = 0
+    total: int = 0
+    error: str | None = None
+
+
+class OperationView(Struct, frozen=True):
+    """An operation as the API shows it; times are UTC."""
+
+    id: str
+    kind: Kind
+    model: str
+    state: State
+    started_at: datetime
+    placement: str
+    detached: bool
+    targets: list[TargetView]
+    ended_at: datetime | None = None
+    error: str | None = None

@@ -1,0 +1,176 @@
+"""Whatever comes in: no 500, no hang, nothing left behind."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.coordinator import Running, running
+from support.ollama import StandIn
+
+ROUTES = (
+    *(("POST", f"/api/{name}") for name in ("chat", "generate", "embed", "embeddings", "show")),
+    *(("POST", f"/api/{name}") for name in ("pull", "push", "create", "copy", "operations")),
+    *(("POST", f"/api/{name}") for name in ("agents", "health", "me", "signout")),
+    *(("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "embeddings")),
+    *(("POST", f"/v1/{name}") for name in ("responses", "messages", "audio/transcriptions")),
+    ("DELETE", "/api/delete"),
+    ("POST", "/api/blobs/sha256:" + "0" * 64),
+    ("PATCH", "/api/agents/nobody"),
+)
+FIELDS = (
+    *("model", "name", "MODEL", "messages", "prompt", "input", "options", "keep_alive", "stream"),
+    *("source", "destination", "from", "files", "adapters", "kind", "placement", "insecure"),
+    *("shift", "verbose", "max_tokens", "agent_id", "machine_name", "ip_address", "ollama_port"),
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(min_value=-(10**40), max_value=10**40)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["nope", "llama3.2:cloud", "a/b/c/d", "x:local:cloud", "sha256:0", "-1s"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6),
+    VALUES,
+    st.sampled_from(
+        [
+            b"[" * 100_000,
+            b'{"model":' * 5_000,
+            b'{"model":"\\ud800"}',
+            b'{"model":"x","options":{"num_ctx":' + b"9" * 10_000 + b"}}",
+            b'{"MODEL":' + b"1" * 5_000 + b"}",
+            b'{"model":"a","model":7}',
+            b"\xff\xfe\x00{",
+            b'\xef\xbb\xbf{"model":"x"}',
+            b'{"name":"a\\u0000b"}',
+        ]
+    ),
+)
+TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40)
+HEADERS = st.dictionaries(
+    st.sampled_from(
+        [
+            *("Content-Type", "Content-Encoding", "Origin", "Accept", "X-Forwarded-Prefix"),
+            *("X-Ollama-Coordinator-Placement", "X-Ollama-Coordinator-Detach", "Authorization"),
+        ]
+    ),
+    TEXT,
+    max_size=3,
+)
+PATHS = st.lists(TEXT, max_size=4).map(lambda parts: "/" + "/".join(parts))
+
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@asynccontextmanager
+async def _fleet() -> AsyncIterator[Running]:
+    async with running() as coordinator, StandIn() as ollama:
+        await coordinator.register(ollama, "first")
+        yield coordinator
+
+
+class _Fuzzed:
+    """A coordinator with one agent, in a loop of its own: Hypothesis calls from outside one."""
+
+    def __init__(self, runner: asyncio.Runner, coordinator: Running) -> None:
+        self.runner = runner
+        self.coordinator = coordinator
+
+    def ask(self, method: str, path: str, body: Any, headers: dict[str, str]) -> int:
+        """The status of the answer, which has to come."""
+        return self.runner.run(_ask(self.coordinator, method, path, body, headers))
+
+
+async def _ask(
+    coordinator: Running, method: str, path: str, body: Any, headers: dict[str, str]
+) -> int:
+    sent = {"data": body} if isinstance(body, bytes) else {"json": body}
+    async with (
+        asyncio.timeout(20),
+        coordinator.session.request(
+            method, coordinator.url + path, headers=headers, allow_redirects=False, **sent
+        ) as response,
+    ):
+        await response.read()
+        assert response.status != 500 or response.headers.get("x-ollama-coordinator-agent"), path
+        return response.status
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Iterator[_Fuzzed]:
+    """One fleet for all examples: what one leaves behind, the next ones meet."""
+    with asyncio.Runner() as runner:
+        fleet = _fleet()
+        yield _Fuzzed(runner, runner.run(fleet.__aenter__()))
+        runner.run(fleet.__aexit__(None, None, None))
+
+
+@pytest.mark.spec("SURFACE-9")
+@FUZZ
+@given(route=st.sampled_from(ROUTES), body=BODIES, headers=HEADERS)
+def test_no_body_is_too_strange(
+    fuzzed: _Fuzzed, route: tuple[str, str], body: Any, headers: dict[str, str]
+) -> None:
+    status = fuzzed.ask(*route, body, headers)
+    assert status < 500 or status in (501, 502, 503, 507), status
+
+
+@pytest.mark.spec("SURFACE-9")
+@FUZZ
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "BREW"]),
+    prefix=st.sampled_from(["", "/api", "/v1", "/v1/models", "/api/blobs", "/api/agents"]),
+    path=PATHS,
+)
+def test_no_path_is_too_strange(fuzzed: _Fuzzed, method: str, prefix: str, path: str) -> None:
+    status = fuzzed.ask(method, prefix + path.replace("#", "").replace("\\", ""), b"", {})
+    assert status < 500, status
+
+
+@pytest.mark.spec("SURFACE-9")
+def test_nothing_is_left_behind(fuzzed: _Fuzzed) -> None:
+    """Runs after the examples above, on the same fleet."""
+    coordinator = fuzzed.coordinator
+    fuzzed.runner.run(coordinator.until(coordinator.at_rest))
+    operations = coordinator.parts.surface.operations
+    fuzzed.runner.run(
+        coordinator.until(lambda: all(view.ended_at is not None for view in operations.views()))
+    )
+    status, _ = fuzzed.runner.run(coordinator.chat())
+    assert status == 200
+
+
+@pytest.mark.spec("SURFACE-9")
+async def test_half_a_request_holds_nobody_up(coordinator: Running, ollama: StandIn) -> None:
+    port = int(coordinator.url.rpartition(":")[2])
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    assert (await coordinator.chat())[0] == 200
+    writer.close()
+    await writer.wait_closed()
+    await coordinator.until(coordinator.at_rest)
+
+
+@pytest.mark.spec("SURFACE-9")
+async def test_a_header_block_without_end_is_refused(coordinator: Running) -> None:
+    with pytest.raises((aiohttp.ClientError, AssertionError)):
+        async with coordinator.session.get(
+            f"{coordinator.url}/", headers={"X-Long": "x" * 300_000}
+        ) as response:
+            assert response.status == 200

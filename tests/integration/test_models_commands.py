@@ -1,0 +1,93 @@
+"""The command line's `models` and `ps`, asked of a running coordinator."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ollama_coordinator.main import app
+from support.coordinator import Running, running
+from support.ollama import Model, StandIn
+from support.transfers import names
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[tuple[Running, list[StandIn]]]:
+    """Two agents that can pull `tiny`; one of them has `llama3.2`."""
+    registry = [Model("tiny", size_bytes=1_000_000)]
+    async with (
+        running() as coordinator,
+        StandIn(registry=registry) as first,
+        StandIn([], registry=registry) as second,
+    ):
+        await coordinator.register(first, "first")
+        await coordinator.register(second, "second")
+        yield coordinator, [first, second]
+
+
+async def _run(coordinator: Running | str, *arguments: str) -> Result:
+    """Run a command in a thread, as it runs a loop of its own."""
+    url = coordinator if isinstance(coordinator, str) else coordinator.url
+    environment = {"COORDINATOR_URL": url, "COLUMNS": "200", "DATABASE_URL": "sqlite://:memory:"}
+    return await asyncio.to_thread(CliRunner(env=environment).invoke, app, list(arguments))
+
+
+@pytest.mark.spec("SURFACE-29")
+async def test_pull_list_copy_remove(fleet: tuple[Running, list[StandIn]]) -> None:
+    coordinator, ollamas = fleet
+    pulled = await _run(coordinator, "models", "pull", "tiny", "--replicas", "2")
+    assert pulled.exit_code == 0, pulled.output
+    assert "success" in pulled.output
+    assert pulled.output.count("done") == 2
+    assert all("tiny:latest" in names(ollama) for ollama in ollamas)
+    listed = await _run(coordinator, "models", "list")
+    row = next(line for line in listed.output.splitlines() if line.startswith("tiny:latest"))
+    assert "first, second" in row
+    copied = await _run(coordinator, "models", "cp", "tiny", "mine")
+    assert copied.exit_code == 0
+    removed = await _run(coordinator, "models", "rm", "tiny", "mine")
+    assert removed.exit_code == 0, removed.output
+    assert [names(ollama) for ollama in ollamas] == [["llama3.2:latest"], []]
+
+
+@pytest.mark.spec("SURFACE-29")
+async def test_load_ps_show_unload(fleet: tuple[Running, list[StandIn]]) -> None:
+    coordinator, ollamas = fleet
+    assert (await _run(coordinator, "models", "load", "llama3.2")).exit_code == 0
+    assert ollamas[0].loaded == ["llama3.2:latest"]
+    shown = await _run(coordinator, "ps")
+    assert "llama3.2:latest" in shown.output
+    assert "first" in shown.output
+    assert "gguf" in (await _run(coordinator, "models", "show", "llama3.2")).output
+    assert (await _run(coordinator, "models", "unload", "llama3.2")).exit_code == 0
+    assert ollamas[0].loaded == []
+
+
+@pytest.mark.spec("SURFACE-29")
+async def test_errors_are_one_sentence(fleet: tuple[Running, list[StandIn]]) -> None:
+    coordinator, _ = fleet
+    for arguments in (
+        ("models", "pull", "nope"),
+        ("models", "rm", "nope"),
+        ("models", "show", "nope"),
+        ("models", "pull", "tiny", "--on", "some"),
+    ):
+        failed = await _run(coordinator, *arguments)
+        assert failed.exit_code == 1, arguments
+        assert failed.stderr.startswith("Error: ")
+        assert len(failed.stderr.splitlines()) == 1
+    nobody = await _run("http://127.0.0.1:1", "ps")
+    assert nobody.exit_code == 1
+    assert "COORDINATOR_URL" in nobody.stderr
+
+
+@pytest.mark.spec("SURFACE-29")
+async def test_a_detached_pull_is_not_waited_for(fleet: tuple[Running, list[StandIn]]) -> None:
+    coordinator, ollamas = fleet
+    ollamas[0].faults.stall(after=1, paths=["/api/pull"])
+    started = await _run(coordinator, "models", "pull", "tiny", "--on", "agents:first", "--detach")
+    assert started.exit_code == 0
+    await ollamas[0].seen.wait_for(lambda seen: seen.faulted == 1)
+    ollamas[0].faults.clear()
+    await coordinator.until(lambda: "tiny:latest" in names(ollamas[0]))

@@ -1,0 +1,115 @@
+"""Contexts: a larger one in memory serves a smaller request."""
+
+import json
+from typing import Any
+
+import pytest
+
+from support.coordinator import Running, running
+from support.ollama import Model, StandIn
+
+HEADER = "X-Ollama-Coordinator-Runner"
+ASKED = [{"role": "user", "content": "hello"}]
+
+
+async def _chat(coordinator: Running, **options: Any) -> str | None:
+    body = {"model": "llama3.2", "messages": ASKED, "stream": False, "options": options}
+    async with coordinator.session.post(f"{coordinator.url}/api/chat", json=body) as response:
+        assert response.status == 200, await response.text()
+        return response.headers.get(HEADER)
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_a_larger_context_in_memory_serves_a_smaller_request(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    assert await _chat(coordinator, num_ctx=8192) is None
+    assert await _chat(coordinator, num_ctx=4096, seed=7) == "num_ctx=8192; wanted=4096"
+    assert await _chat(coordinator, num_ctx=8192) is None
+    assert (ollama.seen.loads, ollama.seen.reloads) == (1, 0)
+    sent = json.loads(ollama.seen.of("/api/chat")[1].body)
+    assert sent["options"] == {"num_ctx": 8192, "seed": 7}
+    assert sent["messages"] == ASKED
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_the_record_of_the_request_tells_of_the_larger_context(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    body = {"model": "llama3.2", "prompt": "x", "options": {"num_ctx": 512}, "stream": False}
+    async with coordinator.session.post(f"{coordinator.url}/api/generate", json=body) as response:
+        request_id = response.headers["X-Ollama-Coordinator-Request"]
+    record = await coordinator.get(f"/api/requests/{request_id}")
+    assert record["attempts"][0]["runner"] == "num_ctx=8192; wanted=512"
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_a_larger_request_is_not_cut_to_what_is_loaded(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=2048)
+    assert await _chat(coordinator, num_ctx=4096) is None
+    assert ollama.seen.reloads == 1
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_where_something_else_forces_a_reload_the_context_is_the_clients(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    assert await _chat(coordinator, num_ctx=4096, num_batch=64) is None
+    assert json.loads(ollama.seen.last.body)["options"]["num_ctx"] == 4096
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_keep_alive_passes_with_the_changed_body(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    body = {"model": "llama3.2", "prompt": "x", "options": {"num_ctx": 512}, "keep_alive": "1h"}
+    await coordinator.post("/api/generate", {**body, "stream": False})
+    assert json.loads(ollama.seen.last.body)["keep_alive"] == "1h"
+    assert ollama.seen.reloads == 0
+
+
+def _default_context(agent_id: str) -> dict[str, Any]:
+    return {"agent_id": agent_id, "runner": {"context_length": 4096, "num_parallel": 1}}
+
+
+@pytest.mark.spec("SURFACE-15")
+async def test_without_num_ctx_the_agents_known_default_counts(coordinator: Running) -> None:
+    async with StandIn(default_context=4096) as ollama:
+        agent_id = await coordinator.register(ollama, "first")
+        await coordinator.heartbeat(**_default_context(agent_id))
+        await _chat(coordinator, num_ctx=8192)
+        assert await _chat(coordinator) == "num_ctx=8192; wanted=default"
+        assert ollama.seen.reloads == 0
+
+
+@pytest.mark.spec("SURFACE-15")
+async def test_without_num_ctx_and_an_unknown_default_the_body_stays(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    assert await _chat(coordinator) is None
+
+
+@pytest.mark.spec("SURFACE-15")
+async def test_a_model_that_sets_a_context_itself_is_left_alone(coordinator: Running) -> None:
+    model = Model("llama3.2", parameters={"num_ctx": 16384})
+    async with StandIn([model], default_context=4096) as ollama:
+        agent_id = await coordinator.register(ollama, "first")
+        await coordinator.heartbeat(**_default_context(agent_id))
+        await _chat(coordinator, num_ctx=8192)
+        assert await _chat(coordinator) is None
+        assert b"num_ctx" not in ollama.seen.of("/api/chat")[-1].body
+
+
+@pytest.mark.spec("SURFACE-15")
+async def test_the_setting_leaves_every_body_alone() -> None:
+    async with running(larger_context=False) as coordinator, StandIn() as ollama:
+        await coordinator.register(ollama, "first")
+        await _chat(coordinator, num_ctx=8192)
+        assert await _chat(coordinator, num_ctx=4096) is None
+        assert ollama.seen.reloads == 1

@@ -1,0 +1,162 @@
+"""Compressed bodies, forms, old agents, accounts: the rest of the surface."""
+
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+import zstandard
+
+from support.coordinator import Running
+from support.ollama import Model, StandIn
+
+CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
+
+
+async def _send(coordinator: Running, path: str, body: bytes) -> tuple[int, Any]:
+    async with coordinator.session.post(
+        coordinator.url + path, data=body, headers={"Content-Encoding": "zstd"}
+    ) as response:
+        return response.status, await response.json(content_type=None)
+
+
+@pytest.mark.spec("SURFACE-6")
+async def test_a_compressed_body_is_routed_and_forwarded_as_it_came(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async with StandIn([Model("other")]) as other:
+        await coordinator.register(other, "other")
+        sent = zstandard.compress(json.dumps({**CHAT, "model": "other"}).encode())
+        status, _ = await _send(coordinator, "/v1/chat/completions", sent)
+        assert status == 200
+        assert other.seen.last.body == sent
+
+
+@pytest.mark.spec("SURFACE-6")
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"this is not zstd", 400),
+        (zstandard.compress(b" " * (20 * 2**20 + 1)), 413),
+        (zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(
+            window_log=25, enable_ldm=True
+        )).compress(b"x" * 2**25), 400),
+    ],
+    ids=["not zstd", "too large", "too large a window"],
+)  # fmt: skip
+async def test_what_cannot_be_decompressed_is_refused_in_the_native_shape(
+    coordinator: Running, ollama: StandIn, body: bytes, status: int
+) -> None:
+    answer = await _send(coordinator, "/v1/messages", body)
+    assert answer[0] == status
+    assert isinstance(answer[1]["error"], str)
+    assert ollama.seen.count("/v1/messages") == 0
+
+
+@pytest.mark.spec("SURFACE-6")
+async def test_native_routes_decompress_nothing(coordinator: Running, ollama: StandIn) -> None:
+    status, body = await _send(
+        coordinator, "/api/chat", zstandard.compress(json.dumps(CHAT).encode())
+    )
+    assert status == 400
+    assert "invalid character" in body["error"]
+
+
+def _form(**fields: str) -> aiohttp.FormData:
+    form = aiohttp.FormData()
+    form.add_field("file", b"RIFF\r\n--not-a-boundary\r\n", filename="said.wav")
+    for name, value in fields.items():
+        form.add_field(name, value)
+    return form
+
+
+@pytest.mark.spec("SURFACE-7")
+async def test_a_transcription_goes_to_the_agent_that_has_its_model(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async with StandIn([Model("whisper")]) as other:
+        await coordinator.register(other, "other")
+        url = f"{coordinator.url}/v1/audio/transcriptions"
+        async with coordinator.session.post(url, data=_form(model="whisper")) as response:
+            assert response.status == 200
+            assert set(await response.json()) == {"text"}
+        form = _form(model="whisper", response_format="text")
+        async with coordinator.session.post(url, data=form) as response:
+            assert response.content_type == "text/plain"
+        assert other.seen.count("/v1/audio/transcriptions") == 2
+
+
+@pytest.mark.spec("SURFACE-7")
+@pytest.mark.parametrize(
+    ("fields", "status", "text"),
+    [({"model": "nope"}, 404, "model 'nope' not found"), ({}, 400, "model is required")],
+)
+async def test_a_transcription_is_refused_as_ollama_does(
+    coordinator: Running, ollama: StandIn, fields: dict[str, str], status: int, text: str
+) -> None:
+    for url in (coordinator.url, ollama.url):
+        async with coordinator.session.post(
+            f"{url}/v1/audio/transcriptions", data=_form(**fields)
+        ) as response:
+            assert response.status == status
+            assert (await response.json())["error"]["message"] == text
+
+
+@pytest.mark.spec("SURFACE-8")
+async def test_an_agent_too_old_for_a_route_is_not_asked_for_it(coordinator: Running) -> None:
+    async with StandIn(version="0.12.0") as old, StandIn() as new:
+        await coordinator.register(old, "old", ollama_version="0.12.0")
+        await coordinator.register(new, "new")
+        for _ in range(4):
+            body = {**CHAT, "max_tokens": 4}
+            assert (await coordinator.post("/v1/messages", body))[0] == 200
+        assert (old.seen.count("/v1/messages"), new.seen.count("/v1/messages")) == (0, 4)
+        assert (await coordinator.get("/api/version"))["version"] == "0.12.0"
+
+
+@pytest.mark.spec("SURFACE-8")
+async def test_a_route_that_an_agent_lacks_does_not_cost_it_its_models(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ollama.faults.status(404, raw="404 page not found", paths=["/v1/responses"])
+    for _ in range(4):
+        status, _ = await coordinator.post("/v1/responses", {"model": "llama3.2", "input": "x"})
+        assert status == 200
+    holders = (await coordinator.get("/api/models"))["models"][0]["holders"]
+    assert len(holders) == 2
+
+
+@pytest.mark.spec("SURFACE-10")
+async def test_the_cloud_is_disabled_when_it_is_so_on_every_agent(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    assert (await coordinator.get("/api/status"))["cloud"]["disabled"] is True
+    async with StandIn(cloud_disabled=False) as other:
+        await coordinator.register(other, "other")
+        assert (await coordinator.get("/api/status"))["cloud"]["disabled"] is False
+        status, _ = await coordinator.post("/api/experimental/web_search", {"query": "x"})
+        assert (status, other.seen.count("/api/experimental/web_search")) == (401, 1)
+        assert ollama.seen.count("/api/experimental/web_search") == 0
+
+
+@pytest.mark.spec("SURFACE-10")
+async def test_the_account_is_that_of_an_agent_labelled_cloud(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async with StandIn(signed_in_as="ada") as other:
+        agent_id = await coordinator.register(other, "other")
+        assert await coordinator.post("/api/me", {}) == (401, {"error": "unauthorized"})
+        labels = {"labels": ["cloud"]}
+        url = f"{coordinator.url}/api/agents/{agent_id}"
+        async with coordinator.session.patch(url, json=labels) as response:
+            assert response.status == 200
+        status, account = await coordinator.post("/api/me", {})
+        assert (status, account["name"]) == (200, "ada")
+        assert (await coordinator.post("/api/signout", {}))[0] == 403
+        assert other.seen.count("/api/signout") == 0
+
+
+@pytest.mark.spec("SURFACE-10")
+async def test_recommendations_come_from_anyone_or_are_none(coordinator: Running) -> None:
+    path = "/api/experimental/model-recommendations"
+    assert await coordinator.get(path) == {"recommendations": []}

@@ -1,0 +1,199 @@
+"""Models made and pushed: files that wait at the coordinator, agents that build."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from support.coordinator import Running, running
+from support.ollama import Model, StandIn
+from support.transfers import names, progress
+
+BLOB = b"GGUF" * 200_000
+DIGEST = f"sha256:{hashlib.sha256(BLOB).hexdigest()}"
+
+
+async def _upload(coordinator: Running, blob: bytes = BLOB, digest: str = DIGEST) -> int:
+    async with coordinator.session.post(
+        f"{coordinator.url}/api/blobs/{digest}", data=blob
+    ) as response:
+        return response.status
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "c.db.blobs").glob("*"))
+
+
+@pytest.mark.spec("SURFACE-24")
+@pytest.mark.spec("SURFACE-25")
+async def test_a_model_is_created_from_files_on_every_agent(tmp_path: Path) -> None:
+    async with (
+        running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator,
+        StandIn([]) as first,
+        StandIn([]) as second,
+    ):
+        await coordinator.register(first, "first")
+        await coordinator.register(second, "second")
+        assert await _upload(coordinator) == 201
+        assert _files(tmp_path) == [DIGEST.replace(":", "-")]
+        body = {"model": "mine", "files": {"a.gguf": DIGEST}}
+        lines = await progress(coordinator, "/api/create", body)
+        assert lines[-1] == {"status": "success"}
+        for ollama in (first, second):
+            assert names(ollama) == ["mine:latest"]
+            assert ollama.models.uploaded == {DIGEST: len(BLOB)}
+        assert _files(tmp_path) == []
+        assert (await coordinator.chat("mine"))[0] == 200
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_an_agent_that_has_the_file_is_not_sent_it_again(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    await coordinator.session.post(f"{ollama.url}/api/blobs/{DIGEST}", data=BLOB)
+    assert await _upload(coordinator) == 201
+    body = {"model": "mine", "from": "llama3.2", "adapters": {"lora": DIGEST}, "stream": False}
+    assert await coordinator.post("/api/create", body) == (200, {"status": "success"})
+    path = f"/api/blobs/{DIGEST}"
+    methods = [[record.method for record in each.seen.of(path)] for each in (ollama, spare)]
+    assert methods == [["POST", "HEAD"], ["HEAD", "POST"]]
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_a_file_that_is_not_there_is_400(coordinator: Running, ollama: StandIn) -> None:
+    body = {"model": "mine", "files": {"a.gguf": DIGEST}}
+    status, answer = await coordinator.post("/api/create", body)
+    assert status == 400
+    assert DIGEST in answer["error"]
+    bad = {"model": "mine", "files": {"a.gguf": "md5:1"}}
+    answer = await coordinator.post("/api/create", bad)
+    assert answer == (400, {"error": "invalid digest format"})
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_what_is_not_what_it_claims_to_be_is_not_kept(tmp_path: Path) -> None:
+    async with running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator:
+        assert await _upload(coordinator, b"something else") == 400
+        assert _files(tmp_path) == []
+        assert await _upload(coordinator) == 201
+        assert await _upload(coordinator, b"not read") == 200
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_a_file_that_is_there_is_answered_while_its_client_still_sends(
+    coordinator: Running,
+) -> None:
+    assert await _upload(coordinator) == 201
+    rest = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield BLOB
+        await rest.wait()
+        yield BLOB
+
+    async with coordinator.session.post(
+        f"{coordinator.url}/api/blobs/{DIGEST}", data=slowly()
+    ) as response:
+        assert response.status == 200
+        rest.set()
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_files_have_a_limit(tmp_path: Path) -> None:
+    settings = {"database_url": f"sqlite:///{tmp_path}/c.db", "max_spool_gibibytes": 1e-4}
+    async with running(**settings) as coordinator:
+        async with coordinator.session.post(
+            f"{coordinator.url}/api/blobs/{DIGEST}", data=BLOB
+        ) as response:
+            assert response.status == 507
+            assert "COORDINATOR_MAX_SPOOL_GIB" in (await response.json())["error"]
+        assert _files(tmp_path) == []
+        small = b"small"
+        assert (
+            await _upload(coordinator, small, f"sha256:{hashlib.sha256(small).hexdigest()}") == 201
+        )
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) -> None:
+    async with running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator:
+        sent = asyncio.Event()
+
+        async def half() -> AsyncIterator[bytes]:
+            yield BLOB
+            yield BLOB
+            sent.set()
+            await asyncio.Event().wait()
+
+        uploading = asyncio.create_task(
+            coordinator.session.post(f"{coordinator.url}/api/blobs/{DIGEST}", data=half())
+        )
+        await sent.wait()
+        await coordinator.until(lambda: _files(tmp_path))
+        uploading.cancel()
+        await asyncio.gather(uploading, return_exceptions=True)
+        await coordinator.until(lambda: not _files(tmp_path))
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_unfinished_files_are_gone_after_a_restart_and_finished_ones_are_there(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "c.db.blobs"
+    folder.mkdir()
+    (folder / f"{DIGEST.replace(':', '-')}.part-abc").write_bytes(b"half")
+    (folder / DIGEST.replace(":", "-")).write_bytes(BLOB)
+    async with running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator:
+        assert _files(tmp_path) == [DIGEST.replace(":", "-")]
+        async with coordinator.session.head(f"{coordinator.url}/api/blobs/{DIGEST}") as response:
+            assert response.status == 200
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_a_model_is_created_where_its_source_is(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    async with StandIn([Model("other")]) as other:
+        await coordinator.register(other, "other")
+        body = {"model": "mine", "from": "llama3.2", "system": "be brief"}
+        await progress(coordinator, "/api/create", body)
+        assert [("mine:latest" in names(each)) for each in (ollama, spare, other)] == [
+            True,
+            True,
+            False,
+        ]
+        _, shown = await coordinator.post("/api/show", {"model": "mine"})
+        assert shown["system"] == "be brief"
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_an_agent_pulls_the_source_that_nobody_has(coordinator: Running) -> None:
+    async with StandIn([], registry=[Model("base", size_bytes=1000)]) as ollama:
+        await coordinator.register(ollama, "first")
+        lines = await progress(coordinator, "/api/create", {"model": "mine", "from": "base"})
+        assert lines[0] == {"status": "pulling manifest"}
+        assert lines[-1] == {"status": "success"}
+        assert names(ollama) == ["base:latest", "mine:latest"] or names(ollama) == ["mine:latest"]
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_a_push_comes_from_the_agent_labelled_push(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    agent_id = next(agent.id for agent in coordinator.parts.registry if agent.name == "spare")
+    await coordinator.session.patch(
+        f"{coordinator.url}/api/agents/{agent_id}", json={"labels": ["push"]}
+    )
+    lines = await progress(coordinator, "/api/push", {"name": "llama3.2", "model": ""})
+    assert lines[-1] == {"status": "success"}
+    assert (ollama.seen.count("/api/push"), spare.seen.count("/api/push")) == (0, 1)
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_a_push_that_is_not_allowed_says_so(coordinator: Running) -> None:
+    async with StandIn(may_push=False) as ollama:
+        await coordinator.register(ollama, "first")
+        lines = await progress(coordinator, "/api/push", {"model": "llama3.2"})
+        assert lines[-1] == {"error": "you are not authorized to push to this namespace"}

@@ -1,0 +1,476 @@
+"""The table: requests that every Ollama answers alike, and where a fleet differs and why."""
+
+from .conformance import Case
+
+JSON = "application/json; charset=utf-8"
+V1_JSON = "application/json"
+NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
+TEXT = "text/plain"
+
+ASKED = [{"role": "user", "content": "say something short"}]
+FEW = {"num_predict": 4, "temperature": 0, "seed": 1}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+WRONG_TYPE = "json: cannot unmarshal number into Go struct field {}.model of type string"
+NO_MODEL = "model 'no-such-model' not found"
+TRY_PULLING = 'model "no-such-model" not found, try pulling it first'
+NO_FILE = "pull model manifest: file does not exist"
+DIGEST = "sha256:" + "0" * 64
+
+LISTS = (
+    Case("root", "GET", "/", kind="text/plain; charset=utf-8", ends=b"Ollama is running"),
+    Case("root, HEAD", "HEAD", "/"),
+    Case("version", "GET", "/api/version", kind=JSON, has=("version",)),
+    Case("version, HEAD", "HEAD", "/api/version"),
+    Case("status", "GET", "/api/status", kind=JSON, has=("cloud",)),
+    Case("tags", "GET", "/api/tags", kind=JSON, has=("models",)),
+    Case("tags, HEAD", "HEAD", "/api/tags"),
+    Case("ps, HEAD", "HEAD", "/api/ps", status=405),
+    Case("models", "GET", "/v1/models", kind=V1_JSON, has=("object", "data")),
+    Case("model", "GET", "/v1/models/{model}", kind=V1_JSON, has=("id", "object", "owned_by")),
+    Case("model, unknown", "GET", "/v1/models/no-such-model", status=404, kind=V1_JSON),
+    Case("model, with a slash", "GET", "/v1/models/some/one", status=404, kind=TEXT),
+    Case("recommendations", "GET", "/api/experimental/model-recommendations"),
+)
+
+ROUTER = (
+    Case("unknown path", "GET", "/api/nothing", status=404, ends=b"404 page not found"),
+    Case("unknown path, POST", "POST", "/v1/nothing", {}, status=404, kind=TEXT),
+    Case("count tokens", "POST", "/v1/messages/count_tokens", {}, status=404),
+    Case("wrong method", "GET", "/api/chat", status=405, ends=b"405 method not allowed"),
+    Case("wrong method, two allowed", "POST", "/api/tags", {}, status=405, kind=TEXT),
+    Case("wrong method, blob", "PUT", f"/api/blobs/{DIGEST}", b"x", status=405),
+    Case("wrong method, delete", "POST", "/api/delete", {}, status=405),
+    Case("options without an origin", "OPTIONS", "/api/chat", status=405),
+    Case("slash too many, GET", "GET", "/api/tags/", status=301),
+    Case("slash too many, query", "GET", "/api/tags/?a=1", status=301),
+    Case("slash too many, POST", "POST", "/api/chat/", {}, status=307),
+    Case("slash too many, models", "GET", "/v1/models/", status=301),
+    Case("slash too many, wrong method", "POST", "/api/tags/", {}, status=404),
+)
+
+SHOW = (
+    Case("show", "POST", "/api/show", {"model": "{model}"}, has=("details", "model_info")),
+    Case("show, verbose", "POST", "/api/show", {"model": "{model}", "verbose": True}),
+    Case("show, name", "POST", "/api/show", {"name": "{model}", "model": ""}, has=("modelfile",)),
+    Case("show, keys in capitals", "POST", "/api/show", {"MODEL": "{model}"}, has=("modelfile",)),
+    Case(
+        "show, unknown",
+        "POST",
+        "/api/show",
+        {"model": "No-Such-Model"},
+        status=404,
+        kind=JSON,
+        says="model 'No-Such-Model:latest' not found",
+    ),
+    Case("show, no name", "POST", "/api/show", {}, status=400, says="model is required"),
+    Case("show, bad name", "POST", "/api/show", {"model": "a b"}, status=400),
+    Case("show, empty", "POST", "/api/show", b"", status=400, says="missing request body"),
+    Case("show, cut", "POST", "/api/show", b'{"model"', status=400, says="unexpected EOF"),
+    Case(
+        "show, not JSON",
+        "POST",
+        "/api/show",
+        b"x=y",
+        status=400,
+        says="invalid character 'x' looking for beginning of value",
+    ),
+    Case(
+        "show, number",
+        "POST",
+        "/api/show",
+        {"model": 7},
+        status=400,
+        says=WRONG_TYPE.format("ShowRequest"),
+    ),
+    Case("show, trailing data", "POST", "/api/show", b'{"model": ""} x', status=400),
+)
+
+GENERATE = (
+    Case(
+        "generate",
+        "POST",
+        "/api/generate",
+        {"model": "{model}", "prompt": "say a word", "options": FEW},
+        kind=NDJSON,
+        has=("done_reason", "context", "eval_count", "total_duration"),
+    ),
+    Case(
+        "generate, whole",
+        "POST",
+        "/api/generate",
+        {"model": "{model}", "prompt": "say a word", "stream": False, "options": FEW},
+        kind=JSON,
+        has=("response", "done_reason", "eval_count"),
+    ),
+    Case("generate, load", "POST", "/api/generate", {"model": "{model}"}, kind=JSON),
+    Case(
+        "generate, unknown",
+        "POST",
+        "/api/generate",
+        {"model": "no-such-model", "prompt": "x"},
+        status=404,
+        says=NO_MODEL,
+    ),
+    Case("generate, no name", "POST", "/api/generate", {}, status=404, says="model '' not found"),
+    Case("generate, empty", "POST", "/api/generate", b"", status=400, says="missing request body"),
+    Case("generate, array", "POST", "/api/generate", [], status=400),
+    Case(
+        "generate, wrong option",
+        "POST",
+        "/api/generate",
+        {"model": "{model}", "prompt": "x", "options": {"num_ctx": "8k"}},
+        status=500,
+    ),
+    Case(
+        "generate, cannot",
+        "POST",
+        "/api/generate",
+        {"model": "{embeds}", "prompt": "x"},
+        status=400,
+        says='"{embeds}" does not support generate',
+    ),
+    Case(
+        "generate, cloud",
+        "POST",
+        "/api/generate",
+        {"model": "no-such-model:cloud", "prompt": "x"},
+        status=403,
+    ),
+)
+
+CHAT = (
+    Case(
+        "chat",
+        "POST",
+        "/api/chat",
+        {"model": "{model}", "messages": ASKED, "options": FEW},
+        kind=NDJSON,
+        has=("message", "done", "eval_count"),
+    ),
+    Case(
+        "chat, whole",
+        "POST",
+        "/api/chat",
+        {"model": "{model}", "messages": ASKED, "stream": False, "options": FEW},
+        kind=JSON,
+        has=("message", "done_reason"),
+    ),
+    Case("chat, load", "POST", "/api/chat", {"model": "{model}", "messages": []}, kind=JSON),
+    Case(
+        "chat, unknown",
+        "POST",
+        "/api/chat",
+        {"model": "no-such-model", "messages": ASKED},
+        status=404,
+        says=NO_MODEL,
+    ),
+    Case("chat, no name", "POST", "/api/chat", {}, status=400, says="model is required"),
+    Case("chat, both sources", "POST", "/api/chat", {"model": "a:local:cloud"}, status=400),
+    Case(
+        "chat, cannot",
+        "POST",
+        "/api/chat",
+        {"model": "{embeds}", "messages": ASKED},
+        status=400,
+        says='"{embeds}" does not support chat',
+    ),
+    Case(
+        "chat, unload what is not loaded",
+        "POST",
+        "/api/chat",
+        {"model": "{model}", "messages": [], "keep_alive": 0},
+        kind=JSON,
+        has=("done_reason",),
+    ),
+    Case(
+        "chat, bad keep_alive",
+        "POST",
+        "/api/chat",
+        {"model": "{model}", "messages": ASKED, "keep_alive": "300"},
+        status=400,
+    ),
+)
+
+EMBED = (
+    Case(
+        "embed",
+        "POST",
+        "/api/embed",
+        {"model": "{embeds}", "input": ["a", "b"]},
+        kind=JSON,
+        has=("embeddings", "prompt_eval_count"),
+    ),
+    Case("embed, one", "POST", "/api/embed", {"model": "{embeds}", "input": "a"}, kind=JSON),
+    Case("embed, load", "POST", "/api/embed", {"model": "{embeds}", "input": ""}, kind=JSON),
+    Case(
+        "embed, unknown",
+        "POST",
+        "/api/embed",
+        {"model": "no-such-model", "input": "a"},
+        status=404,
+        says=TRY_PULLING,
+    ),
+    Case("embed, no name", "POST", "/api/embed", {}, status=404, says="model '' not found"),
+    Case(
+        "embeddings",
+        "POST",
+        "/api/embeddings",
+        {"model": "{embeds}", "prompt": "a"},
+        kind=JSON,
+        has=("embedding",),
+    ),
+    Case("embeddings, no name", "POST", "/api/embeddings", {}, status=400),
+)
+
+TRANSFER = (
+    Case("pull, bad name", "POST", "/api/pull", {"model": ""}, status=400),
+    Case(
+        "pull, unknown", "POST", "/api/pull", {"name": "no-such-model"}, kind=NDJSON, says=NO_FILE
+    ),
+    Case(
+        "pull, unknown, whole",
+        "POST",
+        "/api/pull",
+        {"model": "no-such-model", "stream": False},
+        status=500,
+        says=NO_FILE,
+    ),
+    Case("pull, empty", "POST", "/api/pull", b"", status=400, says="missing request body"),
+    Case("push, no name", "POST", "/api/push", {}, status=400, says="model is required"),
+    Case("create, bad name", "POST", "/api/create", {"model": "a b", "from": "x"}, status=400),
+    Case("create, from nothing", "POST", "/api/create", {"model": "made"}, status=400),
+    Case(
+        "copy, unknown",
+        "POST",
+        "/api/copy",
+        {"source": "no-such-model", "destination": "made"},
+        status=404,
+        says='model "no-such-model" not found',
+    ),
+    Case(
+        "copy, bad source",
+        "POST",
+        "/api/copy",
+        {"source": "a b", "destination": "made"},
+        status=400,
+        says='source "a b" is invalid',
+    ),
+    Case(
+        "copy, bad destination",
+        "POST",
+        "/api/copy",
+        {"source": "{model}", "destination": "a b"},
+        status=400,
+        says='destination "a b" is invalid',
+    ),
+    Case(
+        "delete, unknown",
+        "DELETE",
+        "/api/delete",
+        {"name": "no-such-model", "model": ""},
+        status=404,
+        says=NO_MODEL,
+    ),
+    Case("delete, no name", "DELETE", "/api/delete", {}, status=400, says="model is required"),
+    Case(
+        "delete, bad name",
+        "DELETE",
+        "/api/delete",
+        {"model": "a b"},
+        status=400,
+        says='name "a b" is invalid',
+    ),
+    Case("blob, HEAD of none", "HEAD", f"/api/blobs/{DIGEST}", status=404),
+    Case(
+        "blob, bad digest",
+        "POST",
+        "/api/blobs/md5-1",
+        b"x",
+        status=400,
+        says="invalid digest format",
+    ),
+    Case("blob, mismatch", "POST", f"/api/blobs/{DIGEST}", b"x", status=400, kind=JSON),
+)
+
+OPENAI = (
+    Case(
+        "completions, chat",
+        "POST",
+        "/v1/chat/completions",
+        {"model": "{model}", "messages": ASKED, "max_tokens": 4},
+        kind=V1_JSON,
+        has=("choices", "usage"),
+    ),
+    Case(
+        "completions, chat, stream",
+        "POST",
+        "/v1/chat/completions",
+        {"model": "{model}", "messages": ASKED, "max_tokens": 4, "stream": True},
+        kind=SSE,
+        ends=b"data: [DONE]\n\n",
+    ),
+    Case(
+        "completions, chat, unknown",
+        "POST",
+        "/v1/chat/completions",
+        {"model": "no-such-model", "messages": ASKED},
+        status=404,
+        kind=V1_JSON,
+        says=NO_MODEL,
+    ),
+    Case("completions, chat, empty", "POST", "/v1/chat/completions", b"", status=400, says="EOF"),
+    Case("completions, chat, not JSON", "POST", "/v1/chat/completions", b"{'a'}", status=400),
+    Case(
+        "completions",
+        "POST",
+        "/v1/completions",
+        {"model": "{model}", "prompt": "say", "max_tokens": 4},
+        kind=V1_JSON,
+        has=("choices",),
+    ),
+    Case(
+        "completions, stream",
+        "POST",
+        "/v1/completions",
+        {"model": "{model}", "prompt": "say", "max_tokens": 4, "stream": True},
+        kind=SSE,
+        ends=b"data: [DONE]\n\n",
+    ),
+    Case(
+        "v1 embeddings",
+        "POST",
+        "/v1/embeddings",
+        {"model": "{embeds}", "input": "a"},
+        kind=V1_JSON,
+        has=("data", "usage"),
+    ),
+    Case(
+        "v1 embeddings, base64",
+        "POST",
+        "/v1/embeddings",
+        {"model": "{embeds}", "input": ["a"], "encoding_format": "base64"},
+    ),
+    Case(
+        "v1 embeddings, unknown",
+        "POST",
+        "/v1/embeddings",
+        {"model": "no-such-model", "input": "a"},
+        status=404,
+        says=TRY_PULLING,
+    ),
+    Case(
+        "responses",
+        "POST",
+        "/v1/responses",
+        {"model": "{model}", "input": "say", "max_output_tokens": 4},
+        kind=V1_JSON,
+        has=("output", "status"),
+    ),
+    Case(
+        "responses, stream",
+        "POST",
+        "/v1/responses",
+        {"model": "{model}", "input": "say", "max_output_tokens": 4, "stream": True},
+        kind=SSE,
+    ),
+    Case(
+        "transcription, no form",
+        "POST",
+        "/v1/audio/transcriptions",
+        b"x",
+        status=400,
+        kind=V1_JSON,
+    ),
+)
+
+ANTHROPIC = (
+    Case(
+        "messages",
+        "POST",
+        "/v1/messages",
+        {"model": "{model}", "messages": ASKED, "max_tokens": 4},
+        kind=V1_JSON,
+        has=("content", "stop_reason", "usage"),
+    ),
+    Case(
+        "messages, stream",
+        "POST",
+        "/v1/messages",
+        {"model": "{model}", "messages": ASKED, "max_tokens": 4, "stream": True},
+        kind=SSE,
+        has=("type",),
+    ),
+    Case(
+        "messages, unknown",
+        "POST",
+        "/v1/messages",
+        {"model": "no-such-model", "messages": ASKED, "max_tokens": 4},
+        status=404,
+        says=NO_MODEL,
+        has=("type", "error", "request_id"),
+    ),
+    Case("messages, no tokens", "POST", "/v1/messages", {"model": "{model}"}, status=400),
+    Case("messages, empty", "POST", "/v1/messages", b"", status=400, says="EOF"),
+)
+
+BROWSER = (
+    Case("page of this machine", "GET", "/api/version", headers={"Origin": "http://localhost:3"}),
+    Case("page of an app", "GET", "/api/version", headers={"Origin": "app://obsidian.md"}),
+    Case("foreign page", "GET", "/api/version", headers={"Origin": "https://a.test"}, status=403),
+    Case(
+        "foreign page, preflight",
+        "OPTIONS",
+        "/api/chat",
+        headers={"Origin": "https://a.test", "Access-Control-Request-Method": "POST"},
+        status=403,
+    ),
+    Case(
+        "preflight",
+        "OPTIONS",
+        "/api/chat",
+        headers={"Origin": "http://127.0.0.1", "Access-Control-Request-Method": "POST"},
+        status=204,
+    ),
+)
+
+ACCOUNT = (
+    Case("me, not signed in", "POST", "/api/me", status=401, says="unauthorized"),
+    Case("sign out, not signed in", "POST", "/api/signout", status=401),
+    Case("sign out, old", "DELETE", "/api/user/keys/abc", status=401),
+    Case("search without the cloud", "POST", "/api/experimental/web_search", {}, status=403),
+)
+
+OWN_STATE = frozenset(case.name for case in ACCOUNT) | {"generate, cloud", "status"}
+"""Depends on the account and the settings of the Ollama that is asked: only for stand-ins."""
+
+CASES = (
+    *LISTS,
+    *ROUTER,
+    *SHOW,
+    *GENERATE,
+    *CHAT,
+    *EMBED,
+    *TRANSFER,
+    *OPENAI,
+    *ANTHROPIC,
+    *BROWSER,
+    *ACCOUNT,
+)
+
+DIFFERENCES = {
+    "me, not signed in": "a fleet has no key of its own to sign in with, so there is no signin_url",
+    "sign out, not signed in": "no client of a fleet may sign a machine out: 403",
+    "sign out, old": "no client of a fleet may sign a machine out: 403",
+}
+"""Where the fleet answers otherwise, by the name of the case."""
+
+NOT_HERE = "a fleet has no account of its own; sign out on the machine itself"
+FLEET = {
+    name: Case(name, method, path, status=403, says=NOT_HERE)
+    for name, method, path in (
+        ("sign out, not signed in", "POST", "/api/signout"),
+        ("sign out, old", "DELETE", "/api/user/keys/abc"),
+    )
+}
+"""What the fleet is expected to answer where that is not what Ollama answers."""
