@@ -89,9 +89,9 @@ def bench(session: nox.Session) -> None:
 def simulate(session: nox.Session) -> None:
     """Compare the scheduling policies on a simulated fleet; `-- --quick` for a short run."""
     install_workspace(session, "test")
-    session.run(
-        "python", "-m", "benchmarks.simulator", *session.posargs, env={"PYTHONPATH": "tests"}
-    )
+    results = "specs/SPEC-005-scheduling/results.md"
+    options = session.posargs or ["--write", results]
+    session.run("python", "tests/benchmarks/sim_policies.py", *options)
 
 
 @nox.session(default=False)

@@ -116,6 +116,8 @@ class Dispatch:
         """The first byte of the answer is here."""
         held.began_at = held.progress_at = self._clock.now()
         self._scheduler.began(held.lease.id, held.began_at)
+        # A first byte shows that a load is over, and that there is a slot more than was known.
+        self.plan()
 
     def _settle(self, held: Held) -> None:
         now = self._clock.now()

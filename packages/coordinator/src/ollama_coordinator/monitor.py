@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from functools import partial
+from math import inf
 
 import msgspec
 
@@ -35,6 +36,9 @@ SILENT_PROBES = 2
 
 STALLED_PROBES = 5
 """The same for an answer that has begun, with which no other agent can go on."""
+
+AFTER_LOAD_SECONDS = 1.0
+"""How soon an agent that does not report by itself is asked what is in its memory after a load."""
 
 TICK_SECONDS = 0.5
 
@@ -122,11 +126,13 @@ class Monitor:
         if agent.resting and agent.cooldown is not None:
             return now >= agent.cooldown.until and self._registry.is_online(agent, now)
         if agent.id in silent:
-            failures, asked_at = self._silent.get(agent.id, (0, float("-inf")))
+            failures, asked_at = self._silent.get(agent.id, (0, -inf))
             return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
         if agent.brings_inventory or not self._registry.is_online(agent, now):
             return False
-        return now - self._asked_at.get(agent.id, float("-inf")) >= self.interval
+        # A model was loaded: which others had to leave for it is for its Ollama to say.
+        interval = min(AFTER_LOAD_SECONDS if agent.inventory.is_inferred else inf, self.interval)
+        return now - self._asked_at.get(agent.id, -inf) >= interval
 
     def _silent_agents(self, now: float) -> set[AgentId]:
         """The agents with an attempt that has had no byte for `SILENCE_SECONDS`."""
@@ -216,7 +222,7 @@ class Monitor:
         await asyncio.gather(*asked, return_exceptions=True)
 
     def _is_stale(self, agent: AgentState, now: float, older_than: float) -> bool:
-        asked_at = self._asked_at.get(agent.id, float("-inf"))
+        asked_at = self._asked_at.get(agent.id, -inf)
         return not agent.brings_inventory and now - asked_at > older_than
 
     async def _ask_models(self, agent: AgentState) -> None:

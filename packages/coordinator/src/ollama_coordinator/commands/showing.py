@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 AGENT_STATES = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
 
@@ -29,7 +30,7 @@ def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) 
             decimal(model["size"]),
             _named(model["holders"], names),
             _named(model["loaded_on"], names),
-            "[red]other content elsewhere[/red]" if model["conflict"] else "",
+            Text("other content elsewhere" if model["conflict"] else "", "red"),
         )
     return made
 
@@ -58,12 +59,13 @@ def targets_table(operation: Mapping[str, Any]) -> Table:
         state = target["state"]
         colour = AGENT_STATES.get(state, "cyan")
         detail = target["error"] or target["status"]
-        made.add_row(target["agent"], f"[{colour}]{state}[/{colour}]", detail)
+        made.add_row(Text(target["agent"]), Text(state, colour), Text(detail))
     return made
 
 
-def _named(ids: Iterable[str], names: Mapping[str, str]) -> str:
-    return ", ".join(sorted(names.get(agent_id, agent_id) for agent_id in ids))
+def _named(ids: Iterable[str], names: Mapping[str, str]) -> Text:
+    """Names as they are: a machine may be called anything, markup too."""
+    return Text(", ".join(sorted(names.get(agent_id, agent_id) for agent_id in ids)))
 
 
 class Bars:
@@ -79,7 +81,7 @@ class Bars:
         """Take over one line."""
         digest, status = line.get("digest"), str(line.get("status", ""))
         if digest is None:
-            self.progress.console.print(status)
+            self.progress.console.print(Text(status))
             return
         if digest not in self._layers:
             self._layers[digest] = self.progress.add_task(status, total=line.get("total"))
