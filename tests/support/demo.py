@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -95,19 +96,18 @@ class Show:
         return table
 
     def _chats(self) -> Table:
-        table = Table("#", "model", "question", "agent", "answer")
-        for heading in ("first token", "whole"):
-            table.add_column(heading, justify="right")
+        table = Table()
+        table.add_column("#", justify="right", min_width=2)
+        table.add_column("model", no_wrap=True, min_width=8)
+        table.add_column("agent", no_wrap=True, min_width=10)
+        table.add_column("answer", no_wrap=True, overflow="ellipsis", max_width=22)
+        for heading in ("first", "whole"):
+            table.add_column(heading, justify="right", no_wrap=True, min_width=7)
         for chat in self.chats:
-            answer = Text(chat.error, "red") if chat.error else Text(_clip(chat.answer, 34))
+            answer = Text(chat.error, "red") if chat.error else Text(chat.answer)
             first, whole = (_seconds(chat, at) for at in (chat.first, chat.ended))
-            model, question = chat.model, _clip(chat.question, 24)
-            table.add_row(str(chat.number), model, question, chat.agent, answer, first, whole)
+            table.add_row(str(chat.number), chat.model, chat.agent, answer, first, whole)
         return table
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _seconds(chat: Chat, at: float | None) -> str:
@@ -311,5 +311,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the chats")
     arguments = parser.parse_args()
+    # A request to stop ends the programs that were started too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main(arguments.once or not sys.stdin.isatty()))
