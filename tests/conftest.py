@@ -1,11 +1,24 @@
 """What every test may ask for: a coordinator, and stand-ins registered with it."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from ollama_coordinator_common.commandline import EventFormatter
+
 from support.coordinator import Running, running
 from support.ollama import StandIn
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """A command that ran in this process has sent the log to a stream that is closed by now."""
+    yield
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler.formatter, EventFormatter):
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -200,6 +200,12 @@ def test_the_first_view_is_small() -> None:
     assert sum(len(all_files()[p].packed or all_files()[p].body) for p in everything) < 100_000
 
 
+def test_the_first_views_modules_are_fetched_at_once() -> None:
+    first = imports("js/app.js") | imports("js/views/fleet.js")
+    named = re.findall(r'(?:src|modulepreload" href)="/dashboard/([^"]+)"', read("index.html"))
+    assert sorted(named) == sorted(first)
+
+
 @pytest.mark.spec("DASH-27")
 def test_vendored_libraries_have_their_licence() -> None:
     vendored = [path for path in (FOLDER / "vendor").iterdir() if path.suffix == ".js"]

@@ -90,6 +90,8 @@ function meter(reading) {
   return element;
 }
 
+const MOST_DOTS = 8;
+
 /** Places used and free: dots while they are few. */
 export function slotDots() {
   const dots = h("span.dots", { "aria-hidden": "true" });
@@ -97,9 +99,9 @@ export function slotDots() {
   const element = h("span.slots", null, dots, text);
   element.update = (agent) => {
     const total = Math.max(agent.slots, agent.in_flight);
-    setText(text, `${agent.in_flight}/${total}`);
+    setText(text, `${agent.in_flight}/${total}${total > MOST_DOTS ? " places" : ""}`);
     setAttr(element, "title", `${agent.in_flight} of ${total} places used`);
-    const few = total <= 8;
+    const few = total <= MOST_DOTS;
     const wanted = few ? Array.from({ length: total }, (_, index) => ({ key: String(index), used: index < agent.in_flight })) : [];
     keyed(dots, wanted, (dot) => dot.key, () => { const dot = h("i"); dot.update = ({ used }) => dot.classList.toggle("used", used); return dot; });
   };

@@ -11,6 +11,7 @@ import { operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
 
 const REFRESH_MS = 1500;
+const DONE_SHOWN_MS = 60_000;
 const nameOf = (id) => store.state.agents[id]?.name ?? "an agent that left";
 
 /** Start an operation; its progress comes with the stream. */
@@ -35,7 +36,7 @@ class ModelsView extends View {
   }
 
   changed(changed) {
-    if (this.concerns(changed, "operations")) this.drawOperations();
+    if (this.concerns(changed, "operations", "fleet")) this.drawOperations();
     if (this.concerns(changed, "agents")) this.drawDisks();
     const revision = store.state.fleet.changes;
     if (revision !== this.revision) {
@@ -72,7 +73,8 @@ class ModelsView extends View {
   }
 
   drawOperations() {
-    const all = Object.values(store.state.operations ?? {}).sort((a, b) => b.started_at.localeCompare(a.started_at));
+    const shown = Object.values(store.state.operations ?? {}).filter((one) => one.state !== "done" || store.now() - Date.parse(one.ended_at) < DONE_SHOWN_MS);
+    const all = shown.sort((a, b) => b.started_at.localeCompare(a.started_at));
     keyed(this.operations, all, (one) => one.id, operationCard);
   }
 
