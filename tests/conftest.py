@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from ollama_coordinator_common.commandline import EventFormatter
-
 from support.coordinator import Running, running
 from support.ollama import StandIn
 

@@ -9,24 +9,49 @@ import pytest
 
 from ollama_coordinator_common.commandline import (
     EventFormatter,
+    Option,
     log_to,
     number,
     one_of,
+    texts,
     truth,
     whole_number,
     with_settings,
 )
 from ollama_coordinator_common.error import ConfigError
 
+OPTIONS = (
+    Option("PORT", "port", "8080", "PORT", "Where."),
+    Option("NAME", "name", "x", "NAME", "Who."),
+)
 
-def read(port: str = "8080", name: str = "x") -> tuple[int, str]:
-    return whole_number("PORT", port), name
+
+def make(*flags: str, **rest: object) -> dict[str, object]:
+    return rest
+
+
+def read(**given: str) -> tuple[int, str]:
+    text = texts(OPTIONS, given)
+    return whole_number("PORT", text["port"]), text["name"]
+
+
+def test_an_option_stands_on_the_command_line_and_in_the_environment() -> None:
+    parameter = Option("A_NAME", "some_name", "x", "NAME", "Who.").parameter(
+        lambda *flags, **rest: (flags, rest)
+    )
+    assert (parameter.name, parameter.default) == ("some_name", "x")
+    (flags, rest) = parameter.annotation.__metadata__[0]
+    assert (flags, rest["envvar"], rest["help"]) == (("--some-name",), "A_NAME", "Who.")
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    assert texts(OPTIONS, {"port": "1"}) == {"port": "1", "name": "x"}
 
 
 def test_a_command_gets_its_settings_and_keeps_its_own_parameters() -> None:
     calls: list[tuple[str, tuple[int, str]]] = []
 
-    @with_settings(read)
+    @with_settings(read, OPTIONS, make)
     def command(what: str, settings: tuple[int, str]) -> None:
         calls.append((what, settings))
 
@@ -38,7 +63,7 @@ def test_a_command_gets_its_settings_and_keeps_its_own_parameters() -> None:
 def test_a_setting_that_cannot_work_ends_the_program_with_its_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    @with_settings(read)
+    @with_settings(read, OPTIONS, make)
     def command(settings: tuple[int, str]) -> None:
         pytest.fail("must not run")
 

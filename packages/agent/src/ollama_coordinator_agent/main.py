@@ -13,7 +13,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import __version__, logs
 from .assembly import assembled
 from .display import render, show
-from .settings import Settings, read
+from .settings import OPTIONS, Settings, read
 from .signals import cancelled_by_signals
 from .status import examine
 
@@ -33,7 +33,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(read)
+@with_settings(read, OPTIONS, typer.Option)
 def default(
     context: typer.Context,
     settings: Settings,
@@ -51,14 +51,14 @@ def default(
 
 
 @app.command()
-@with_settings(read)
+@with_settings(read, OPTIONS, typer.Option)
 def run(settings: Settings) -> None:
     """Register with the coordinator and stay registered until stopped."""
     _run(settings)
 
 
 @app.command()
-@with_settings(read)
+@with_settings(read, OPTIONS, typer.Option)
 def status(settings: Settings) -> None:
     """Show what the agent would report; the exit code is 1 if something is wrong."""
     logs.set_up("WARNING", None)

@@ -6,13 +6,11 @@ variable, which value, what would be right.
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
-import typer
 
-from ollama_coordinator_common.commandline import LOG_LEVELS, one_of, truth
+from ollama_coordinator_common.commandline import LOG_LEVELS, Option, one_of, texts, truth
 from ollama_coordinator_common.config import AgentConfig
 from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.protocol import is_address
@@ -27,132 +25,93 @@ class Settings(msgspec.Struct, frozen=True):
     log_level: str = "INFO"
 
 
-def _option(name: str, variable: str, metavar: str, text: str) -> Any:
-    return typer.Option(
-        name, envvar=variable, metavar=metavar, help=text, show_default=True, show_envvar=True
-    )
-
-
-CoordinatorUrl = Annotated[
-    str, _option("--coordinator-url", "COORDINATOR_URL", "URL", "The coordinator.")
-]
-OllamaPort = Annotated[
-    str, _option("--ollama-port", "OLLAMA_PORT", "PORT", "The local Ollama's port.")
-]
-MachineName = Annotated[
-    str,
-    _option(
-        "--machine-name",
+OPTIONS = (
+    Option(
+        "COORDINATOR_URL", "coordinator_url", "http://localhost:8080", "URL", "The coordinator."
+    ),
+    Option("OLLAMA_PORT", "ollama_port", "11434", "PORT", "The local Ollama's port."),
+    Option(
         "AGENT_MACHINE_NAME",
+        "machine_name",
+        "",
         "NAME",
         "What people call this machine; its host name if not given.",
     ),
-]
-IpAddress = Annotated[
-    str,
-    _option(
-        "--ip-address",
+    Option(
         "AGENT_IP_ADDRESS",
+        "ip_address",
+        "",
         "ADDRESS",
         "Where the coordinator reaches this machine; found out if not given.",
     ),
-]
-StateDir = Annotated[
-    str,
-    _option(
-        "--state-dir",
+    Option(
         "AGENT_STATE_DIR",
+        "state_dir",
+        "",
         "FOLDER",
         "Where the machine's id and Ollama's log are kept; the user's state folder if not given.",
     ),
-]
-ManageOllama = Annotated[
-    str,
-    _option(
-        "--manage-ollama",
+    Option(
         "AGENT_MANAGE_OLLAMA",
+        "manage_ollama",
+        "true",
         "true|false",
         "Whether to start `ollama serve` when no Ollama answers.",
     ),
-]
-KeepOllama = Annotated[
-    str,
-    _option(
-        "--keep-ollama",
+    Option(
         "AGENT_KEEP_OLLAMA",
+        "keep_ollama",
+        "false",
         "true|false",
         "Whether an `ollama serve` that the agent started outlives it.",
     ),
-]
-OllamaBinary = Annotated[
-    str,
-    _option(
-        "--ollama-binary",
+    Option(
         "OLLAMA_BINARY",
+        "ollama_binary",
+        "",
         "FILE",
         "The ollama program; looked for on PATH and where it is installed if not given.",
     ),
-]
-Relay = Annotated[
-    str,
-    _option(
-        "--relay",
+    Option(
         "AGENT_RELAY",
+        "relay",
+        "auto",
         "auto|always|never",
         "Whether to relay the coordinator to an Ollama that listens on loopback only.",
     ),
-]
-RelayPort = Annotated[
-    str, _option("--relay-port", "AGENT_RELAY_PORT", "PORT", "The relay's port; 0 for any.")
-]
-RelayAllow = Annotated[
-    str,
-    _option(
-        "--relay-allow",
+    Option("AGENT_RELAY_PORT", "relay_port", "0", "PORT", "The relay's port; 0 for any."),
+    Option(
         "AGENT_RELAY_ALLOW",
+        "relay_allow",
+        "",
         "LIST",
-        "Addresses and networks, separated by commas, that may use the relay besides the"
-        " coordinator.",
+        "Addresses and networks, split by commas, that may use the relay besides the coordinator.",
     ),
-]
-LogLevel = Annotated[
-    str, _option("--log-level", "AGENT_LOG_LEVEL", "|".join(LOG_LEVELS), "How much to log.")
-]
+    Option("AGENT_LOG_LEVEL", "log_level", "INFO", "|".join(LOG_LEVELS), "How much to log."),
+)
 
 
-def read(
-    coordinator_url: CoordinatorUrl = "http://localhost:8080",
-    ollama_port: OllamaPort = "11434",
-    machine_name: MachineName = "",
-    ip_address: IpAddress = "",
-    state_dir: StateDir = "",
-    manage_ollama: ManageOllama = "true",
-    keep_ollama: KeepOllama = "false",
-    ollama_binary: OllamaBinary = "",
-    relay: Relay = "auto",
-    relay_port: RelayPort = "0",
-    relay_allow: RelayAllow = "",
-    log_level: LogLevel = "INFO",
-) -> Settings:
+def read(**given: str) -> Settings:
     """The settings as the operator gave them.
 
     Raises:
         ConfigError: one of them cannot work.
     """
+    text = texts(OPTIONS, given)
     config = AgentConfig(
-        coordinator_url=_url(coordinator_url),
-        ollama_port=_port("OLLAMA_PORT", ollama_port),
-        machine_name=machine_name.strip() or None,
-        ip_address=_host(ip_address.strip()),
-        state_dir=Path(state_dir).expanduser() if state_dir else None,
-        manage_ollama=truth("AGENT_MANAGE_OLLAMA", manage_ollama),
-        keep_ollama=truth("AGENT_KEEP_OLLAMA", keep_ollama),
-        ollama_binary=_program(ollama_binary),
-        relay=relay.strip().lower(),
-        relay_port=_port("AGENT_RELAY_PORT", relay_port),
-        relay_allow=_networks(relay_allow),
+        coordinator_url=_url(text["coordinator_url"]),
+        ollama_port=_port("OLLAMA_PORT", text["ollama_port"]),
+        machine_name=text["machine_name"].strip() or None,
+        ip_address=_host(text["ip_address"].strip()),
+        state_dir=Path(text["state_dir"]).expanduser() if text["state_dir"] else None,
+        manage_ollama=truth("AGENT_MANAGE_OLLAMA", text["manage_ollama"]),
+        keep_ollama=truth("AGENT_KEEP_OLLAMA", text["keep_ollama"]),
+        ollama_binary=_program(text["ollama_binary"]),
+        relay=text["relay"].strip().lower(),
+        relay_port=_port("AGENT_RELAY_PORT", text["relay_port"]),
+        relay_allow=_networks(text["relay_allow"]),
     )
-    return Settings(config, one_of("AGENT_LOG_LEVEL", log_level, LOG_LEVELS))
+    return Settings(config, one_of("AGENT_LOG_LEVEL", text["log_level"], LOG_LEVELS))
 
 
 def _url(text: str) -> str:

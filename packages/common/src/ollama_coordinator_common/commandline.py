@@ -1,15 +1,17 @@
 """What both command lines do alike: options read in one place, log lines with facts.
 
-Standard library only; the programs bring Typer and Rich themselves.
+The programs bring Typer and Rich themselves.
 """
 
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import wraps
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
+
+from msgspec import Struct
 
 from .error import ConfigError
 
@@ -22,15 +24,43 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+class Option(Struct, frozen=True):
+    """A setting: its environment variable, its name as an option, and what a person reads of it.
+
+    `default` and every given value are text; what it means is read in one place of each program.
+    """
+
+    variable: str
+    name: str
+    default: str
+    metavar: str
+    help: str
+
+    def parameter(self, make: Callable[..., Any]) -> inspect.Parameter:
+        """The parameter of a command; `make` is Typer's `Option`."""
+        flag = f"--{self.name.replace('_', '-')}"
+        made = make(
+            flag,
+            envvar=self.variable,
+            metavar=self.metavar,
+            help=self.help,
+            show_default=True,
+            show_envvar=True,
+        )
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        annotation = Annotated[str, made]
+        return inspect.Parameter(self.name, kind, default=self.default, annotation=annotation)
+
+
 def with_settings(
-    read: Callable[..., Settings],
+    read: Callable[..., Settings], options: Sequence[Option], make: Callable[..., Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `read`; it is called with the `settings` that `read` returns.
+    """Give a command options; it is called with the `settings` that `read` makes of their texts.
 
     The command's own parameters come first and are passed on. A `ConfigError` ends the program
-    with its sentence and exit code 2.
+    with its sentence and exit code 2. `make` is Typer's `Option`.
     """
-    options = list(inspect.signature(read).parameters.values())
+    parameters = [option.parameter(make) for option in options]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
@@ -46,12 +76,17 @@ def with_settings(
             command(settings=settings, **mine)
 
         # Typer reads a command's options from its signature.
-        signature = inspect.Signature([*own, *options])
+        signature = inspect.Signature([*own, *parameters])
         configured.__signature__ = signature  # type: ignore[attr-defined]
         configured.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return configured
 
     return decorate
+
+
+def texts(options: Sequence[Option], given: Mapping[str, str]) -> dict[str, str]:
+    """The text of every option: what is given, else its default."""
+    return {option.name: option.default for option in options} | dict(given)
 
 
 class _Context(Protocol):

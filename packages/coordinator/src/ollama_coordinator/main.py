@@ -16,7 +16,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import server
 from .commands import agents, models, scheduling
 from .commands.top import top
-from .settings import Settings, read
+from .settings import OPTIONS, Settings, read
 
 app = typer.Typer(
     add_completion=False,
@@ -33,7 +33,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(read)
+@with_settings(read, OPTIONS, typer.Option)
 def default(
     context: typer.Context,
     settings: Settings,
@@ -59,7 +59,7 @@ app.command()(top)
 
 
 @app.command()
-@with_settings(read)
+@with_settings(read, OPTIONS, typer.Option)
 def serve(context: typer.Context, settings: Settings) -> None:
     """Serve until stopped; this is also what happens without a command."""
     _serve(settings, context)
