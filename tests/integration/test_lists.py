@@ -80,7 +80,8 @@ async def test_the_version_is_the_lowest_in_rotation(coordinator: Running) -> No
         await coordinator.register(two, ollama_version="0.9.6")
         await coordinator.register(three, ollama_version="0.0.0")
         assert await coordinator.get("/api/version") == {"version": "0.9.6"}
-        slow = next(a["id"] for a in await coordinator.get("/api/agents") if "9.6" in str(a))
+        agents = await coordinator.get("/api/agents")
+        slow = next(agent["id"] for agent in agents if agent["ollama_version"] == "0.9.6")
         await coordinator.heartbeat(slow, leaving=True)
         assert await coordinator.get("/api/version") == {"version": "0.10.1"}
 

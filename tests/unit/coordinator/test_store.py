@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -203,12 +205,26 @@ async def refused(path: Path) -> str:
     return str(caught.value)
 
 
+HOLD = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.read()
+connection.close()
+"""
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[sqlite3.Connection]:
+def locked(path: Path) -> Iterator[None]:
     """Another process at work in the file."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        yield other
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with held:
+        assert held.stdout is not None
+        assert held.stdout.readline() == b"held\n"
+        yield  # its input is closed at the end, and then it ends
 
 
 async def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
@@ -354,11 +370,10 @@ async def test_a_write_that_failed_does_not_come_back_over_a_newer_one(path: Pat
 async def test_another_process_that_holds_the_file_does_not_stop_the_fleet(path: Path) -> None:
     async with Store(path) as opened:
         await opened.run(lambda db: db.execute("PRAGMA busy_timeout = 1"))
-        with locked(path) as other:
+        with locked(path):
             await opened.save_agent(row())
             assert opened.problem is not None
             assert "another process holds it" in opened.problem
-            other.execute("ROLLBACK")
         await opened.flush()
         assert opened.problem is None
         assert await opened.agents() == [row()]
