@@ -115,9 +115,9 @@ def minimums(session: nox.Session) -> None:
         session.skip("only uv resolves to the lowest versions")
     dependencies = [d for g in ("test", "clients") for d in nox.project.dependency_groups(ROOT, g)]
     session.install(*dependencies, *CONSTRAINTS)
-    session.install(
-        "--resolution=lowest-direct", "-e", "packages/coordinator", "-e", "packages/agent"
-    )
+    # Upgrading makes uv choose anew, also what the tests' own dependencies have brought along.
+    lowest = ("--upgrade", "--resolution=lowest-direct")
+    session.install(*lowest, "-e", "packages/coordinator", "-e", "packages/agent")
     session.install("--no-deps", "-e", "packages/common")
     session.run("pytest", *session.posargs)
 

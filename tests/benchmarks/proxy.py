@@ -129,7 +129,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    folder: Path, decode_rate: str, policy: str
+    folder: Path, decode_rate: str, policy: str, http: str = "auto"
 ) -> AsyncIterator[tuple[list[str], str, int]]:
     """Stand-ins as processes, a coordinator that knows them; their URLs, its own, its pid."""
     async with contextlib.AsyncExitStack() as stack:
@@ -145,6 +145,8 @@ async def fleet(
             urls.append(f"http://127.0.0.1:{port}")
             await programs.answers(urls[-1], running)
         settings = {"COORDINATOR_POLICY": policy, "COORDINATOR_MAX_QUEUE": "10000"}
+        # Nothing reports here, however long it takes.
+        settings |= {"COORDINATOR_HTTP": http, "AGENT_TIMEOUT": "86400"}
         url, coordinator = await stack.enter_async_context(
             programs.coordinator(folder, programs.free_port(), **settings)
         )
@@ -176,6 +178,39 @@ async def measure(arguments: argparse.Namespace) -> Table:
         async with fleet(Path(name), rate, arguments.policy) as (direct, through, pid):
             await streaming(table, direct, through, pid, arguments)
     return table
+
+
+async def compare(arguments: argparse.Namespace) -> Table:
+    """The coordinator's CPU with each HTTP implementation, measured in turns."""
+    table = Table("HTTP", "CPU per short answer", "CPU per streamed token", title="medians")
+    spent: dict[str, list[tuple[float, float]]] = {http: [] for http in arguments.http}
+    async with contextlib.AsyncExitStack() as stack:
+        fleets = {}
+        for http in arguments.http:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            running = fleet(folder, str(arguments.rate), arguments.policy, http)
+            fleets[http] = await stack.enter_async_context(running)
+        for _ in range(ROUNDS):
+            for http, (_, url, pid) in fleets.items():
+                spent[http].append(await cpu_seconds(url, psutil.Process(pid), arguments))
+    for http, rounds in spent.items():
+        request, token = (statistics.median(values) for values in zip(*rounds, strict=True))
+        table.add_row(http, f"{request * 1e3:.2f} ms", f"{token * 1e6:.0f} µs")
+    return table
+
+
+async def cpu_seconds(
+    url: str, coordinator: psutil.Process, arguments: argparse.Namespace
+) -> tuple[float, float]:
+    """CPU seconds for a short answer, and for a token."""
+    before = sum(coordinator.cpu_times()[:2])
+    await requests_per_second([url], arguments.requests, 64)
+    between = sum(coordinator.cpu_times()[:2])
+    tokens = int(arguments.rate * arguments.seconds)
+    await gaps([url], arguments.streams, tokens)
+    after = sum(coordinator.cpu_times()[:2])
+    short = (between - before) / arguments.requests
+    return short, (after - between) / (arguments.streams * tokens)
 
 
 async def latency(table: Table, direct: list[str], through: list[str], count: int) -> None:
@@ -239,8 +274,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=10.0, help="tokens a second in each stream")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each stream is")
     parser.add_argument("--policy", default="predicted", help="the coordinator's policy")
+    parser.add_argument("--http", nargs="+", default=["auto"], help="compare these with each other")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    Console().print(asyncio.run(measure(parse(sys.argv[1:]))))
+    chosen = parse(sys.argv[1:])
+    Console().print(asyncio.run((compare if len(chosen.http) > 1 else measure)(chosen)))

@@ -1,8 +1,10 @@
 """However a client's bytes are cut, they mean the same; and whatever they are, it ends well."""
 
 import asyncio
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any
 
+import pytest
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypothesis import given, settings
@@ -69,10 +71,14 @@ async def converse(parts: list[bytes]) -> tuple[list[tuple[str, str, bytes]], by
 REQUESTS = [
     b"GET /echo?a HTTP/1.1\r\nHost: x\r\nX-Long: %b\r\n\r\n" % (b"y" * 300),
     b"\r\nPOST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab\r\nc",
-    b"POST /chunks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b"3;e=1\r\nabc\r\nA\r\n0123456789\r\n0\r\nTrailer: t\r\n\r\n",
-    b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
-    b"Content-Length: 4\r\n\r\nGET ",
+    (
+        b"POST /chunks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"3;e=1\r\nabc\r\nA\r\n0123456789\r\n0\r\nTrailer: t\r\n\r\n"
+    ),
+    (
+        b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        b"Content-Length: 4\r\n\r\nGET "
+    ),
     b"HEAD /none HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /echo HTTP/1.0\r\n\r\n",
     b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nend",
@@ -85,9 +91,10 @@ REQUESTS = [
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     """The parts of `data` between these places."""
     places = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(places)]
 
 
+@pytest.mark.spec("OPERATION-15")
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=5), st.lists(st.integers(0, 4000)))
 def test_bytes_mean_the_same_however_they_are_cut(chosen: list[bytes], at: list[int]) -> None:
@@ -112,15 +119,20 @@ TOKENS = st.one_of(
             *(b"GET ", b"POST ", b"/echo", b"/wait", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b"\r\n"),
             *(b"\n", b"\r", b"\0", b" ", b":", b"Host: x\r\n", b"Content-Length: 3\r\n", b"0\r\n"),
             *(b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n", b"\r\n\r\n", b"ffff"),
-            *(b"Connection: upgrade\r\nUpgrade: a\r\n", b"Expect: 100-continue\r\n", b"3\r\nabc\r\n"),
+            *(
+                b"Connection: upgrade\r\nUpgrade: a\r\n",
+                b"Expect: 100-continue\r\n",
+                b"3\r\nabc\r\n",
+            ),
         ]
     ),
 )
 
 
+@pytest.mark.spec("OPERATION-15")
 @settings(deadline=None, max_examples=400)
 @given(st.lists(TOKENS, max_size=20), st.lists(st.integers(0, 4000), max_size=10))
 def test_no_bytes_make_it_fail_or_hang(tokens: list[bytes], at: list[int]) -> None:
     data = b"".join(tokens)
     _, answers = asyncio.run(converse(cut(data, at)))
-    assert b"HTTP/1.1 500" not in cast(bytes, answers)
+    assert b"HTTP/1.1 500" not in answers

@@ -187,13 +187,12 @@ class Client:
         return Answer(status, headers, body)
 
     async def _chunked(self) -> bytes:
-        body = b""
-        while True:
-            size = int(await self.reader.readline(), 16)
-            body += await self.reader.readexactly(size)
+        parts = []
+        while size := int(await self.reader.readline(), 16):
+            parts.append(await self.reader.readexactly(size))
             assert await self.reader.readexactly(2) == b"\r\n"
-            if size == 0:
-                return body
+        assert await self.reader.readexactly(2) == b"\r\n"
+        return b"".join(parts)
 
     async def ends(self, seconds: float = 10.0) -> bytes:
         """What still comes until the server closes the connection."""

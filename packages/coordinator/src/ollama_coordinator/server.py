@@ -6,6 +6,7 @@ time-out and are then ended with an error record. A second request to stop ends 
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -98,6 +99,7 @@ async def run(config: CoordinatorConfig) -> None:
     """
     app = create_app(config)
     coordinator: Coordinator = app.state.coordinator
+    _collect_seldom()
     server = hypercorn_config(listen(config.host, config.port), config.drain_timeout)
     stop = Stop()
     with stop.on_signals():
@@ -114,6 +116,16 @@ async def run(config: CoordinatorConfig) -> None:
         finally:
             ending.cancel()
             await asyncio.gather(ending, return_exceptions=True)
+
+
+def _collect_seldom() -> None:
+    """Look for unreachable cycles less often: requests leave none, and it took a fifth of the CPU.
+
+    What exists already stays, and is not looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 class Stop:

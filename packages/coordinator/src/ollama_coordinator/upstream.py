@@ -88,6 +88,8 @@ class Upstreams:
     async def __aenter__(self) -> "Upstreams":
         self._session = aiohttp.ClientSession(
             auto_decompress=False,
+            # What an agent gives one client to remember is not for the next.
+            cookie_jar=aiohttp.DummyCookieJar(),
             connector=aiohttp.TCPConnector(
                 limit=0, socket_factory=_socket, keepalive_timeout=60, ttl_dns_cache=60
             ),

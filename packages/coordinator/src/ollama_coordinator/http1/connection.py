@@ -5,6 +5,7 @@ A connection has one task, which owns those of its requests. A client that does 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 
@@ -230,7 +231,8 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             self._alarm.set(self._shared.config.keep_alive_timeout)
         else:
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # it was reset meanwhile
+                self._transport.write_eof()
             if self._paused:
                 self._transport.resume_reading()
             self._alarm.set(LINGER_SECONDS)
