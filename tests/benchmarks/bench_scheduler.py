@@ -7,6 +7,7 @@ one arrives; so a round is two decisions, with everything that is learned from t
 import argparse
 import sys
 from datetime import UTC, datetime
+from itertools import accumulate
 from random import Random
 from time import process_time
 
@@ -48,7 +49,7 @@ class Bench:
         self.now = 0.0
         self.sent = 0
         self.keys = [model_key(f"m{number}") for number in range(case.models)]
-        self.weights = [1 / (rank + 1) for rank in range(case.models)]
+        self.popularity = list(accumulate(1 / (rank + 1) for rank in range(case.models)))
         self.registry = Registry(1e9)
         self.scheduler = PredictedScheduler(self.registry, max_queue=10**6)
         self.leases: list[Lease] = []
@@ -77,7 +78,7 @@ class Bench:
     def arrive(self) -> None:
         """One more request; models are as popular as Zipf says."""
         self.sent += 1
-        model = self.lots.choices(self.keys, self.weights)[0]
+        model = self.lots.choices(self.keys, cum_weights=self.popularity)[0]
         request = Request(
             id=RequestId(str(self.sent)), model=model, name=model, arrived_at=self.now,
             client=f"client-{self.sent % 50}", prompt_tokens=300, prefix=(self.sent % 97,),

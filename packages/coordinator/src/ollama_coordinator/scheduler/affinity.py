@@ -27,8 +27,12 @@ class PromptCaches:
         """The tokens of a prompt with this chain that each place is expected to have."""
         found: dict[Hashable, int] = {}
         for link in reversed(prefix[-LONGEST_CHAIN:]):
-            for place, (tokens, _) in self._index.get(link, {}).items():
-                found.setdefault(place, tokens)
+            seen = self._index.get(link)
+            if seen and not found:
+                found = {place: tokens for place, (tokens, _) in seen.items()}
+            elif seen and len(seen) > len(found):  # who knows a link knows those before it
+                for place, (tokens, _) in seen.items():
+                    found.setdefault(place, tokens)
         return found
 
     def remember(self, place: Hashable, prefix: Chain, tokens: int, slots: int) -> None:

@@ -114,6 +114,8 @@ class Chooser:
         machine = place.machine
         if machine.loading is not None or place.running:
             return None
+        if not place.resident and machine.is_full(place.memory_bytes, now):
+            return None
         if machine.reserved is not None and machine.reserved is not place:
             return None
         below *= machine.preference

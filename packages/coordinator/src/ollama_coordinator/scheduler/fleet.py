@@ -63,16 +63,19 @@ class Place:
     crowd: float = 0.0
     crowd_at: float = 0.0
     priors: "tuple[tuple[int, int | None], tuple[float, float, float]] | None" = None
-    room: "tuple[int, float, Room | None] | None" = None
+    room: "tuple[int, float, Room] | None" = None
 
     def prior(self, quantity: Quantity) -> float:
         """What is believed before anything was measured."""
+        return self._all_priors()[quantity]
+
+    def _all_priors(self) -> tuple[float, float, float]:
         known_for = (self.memory_bytes, self.machine.memory.total)
         if self.priors is None or self.priors[0] != known_for:
             slower = 1 + SPILL_FACTOR * self._spilled()
             values = [prior(one, self.disk_bytes, has_gpu=self.machine.has_gpu) for one in Quantity]
             self.priors = (known_for, (values[0] / slower, values[1] / slower, values[2]))
-        return self.priors[1][quantity]
+        return self.priors[1]
 
     def _spilled(self) -> float:
         """The share of the model that the GPU has no memory for."""
@@ -81,11 +84,11 @@ class Place:
 
     def rate(self, rates: Rates) -> None:
         """Take over what was learned since the last time."""
-        agent, model = self.machine.id, self.model
-        prefill = self.prior(Quantity.PREFILL) * rates.factor(Quantity.PREFILL, agent, model)
-        decode = self.prior(Quantity.DECODE) * rates.factor(Quantity.DECODE, agent, model)
-        self.prefill, self.decode = 1 / prefill, 1 / decode
-        self.load = self.prior(Quantity.LOAD) * rates.factor(Quantity.LOAD, agent, model)
+        prefill, decode, load = self._all_priors()
+        faster_prefill, faster_decode, slower_load = rates.factors(self.machine.id, self.model)
+        self.prefill = 1 / (prefill * faster_prefill)
+        self.decode = 1 / (decode * faster_decode)
+        self.load = load * slower_load
 
     def count_crowd(self, now: float) -> float:
         """The number of requests here, summed over all time until now."""
@@ -109,6 +112,7 @@ class Machine:
 
     `epoch` grows when a model comes, goes, or changes between idle and in use.
     `reserved` is the place for which others are drained, `ends` the sum of all predicted ends.
+    `full`: in that epoch and until then, there is no room for a model of so many bytes.
     """
 
     agent: AgentState
@@ -127,6 +131,7 @@ class Machine:
     batch: float = 0.4
     used_bytes: int = 0
     epoch: int = 0
+    full: tuple[int, float, int] = (-1, NEVER, 0)
     offered_at: float = NEVER
     preference: float = 1.0
     trouble: float = 0.0
@@ -139,6 +144,11 @@ class Machine:
     def id(self) -> AgentId:
         """The agent's id."""
         return self.agent.id
+
+    def is_full(self, memory_bytes: int, now: float) -> bool:
+        """Whether it was found a moment ago that nothing of this size can come."""
+        epoch, until, refused = self.full
+        return epoch == self.epoch and now < until and memory_bytes >= refused
 
     def failed(self, now: float) -> None:
         """A request failed here."""

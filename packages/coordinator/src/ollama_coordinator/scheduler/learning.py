@@ -4,7 +4,7 @@ Rates are kept as the logarithm of their ratio to the prior, for each (agent, mo
 pairs never seen, for each agent and each model.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from math import exp, log
 
 from msgspec import Struct
@@ -34,45 +34,57 @@ class Mean(Struct):
         self.samples += 1
 
 
+Means = tuple[Mean, Mean, Mean]
+"""One for each quantity."""
+
+
+def _unseen() -> Means:
+    return Mean(), Mean(), Mean()
+
+
+UNSEEN = _unseen()
+"""Stands for a pair of which nothing is known; never changed."""
+
+
 class Rates:
     """How far each agent, each model and each pair of them is from the prior."""
 
     def __init__(self) -> None:
-        self.pairs: dict[tuple[AgentId, str], tuple[Mean, Mean, Mean]] = {}
-        self.agents: dict[AgentId, tuple[Mean, Mean, Mean]] = {}
-        self.models: dict[str, tuple[Mean, Mean, Mean]] = {}
+        self.pairs: defaultdict[tuple[AgentId, str], Means] = defaultdict(_unseen)
+        self.agents: defaultdict[AgentId, Means] = defaultdict(_unseen)
+        self.models: defaultdict[str, Means] = defaultdict(_unseen)
         self.batch: dict[AgentId, Mean] = {}
 
     def factor(self, quantity: Quantity, agent: AgentId, model: str) -> float:
-        """What the prior is multiplied by; a pair seen once or twice leans on its kin."""
-        pair = self.pairs.get((agent, model))
-        own = pair[quantity] if pair is not None else None
-        if own is None or own.samples < ENOUGH_SAMPLES:
-            kin = self._kin(quantity, agent, model)
-            samples = own.samples if own is not None else 0
-            value = own.value if own is not None else 0.0
-            return exp((value * samples + kin * 0.5) / (samples + 0.5))
-        return exp(own.value)
+        """What the prior is multiplied by."""
+        return self.factors(agent, model)[quantity]
 
-    def _kin(self, quantity: Quantity, agent: AgentId, model: str) -> float:
-        value = 0.0
-        if (of_agent := self.agents.get(agent)) is not None:
-            value += of_agent[quantity].value
-        if (of_model := self.models.get(model)) is not None:
-            mean = of_model[quantity]
-            value += mean.value * mean.samples / (mean.samples + ENOUGH_SAMPLES)
-        return value
+    def factors(self, agent: AgentId, model: str) -> list[float]:
+        """The same of each quantity; a pair seen once or twice leans on its kin."""
+        factors = []
+        for quantity, own in enumerate(self.pairs.get((agent, model), UNSEEN)):
+            value, samples = own.value, own.samples
+            if samples < ENOUGH_SAMPLES:
+                kin = self._kin(quantity, agent, model)
+                value = (value * samples + kin * 0.5) / (samples + 0.5)
+            factors.append(exp(value))
+        return factors
+
+    def _kin(self, quantity: int, agent: AgentId, model: str) -> float:
+        of_agent = self.agents.get(agent, UNSEEN)[quantity]
+        of_model = self.models.get(model, UNSEEN)[quantity]
+        lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
+        return of_agent.value + of_model.value * lean
 
     def observe(self, quantity: Quantity, agent: AgentId, model: str, ratio: float) -> None:
         """A measurement was `ratio` times the prior."""
         if not 0 < ratio < float("inf"):
             return
         seen = log(ratio)
-        of_agent = self.agents.setdefault(agent, (Mean(), Mean(), Mean()))[quantity]
-        of_model = self.models.setdefault(model, (Mean(), Mean(), Mean()))[quantity]
+        of_agent, of_model = self.agents[agent][quantity], self.models[model][quantity]
         of_agent.learn(seen - of_model.value, slowest=0.1)
         of_model.learn(seen - of_agent.value, slowest=0.1)
-        self.pairs.setdefault((agent, model), (Mean(), Mean(), Mean()))[quantity].learn(seen)
+        self.pairs[agent, model][quantity].learn(seen)
 
     def batch_factor(self, agent: AgentId) -> float:
         """How much slower one more request in the same runner makes each of them."""

@@ -59,7 +59,7 @@ class Ledger:
         for victim in choice.room.victims:
             victim.unloaded_at = now
             self._mirror.vacate(victim)
-            self._lines.stale(victim)
+            self._lines.moved(victim)
         if place.resident:  # in memory with other options: it is loaded anew
             self._mirror.vacate(place)
         machine = place.machine
@@ -72,7 +72,7 @@ class Ledger:
         place.loaded_at = place.loading_until
         self._mirror.occupy(place)
         self.loads.append(place)
-        self._lines.stale(place)
+        self._lines.moved(place)
 
     def _start(self, run: Running, line: Line, now: float) -> None:
         place, machine = run.place, run.place.machine
@@ -128,14 +128,14 @@ class Ledger:
         place.loaded_at = now
         place.machine.epoch += 1
         self._mirror.settle(place, now, options_known=True)
-        self._lines.stale(place)
+        self._lines.moved(place)
 
     def load_failed(self, place: Place) -> None:
         """A load came to nothing."""
         self._end_load(place)
         place.loading_until = None
         self._mirror.vacate(place)
-        self._lines.stale(place)
+        self._lines.moved(place)
 
     def _end_load(self, place: Place) -> None:
         if place in self.loads:

@@ -83,9 +83,9 @@ class Line:
         self.hot: list[Place] = []
         self.loading: list[Place] = []
         self.cold: list[Place] = []
-        self.quickest_load = 0.0
         self.disturbed = False
         self.futile = (0.0, 0.0)
+        self.guesses = False  # whether any place has slots that nobody told
         self.turn = 0
         self.could_load: set[Place] = set()
         self.due = float("inf")
@@ -127,6 +127,24 @@ class Line:
         alone.occupancy = self.occupancy
         return alone
 
+    @property
+    def quickest_load(self) -> float:
+        """The seconds of the fastest load that may be possible."""
+        return load_seconds(self.cold[0]) if self.cold else float("inf")
+
+    def drop(self, place: Place) -> bool:
+        """Take a place out of those that come into question; false if it did not."""
+        for part in (self.hot, self.loading, self.cold):
+            if place in part:
+                part.remove(place)
+                self.could_load.discard(place)
+                return True
+        return False
+
+    def has_free_slot(self) -> bool:
+        """Whether a place that is in memory has one."""
+        return any(len(place.running) < place.slots.limit for place in self.hot)
+
     def _set_due(self) -> None:
         heads = [lane[0][1].due for lane in self.lanes.values() if lane]
         self.due = min(heads, default=float("inf"))
@@ -165,3 +183,8 @@ class Line:
         """A request held its slot for so long."""
         before = seconds if self.occupancy is None else self.occupancy
         self.occupancy = before + OCCUPANCY_GAIN * (seconds - before)
+
+
+def load_seconds(place: Place) -> float:
+    """How long a load takes there, as places are compared."""
+    return place.load / place.machine.preference

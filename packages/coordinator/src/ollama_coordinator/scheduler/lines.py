@@ -1,12 +1,13 @@
 """The waiting lines of all models, and for each of them the places that come into question."""
 
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable
 from heapq import nsmallest
 
 from .demand import Demand
 from .fleet import Machine, Place
-from .line import Line
+from .line import Line, load_seconds
 from .mirror import Mirror
 from .options import serves
 from .slots import EMBEDDING_EXTRA
@@ -71,10 +72,19 @@ class Lines:
         """Whether anybody waits for this model."""
         return any(line.size for line in self.of((model,)))
 
-    def stale(self, place: Place) -> None:
-        """What is in memory there has changed."""
+    def moved(self, place: Place) -> None:
+        """What is in memory there has changed: this place alone is sorted anew in its lines."""
         for line in self.of(place.names):
-            line.fresh_until = float("-inf")
+            if line.drop(place):
+                self._insert(line, place)
+                line.futile = (0.0, 0.0)
+            else:
+                line.fresh_until = float("-inf")
+
+    def disturb(self, machine: Machine) -> None:
+        """Places there take no new requests for a while: slots that get free are others' now."""
+        for line in self.of(machine.places):
+            line.disturbed = True
 
     def refresh(self, line: Line, now: float) -> None:
         """Sort the places of a line's model into in memory, being loaded, and on disk only.
@@ -100,6 +110,7 @@ class Lines:
     def _sort(self, line: Line, places: list[Place], now: float) -> None:
         line.hot, line.loading, line.cold = [], [], []
         line.futile = (0.0, 0.0)
+        line.guesses = any(place.slots.fixed is None for place in places)
         line.disturbed = any(
             not run.place.machine.routable or run.place.draining_until > now
             for _, _, run in line.ends
@@ -107,26 +118,44 @@ class Lines:
         for place in places:
             if line.embeds and not place.slots.extra:
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)
-            fitting = serves(
-                place.options,
-                line.options,
-                context=place.context,
-                default_context=place.machine.context_length,
-            )
-            if place.loading_until is not None and fitting:
-                line.loading.append(place)
-            elif place.resident and fitting:
-                line.hot.append(place)
-            elif place.loading_until is None:
-                line.cold.append(place)
-        line.cold.sort(key=_load)
+            if (places_alike := _part(line, place)) is not None:
+                places_alike.append(place)
+        line.cold.sort(key=load_seconds)
         line.could_load = set(line.cold)
-        line.quickest_load = _load(line.cold[0]) if line.cold else float("inf")
+
+    def _insert(self, line: Line, place: Place) -> None:
+        """Put a place where `_sort` would have put it."""
+        part = _part(line, place)
+        if part is line.cold:
+            insort(part, place, key=_load_and_id)
+            line.could_load.add(place)
+        elif part is not None:
+            insort(part, place, key=_id)
 
 
 def _due(line: Line) -> float:
     return line.due
 
 
-def _load(place: Place) -> float:
-    return place.load / place.machine.preference
+def _part(line: Line, place: Place) -> list[Place] | None:
+    """Which part of its line a place belongs to: none while it loads with other options."""
+    loading = place.loading_until is not None
+    if not (loading or place.resident):
+        return line.cold
+    fits = serves(
+        place.options,
+        line.options,
+        context=place.context,
+        default_context=place.machine.context_length,
+    )
+    if fits:
+        return line.loading if loading else line.hot
+    return None if loading else line.cold
+
+
+def _id(place: Place) -> str:
+    return place.machine.agent.id
+
+
+def _load_and_id(place: Place) -> tuple[float, str]:
+    return load_seconds(place), place.machine.agent.id

@@ -129,11 +129,14 @@ class PredictedScheduler:
         if known is None:  # it ended in the same moment
             return
         run, line = known
+        place, slots = run.place, run.place.slots.limit
         lessons.began(run, now)
-        if run.loads and run.place.machine.loading is run.place:
-            self._ledger.loaded(run.place, now)
-            self._idle[run.place.machine] = None
-        if line.size:
+        loaded = run.loads and place.machine.loading is place
+        if loaded:
+            self._ledger.loaded(place, now)
+            self._idle[place.machine] = None
+        # A first byte by itself changes nothing for those who wait.
+        if line.size and (loaded or place.slots.limit != slots):
             self._look(line, BOTH)
 
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
@@ -217,7 +220,8 @@ class PredictedScheduler:
             stranded = line.retried or not (line.hot or line.cold or line.loading)
             if stranded or now - line.looked_at >= look_again:
                 self._look(line, BOTH)
-            self._drains.consider(line, now)
+            if (drained := self._drains.consider(line, now)) is not None:
+                self._lines.disturb(drained.machine)
 
     # ── what is known ─────────────────────────────────────────────────────────────────────────
 
@@ -284,7 +288,7 @@ class PredictedScheduler:
 
 def _has_place(line: Line) -> bool:
     """Whether a request of this line would not have to wait."""
-    return not line.size and any(len(place.running) < place.slots.limit for place in line.hot)
+    return not line.size and line.has_free_slot()
 
 
 def _urgency(line: Line) -> float:

@@ -42,13 +42,18 @@ class Rooms:
     def make(self, place: Place, now: float) -> Room | None:
         """The cheapest room for the model on its machine; `None` while that is impossible.
 
-        Kept for as long as nothing happens on the machine, a second at most.
+        Kept for as long as nothing happens on the machine, a second at most; that there is none,
+        for all models that are not smaller and until one may leave that was loaded a moment ago.
         """
-        kept, epoch = place.room, place.machine.epoch
+        machine = place.machine
+        kept, epoch = place.room, machine.epoch
         if kept is not None and kept[0] == epoch and now - kept[1] < KEEP_SECONDS:
             return kept[2]
         room = self._make(place, now)
-        place.room = (epoch, now, room)
+        if room is not None:
+            place.room = (epoch, now, room)
+        elif not place.resident:
+            machine.full = (epoch, _next_settled(machine, now), place.memory_bytes)
         return room
 
     def _make(self, place: Place, now: float) -> Room | None:
@@ -113,6 +118,12 @@ class Rooms:
             if self._backlog(name):
                 lost += place.load
         return lost
+
+
+def _next_settled(machine: Machine, now: float) -> float:
+    """When the next model that was loaded a moment ago may leave."""
+    settled = [place.loaded_at + SETTLE_SECONDS for place in machine.residents]
+    return min((time for time in settled if time > now), default=float("inf"))
 
 
 def is_idle(place: Place, now: float) -> bool:

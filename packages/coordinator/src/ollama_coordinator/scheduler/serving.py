@@ -99,13 +99,22 @@ class Serving:
             self._strand(line, now)
             part = BOTH
         if part & HEAD or line.size == 1:
-            while line.size and self._send(line, 0, now):
-                pass
+            self._serve_head(line, now)
         if part & TAIL:
             line.looked_at = now
             self._serve_tail(line, now)
-        if line.size:
+        if line.size and line.guesses:
             self._try_more(line, now)
+
+    def _serve_head(self, line: Line, now: float) -> None:
+        """Send the first ones until one would rather wait.
+
+        When the last free slot is taken the next one is not asked: it could only prefer a load,
+        and whoever is farther back, and is asked, prefers it sooner.
+        """
+        while line.size and self._send(line, 0, now):
+            if line.size > 1 and not line.has_free_slot():
+                return
 
     def _serve_tail(self, line: Line, now: float) -> None:
         while line.size > 1:

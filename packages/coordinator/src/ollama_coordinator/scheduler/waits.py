@@ -1,5 +1,7 @@
 """How long a request waits for a slot, by the predicted ends of what runs."""
 
+from itertools import islice
+
 from .cost import alone_seconds, stay_seconds
 from .fleet import Place, Running
 from .line import Entry, Line
@@ -42,12 +44,8 @@ def start_in(line: Line, entry: Entry, position: int, now: float) -> float | Non
 
 def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> list[tuple[float, Place]]:
     """When the slots after the first `ahead` get free, soonest first."""
-    ends = _undisturbed(line, now) if line.disturbed else line.ends
-    loading = [
-        (max((place.loading_until or now) - now, 0.0), place)
-        for place in line.loading
-        for _ in range(place.slots.limit - len(place.running))
-    ]
+    ends = _undisturbed(line, ahead + LOOK_BEYOND, now) if line.disturbed else line.ends
+    loading = _loading(line, now) if line.loading else []
     known = len(ends) + len(loading)
     if not known:
         return []
@@ -66,12 +64,22 @@ def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> list[tuple[flo
     return frees[ahead - start : ahead - start + LOOK_BEYOND]
 
 
-def _undisturbed(line: Line, now: float) -> list[tuple[float, int, Running]]:
-    """The ends that free a slot for this line: not on an agent that is away, or makes way."""
-    return [
+def _undisturbed(line: Line, most: int, now: float) -> list[tuple[float, int, Running]]:
+    """The first ends that free a slot for this line: not on an agent that is away, or makes way."""
+    undisturbed = (
         end
         for end in line.ends
-        if end[2].place.machine.routable and end[2].place.draining_until <= now
+        if end[2].place.draining_until <= now and end[2].place.machine.routable
+    )
+    return list(islice(undisturbed, most))
+
+
+def _loading(line: Line, now: float) -> list[tuple[float, Place]]:
+    """The slots that get free with the loads under way."""
+    return [
+        (max((place.loading_until or now) - now, 0.0), place)
+        for place in line.loading
+        for _ in range(place.slots.limit - len(place.running))
     ]
 
 
