@@ -1,6 +1,6 @@
 """What the agent keeps on its disk."""
 
-import multiprocessing
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,16 +17,21 @@ def test_the_machine_id_is_the_same_for_every_agent_and_every_run(tmp_path: Path
     assert State(tmp_path / "state", 11435).machine_id() == first
 
 
-def _make_id(folder: str, port: int) -> str | None:
-    return State(Path(folder), port).machine_id()
+MAKE_ID = """
+import sys
+from pathlib import Path
+from ollama_coordinator_agent.state import State
+print(State(Path(sys.argv[1]), int(sys.argv[2])).machine_id())
+"""
 
 
 @pytest.mark.spec("AGENT-19")
 def test_agents_that_start_at_the_same_moment_agree(tmp_path: Path) -> None:
-    jobs = [(str(tmp_path), 11434 + n) for n in range(8)]
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        ids = pool.starmap(_make_id, jobs)
-    assert len(set(ids)) == 1
+    commands = [[sys.executable, "-c", MAKE_ID, str(tmp_path), str(11434 + n)] for n in range(8)]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+    ids = {agent.communicate()[0] for agent in agents}
+    assert len(ids) == 1
+    assert ids != {b"None\n"}
     assert [file.name for file in tmp_path.iterdir()] == ["machine-id"]
 
 
