@@ -38,9 +38,9 @@ export function empty(name, title, ...content) {
   return h("div.empty", null, icon(name), h("h2", null, title), ...content);
 }
 
-/** The very commands that add a machine to this coordinator. */
+/** The very commands that add a machine to this coordinator, in a copy of the project. */
 export function howToAddAnAgent() {
-  return command(`pip install ollama-coordinator-agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
+  return command(`pip install ./packages/agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
 }
 
 /** A labelled value for lists of facts; `set` changes it. */

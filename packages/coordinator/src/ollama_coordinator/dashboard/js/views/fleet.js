@@ -1,7 +1,7 @@
 /** Fleet: every machine at a glance. Cards for a few, rows for many. */
 
 import { View } from "../view.js";
-import { h, icon, keyed } from "../dom.js";
+import { h, keyed } from "../dom.js";
 import { store } from "../store.js";
 import { empty, howToAddAnAgent, segmented } from "../parts/bits.js";
 import { agentCard } from "../parts/agent-card.js";
@@ -76,9 +76,9 @@ class FleetView extends View {
     if (count) return this.nothing.replaceChildren();
     if (this.nothing.firstElementChild) return;
     this.nothing.append(empty("fleet", "No machine yet",
-      h("p", null, "On each machine that has Ollama, run this. It registers here by itself and shows up on this page within seconds."),
+      h("p", null, "On each machine that has Ollama, run this in a copy of the project. It registers here by itself and shows up on this page within seconds."),
       howToAddAnAgent(),
-      h("p", null, icon("help"), "An Ollama without our agent can be added too: POST its address to /api/agents.")));
+      h("p", null, "An Ollama without our agent can be added too: POST its address to /api/agents.")));
   }
 }
 

@@ -4,7 +4,7 @@ import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h, icon } from "../dom.js";
 import { store } from "../store.js";
-import { command } from "../parts/bits.js";
+import { command, howToAddAnAgent } from "../parts/bits.js";
 import { act } from "../parts/toast.js";
 
 const PLACES = { default: "default", dashboard: "set here", environment: "set by the environment" };
@@ -14,8 +14,8 @@ class SettingsView extends View {
     this.form = h("form.settings", { onsubmit: (event) => this.save(event) });
     this.append(this.head("Settings"), this.form,
       h("h2.section", null, "Agents"),
-      h("p.muted", null, "Name, labels, notes, drain and remove are on each agent's card and page in ", h("a", { href: "#/fleet" }, "Fleet"), ". To add a machine, run this there:"),
-      command(`pip install ollama-coordinator-agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`),
+      h("p.muted", null, "Name, labels, notes, drain and remove are on each agent's card and page in ", h("a", { href: "#/fleet" }, "Fleet"), ". To add a machine, run this there in a copy of the project:"),
+      howToAddAnAgent(),
       h("h2.section", null, "For your clients"),
       h("p.muted", null, "Any Ollama or OpenAI client works with this address:"),
       command(`OLLAMA_HOST=${location.origin}\nOPENAI_BASE_URL=${location.origin}/v1`));
