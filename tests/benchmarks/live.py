@@ -8,6 +8,7 @@ for each policy. `nox -s live`; `-- --policy NAME` for one.
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -236,4 +237,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # A request to stop ends the programs that were started too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     Console().print(asyncio.run(measure(parse(sys.argv[1:]))))

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -279,5 +280,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # A request to stop ends the programs that were started too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = parse(sys.argv[1:])
     Console().print(asyncio.run((compare if len(chosen.http) > 1 else measure)(chosen)))
