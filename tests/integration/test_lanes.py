@@ -1,0 +1,59 @@
+"""How urgent a request is."""
+
+import asyncio
+
+import pytest
+
+from ollama_coordinator.scheduler import Lane
+from support.coordinator import Running
+from support.ollama import StandIn
+
+CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}], "stream": False}
+
+
+async def ask(coordinator: Running, lane: str | None) -> tuple[int, str]:
+    headers = {} if lane is None else {"X-Ollama-Coordinator-Lane": lane}
+    url = f"{coordinator.url}/api/chat"
+    async with coordinator.session.post(url, json=CHAT, headers=headers) as response:
+        return response.status, await response.text()
+
+
+@pytest.mark.spec("PROXY-24")
+@pytest.mark.parametrize(
+    ("header", "lane"), [(None, Lane.INTERACTIVE), ("interactive", Lane.INTERACTIVE)]
+)
+async def test_a_request_is_interactive_unless_it_says_otherwise(
+    coordinator: Running, ollama: StandIn, header: str | None, lane: Lane
+) -> None:
+    ollama.hold()
+    asked = asyncio.create_task(ask(coordinator, header))
+    await ollama.seen.wait_for(lambda seen: seen.held == 1)
+    assert [held.lease.request.lane for held in coordinator.parts.dispatch.held()] == [lane]
+    ollama.release()
+    assert (await asked)[0] == 200
+
+
+@pytest.mark.spec("PROXY-24")
+async def test_interactive_requests_go_before_batch(coordinator: Running, ollama: StandIn) -> None:
+    agent_id = (await coordinator.get("/api/agents"))[0]["id"]
+    await coordinator.heartbeat(agent_id, runner={"num_parallel": 1})
+    ollama.hold()
+    first = asyncio.create_task(ask(coordinator, None))
+    await ollama.seen.wait_for(lambda seen: seen.held == 1)
+    scheduler = coordinator.parts.scheduler
+    batch = asyncio.create_task(ask(coordinator, "batch"))
+    await coordinator.until(lambda: len(scheduler.waiting(coordinator.parts.clock.now())) == 1)
+    urgent = asyncio.create_task(ask(coordinator, None))
+    await coordinator.until(lambda: len(scheduler.waiting(coordinator.parts.clock.now())) == 2)
+    line = scheduler.waiting(coordinator.parts.clock.now())
+    assert [waiting.request.lane for waiting in line] == [Lane.INTERACTIVE, Lane.BATCH]
+    ollama.release()
+    answers = await asyncio.gather(first, urgent, batch)
+    assert {status for status, _ in answers} == {200}
+
+
+@pytest.mark.spec("PROXY-24")
+async def test_a_lane_that_is_none_is_told(coordinator: Running, ollama: StandIn) -> None:
+    status, text = await ask(coordinator, "express")
+    assert status == 400
+    assert "interactive or batch" in text
