@@ -12,6 +12,9 @@ LONGEST_CHAIN = 128
 
 Chain = tuple[int, ...]
 
+Hits = dict[Hashable, int] | None
+"""Prompt tokens expected in the cache, by place."""
+
 
 class PromptCaches:
     """Prefix hashes, each with the places that saw it: how many tokens, in how many chains."""

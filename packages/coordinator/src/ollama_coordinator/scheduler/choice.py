@@ -1,10 +1,9 @@
 """Where a request should go now, or whether it should rather wait: the cheapest prediction."""
 
-from .affinity import PromptCaches
-from .cost import HELD_WEIGHT, alone_seconds, run_seconds, stay_seconds
-from .fleet import Place
+from .affinity import Hits, PromptCaches
+from .cost import HELD_WEIGHT, NO_PLACE, alone_seconds, run_seconds, stay_seconds
+from .fleet import Action, Choice, Place
 from .line import Entry, Line
-from .option import NO_PLACE, Action, Choice, Hits
 from .priors import UNLOAD_SECONDS
 from .room import Rooms
 from .waits import wait_for_slot

@@ -6,6 +6,8 @@ the delay for others counts.
 
 from .fleet import Place
 
+NO_PLACE = float("inf")
+
 DECODE_WEIGHT = 0.1
 HELD_WEIGHT = 0.9
 """Whoever waits for a slot while another is free holds up those behind by its whole answer."""

@@ -5,8 +5,7 @@ from msgspec import Struct
 from ollama_coordinator_common.types import AgentId
 
 from .cost import DECODE_WEIGHT
-from .fleet import Place
-from .option import Action, Choice
+from .fleet import Action, Choice, Place
 from .types import Request, RequestId
 
 

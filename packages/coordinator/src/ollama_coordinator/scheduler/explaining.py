@@ -5,10 +5,9 @@ from ollama_coordinator.registry import AgentState, Registry
 from .choice import Chooser
 from .eligibility import eligible, unavailable
 from .explain import Candidate, Decision, candidate
-from .fleet import Place
+from .fleet import Action, Place
 from .line import Entry, Line
 from .mirror import Mirror
-from .option import Action
 
 
 def explain(

@@ -5,8 +5,10 @@ the agent with its memory. Both mirror the registry and add what only leases can
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 from math import exp
-from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
@@ -16,10 +18,6 @@ from .memory import Memory
 from .priors import Quantity, prior
 from .slots import Slots
 from .types import Lease, LeaseId, RunnerOptions
-
-if TYPE_CHECKING:
-    from .option import Choice
-    from .room import Room
 
 TROUBLE_SECONDS = 0.5
 TROUBLE_HALF_LIFE = 10.0
@@ -172,6 +170,38 @@ class Machine:
         return self.trouble * exp((self.trouble_at - now) * 0.693 / TROUBLE_HALF_LIFE)
 
 
+class Room(Struct, frozen=True):
+    """What has to leave so that a model fits; `doubtful`: perhaps nothing has to."""
+
+    victims: tuple[Place, ...] = ()
+    penalty: float = 0.0
+    doubtful: bool = False
+
+
+NOTHING_LEAVES = Room()
+
+
+class Action(Enum):
+    """What a request does at a place."""
+
+    GO = "go"
+    LOAD = "load"
+    WAIT = "wait"
+
+
+class Choice(Struct):
+    """One possibility and its cost; `wait` until a slot is free, `run` once it is there."""
+
+    action: Action
+    place: Place | None
+    cost: float
+    wait: float = 0.0
+    run: float = 0.0
+    cached: int = 0
+    room: Room = NOTHING_LEAVES
+    others: "tuple[Choice, ...]" = ()
+
+
 @dataclass(slots=True, frozen=True)
 class Trial:
     """A load beside other models: the next list of loaded models tells whether all of them fit."""
@@ -199,7 +229,7 @@ class Running:
     rank: int
     cached: int
     output: float
-    choice: "Choice"
+    choice: Choice
     crowd: float = 0.0
     company: float = 0.0
     began_at: float | None = None

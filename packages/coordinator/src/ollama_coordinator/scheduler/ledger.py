@@ -5,11 +5,10 @@ from itertools import count
 from ollama_coordinator_common.types import AgentId
 
 from .cost import stay_seconds
-from .fleet import Machine, Place, Running, Trial
+from .fleet import Action, Choice, Machine, Place, Running, Trial
 from .line import Entry, Line
 from .lines import Lines
 from .mirror import Mirror
-from .option import Action, Choice
 from .types import Lease, LeaseId
 
 LATE_LOAD = 1.1

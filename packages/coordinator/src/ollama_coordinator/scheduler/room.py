@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from msgspec import Struct
-
 from .demand import Demand
-from .fleet import Machine, Place
+from .fleet import NOTHING_LEAVES, Machine, Place, Room
 from .memory import Fit
 
 SETTLE_SECONDS = 5.0
@@ -13,17 +11,6 @@ SETTLE_SECONDS = 5.0
 
 KEEP_SECONDS = 1.0
 DOUBT = 0.5
-
-
-class Room(Struct, frozen=True):
-    """What has to leave so that a model fits; `doubtful`: perhaps nothing has to."""
-
-    victims: tuple[Place, ...] = ()
-    penalty: float = 0.0
-    doubtful: bool = False
-
-
-NOTHING_LEAVES = Room()
 
 
 class Rooms:

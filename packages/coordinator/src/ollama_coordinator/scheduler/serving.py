@@ -8,11 +8,10 @@ from .affinity import PromptCaches
 from .choice import Chooser
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
-from .fleet import Machine
+from .fleet import Action, Choice, Machine
 from .ledger import Ledger
 from .line import Entry, Line
 from .lines import Lines
-from .option import Action, Choice
 from .pace import Pace
 from .types import Lease, Request, RequestId
 from .waits import wait_for_slot

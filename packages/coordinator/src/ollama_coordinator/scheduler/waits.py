@@ -2,10 +2,10 @@
 
 from itertools import islice
 
-from .cost import alone_seconds, stay_seconds
-from .fleet import Place, Running
+from .affinity import Hits
+from .cost import NO_PLACE, alone_seconds, stay_seconds
+from .fleet import Action, Choice, Place, Running
 from .line import Entry, Line
-from .option import NO_PLACE, Action, Choice, Hits
 
 LOOK_BEYOND = 4
 """So many slots that get free one after the other are compared: a later one may be a faster one."""
