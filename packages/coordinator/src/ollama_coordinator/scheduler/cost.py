@@ -33,9 +33,13 @@ def slow_down(place: Place) -> float:
 
 
 def run_seconds(place: Place, tokens: float, output: float, now: float) -> float:
-    """The weighted cost of reading `tokens` and writing `output`, with the delay of others."""
-    alone = alone_seconds(place, tokens, output)
+    """The weighted cost of reading `tokens` and writing `output`, with the delay of others.
+
+    Others are delayed for as long as the request really stays, all of its writing included.
+    """
     machine = place.machine
+    reading, writing = tokens * place.prefill, output * place.decode
+    alone = reading + DECODE_WEIGHT * writing
     if not machine.running:
         return alone
     beside = len(place.running)
@@ -48,9 +52,9 @@ def run_seconds(place: Place, tokens: float, output: float, now: float) -> float
         active = machine.active + 1
         slower = OVERLAP / machine.active
         others, left = machine.running, machine.ends - machine.running * now
-    run = alone * (1 + OVERLAP * (active * (1 + batch * beside) - 1))
-    longest = others * run
-    harmed = min(left, longest)
+    slow_down = 1 + OVERLAP * (active * (1 + batch * beside) - 1)
+    run = alone * slow_down
+    harmed = min(left, others * (reading + writing) * slow_down)
     return run + HARM_WEIGHT * slower * harmed if harmed > 0 else run
 
 
