@@ -6,7 +6,7 @@ from msgspec import structs
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import Kind, Result, Timings
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
-from ollama_coordinator.scheduler.slots import Slots
+from ollama_coordinator.scheduler.slots import Slots, Usual
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec, Simulation, TraceRequest
 from unit.coordinator.scheduler.world import World
 
@@ -139,3 +139,58 @@ def test_embeddings_get_two_more_in_flight_than_run() -> None:
     leases = world.plan()
     assert len(leases) == 3
     assert len(world.end(leases[0], Result.CANCELLED)) == 1
+
+
+@pytest.mark.spec("SCHED-27")
+def test_what_one_model_runs_at_once_is_believed_of_the_agents_others() -> None:
+    world = World()
+    world.agent("a", models=["m", "n"], loaded=["m", "n"])
+    world.send("m")
+    world.submit("m")
+    (second,) = world.plan()
+    world.began(second)
+    for _ in range(3):
+        world.submit("n")
+    leases = world.plan()
+    assert len(leases) == 3
+
+
+@pytest.mark.spec("SCHED-27")
+def test_a_model_that_runs_fewer_than_is_usual_counts_for_itself() -> None:
+    usual = Usual()
+    one, two, three = Slots(usual), Slots(usual), Slots(usual)
+    one.prove(4)
+    assert (two.limit, three.limit) == (4, 4)
+    two.refute(1, now=10.0)
+    assert (one.limit, two.limit, three.limit) == (4, 1, 4)
+
+
+@pytest.mark.spec("SCHED-27")
+def test_two_models_that_run_no_more_speak_for_the_others_until_one_shows_more() -> None:
+    usual = Usual()
+    one, two, three = Slots(usual), Slots(usual), Slots(usual)
+    assert three.allowance(0.0) == 2
+    one.refute(1, now=0.0)
+    assert three.allowance(0.0) == 2
+    two.refute(1, now=0.0)
+    assert three.allowance(0.0) == 1
+    one.prove(2)
+    assert (three.limit, three.allowance(0.0)) == (2, 4)
+
+
+@pytest.mark.spec("SCHED-27")
+def test_an_agent_that_was_set_to_run_fewer_is_believed_when_its_models_show_it() -> None:
+    usual = Usual()
+    one, two = Slots(usual), Slots(usual)
+    one.prove(4)
+    one.refute(2, now=0.0)
+    assert (one.limit, two.limit) == (2, 2)
+
+
+@pytest.mark.spec("SCHED-27")
+def test_models_that_are_gone_leave_what_they_showed() -> None:
+    usual = Usual()
+    one, two = Slots(usual), Slots(usual)
+    one.prove(2)
+    usual.keep({two})
+    assert (usual.members, two.limit) == ([two], 2)

@@ -99,7 +99,10 @@ class Chooser:
         if now < futile_until and below <= futile_below and not entry.request.excluded:
             return best
         for place in _looked_at(line):
-            if place.load / place.machine.preference >= best.cost:
+            machine = place.machine
+            if place.load / machine.preference >= best.cost:
+                break  # the others take longer
+            if machine.loading is not None or place.running:
                 continue
             load = self.load_at(place, entry, best.cost, now)
             if load is not None:

@@ -16,7 +16,7 @@ from ollama_coordinator_common.types import AgentId
 from .learning import Rates
 from .memory import Memory
 from .priors import Quantity, prior
-from .slots import Slots
+from .slots import Slots, Usual
 from .types import Lease, LeaseId, RunnerOptions
 
 TROUBLE_SECONDS = 0.5
@@ -81,12 +81,20 @@ class Place:
         return 0.0 if total is None else max(0.0, 1 - total / max(self.memory_bytes, 1))
 
     def rate(self, rates: Rates) -> None:
-        """Take over what was learned since the last time."""
-        prefill, decode, load = self._all_priors()
-        faster_prefill, faster_decode, slower_load = rates.factors(self.machine.id, self.model)
-        self.prefill = 1 / (prefill * faster_prefill)
-        self.decode = 1 / (decode * faster_decode)
-        self.load = load * slower_load
+        """Take over everything learned since the last time."""
+        self.rate_one(rates, Quantity.PREFILL)
+        self.rate_one(rates, Quantity.DECODE)
+        self.rate_one(rates, Quantity.LOAD)
+
+    def rate_one(self, rates: Rates, quantity: Quantity) -> None:
+        """Take over what was learned of one quantity."""
+        rate = self._all_priors()[quantity] * rates.factor(quantity, self.machine.id, self.model)
+        if quantity is Quantity.LOAD:
+            self.load = rate
+        elif quantity is Quantity.DECODE:
+            self.decode = 1 / rate
+        else:
+            self.prefill = 1 / rate
 
     def count_crowd(self, now: float) -> float:
         """The number of requests here, summed over all time until now."""
@@ -137,6 +145,7 @@ class Machine:
     seen: tuple[object, ...] = ()
     down_since: float | None = None
     context_length: int | None = None
+    usual: Usual = field(default_factory=Usual)
 
     @property
     def id(self) -> AgentId:

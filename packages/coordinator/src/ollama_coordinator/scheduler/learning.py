@@ -28,10 +28,12 @@ class Mean(Struct):
 
     def learn(self, seen: float, *, slowest: float = SLOWEST_GAIN) -> None:
         """Move towards `seen`: at once at first, then by a quarter, never by more than a step."""
-        gain = max(slowest, 1 / (self.samples + 1))
-        step = LONGEST_STEP if self.samples else FIRST_STEP
-        self.value += gain * min(max(seen - self.value, -step), step)
-        self.samples += 1
+        samples = self.samples = self.samples + 1
+        step = LONGEST_STEP if samples > 1 else FIRST_STEP
+        away = seen - self.value
+        if not -step < away < step:
+            away = step if away > 0 else -step
+        self.value += away * max(slowest, 1 / samples)
 
 
 Means = tuple[Mean, Mean, Mean]
@@ -56,19 +58,16 @@ class Rates:
         self.batch: dict[AgentId, Mean] = {}
 
     def factor(self, quantity: Quantity, agent: AgentId, model: str) -> float:
-        """What the prior is multiplied by."""
-        return self.factors(agent, model)[quantity]
+        """What the prior is multiplied by; a pair seen once or twice leans on its kin."""
+        own = self.pairs.get((agent, model), UNSEEN)[quantity]
+        value, samples = own.value, own.samples
+        if samples < ENOUGH_SAMPLES:
+            value = (value * samples + self._kin(quantity, agent, model) * 0.5) / (samples + 0.5)
+        return exp(value)
 
-    def factors(self, agent: AgentId, model: str) -> list[float]:
-        """The same of each quantity; a pair seen once or twice leans on its kin."""
-        factors = []
-        for quantity, own in enumerate(self.pairs.get((agent, model), UNSEEN)):
-            value, samples = own.value, own.samples
-            if samples < ENOUGH_SAMPLES:
-                kin = self._kin(quantity, agent, model)
-                value = (value * samples + kin * 0.5) / (samples + 0.5)
-            factors.append(exp(value))
-        return factors
+    def leans(self, agent: AgentId, model: str) -> bool:
+        """Whether what is known of other pairs changes what is believed of this one."""
+        return any(own.samples < ENOUGH_SAMPLES for own in self.pairs.get((agent, model), UNSEEN))
 
     def _kin(self, quantity: int, agent: AgentId, model: str) -> float:
         of_agent = self.agents.get(agent, UNSEEN)[quantity]

@@ -88,15 +88,16 @@ class Lessons:
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:
         ratio = value / place.prior(quantity)
         self._rates.observe(quantity, place.machine.id, place.model, ratio)
+        place.rate_one(self._rates, quantity)
 
     def _rerate(self, place: Place) -> None:
-        """Costs of this place; ever more rarely, of all the agent's places."""
-        place.rate(self._rates)
+        """Ever more rarely, the costs of those of the agent's places that lean on their kin."""
         agent = place.machine.id
         lessons = self._lessons[agent] = self._lessons.get(agent, 0) + 1
         if lessons & (lessons - 1) == 0 or lessons % RERATE_EVERY == 0:
             for other in place.machine.places.values():
-                other.rate(self._rates)
+                if self._rates.leans(agent, other.model):
+                    other.rate(self._rates)
 
 
 def by_wall(run: Running, timings: Timings, now: float) -> Timings:

@@ -78,12 +78,13 @@ class Line:
         self.demand = demand
         self.clock = FairClock()
         self.lanes: dict[Lane, list[tuple[Tag, Entry]]] = {lane: [] for lane in Lane}
+        self.urgent: list[list[tuple[Tag, Entry]]] = []  # the lanes in use, most urgent first
         self.size = 0
         self.retried = 0
         self.hot: list[Place] = []
         self.loading: list[Place] = []
         self.cold: list[Place] = []
-        self.disturbed = False
+        self.away: set[Place] = set()  # perhaps: what gets free there is not for this line
         self.futile = (0.0, 0.0)
         self.guesses = False  # whether any place has slots that nobody told
         self.turn = 0
@@ -104,7 +105,7 @@ class Line:
         insort(lane, (entry.tag, entry))
         self.size += 1
         if lane[0][1] is entry:
-            self._set_due()
+            self._sort_lanes()
         self.retried += bool(entry.request.excluded)
 
     def remove(self, entry: Entry) -> None:
@@ -114,7 +115,7 @@ class Line:
         del lane[index]
         self.size -= 1
         if not index:
-            self._set_due()
+            self._sort_lanes()
         self.retried -= bool(entry.request.excluded)
 
     def only(self, place: Place) -> "Line":
@@ -145,13 +146,17 @@ class Line:
         """Whether a place that is in memory has one."""
         return any(len(place.running) < place.slots.limit for place in self.hot)
 
-    def _set_due(self) -> None:
-        heads = [lane[0][1].due for lane in self.lanes.values() if lane]
-        self.due = min(heads, default=float("inf"))
+    def _sort_lanes(self) -> None:
+        """The head of a lane is another one."""
+        used = [lane for lane in self.lanes.values() if lane]
+        if len(used) > 1:
+            used.sort(key=_due_of_head)
+        self.urgent = used
+        self.due = used[0][0][1].due if used else float("inf")
 
     def at(self, position: int) -> Entry:
         """The request at this position, from 0."""
-        for lane in self._by_urgency():
+        for lane in self.urgent:
             if position < len(lane):
                 return lane[position][1]
             position -= len(lane)
@@ -159,15 +164,9 @@ class Line:
 
     def entries(self) -> Iterator[Entry]:
         """All of them, next first."""
-        for lane in self._by_urgency():
+        for lane in self.urgent:
             for _, entry in lane:
                 yield entry
-
-    def _by_urgency(self) -> list[list[tuple[Tag, Entry]]]:
-        used = [lane for lane in self.lanes.values() if lane]
-        if len(used) > 1:
-            used.sort(key=lambda lane: lane[0][1].due)
-        return used
 
     # ── what runs ─────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +182,10 @@ class Line:
         """A request held its slot for so long."""
         before = seconds if self.occupancy is None else self.occupancy
         self.occupancy = before + OCCUPANCY_GAIN * (seconds - before)
+
+
+def _due_of_head(lane: list[tuple[Tag, Entry]]) -> float:
+    return lane[0][1].due
 
 
 def load_seconds(place: Place) -> float:

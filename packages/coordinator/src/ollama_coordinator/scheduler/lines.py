@@ -13,7 +13,7 @@ from .options import serves
 from .slots import EMBEDDING_EXTRA
 from .types import Kind, Request, RunnerOptions
 
-REFRESH_SECONDS = 5.0
+REFRESH_SECONDS = 15.0
 FORGET_SECONDS = 10.0
 MANY_LINES = 512
 
@@ -81,10 +81,11 @@ class Lines:
             else:
                 line.fresh_until = float("-inf")
 
-    def disturb(self, machine: Machine) -> None:
+    def drained(self, machine: Machine) -> None:
         """Places there take no new requests for a while: slots that get free are others' now."""
-        for line in self.of(machine.places):
-            line.disturbed = True
+        for place in machine.residents:
+            for line in self.of(place.names):
+                line.away.add(place)
 
     def refresh(self, line: Line, now: float) -> None:
         """Sort the places of a line's model into in memory, being loaded, and on disk only.
@@ -111,10 +112,11 @@ class Lines:
         line.hot, line.loading, line.cold = [], [], []
         line.futile = (0.0, 0.0)
         line.guesses = any(place.slots.fixed is None for place in places)
-        line.disturbed = any(
-            not run.place.machine.routable or run.place.draining_until > now
+        line.away = {
+            run.place
             for _, _, run in line.ends
-        )
+            if not run.place.machine.routable or run.place.draining_until > now
+        }
         for place in places:
             if line.embeds and not place.slots.extra:
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)

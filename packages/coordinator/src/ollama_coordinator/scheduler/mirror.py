@@ -107,6 +107,7 @@ class Mirror:
                 place = by_weights[weights] = self._place(machine, key, row)
             place.names.add(key)
             machine.places[key] = place
+        machine.usual.keep({place.slots for place in machine.places.values()})
         for name in known.keys() - machine.places.keys():
             known[name].names.discard(name)
             concerned.add(name)
@@ -120,7 +121,7 @@ class Mirror:
             weights=row.blob or key,
             disk_bytes=size,
             memory_bytes=predicted_bytes(size),
-            slots=Slots(proven=remembered),
+            slots=Slots(machine.usual, proven=remembered),
         )
         place.rate(self._rates)
         return place

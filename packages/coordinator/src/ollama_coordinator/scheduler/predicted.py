@@ -221,7 +221,7 @@ class PredictedScheduler:
             if stranded or now - line.looked_at >= look_again:
                 self._look(line, BOTH)
             if (drained := self._drains.consider(line, now)) is not None:
-                self._lines.disturb(drained.machine)
+                self._lines.drained(drained.machine)
 
     # ── what is known ─────────────────────────────────────────────────────────────────────────
 
@@ -229,10 +229,12 @@ class PredictedScheduler:
         """See `Scheduler.wake_at`."""
         if not self._serving.entries:
             return None
-        times = [self._tick_at, *(place.loading_until or now for place in self._ledger.loads)]
+        wake_at = self._tick_at
+        for place in self._ledger.loads:
+            wake_at = min(wake_at, place.loading_until or now)
         if self._serving.deadlines:
-            times.append(self._serving.deadlines[0][0])
-        return max(min(times), now)
+            wake_at = min(wake_at, self._serving.deadlines[0][0])
+        return max(wake_at, now)
 
     def leases(self) -> Iterable[Lease]:
         """See `Scheduler.leases`."""

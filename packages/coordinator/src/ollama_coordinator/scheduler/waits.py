@@ -1,5 +1,6 @@
 """How long a request waits for a slot, by the predicted ends of what runs."""
 
+from bisect import bisect_left
 from itertools import islice
 
 from .affinity import Hits
@@ -44,34 +45,63 @@ def start_in(line: Line, entry: Entry, position: int, now: float) -> float | Non
 
 def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> list[tuple[float, Place]]:
     """When the slots after the first `ahead` get free, soonest first."""
-    ends = _undisturbed(line, ahead + LOOK_BEYOND, now) if line.disturbed else line.ends
+    away = _away(line, now) if line.away else []
     loading = _loading(line, now) if line.loading else []
-    known = len(ends) + len(loading)
+    known = len(line.ends) - len(away) + len(loading)
     if not known:
         return []
     if ahead >= known:
-        place = ends[-1][2].place if ends else loading[-1][1]
-        last = ends[-1][2].remaining(now) if ends else loading[-1][0]
-        slots = sum(place.slots.limit for place in line.hot) or known
-        stay = line.occupancy or stay_seconds(place, entry.request.prompt_tokens, entry.output)
-        return [(last + (ahead - known + 1) * stay / slots, place)]
+        return [_beyond(line, entry, ahead - known, away, loading, now)]
     # So many places being loaded shift the order of the ends by no more than their number.
     start = max(ahead - len(loading), 0)
-    frees = [(run.remaining(now), run.place) for _, _, run in ends[start : ahead + LOOK_BEYOND]]
+    runs = _ending(line, start, ahead - start + LOOK_BEYOND, away)
+    frees = [(run.remaining(now), run.place) for _, _, run in runs]
     if not loading:
         return frees
     frees = sorted(frees + loading, key=_first)
     return frees[ahead - start : ahead - start + LOOK_BEYOND]
 
 
-def _undisturbed(line: Line, most: int, now: float) -> list[tuple[float, int, Running]]:
-    """The first ends that free a slot for this line: not on an agent that is away, or makes way."""
-    undisturbed = (
-        end
-        for end in line.ends
-        if end[2].place.draining_until <= now and end[2].place.machine.routable
-    )
-    return list(islice(undisturbed, most))
+def _beyond(
+    line: Line,
+    entry: Entry,
+    further: int,
+    away: list[int],
+    loading: list[tuple[float, Place]],
+    now: float,
+) -> tuple[float, Place]:
+    """A slot that gets free after all known ones, by how long requests stay in one."""
+    if len(line.ends) > len(away):
+        run = _ending(line, len(line.ends) - len(away) - 1, 1, away)[0][2]
+        last, place = run.remaining(now), run.place
+    else:
+        last, place = loading[-1]
+    slots = sum(place.slots.limit for place in line.hot) or len(line.ends) + len(loading)
+    stay = line.occupancy or stay_seconds(place, entry.request.prompt_tokens, entry.output)
+    return last + (further + 1) * stay / slots, place
+
+
+def _ending(line: Line, start: int, most: int, away: list[int]) -> list[tuple[float, int, Running]]:
+    """So many of the ends from a position on, those that are away not counted."""
+    if not away:
+        return line.ends[start : start + most]
+    for index in away:
+        start += index <= start
+    found = (index for index in range(start, len(line.ends)) if index not in away)
+    return [line.ends[index] for index in islice(found, most)]
+
+
+def _away(line: Line, now: float) -> list[int]:
+    """Which of the ends free no slot for this line: the agent is out of rotation, or makes way."""
+    found = []
+    for place in line.away:
+        if place.draining_until > now or not place.machine.routable:
+            for run in place.running.values():
+                index = bisect_left(line.ends, (run.ends_at, run.number))
+                if index < len(line.ends) and line.ends[index][2] is run:
+                    found.append(index)
+    found.sort()
+    return found
 
 
 def _loading(line: Line, now: float) -> list[tuple[float, Place]]:
