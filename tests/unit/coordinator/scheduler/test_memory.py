@@ -72,6 +72,38 @@ def test_the_share_of_free_memory_that_ollama_fills_is_learned() -> None:
     assert memory.fit(7 * GB, 10 * GB, 2) is Fit.NO
 
 
+@pytest.mark.spec("SCHED-42")
+def test_a_model_that_perhaps_does_not_fit_is_tried_only_while_nothing_runs_there() -> None:
+    models = {"one": 10 * GB, "new": 9 * GB}
+    world = World()
+    world.agent("a", models=models, loaded=["one"], slots=1, memory=22 * GB)
+    assert world.send("new").unload == ()
+
+    world = World()
+    world.agent("a", models=models, loaded=["one"], slots=1, memory=22 * GB)
+    running = world.send("one")
+    world.submit("new")
+    assert world.plan() == []
+    (lease,) = world.end(running, timings=SHORT)
+    assert lease.request.name == "new"
+
+
+@pytest.mark.spec("SCHED-44")
+def test_a_model_that_perhaps_does_not_fit_gets_a_drain_too() -> None:
+    world = World(max_queue=1000)
+    models = {"busy": 10 * GB, "starved": 9 * GB}
+    world.agent("a", models=models, loaded=["busy"], slots=2, memory=22 * GB)
+    leases = [world.send("busy"), world.send("busy")]
+    starved = world.submit("starved")
+    for _ in range(200):
+        world.submit("busy")
+    while not any(lease.request is starved for lease in leases):
+        world.now += 1.0
+        assert world.now <= 60.0
+        leases += world.end(leases.pop(0), timings=SHORT)
+        leases += world.plan()
+
+
 @pytest.mark.spec("SCHED-43")
 def test_an_agent_loads_one_model_at_a_time() -> None:
     world = World()

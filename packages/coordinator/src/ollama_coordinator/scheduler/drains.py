@@ -7,6 +7,7 @@ from msgspec import Struct
 from .fleet import Machine, Place
 from .line import Line
 from .memory import Fit
+from .room import fit_beside
 
 SHORTEST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 20.0
@@ -104,13 +105,8 @@ def _victims(place: Place, now: float) -> tuple[float, tuple[Place, ...]] | None
     stay = [other for other in machine.residents if other is not place]
     stay.sort(key=lambda other: other.remaining(now), reverse=True)
     gone: list[Place] = []
-    while stay and _fits(place, stay) is Fit.NO:
+    while stay and fit_beside(place, stay) is Fit.NO:
         gone.append(stay.pop())
     if not gone:
         return None
     return max(victim.remaining(now) for victim in gone), tuple(gone)
-
-
-def _fits(place: Place, stay: list[Place]) -> Fit:
-    beside = sum(other.memory_bytes for other in stay)
-    return place.machine.memory.fit(place.memory_bytes, beside, len(stay) + 1)

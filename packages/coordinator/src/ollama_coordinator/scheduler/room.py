@@ -46,7 +46,7 @@ class Rooms:
     def _make(self, place: Place, now: float) -> Room | None:
         machine = place.machine
         others = [other for other in machine.residents if other is not place]
-        fit = self._fit(machine, place, others)
+        fit = fit_beside(place, others)
         if fit is Fit.YES or not others:
             return NOTHING_LEAVES
         idle = sorted(
@@ -56,10 +56,6 @@ class Rooms:
         if fit is Fit.MAYBE:
             return self._perhaps(idle, others, now)
         return self._evict(place, others, idle)
-
-    def _fit(self, machine: Machine, place: Place, others: list[Place]) -> Fit:
-        beside = sum(other.memory_bytes for other in others)
-        return machine.memory.fit(place.memory_bytes, beside, len(others) + 1)
 
     def _perhaps(
         self, idle: list[tuple[float, int]], others: list[Place], now: float
@@ -94,7 +90,7 @@ class Rooms:
     ) -> bool:
         leaving = {index for _, index in gone}
         stay = [other for index, other in enumerate(others) if index not in leaving]
-        return self._fit(place.machine, place, stay) is not Fit.NO
+        return fit_beside(place, stay) is not Fit.NO
 
     def loss(self, place: Place, now: float) -> float:
         """What it costs that this model leaves: its load, as likely as it is wanted again."""
@@ -105,6 +101,20 @@ class Rooms:
             if self._backlog(name):
                 lost += place.load
         return lost
+
+
+def fit_beside(place: Place, others: list[Place]) -> Fit:
+    """Whether the model may be loaded beside these.
+
+    If it does not fit after all, Ollama loads nothing until one of those in use is idle. Where the
+    memory is known that is worth no attempt while anything runs; where not, nothing else can tell.
+    """
+    machine = place.machine
+    beside = sum(other.memory_bytes for other in others)
+    fit = machine.memory.fit(place.memory_bytes, beside, len(others) + 1)
+    if fit is Fit.MAYBE and machine.running and machine.memory.total is not None:
+        return Fit.NO
+    return fit
 
 
 def _next_settled(machine: Machine, now: float) -> float:

@@ -30,6 +30,7 @@ class Node:
         self._now = 0.0
         self._to_load: deque[tuple[str, Job]] = deque()
         self._loading: Runner | None = None
+        self._awaited: Runner | None = None
         self._happened: list[Job] = []
 
     # ── from outside ──────────────────────────────────────────────────────────────────────────
@@ -209,7 +210,10 @@ class Node:
         self.runners[key] = self._loading = runner
 
     def _make_room(self, key: str) -> bool | None:
-        """Evict who must leave: whether anybody did, `None` while who must leave is in use."""
+        """Evict who must leave: whether anybody did, `None` while who must leave is in use.
+
+        When nobody is idle one runner is chosen and waited for, whoever else becomes idle.
+        """
         evicted = False
         if key in self.runners:  # loaded with other options
             if self.runners[key].busy:
@@ -218,12 +222,22 @@ class Node:
             evicted = True
         need = self.models[key].memory_bytes
         while self.runners and not self._fits(need):
-            victims = [item for item in self.runners.items() if not item[1].busy]
-            if not victims:
+            victim = self._victim()
+            if victim.busy:
+                self._awaited = victim
                 return None
-            del self.runners[min(victims, key=_last_used)[0]]
+            self._awaited = None
+            del self.runners[victim.model.key]
             evicted = True
         return evicted
+
+    def _victim(self) -> Runner:
+        """The one that is waited for, else the idle one that was used longest ago, else any."""
+        awaited = self._awaited
+        if awaited is not None and self.runners.get(awaited.model.key) is awaited:
+            return awaited
+        idle = [runner for runner in self.runners.values() if not runner.busy]
+        return min(idle, key=_last_used) if idle else next(iter(self.runners.values()))
 
     def _fits(self, need: int) -> bool:
         used = sum(runner.model.memory_bytes for runner in self.runners.values())
@@ -234,5 +248,5 @@ class Node:
             del self.runners[runner.model.key]
 
 
-def _last_used(item: tuple[str, Runner]) -> float:
-    return item[1].used_at
+def _last_used(runner: Runner) -> float:
+    return runner.used_at
