@@ -9,6 +9,7 @@ from .agent import AgentsApi
 from .explain import ExplainApi
 from .health import HealthApi
 from .models import ModelsApi
+from .openapi import OpenApi
 from .proxy import Proxy
 from .routing import gathered
 
@@ -47,4 +48,5 @@ def routes(to: Handlers) -> list[BaseRoute]:
         Route("/readyz", to.health.readyz, methods=["GET"]),
         *to.surface,
     ]
+    listed.append(Route("/api/openapi.json", OpenApi(listed).show, methods=["GET"]))
     return gathered(listed)

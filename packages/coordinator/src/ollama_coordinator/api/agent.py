@@ -22,6 +22,7 @@ from ollama_coordinator_common.protocol import (
 )
 from ollama_coordinator_common.types import AgentId
 
+from .declared import operation
 from .wire import decode, log_event, reply
 
 FIRST_LOOK_SECONDS = 1.0
@@ -63,6 +64,12 @@ class AgentsApi:
         self._clock = clock
         self._operations = operations
 
+    @operation(
+        "Register a machine, or renew its registration",
+        takes=RegisterRequest,
+        gives={200: RegisterReply, 201: RegisterReply},
+        errors=(503,),
+    )
     async def register(self, request: Request) -> Response:
         """`POST /api/agents`: 201 `registered`, or 200 `updated` for a machine already known."""
         wanted = await decode(_register, request)
@@ -77,16 +84,24 @@ class AgentsApi:
         status = "registered" if done.created else "updated"
         return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
 
+    @operation("Every agent, by name", gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:
         """`GET /api/agents`: every agent, living or not, by name."""
         agents = sorted(self._registry, key=lambda agent: (agent.name, agent.id))
         return reply([self.view(agent) for agent in agents])
 
+    @operation("One agent", gives={200: AgentView}, errors=(404,))
     async def show(self, request: Request) -> Response:
         """`GET /api/agents/{id}`: with what it has to do with models."""
         agent = self._registry.get(request.path_params["agent_id"])
         return reply(structs.replace(self.view(agent), operations=self._operations(agent.id)))
 
+    @operation(
+        "Change what an operator sets of an agent",
+        takes=SettingsPatch,
+        gives={200: AgentView},
+        errors=(404, 503),
+    )
     async def change(self, request: Request) -> Response:
         """`PATCH /api/agents/{id}`: name, labels, notes, drain or resume; kept across restarts."""
         agent = self._registry.get(request.path_params["agent_id"])
@@ -101,6 +116,7 @@ class AgentsApi:
         self._dispatch.plan()
         return reply(self.view(agent))
 
+    @operation("Forget an agent", gives={204: None}, errors=(404, 503))
     async def remove(self, request: Request) -> Response:
         """`DELETE /api/agents/{id}`: forget it; its streams end as they would have."""
         agent = self._registry.remove(AgentId(request.path_params["agent_id"]))

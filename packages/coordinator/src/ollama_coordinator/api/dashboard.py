@@ -4,15 +4,18 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.feed import Feed, Rows
-from ollama_coordinator.journal import Observation
+from ollama_coordinator.journal import AgentEvent, Observation
 from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.scheduler import Estimate
 
+from .declared import Media, Operation, operation
 from .departure import until_departure
 from .files import SECURITY, all_files, send_file
 from .wire import ClientLeft, reply
@@ -40,6 +43,10 @@ class DashboardApi:
             return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
         return await self._plain_root(request)
 
+    @operation(
+        "The dashboard and its files",
+        gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")},
+    )
     async def page(self, request: Request) -> Response:
         """`GET /dashboard` and the files below it."""
         path = request.path_params.get("path") or "index.html"
@@ -51,6 +58,10 @@ class DashboardApi:
 
 class EventsApi:
     """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
+
+    operation = Operation(
+        "What changes in the fleet, as server-sent events", gives={200: Media("text/event-stream")}
+    )
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
@@ -78,6 +89,26 @@ def _body(data: bytes, *, more: bool) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
+class ModelOnAgent(Struct, frozen=True):
+    """One model on an agent's disk, and what is predicted of it there."""
+
+    name: str
+    size: int
+    digest: str
+    details: dict[str, Any]
+    capabilities: list[str]
+    loaded: bool
+    estimate: Estimate | None
+
+
+class AgentDetails(Struct, frozen=True):
+    """`GET /api/agents/{id}/details`: `agent` is its row in the event stream."""
+
+    agent: dict[str, Any]
+    models: list[ModelOnAgent]
+    events: list[AgentEvent]
+
+
 class DetailsApi:
     """`GET /api/agents/{id}/details`: everything the agent's page shows beside the live row."""
 
@@ -89,25 +120,30 @@ class DetailsApi:
         self._rows = rows
         self._clock = clock
 
+    @operation(
+        "An agent's models with what is predicted of them, and what was logged about it",
+        gives={200: AgentDetails},
+        errors=(404,),
+    )
     async def show(self, request: Request) -> Response:
         """Its models with what is predicted of them, and what was logged about it."""
         agent = self._registry.get(request.path_params["agent_id"])
         return reply(
-            {
-                "agent": self._rows.agent(agent),
-                "models": [self._model(agent, key) for key in sorted(agent.inventory.available)],
-                "events": self._observation.events.of(agent.id),
-            }
+            AgentDetails(
+                agent=self._rows.agent(agent),
+                models=[self._model(agent, key) for key in sorted(agent.inventory.available)],
+                events=self._observation.events.of(agent.id),
+            )
         )
 
-    def _model(self, agent: AgentState, key: str) -> dict[str, Any]:
+    def _model(self, agent: AgentState, key: str) -> ModelOnAgent:
         row = agent.inventory.available[key]
-        return {
-            "name": row.model.name,
-            "size": row.model.size,
-            "digest": row.model.digest,
-            "details": row.model.details,
-            "capabilities": row.model.capabilities,
-            "loaded": agent.inventory.is_loaded(key),
-            "estimate": self._rows.estimate(agent.id, key),
-        }
+        return ModelOnAgent(
+            name=row.model.name,
+            size=row.model.size,
+            digest=row.model.digest,
+            details=row.model.details,
+            capabilities=row.model.capabilities,
+            loaded=agent.inventory.is_loaded(key),
+            estimate=self._rows.estimate(agent.id, key),
+        )

@@ -1,15 +1,28 @@
 """`POST /api/explain`: where a request would go, and why; nothing is sent."""
 
+from typing import Any
+
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.clock import Clock
-from ollama_coordinator.scheduler import PredictedScheduler, Scheduler
+from ollama_coordinator.scheduler import Decision, Estimate, PredictedScheduler, Scheduler
 
+from .declared import operation
 from .dialects import Surface
 from .intake import take_in
 from .reading import read_routing
 from .wire import HttpError, reply
+
+
+class ChatRequest(Struct, frozen=True):
+    """What is read of a request of `/api/chat` or `/api/generate`; it may have all their fields."""
+
+    model: str
+    messages: list[dict[str, Any]] = []
+    prompt: str = ""
+    options: dict[str, Any] = {}
 
 
 class ExplainApi:
@@ -20,6 +33,12 @@ class ExplainApi:
         self._surface = surface
         self._clock = clock
 
+    @operation(
+        "Where a request would go, and why",
+        takes=ChatRequest,
+        gives={200: Decision},
+        errors=(404, 409, 503),
+    )
     async def explain(self, request: Request) -> Response:
         """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
         routing = read_routing(self._surface, await request.body())
@@ -27,6 +46,9 @@ class ExplainApi:
         asked = take_in(self._surface, routing, request.scope, now)
         return reply(self._predictor().explain(asked, now))
 
+    @operation(
+        "Learned speeds of every model on every agent", gives={200: list[Estimate]}, errors=(409,)
+    )
     async def estimates(self, request: Request) -> Response:
         """`GET /api/estimates`: what is predicted of every model on every agent."""
         return reply(self._predictor().estimates())

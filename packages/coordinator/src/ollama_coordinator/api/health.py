@@ -12,6 +12,7 @@ from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
+from .declared import operation
 from .wire import HttpError, decode, log_event, reply
 
 _report = msgspec.json.Decoder(HealthReport)
@@ -41,6 +42,9 @@ class HealthApi:
         self._clock = clock
         self.stopping = False
 
+    @operation(
+        "A heartbeat of an agent", takes=HealthReport, gives={200: HealthReply}, errors=(404,)
+    )
     async def heartbeat(self, request: Request) -> Response:
         """`POST /api/health`: 404 for an unknown agent, which then registers again."""
         report = await decode(_report, request)
@@ -62,10 +66,12 @@ class HealthApi:
         self._dispatch.plan()
         return reply(HealthReply())
 
+    @operation("Whether the coordinator works", gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:
         """`GET /healthz`: 200 as long as the process serves."""
         return reply(self._view())
 
+    @operation("Whether it takes requests", gives={200: HealthView, 503: HealthView})
     async def readyz(self, request: Request) -> Response:
         """`GET /readyz`: 503 once the coordinator is stopping."""
         return reply(self._view(), 503 if self.stopping else 200)

@@ -2,19 +2,21 @@
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
-from ollama_coordinator.journal import Observation
+from ollama_coordinator.journal import Observation, Point
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
+from .declared import Media, Query, operation
 from .wire import HttpError, reply
 
 PAGE = 50
@@ -22,6 +24,41 @@ LARGEST_PAGE = 500
 EXPORT_PAGE = 1000
 SHORTEST_MINUTES = 1
 LONGEST_MINUTES = 31 * 24 * 60
+
+
+Limit = Annotated[int, Meta(ge=1, le=LARGEST_PAGE)]
+Minutes = Annotated[float, Meta(ge=SHORTEST_MINUTES, le=LONGEST_MINUTES)]
+
+FILTERS = (
+    Query("model", "the model's name, in any spelling"),
+    Query("agent", "the agent's id, or the name it had"),
+    Query("client", "the address that asked"),
+    Query("status", "how it ended", Status),
+    Query("since", "finished at or after this time", datetime),
+    Query("until", "finished before this time", datetime),
+)
+
+
+class HistoryPage(Struct, frozen=True):
+    """`GET /api/history`: `next` is the `after` of the page that follows, `null` at the end."""
+
+    requests: list[Finished]
+    next: str | None
+
+
+class Choices(Struct, frozen=True):
+    """`GET /api/history/choices`: what finished requests can be filtered by."""
+
+    model: list[str]
+    agent: list[str]
+    client: list[str]
+
+
+class Statistics(Struct, frozen=True):
+    """`GET /api/statistics`: the points of a chart over so many minutes."""
+
+    minutes: float
+    points: list[Point]
 
 
 class HistoryApi:
@@ -32,18 +69,39 @@ class HistoryApi:
         self._history: History = observation.history
         self._registry = registry
 
+    @operation(
+        "Finished requests, newest first",
+        gives={200: HistoryPage},
+        query=(
+            *FILTERS,
+            Query("limit", "rows of a page", Limit),
+            Query("after", "the `next` of the page before"),
+        ),
+        errors=(400, 503),
+    )
     async def list(self, request: Request) -> Response:
         """`GET /api/history`: finished requests, newest first; `next` leads to the older ones."""
         limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
         wanted, after = self._filter(request), _cursor(request.query_params.get("after"))
         rows, cursor = await self._history.page(wanted, limit=int(limit), after=after)
         following = f"{cursor.finished_ms}.{cursor.seq}" if cursor is not None else None
-        return reply({"requests": rows, "next": following})
+        return reply(HistoryPage(rows, following))
 
+    @operation(
+        "The models, agents and clients to filter by",
+        gives={200: Choices},
+        errors=(503,),
+    )
     async def choices(self, request: Request) -> Response:
         """`GET /api/history/choices`: the models, agents and clients to filter by."""
-        return reply(await self._history.choices())
+        return reply(Choices(**await self._history.choices()))
 
+    @operation(
+        "All finished requests that the filters let through, as a file",
+        gives={200: (Media("text/csv"), Media("application/json"))},
+        query=(*FILTERS, Query("format", "of the file", Literal["csv", "json"])),
+        errors=(400, 503),
+    )
     async def export(self, request: Request) -> Response:
         """`GET /api/history/export?format=csv|json`: everything the filters let through."""
         form = request.query_params.get("format", "csv")
@@ -55,13 +113,22 @@ class HistoryApi:
         name = f'attachment; filename="requests.{form}"'
         return StreamingResponse(lines, media_type=kind, headers={"content-disposition": name})
 
+    @operation(
+        "Numbers over time, of the fleet or of one agent",
+        gives={200: Statistics},
+        query=(
+            Query("minutes", "how far back", Minutes),
+            Query("agent", "the agent's id; the whole fleet without it"),
+        ),
+        errors=(400, 404, 503),
+    )
     async def statistics(self, request: Request) -> Response:
         """`GET /api/statistics`: the fleet's numbers, or an agent's, as the points of a chart."""
         minutes = _number(request, "minutes", 60.0, SHORTEST_MINUTES, LONGEST_MINUTES)
         agent = request.query_params.get("agent")
         name = self._registry.get(agent).id if agent else ""
         points = await self._observation.points(name, minutes * 60, agent=bool(agent))
-        return reply({"minutes": minutes, "points": points})
+        return reply(Statistics(minutes, points))
 
     # ── reading the query ─────────────────────────────────────────────────────────────────────
 

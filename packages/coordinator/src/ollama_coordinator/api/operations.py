@@ -13,6 +13,7 @@ from ollama_coordinator.operations import (
     Kind,
     Operation,
     Operations,
+    OperationView,
     Placement,
     Places,
 )
@@ -23,7 +24,8 @@ from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
 
 from .changes import ChangesApi
-from .fleet_models import fleet_models
+from .declared import Media, Query, operation
+from .fleet_models import FleetModel, fleet_models
 from .told import Told
 from .wire import HttpError, decode, reply
 
@@ -49,6 +51,19 @@ class PendingView(Struct, frozen=True):
     since: datetime
 
 
+class Overview(Struct, frozen=True):
+    """`GET /api/operations`: under way and ended, newest first; and what is owed."""
+
+    operations: list[OperationView]
+    pending: list[PendingView]
+
+
+class FleetModels(Struct, frozen=True):
+    """`GET /api/models`."""
+
+    models: list[FleetModel]
+
+
 _new = msgspec.json.Decoder(NewOperation)
 
 
@@ -63,12 +78,24 @@ class OperationsApi:
         self._changes = changes
         self._registry = registry
 
+    @operation(
+        "Start an operation on a model; it goes on whether anybody listens or not",
+        takes=NewOperation,
+        gives={202: OperationView},
+        errors=(404, 503),
+        relays=True,
+    )
     async def start(self, request: Request) -> Response:
         """`POST /api/operations`: 202 at once; it goes on whether anybody listens or not."""
         wanted = await decode(_new, request)
         ModelName.parse(wanted.model)
         return reply((await self._start(wanted)).view(), 202)
 
+    @operation(
+        "The operations on models",
+        gives={200: Overview},
+        query=(Query("agent", "only those that concern the agent with this id"),),
+    )
     async def overview(self, request: Request) -> Response:
         """`GET /api/operations`: under way and ended, and what agents that are away owe.
 
@@ -80,16 +107,24 @@ class OperationsApi:
             for p in self._operations.pending()
             if agent_id in (None, p.agent_id)
         ]
-        return reply({"operations": self._operations.views(agent_id), "pending": owed})
+        return reply(Overview(self._operations.views(agent_id), owed))
 
+    @operation("One operation", gives={200: OperationView}, errors=(404,))
     async def show(self, request: Request) -> Response:
         """`GET /api/operations/{id}`."""
         return reply(self._get(request).view())
 
+    @operation(
+        "Its progress in Ollama's format, until it ends",
+        gives={200: Media("application/x-ndjson")},
+        errors=(404,),
+        relays=True,
+    )
     async def follow(self, request: Request) -> Told:
         """`GET /api/operations/{id}/progress`: Ollama's progress lines, from where it stands."""
         return Told(self._operations, self._get(request), stream=True)
 
+    @operation("End an operation", gives={200: OperationView}, errors=(404,))
     async def cancel(self, request: Request) -> Response:
         """`DELETE /api/operations/{id}`: end it; what is on the agents stays."""
         operation = self._get(request)
@@ -97,9 +132,10 @@ class OperationsApi:
         await operation.feed.over()
         return reply(operation.view())
 
+    @operation("Every model of the fleet, and who has it", gives={200: FleetModels})
     async def models(self, request: Request) -> Response:
         """`GET /api/models`: every model with its contents, who has it, and where it is loaded."""
-        return reply({"models": fleet_models(self._registry)})
+        return reply(FleetModels(fleet_models(self._registry)))
 
     def _get(self, request: Request) -> Operation:
         return self._operations.get(request.path_params["operation_id"])

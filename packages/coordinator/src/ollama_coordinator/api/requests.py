@@ -1,21 +1,46 @@
 """`/api/requests` and `/api/queue`: what runs and waits, why it went where it is, and its end."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.journal import Entry, Journal, Observation, RequestView, State
-from ollama_coordinator.scheduler import RequestId
+from ollama_coordinator.journal import Attempt, Entry, Journal, Observation, RequestView, State
+from ollama_coordinator.scheduler import Decision, RequestId
 
+from .declared import Either, operation
 from .wire import HttpError, reply
 
 CANCELLED_BY_OPERATOR = "cancelled by the operator of the coordinator"
+
+
+def _detailed(name: str, base: type[Struct], about: str, **fields: Any) -> Any:
+    """A type with the fields of another, some of them told at length, and more."""
+    kept = [(field.name, field.type) for field in structs.fields(base) if field.name not in fields]
+    told = [*kept, *fields.items()]
+    return msgspec.defstruct(name, told, kw_only=True, namespace={"__doc__": about})
+
+
+RequestViews = list[RequestView]
+LivingRequest = _detailed(
+    "LivingRequest",
+    RequestView,
+    "A living request with every attempt so far, and what would be decided for it `now`.",
+    attempts=list[Attempt],
+    now=Decision | None,
+)
+FinishedRequest = _detailed(
+    "FinishedRequest",
+    Finished,
+    "A request that has ended, with its attempts and why each went where it did.",
+    attempts=list[Attempt],
+    state=Literal["finished"],
+)
 
 
 class RequestsApi:
@@ -27,10 +52,12 @@ class RequestsApi:
         self._dispatch = dispatch
         self._clock = clock
 
+    @operation("Every living request, the oldest first", gives={200: RequestViews})
     async def list(self, request: Request) -> Response:
         """`GET /api/requests`: every living request, the oldest first."""
         return reply(self._journal.views(self._clock.now()))
 
+    @operation("The requests that wait for a place", gives={200: RequestViews})
     async def queue(self, request: Request) -> Response:
         """`GET /api/queue`: those without a place, next first within each model."""
         waiting = [
@@ -39,6 +66,11 @@ class RequestsApi:
         waiting.sort(key=lambda view: (view.model, view.position or 0))
         return reply(waiting)
 
+    @operation(
+        "One request, living or over, and why it went where it did",
+        gives={200: Either(LivingRequest, FinishedRequest)},
+        errors=(404, 503),
+    )
     async def show(self, request: Request) -> Response:
         """`GET /api/requests/{id}`: one request, living or over, and why it went where it did."""
         request_id = request.path_params["request_id"]
@@ -53,6 +85,7 @@ class RequestsApi:
             raise _unknown(request_id)
         return reply(_over(kept[0], Raw(kept[1])))
 
+    @operation("End a request", gives={204: None}, errors=(404,))
     async def cancel(self, request: Request) -> Response:
         """`DELETE /api/requests/{id}`: its client gets an error, its agent stops working on it."""
         request_id = request.path_params["request_id"]
@@ -60,22 +93,19 @@ class RequestsApi:
             raise _unknown(request_id)
         return Response(status_code=204)
 
-    def _living(self, entry: Entry) -> dict[str, Any]:
+    def _living(self, entry: Entry) -> Any:
         now = self._clock.now()
         view = next(view for view in self._journal.views(now) if view.id == entry.request.id)
-        return {
-            **_fields(view),
+        more = {
             "attempts": entry.attempts(self._clock),
             "now": self._journal.explain(entry, now),
         }
+        return LivingRequest(**{**structs.asdict(view), **more})
 
 
-def _fields(view: RequestView | Finished) -> dict[str, Any]:
-    return msgspec.structs.asdict(view)
-
-
-def _over(request: Finished, attempts: Any) -> dict[str, Any]:
-    return {**_fields(request), "state": "finished", "attempts": attempts}
+def _over(request: Finished, attempts: Any) -> Any:
+    more = {"state": "finished", "attempts": attempts}
+    return FinishedRequest(**{**structs.asdict(request), **more})
 
 
 def _unknown(request_id: str) -> HttpError:

@@ -4,17 +4,25 @@ import logging
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.tuning import Tuning
+from ollama_coordinator.tuning import SettingView, Tuning
 from ollama_coordinator_common.error import ConfigError
 
+from .declared import operation
 from .wire import HttpError, decode, reply
 
 log = logging.getLogger(__name__)
 
 _patch = msgspec.json.Decoder(dict[str, Any])
+
+
+class SettingsView(Struct, frozen=True):
+    """`GET /api/settings`."""
+
+    settings: list[SettingView]
 
 
 class SettingsApi:
@@ -23,10 +31,17 @@ class SettingsApi:
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
 
+    @operation("The settings, and where each comes from", gives={200: SettingsView})
     async def list(self, request: Request) -> Response:
         """`GET /api/settings`."""
-        return reply({"settings": self._tuning.views()})
+        return reply(SettingsView(self._tuning.views()))
 
+    @operation(
+        "Change settings, all or none; null goes back to the default",
+        takes=dict[str, Any],
+        gives={200: SettingsView},
+        errors=(409,),
+    )
     async def change(self, request: Request) -> Response:
         """`PATCH /api/settings`: names and new values; a null goes back to the default."""
         wanted = await decode(_patch, request)

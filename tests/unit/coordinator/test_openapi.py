@@ -1,0 +1,129 @@
+"""The description of our own routes holds against the route table, and against OpenAPI's rules."""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ollama_coordinator.api.declared import Either, Media, operation
+from ollama_coordinator.api.openapi import document
+from ollama_coordinator.app import create_app
+from ollama_coordinator_common.config import CoordinatorConfig
+from support.coordinator import Running
+
+OLLAMAS = {
+    *((method, "/") for method in ("get", "head")),
+    *(("get", f"/api/{name}") for name in ("version", "tags", "ps", "status")),
+    *(("post", f"/api/{name}") for name in ("show", "generate", "chat", "embed", "embeddings")),
+    *(("post", f"/api/{name}") for name in ("pull", "push", "create", "copy", "me", "signout")),
+    *(("post", f"/api/experimental/{name}") for name in ("web_search", "web_fetch")),
+    ("get", "/api/experimental/model-recommendations"),
+    ("delete", "/api/delete"),
+    ("delete", "/api/user/keys/{key}"),
+    ("head", "/api/blobs/{digest}"),
+    ("post", "/api/blobs/{digest}"),
+    *(("post", f"/v1/{name}") for name in ("chat/completions", "completions", "embeddings")),
+    *(("post", f"/v1/{name}") for name in ("responses", "messages", "audio/transcriptions")),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
+}
+"""Every route of an Ollama that the fleet has; what is not here is our own."""
+
+
+def routed() -> set[tuple[str, str]]:
+    """Methods and paths of the route table, without the HEAD that comes with a GET."""
+    app = create_app(CoordinatorConfig(database_url="sqlite://:memory:"))
+    found = set()
+    for route in app.routes:
+        assert isinstance(route, Route)
+        methods = {method.lower() for method in getattr(route.app, "by_method", {})}
+        path = re.sub(r":\w+\}", "}", route.path)
+        found |= {(method, path) for method in methods if method != "head" or len(methods) == 1}
+        found |= {("head", path)} if ("head", path) in OLLAMAS and "head" in methods else set()
+    return found
+
+
+@pytest.fixture
+async def told(coordinator: Running) -> Any:
+    return await coordinator.get("/api/openapi.json")
+
+
+def described(told: Any) -> dict[tuple[str, str], Any]:
+    return {
+        (method, path): one
+        for path, methods in told["paths"].items()
+        for method, one in methods.items()
+    }
+
+
+@pytest.mark.spec("SURFACE-40")
+async def test_every_route_is_in_the_description_and_no_other(told: Any) -> None:
+    assert set(described(told)) | {("head", "/")} == routed()
+
+
+@pytest.mark.spec("SURFACE-40")
+async def test_every_route_of_our_own_is_described(told: Any) -> None:
+    by_tag = {key: one["tags"] for key, one in described(told).items()}
+    assert {key for key, tags in by_tag.items() if tags == ["ollama"]} == OLLAMAS - {("head", "/")}
+    for key, one in described(told).items():
+        if one["tags"] == ["coordinator"]:
+            assert one["summary"], key
+            assert any(status.startswith("2") for status in one["responses"]), key
+
+
+@pytest.mark.spec("SURFACE-40")
+async def test_the_description_is_openapi_3_1(told: Any) -> None:
+    assert told["openapi"].startswith("3.1.")
+    OpenAPIV31SpecValidator(told).validate()
+    names = [one["operationId"] for one in described(told).values()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.spec("SURFACE-40")
+async def test_no_type_is_described_that_nothing_uses(told: Any) -> None:
+    text = json.dumps(told)
+    for name in told["components"]["schemas"]:
+        assert f'"#/components/schemas/{name}"' in text, name
+
+
+class One(msgspec.Struct):
+    """What one is.
+
+    And what it is not.
+    """
+
+    number: int
+
+
+class Other(msgspec.Struct):
+    text: str = ""
+
+
+def test_a_declaration_becomes_a_description() -> None:
+    @operation(
+        "Make it",
+        takes=One,
+        gives={200: Either(One, Other), 202: Media("text/plain"), 204: None},
+        errors=(404,),
+        relays=True,
+    )
+    async def make(request: Request) -> Response:
+        return Response()
+
+    told = document([Route("/things/{name:path}", make, methods=["PUT"])])
+    made = told["paths"]["/things/{name}"]["put"]
+    assert [parameter["name"] for parameter in made["parameters"]] == ["name"]
+    assert list(made["responses"]) == ["200", "202", "204", "400", "404", "413", "default"]
+    one_of = made["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [schema["$ref"].rpartition("/")[2] for schema in one_of] == ["One", "Other"]
+    assert list(made["responses"]["202"]["content"]) == ["text/plain"]
+    assert "content" not in made["responses"]["204"]
+    assert told["components"]["schemas"]["One"]["description"] == (
+        "What one is.\n\nAnd what it is not."
+    )
