@@ -27,8 +27,13 @@ class Handlers(Struct, frozen=True):
 
 
 def routes(to: Handlers) -> list[BaseRoute]:
-    """Every route of the coordinator."""
-    listed: list[BaseRoute] = [
+    """Every route of the coordinator, one a path."""
+    return gathered(listed(to))
+
+
+def listed(to: Handlers) -> list[BaseRoute]:
+    """Every route, one a method."""
+    table: list[BaseRoute] = [
         *(Route(proxy.path, proxy, methods=["POST"]) for proxy in to.proxies),
         *to.console,
         Route("/api/version", to.models.version, methods=["GET"]),
@@ -48,5 +53,5 @@ def routes(to: Handlers) -> list[BaseRoute]:
         Route("/readyz", to.health.readyz, methods=["GET"]),
         *to.surface,
     ]
-    listed.append(Route("/api/openapi.json", OpenApi(listed).show, methods=["GET"]))
-    return gathered(listed)
+    table.append(Route("/api/openapi.json", OpenApi(table).show, methods=["GET"]))
+    return table

@@ -29,9 +29,10 @@ class Query(Struct, frozen=True):
 
 
 class Media(Struct, frozen=True):
-    """An answer that is not JSON: its content type."""
+    """An answer that is not a JSON object of one type: its content type, and what is in it."""
 
     type: str
+    holds: Any = str
 
 
 class Either(Struct, frozen=True):

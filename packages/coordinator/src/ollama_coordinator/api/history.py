@@ -39,6 +39,9 @@ FILTERS = (
 )
 
 
+Export = list[Finished]
+
+
 class HistoryPage(Struct, frozen=True):
     """`GET /api/history`: `next` is the `after` of the page that follows, `null` at the end."""
 
@@ -98,7 +101,7 @@ class HistoryApi:
 
     @operation(
         "All finished requests that the filters let through, as a file",
-        gives={200: (Media("text/csv"), Media("application/json"))},
+        gives={200: (Media("text/csv"), Media("application/json", Export))},
         query=(*FILTERS, Query("format", "of the file", Literal["csv", "json"])),
         errors=(400, 503),
     )

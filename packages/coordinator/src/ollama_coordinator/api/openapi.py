@@ -134,7 +134,9 @@ class _Types:
         used: list[Any] = [ErrorBody]
         for one in declared:
             used += [query.type for query in one.query]
-            used += [kind for given in (one.takes, *one.gives.values()) for kind in _json(given)]
+            used += [
+                kind for given in (one.takes, *one.gives.values()) for kind in _types_in(given)
+            ]
         schemas, components = msgspec.json.schema_components(used, ref_template=SCHEMA_REF)
         self._schemas = {id(kind): schema for kind, schema in zip(used, schemas, strict=True)}
         self._used = used  # an id means something only as long as its owner lives
@@ -146,20 +148,21 @@ class _Types:
 
     def content(self, given: Any) -> Json:
         """The bodies of an answer by content type."""
-        if isinstance(given, Media):
-            given = (given,)
-        if isinstance(given, tuple):
-            return {media.type: {"schema": {"type": "string"}} for media in given}
-        schemas = [self.of(kind) for kind in _json(given)]
+        if isinstance(given, Media | tuple):
+            media = given if isinstance(given, tuple) else (given,)
+            return {one.type: {"schema": self.of(one.holds)} for one in media}
+        schemas = [self.of(kind) for kind in _types_in(given)]
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         return {"application/json": {"schema": schema}}
 
 
-def _json(given: Any) -> list[Any]:
-    """The types of what is JSON."""
+def _types_in(given: Any) -> list[Any]:
+    """The types that an answer, or a body, consists of."""
     if isinstance(given, Either):
         return [given.one, given.other]
-    return [] if given is None or isinstance(given, Media | tuple) else [given]
+    if isinstance(given, Media | tuple):
+        return [one.holds for one in (given if isinstance(given, tuple) else (given,))]
+    return [] if given is None else [given]
 
 
 def _tidy(schema: Json) -> Json:
