@@ -166,6 +166,10 @@ async def test_create_from_files(target: Endpoint) -> None:
     assert (await target.say("HEAD", f"/api/blobs/{digest}")).status == 200
     made = await _say(target, "POST", "/api/create", {"model": SCRATCH, "files": {"a": digest}})
     assert made.records[-1] == {"status": "success"}
+    assert (await target.say("HEAD", f"/api/blobs/{digest}")).status == 200
+    assert (await target.say("POST", f"/api/blobs/{digest}", blob)).status == 200
+    again = {"model": f"{SCRATCH}-2", "files": {"a": digest}}
+    assert (await _say(target, "POST", "/api/create", again)).records[-1] == {"status": "success"}
     said = await _say(target, "POST", "/api/generate", {"model": SCRATCH, "prompt": "say"})
     assert said.status == 200
 

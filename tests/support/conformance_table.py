@@ -1,5 +1,7 @@
 """The table: requests that every Ollama answers alike, and where a fleet differs and why."""
 
+from hashlib import sha256
+
 from .conformance import Case
 
 JSON = "application/json; charset=utf-8"
@@ -16,6 +18,7 @@ NO_MODEL = "model 'no-such-model' not found"
 TRY_PULLING = 'model "no-such-model" not found, try pulling it first'
 NO_FILE = "pull model manifest: file does not exist"
 DIGEST = "sha256:" + "0" * 64
+X_DIGEST = f"sha256:{sha256(b'x').hexdigest()}"
 
 LISTS = (
     Case("root", "GET", "/", kind="text/plain; charset=utf-8", ends=b"Ollama is running"),
@@ -290,7 +293,15 @@ TRANSFER = (
         status=400,
         says="invalid digest format",
     ),
-    Case("blob, mismatch", "POST", f"/api/blobs/{DIGEST}", b"x", status=400, kind=JSON),
+    Case(
+        "blob, mismatch",
+        "POST",
+        f"/api/blobs/{DIGEST}",
+        b"x",
+        status=400,
+        kind=JSON,
+        says=f'digest mismatch, expected "{DIGEST}", got "{X_DIGEST}"',
+    ),
 )
 
 OPENAI = (

@@ -7,8 +7,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.operations import Spool, digest_of
+from ollama_coordinator.operations import Blobs, Choosing, Spool, digest_of
 
+from .transfer import placement_of
 from .wire import ClientLeft
 
 SILENCE_SECONDS = 5.0
@@ -38,21 +39,28 @@ class Unread(Response):
 class BlobsApi:
     """The handlers of uploads."""
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, blobs: Blobs, choosing: Choosing) -> None:
         self._spool = spool
+        self._blobs = blobs
+        self._choosing = choosing
 
     async def head(self, request: Request) -> Response:
-        """`HEAD`: 200 if the file is here, else 404."""
-        digest = digest_of(request.path_params["digest"])
-        return Response(status_code=200 if self._spool.size(digest) is not None else 404)
+        """`HEAD`: 200 if a model can be created from the file, else 404."""
+        return Response(status_code=200 if await self._is_there(request) else 404)
 
     async def post(self, request: Request) -> Response:
-        """`POST`: 201 for a new file; 200, unread, for one that is here already."""
-        digest = digest_of(request.path_params["digest"])
-        if self._spool.size(digest) is not None:
+        """`POST`: 201 for a new file; 200, unread, for one that nobody needs again."""
+        if await self._is_there(request):
             return Unread()
         try:
-            await self._spool.take(digest, request.stream())
+            await self._spool.take(request.path_params["digest"], request.stream())
         except ClientDisconnect as exc:
             raise ClientLeft from exc
         return Response(status_code=201)
+
+    async def _is_there(self, request: Request) -> bool:
+        """Whether the file waits here, or lies wherever a model would be created."""
+        digest = digest_of(request.path_params["digest"])
+        if self._spool.size(digest) is not None:
+            return True
+        return await self._blobs.suffice(digest, placement_of(request, self._choosing.default))

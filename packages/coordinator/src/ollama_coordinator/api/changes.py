@@ -5,9 +5,8 @@ from starlette.responses import Response
 
 from ollama_coordinator.asking import Asking
 from ollama_coordinator.db import Store
-from ollama_coordinator.operations import Operation, Operations, State
+from ollama_coordinator.operations import Choosing, Operation, Operations, State
 from ollama_coordinator.operations import deeds as deeds_for
-from ollama_coordinator.operations.choosing import Choosing
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import model_key

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.operations import (
+    Choosing,
     Deed,
     Kind,
     Operation,
@@ -18,7 +19,6 @@ from ollama_coordinator.operations import (
     Places,
 )
 from ollama_coordinator.operations import deeds as deeds_for
-from ollama_coordinator.operations.choosing import Choosing
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId

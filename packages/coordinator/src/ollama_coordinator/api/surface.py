@@ -11,8 +11,16 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.operations import Debts, Operations, Patience, Placement, Remote, Spool
-from ollama_coordinator.operations.choosing import Choosing
+from ollama_coordinator.operations import (
+    Blobs,
+    Choosing,
+    Debts,
+    Operations,
+    Patience,
+    Placement,
+    Remote,
+    Spool,
+)
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.upstream import Upstreams
 from ollama_coordinator_common.config import CoordinatorConfig, database_path
@@ -59,9 +67,10 @@ class Surface:
             Patience(config.pull_patience),
         )
         choosing = Choosing(registry, self.asking, Placement.parse(config.pull_placement))
-        self._transfer = TransferApi(self.operations, choosing)
+        blobs = Blobs(self.asking, choosing)
+        self._transfer = TransferApi(self.operations, choosing, self._spool, blobs)
         self._changes = ChangesApi(self.operations, choosing, self.asking, registry, store)
-        self._blobs = BlobsApi(self._spool)
+        self._blobs = BlobsApi(self._spool, blobs, choosing)
         self._own = OperationsApi(self.operations, choosing, self._changes, registry)
 
     @asynccontextmanager
@@ -73,6 +82,11 @@ class Surface:
         """
         async with self._spool, self.operations:
             yield
+
+    @property
+    def spooled_bytes(self) -> int:
+        """What uploaded files take here."""
+        return self._spool.used_bytes
 
     def routes(self) -> list[BaseRoute]:
         """The routes of all this."""

@@ -5,14 +5,16 @@ import json
 from starlette.requests import Request
 
 from ollama_coordinator.operations import (
+    Blobs,
+    Choosing,
     Deed,
     Operations,
     Placement,
     Places,
+    Spool,
     digest_of,
 )
 from ollama_coordinator.operations import deeds as deeds_for
-from ollama_coordinator.operations.choosing import Choosing
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 
@@ -29,9 +31,13 @@ DETACH = "x-ollama-coordinator-detach"
 class TransferApi:
     """The handlers of the routes that report progress."""
 
-    def __init__(self, operations: Operations, choosing: Choosing) -> None:
+    def __init__(
+        self, operations: Operations, choosing: Choosing, spool: Spool, blobs: Blobs
+    ) -> None:
         self._operations = operations
         self._choosing = choosing
+        self._spool = spool
+        self._blobs = blobs
 
     async def pull(self, request: Request) -> Told:
         """`POST /api/pull`: onto every agent that the placement means."""
@@ -41,7 +47,7 @@ class TransferApi:
             raise HttpError(400, "invalid model name")
         deed = deeds_for.pull(name, insecure=fields.flag("insecure"))
         stream = fields.flag("stream", default=True)
-        placement = self.placement(request)
+        placement = placement_of(request, self._choosing.default)
         found = self._choosing.for_pull(name, placement)
         return self._told(request, deed, placement, found, stream=stream)
 
@@ -68,18 +74,12 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         streamed = spliced(body, {"stream": b"true"}) or _again(fields)
         deed = deeds_for.create(name, streamed, _blobs(fields))
-        placement = self.placement(request)
+        placement = placement_of(request, self._choosing.default)
         found = await self._choosing.for_create(name, source, placement)
+        absent = [digest for digest in deed.blobs if self._spool.size(digest) is None]
+        if absent and found.spare:
+            found = await self._blobs.preferring(found, absent, deed.key)
         return self._told(request, deed, placement, found, stream=stream)
-
-    def placement(self, request: Request) -> Placement:
-        """Where a request wants it, else where the operator does.
-
-        Raises:
-            WrongPlacement: the request's wish is not understood.
-        """
-        wish = request.headers.get(PLACEMENT) or request.query_params.get("placement")
-        return Placement.parse(wish) if wish else self._choosing.default
 
     def _told(
         self, request: Request, deed: Deed, placement: Placement, found: Places, *, stream: bool
@@ -92,6 +92,16 @@ class TransferApi:
             detached=_wants_detached(request),
         )
         return Told(self._operations, operation, stream=stream)
+
+
+def placement_of(request: Request, default: Placement) -> Placement:
+    """Where a request wants it, else where the operator does.
+
+    Raises:
+        WrongPlacement: the request's wish is not understood.
+    """
+    wish = request.headers.get(PLACEMENT) or request.query_params.get("placement")
+    return Placement.parse(wish) if wish else default
 
 
 def _wants_detached(request: Request) -> bool:

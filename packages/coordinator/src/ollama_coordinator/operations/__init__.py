@@ -1,5 +1,7 @@
 """Model operations over the fleet: pull, push, create, copy, delete, load and unload."""
 
+from .blobs import Blobs
+from .choosing import Choosing
 from .operation import Operation, Target
 from .pending import Debts
 from .placement import Placement, Places, WrongPlacement, places
@@ -21,6 +23,8 @@ from .types import (
 from .work import Patience
 
 __all__ = [
+    "Blobs",
+    "Choosing",
     "Debts",
     "Deed",
     "Kind",

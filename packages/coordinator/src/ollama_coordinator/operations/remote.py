@@ -65,7 +65,8 @@ class Remote:
                 return
         size = self._spool.size(digest)
         if size is None:
-            raise Refused(400, f"blob {digest} does not exist; upload it again")
+            text = f"agent {agent.name} does not have blob {digest}, nor does the coordinator"
+            raise Refused(400, f"{text}; upload it (POST /api/blobs/{digest}) and create again")
         headers = [("content-type", "application/octet-stream"), ("content-length", str(size))]
         body = self._spool.read(digest)
         async with self._upstreams.open("POST", url, headers=headers, stream=body) as response:

@@ -113,12 +113,15 @@ class Spool:
 
     # ── taking and dropping ───────────────────────────────────────────────────────────────────
 
-    async def take(self, digest: str, pieces: AsyncIterator[bytes]) -> None:
+    async def take(self, asked: str, pieces: AsyncIterator[bytes]) -> None:
         """Keep a file, once all of it is here and is what it claims to be.
+
+        `asked` is its digest as the client wrote it, which Ollama compares letter by letter.
 
         Raises:
             SpoolError: 400, it is something else; 507, there is no room for it.
         """
+        digest = digest_of(asked)
         part = self._folder / f"{digest.replace(':', '-')}{PART}{token_hex(6)}"
         size = 0
         try:
@@ -133,7 +136,7 @@ class Spool:
                     await asyncio.to_thread(_write, file, found, piece)
             finally:
                 await asyncio.to_thread(file.close)
-            _check(digest, found.hexdigest())
+            _check(asked, found.hexdigest())
             await asyncio.to_thread(part.replace, self._file(digest))
             self._sizes[digest] = size
         except OSError as exc:
@@ -171,9 +174,9 @@ class Spool:
         return shutil.disk_usage(self._folder).free
 
 
-def _check(digest: str, found: str) -> None:
-    if digest != f"sha256:{found}":
-        raise SpoolError(400, f'digest mismatch, expected "{digest}", got "sha256:{found}"')
+def _check(asked: str, found: str) -> None:
+    if asked != f"sha256:{found}":
+        raise SpoolError(400, f'digest mismatch, expected "{asked}", got "sha256:{found}"')
 
 
 def _write(file: object, found: "hashlib._Hash", piece: bytes) -> None:
