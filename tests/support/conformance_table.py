@@ -139,6 +139,7 @@ GENERATE = (
         "/api/generate",
         {"model": "no-such-model:cloud", "prompt": "x"},
         status=403,
+        says="ollama cloud is disabled: remote model is unavailable",
     ),
 )
 
@@ -449,7 +450,33 @@ ACCOUNT = (
     Case("me, not signed in", "POST", "/api/me", status=401, says="unauthorized"),
     Case("sign out, not signed in", "POST", "/api/signout", status=401),
     Case("sign out, old", "DELETE", "/api/user/keys/abc", status=401),
-    Case("search without the cloud", "POST", "/api/experimental/web_search", {}, status=403),
+    Case(
+        "search without the cloud",
+        "POST",
+        "/api/experimental/web_search",
+        {},
+        status=403,
+        says="ollama cloud is disabled: web search is unavailable",
+    ),
+    Case(
+        "show, cloud",
+        "POST",
+        "/api/show",
+        {"model": "no-such-model:cloud"},
+        status=403,
+        says="ollama cloud is disabled: remote model details are unavailable",
+    ),
+    # Refused before the route has its say, hence in the native shape.
+    Case(
+        "chat completions, cloud",
+        "POST",
+        "/v1/chat/completions",
+        {"model": "no-such-model:cloud", "messages": ASKED},
+        status=403,
+        kind=JSON,
+        says="ollama cloud is disabled: remote model is unavailable",
+    ),
+    Case("v1 model, cloud", "GET", "/v1/models/no-such-model:cloud", status=403, kind=JSON),
 )
 
 OWN_STATE = frozenset(case.name for case in ACCOUNT) | {"generate, cloud", "status"}

@@ -47,6 +47,7 @@ class Model:
     output_tokens: int | None = None  # None: what the request asks for, else 16
     thinking_tokens: int = 4
     calls_tools: bool | None = None  # None: when the last user message asks for one
+    remote: bool = False  # a stub: ollama.com runs it
     repeats: bool = False  # one token over and over, until Ollama ends it without `done`
     prefill_tokens_per_second: float | None = None  # None: the node's, scaled by size
     decode_tokens_per_second: float | None = None

@@ -70,11 +70,14 @@ def canonical(text: str) -> str:
 
 
 def split_source(text: str) -> tuple[str, Source]:
-    """Takes the `:local` suffix off and says where the model is to run."""
+    """Takes the `:local` suffix off and says where the model is to run; `x:tag:cloud` is a tag."""
     lower = text.lower()
     if lower.endswith(":local"):
         return text[: -len(":local")], "local"
-    if lower.endswith(":cloud") or (":" in lower and lower.endswith("-cloud")):
+    if lower.endswith(":cloud"):
+        base = text[: -len(":cloud")]
+        return (f"{base}-cloud" if ":" in base.rpartition("/")[2] else text), "cloud"
+    if ":" in lower and lower.endswith("-cloud"):
         return text, "cloud"
     return text, ""
 
@@ -83,4 +86,5 @@ def names_both_sources(text: str) -> bool:
     base, source = split_source(text)
     if source == "local":
         return split_source(base)[1] == "cloud"
-    return source == "cloud" and base.lower().removesuffix(":cloud").endswith(":local")
+    without = text.lower().removesuffix(":cloud").removesuffix("-cloud")
+    return source == "cloud" and without.endswith(":local")

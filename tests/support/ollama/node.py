@@ -30,6 +30,7 @@ class Settings:
     origins: Sequence[str] = ()  # OLLAMA_ORIGINS, `*` as a wildcard
     cloud_disabled: bool = True
     signed_in_as: str | None = None
+    cloud_models: Sequence[str] = ()  # what ollama.com runs for those that are signed in
     download_bytes_per_second: float = float("inf")
     may_push: bool = True
     lacks: Sequence[str] = ()  # routes an older version does not have yet: 404

@@ -269,6 +269,8 @@ class StandIn:
         except ZstdError as exc:
             return exchange.json({"error": exc.text}, exc.status)
         except ApiError as exc:
+            if exc.native:
+                exchange.dialect = "native"
             return exchange.error(exc.status, exc.text, **exc.extra)
         except BadBody as exc:
             return exchange.error(400, str(exc))

@@ -36,10 +36,14 @@ _GO_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
 class ApiError(Exception):
-    """An answer that is a refusal: one status and one text, whatever the dialect."""
+    """An answer that is a refusal: one status and one text, whatever the dialect.
 
-    def __init__(self, status: int, text: str, **extra: Any) -> None:
+    `native`: in the native shape also where the route speaks another.
+    """
+
+    def __init__(self, status: int, text: str, *, native: bool = False, **extra: Any) -> None:
         super().__init__(text)
+        self.native = native
         self.status = status
         self.text = text
         self.extra = extra

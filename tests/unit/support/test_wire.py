@@ -74,7 +74,7 @@ async def ask(
         ("POST", "/api/chat", {"model": "x:local:cloud", "messages": HI}, 400,
          'use either :local or :cloud, not both: "x:local:cloud"'),
         ("POST", "/api/chat", {"model": "gpt-oss:20b-cloud", "messages": HI}, 403,
-         "ollama cloud is disabled: remote inference is unavailable"),
+         "ollama cloud is disabled: remote model is unavailable"),
         ("POST", "/api/chat", {"model": "plain", "messages": HI, "options": {"num_ctx": "8k"}},
          500, 'option "num_ctx" must be of type integer'),
         ("POST", "/api/chat", {"model": "plain", "keep_alive": "300"}, 400,
@@ -85,7 +85,7 @@ async def ask(
         ("POST", "/api/chat", "model=x", 400,
          "invalid character 'm' looking for beginning of value"),
         ("POST", "/api/experimental/web_search", {}, 403,
-         "ollama cloud is disabled: web search and fetch are unavailable"),
+         "ollama cloud is disabled: web search is unavailable"),
         ("POST", "/api/blobs/sha256:12", "", 400, "invalid digest format"),
     ],
 )  # fmt: skip

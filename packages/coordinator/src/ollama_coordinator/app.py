@@ -86,7 +86,9 @@ class Coordinator:
             self.clock,
             operations=lambda agent_id: self.surface.operations.of_agent(agent_id),
         )
-        self.models = ModelsApi(self.registry, self.monitor, self.clock)
+        self.models = ModelsApi(
+            self.registry, self.monitor, self.clock, self.surface.show.of_the_cloud
+        )
         self.console = Console(
             self.registry,
             self.dispatch,
@@ -162,6 +164,7 @@ class Coordinator:
                 self.observation.journal,
                 fitting=self.surface.fitting,
                 unloading=self.surface.unloading,
+                clouds=self.surface.clouds,
                 body_limit=lambda: self.config.max_body_bytes,
             )
             for surface in SURFACES

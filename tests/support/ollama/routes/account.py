@@ -21,8 +21,12 @@ async def signout(exchange: Exchange) -> web.StreamResponse:
 
 
 async def web_tool(exchange: Exchange) -> web.StreamResponse:
-    """Search and fetch, which a stand-in never does: it is refused, or told to sign in."""
-    raise cloud_refusal(exchange.node, "web search and fetch are unavailable")
+    """Search and fetch, for those that are signed in; a stand-in finds nothing."""
+    what = exchange.path.rpartition("_")[2]
+    refusal = cloud_refusal(exchange.node, f"web {what} is unavailable")
+    if refusal is not None:
+        raise refusal
+    return exchange.json({"results": []})
 
 
 def _user(exchange: Exchange) -> str:

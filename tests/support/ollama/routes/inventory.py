@@ -34,8 +34,8 @@ async def tags(exchange: Exchange) -> web.StreamResponse:
 
 
 async def ps(exchange: Exchange) -> web.StreamResponse:
-    runners = exchange.node.engine.loaded
-    return exchange.json({"models": [_in_memory(exchange, runner) for runner in runners]})
+    here = [runner for runner in exchange.node.engine.loaded if not runner.model.remote]
+    return exchange.json({"models": [_in_memory(exchange, runner) for runner in here]})
 
 
 async def show(exchange: Exchange) -> web.StreamResponse:
@@ -44,7 +44,12 @@ async def show(exchange: Exchange) -> web.StreamResponse:
     require_name(asked)
     parsed = names.parse(names.split_source(asked)[0])
     shown = parsed.short if parsed else asked
-    model = resolve(exchange.node, asked, single_quoted(shown))
+    model = resolve(
+        exchange.node,
+        asked,
+        single_quoted(shown),
+        disabled="remote model details are unavailable",
+    )
     return exchange.json(_shown(model, verbose=verbose))
 
 

@@ -103,7 +103,9 @@ async def models(exchange: Exchange) -> web.StreamResponse:
 
 async def model(exchange: Exchange) -> web.StreamResponse:
     asked = exchange.argument
-    return exchange.json(_listed(resolve(exchange.node, asked, single_quoted(asked)), asked))
+    details = "remote model details are unavailable"
+    found = resolve(exchange.node, asked, single_quoted(asked), disabled=details)
+    return exchange.json(_listed(found, asked))
 
 
 def _listed(model: Model, name: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Fitting:
         since = SINCE.get(surface.path)
         if since is None:
             return frozenset()
-        holders = self._registry.holders(request.model)
+        holders = self._registry.servers(request.model)
         old = [a.id for a in holders if is_older(a.registration.ollama_version, since)]
         return frozenset(old) if len(old) < len(holders) else frozenset()
 

@@ -1,14 +1,16 @@
 """The fleet's model lists, as if from one Ollama: from what is known, without asking the agents."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.asking import Answer
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import (
@@ -29,11 +31,16 @@ from .wire import JSON, HttpError, error_reply, reply
 LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 
+Cloud = Callable[[str, str], Awaitable[Answer]]
+"""Asks ollama.com about a model: method and path."""
+
+
 class ModelsApi:
     """The handlers of the lists."""
 
-    def __init__(self, registry: Registry, monitor: Monitor, clock: Clock) -> None:
+    def __init__(self, registry: Registry, monitor: Monitor, clock: Clock, cloud: Cloud) -> None:
         self._registry = registry
+        self._cloud = cloud
         self._monitor = monitor
         self._clock = clock
         self._tags: tuple[int, bytes] = (-1, b"")
@@ -84,6 +91,9 @@ class ModelsApi:
         except InvalidModelName as exc:
             return error_reply(exc, Dialect.OPENAI)
         row = next((row for row in self._preferred() if row.key == key), None)
+        if row is None and ModelName.parse(name).runs_in_the_cloud:
+            told = await self._cloud("GET", f"/v1/models/{quote(name, safe=':')}")
+            return Response(told.body, told.status, media_type="application/json")
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
         return _v1({**_openai_row(row), "id": name})

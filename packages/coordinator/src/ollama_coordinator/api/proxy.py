@@ -18,6 +18,7 @@ from ollama_coordinator.upstream import UpstreamError, Upstreams
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import audio
+from .cloud import CloudDisabled, Clouds
 from .compressed import NotDecompressed, plain_body
 from .departure import until_departure
 from .dialects import Dialect, Surface
@@ -26,9 +27,11 @@ from .headers import declared_length, to_ollama
 from .intake import take_in
 from .reading import Routing, read_body, read_routing
 from .relay import Call, Failure, Relay
-from .show import cloud_disabled
 from .unload import Unloading
 from .wire import ClientLeft, HttpError, send_error, send_whole
+
+OF_THE_CLOUD = (":cloud", "-cloud")
+"""How the routing key of a model ends that ollama.com runs."""
 
 
 class Proxy:
@@ -46,6 +49,7 @@ class Proxy:
         *,
         fitting: Fitting,
         unloading: Unloading,
+        clouds: Clouds,
         body_limit: Callable[[], int],
     ) -> None:
         self._surface = surface
@@ -57,6 +61,7 @@ class Proxy:
         self._journal = journal
         self._fitting = fitting
         self._unloading = unloading
+        self._clouds = clouds
         self._body_limit = body_limit
 
     @property
@@ -78,7 +83,7 @@ class Proxy:
                     await self._serve(call, entry)
         except ClientLeft:
             return
-        except NotDecompressed as error:
+        except (NotDecompressed, CloudDisabled) as error:
             await send_error(send, Dialect.NATIVE, error)
         except OllamaCoordinatorError as error:
             await send_error(send, self._surface.dialect, error)
@@ -91,6 +96,8 @@ class Proxy:
         if not self._registry.holders(request.model):
             # Perhaps pulled a moment ago on an agent that does not report its models by itself.
             await self._monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
+        if request.model.endswith(OF_THE_CLOUD):
+            await self._clouds.offer(request.model, request.name)
         fitted = await self._fitting.fit(self._surface, request, body)
         return Call(
             self._surface,
@@ -98,9 +105,14 @@ class Proxy:
             to_ollama(scope["headers"]),
             fitted.body,
             send,
-            unloads=routing.unload_only,
+            unloads=routing.unload_only and not self._is_remote(request),
             note=fitted.note,
         )
+
+    def _is_remote(self, request: Request) -> bool:
+        """Whether ollama.com runs it; what it has in its memory is no affair of the fleet's."""
+        servers = self._registry.servers(request.model)
+        return bool(servers) and not self._registry.holders(request.model)
 
     async def _routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
         if self._surface.path == audio.PATH:
@@ -131,8 +143,8 @@ class Proxy:
         await self._answer_failure(call, failure)
 
     def _missing(self, request: Request) -> HttpError:
-        if request.model.endswith((":cloud", "-cloud")):
-            return cloud_disabled("remote inference is unavailable")
+        if request.model.endswith(OF_THE_CLOUD):
+            return CloudDisabled("remote model is unavailable")
         return HttpError(404, self._surface.missing.format(name=request.name))
 
     async def _attempt(self, call: Call, held: Held) -> Failure | None:

@@ -12,6 +12,7 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
 
+from .cloud import CloudDisabled, Clouds
 from .gojson import read_fields
 from .wire import JSON, HttpError, own_body
 
@@ -89,10 +90,12 @@ def _question(key: str, holder: AgentState, body: bytes) -> Question:
 
 
 class ShowApi:
-    """The handler of `/api/show`."""
+    """The handler of `/api/show`, and what ollama.com tells of its models."""
 
-    def __init__(self, shows: Shows) -> None:
+    def __init__(self, shows: Shows, clouds: Clouds, asking: Asking) -> None:
         self._shows = shows
+        self._clouds = clouds
+        self._asking = asking
 
     async def show(self, request: Request) -> Response:
         """`POST /api/show`: 404 with the canonical name, as Ollama says it."""
@@ -104,12 +107,19 @@ class ShowApi:
         try:
             status, answer = await self._shows.show(name, body)
         except ModelNotFound as exc:
-            if parsed.runs_in_the_cloud:
-                raise cloud_disabled("remote inference is unavailable") from exc
-            raise HttpError(404, f"model '{parsed.short}' not found") from exc
+            if not parsed.runs_in_the_cloud:
+                raise HttpError(404, f"model '{parsed.short}' not found") from exc
+            told = await self.of_the_cloud("POST", "/api/show", body)
+            status, answer = told.status, told.body
         return Response(answer, status, media_type=JSON)
 
+    async def of_the_cloud(self, method: str, path: str, body: bytes = b"") -> Answer:
+        """What ollama.com says of a model, asked through an agent.
 
-def cloud_disabled(what: str) -> HttpError:
-    """What an Ollama without its cloud answers."""
-    return HttpError(403, f"ollama cloud is disabled: {what}")
+        Raises:
+            CloudDisabled: no agent may ask.
+        """
+        able = await self._clouds.able()
+        if not able:
+            raise CloudDisabled("remote model details are unavailable")
+        return await self._asking.first(able, method, path, body)

@@ -28,6 +28,7 @@ from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from .account import AccountApi
 from .blobs import BlobsApi
 from .changes import ChangesApi
+from .cloud import Clouds
 from .fitting import Fitting
 from .operations import OperationsApi
 from .show import ShowApi, Shows
@@ -52,8 +53,9 @@ class Surface:
         shows = Shows(self.asking, registry)
         self.fitting = Fitting(registry, shows, clock, larger_context=config.larger_context)
         self.unloading = Unloading(self.asking, registry, dispatch)
-        self._show = ShowApi(shows)
-        self._account = AccountApi(self.asking, clock)
+        self.clouds = Clouds(self.asking, registry, clock)
+        self.show = ShowApi(shows, self.clouds, self.asking)
+        self._account = AccountApi(self.asking, self.clouds)
         self._spool = Spool(spool_folder(config.database_url), _bytes(config.max_spool_gibibytes))
         remote = Remote(upstreams, self._spool)
         self.operations = Operations(
@@ -92,7 +94,7 @@ class Surface:
         """The routes of all this."""
         account = self._account
         return [
-            Route("/api/show", self._show.show, methods=["POST"]),
+            Route("/api/show", self.show.show, methods=["POST"]),
             Route("/api/status", account.status, methods=["GET"]),
             Route("/api/me", account.me, methods=["POST"]),
             Route("/api/signout", account.signout, methods=["POST"]),

@@ -67,6 +67,12 @@ class Inventory:
     tags: bytes = b""
     ps: bytes = b""
     blobs: Mapping[str, str] = field(default_factory=dict)
+    offered: dict[str, AvailableRow] = field(default_factory=dict)
+
+    @property
+    def servable(self) -> Mapping[str, AvailableRow]:
+        """What is on disk, and what ollama.com runs for this agent by name alone."""
+        return {**self.offered, **self.available} if self.offered else self.available
 
     def read_tags(self, tags: bytes, blobs: Mapping[str, str]) -> bool:
         """Take over a body of `/api/tags`; whether anything on disk differs from before.
@@ -137,8 +143,11 @@ class Inventory:
         self.note_unloaded([key])
 
     def is_loaded(self, key: str) -> bool:
-        """Whether the model is in memory, also under another name of the same weights."""
-        return self.runner(key) is not None
+        """Whether the model is in memory, also under another name of the same weights.
+
+        One that ollama.com runs always is, there.
+        """
+        return key in self.offered or self.runner(key) is not None
 
     def runner(self, key: str) -> LoadedRow | None:
         """What has the model in memory: its own row, or that of another name of its weights."""

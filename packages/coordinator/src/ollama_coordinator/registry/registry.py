@@ -13,6 +13,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from .agent import AgentSettings, AgentState, cooldown_after
 from .identity import preferred
 from .inventory import AvailableRow
+from .offers import Offers
 
 
 class UnknownAgent(OllamaCoordinatorError):
@@ -44,6 +45,7 @@ class Registry:
         self._holders: defaultdict[str, set[AgentId]] = defaultdict(set)
         self._online: set[AgentId] = set()
         self._preferred: dict[str, list[AgentId]] = {}
+        self._offers = Offers()
 
     def __iter__(self) -> Iterator[AgentState]:
         return iter(self._agents.values())
@@ -279,6 +281,7 @@ class Registry:
     def note_missing(self, agent: AgentState, key: str) -> None:
         """The agent answered that it does not have a model it was listed with."""
         agent.inventory.note_missing(key)
+        self._offers.withdraw(key, agent)
         self._holders[key].discard(agent.id)
         self._preferred.pop(key, None)
         self.changes += 1
@@ -307,6 +310,17 @@ class Registry:
                 return []  # not remembered: clients ask for any name
             ids = self._preferred[key] = sorted(preferred(self.copies(key), self._online))
         return [self._agents[agent_id] for agent_id in ids]
+
+    def offer(self, key: str, name: str, agents: Iterable[AgentId]) -> None:
+        """These agents, and no others, can pass the name of a cloud model on without a stub."""
+        if self._offers.make(key, name, agents, self):
+            self.changes += 1
+
+    def servers(self, key: str) -> list[AgentState]:
+        """Every agent that a request for the model may go to: its holders, and those offered."""
+        holders = self.holders(key)
+        offered = [agent for id in sorted(self._offers.of(key)) if (agent := self.find(id))]
+        return [*holders, *(agent for agent in offered if agent not in holders)]
 
     def copies(self, key: str) -> dict[AgentId, AvailableRow]:
         """What every agent, living or not, has on disk under this name; in order of id."""

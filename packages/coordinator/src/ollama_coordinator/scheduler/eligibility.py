@@ -34,7 +34,7 @@ def eligible(registry: Registry, request: Request, now: float) -> Eligible:
     resting_model: list[AgentState] = []
     refused: dict[str, str] = {}
     recovering = False
-    for agent in registry.holders(request.model):
+    for agent in registry.servers(request.model):
         reason = _refusal(registry, agent, request, now)
         if reason is not None:
             refused[agent.name] = reason
@@ -61,7 +61,7 @@ def unavailable(
     """The error that tells why nobody can serve the request."""
     if len(registry) == 0:
         return NoAgentRegistered()
-    if not registry.holders(request.model):
+    if not registry.servers(request.model):
         return ModelNotFound(request.name)
     others = [agent.name for agent in registry if registry.is_routable(agent, now)]
     return HoldersUnavailable(request.name, found.refused, others)

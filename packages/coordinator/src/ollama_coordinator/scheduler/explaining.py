@@ -25,7 +25,7 @@ def explain(
     choice = chooser.choose(line, entry, line.size, now)
     candidates = [
         _refused(agent, found.refused)
-        for agent in registry.holders(request.model)
+        for agent in registry.servers(request.model)
         if agent.name in found.refused
     ]
     candidates += [

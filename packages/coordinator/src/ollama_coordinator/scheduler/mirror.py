@@ -65,12 +65,13 @@ class Mirror:
         seen = (
             routable, agent.settings, agent.report and agent.report.runner, inventory.available,
             len(inventory.available), inventory.ps, tuple(inventory.loaded),
-            tuple(agent.model_cooldowns.items()),
+            tuple(agent.model_cooldowns.items()), tuple(inventory.offered),
         )  # fmt: skip
         if seen == machine.seen:
             return
         listed = not machine.seen or machine.seen[3] is not inventory.available
         listed = listed or machine.seen[4] != len(inventory.available)
+        listed = listed or machine.seen[-1] != tuple(inventory.offered)
         machine.seen = seen
         machine.epoch += 1
         machine.preference = max(agent.settings.preference, 0.01)
@@ -100,7 +101,7 @@ class Mirror:
         machine.has_gpu = not (report and report.memory_total_bytes and not report.gpus)
         known, machine.places = machine.places, {}
         by_weights = {place.weights: place for place in known.values()}
-        for key, row in machine.agent.inventory.available.items():
+        for key, row in machine.agent.inventory.servable.items():
             weights = row.blob or key
             place = by_weights.get(weights)
             if place is None:
@@ -132,7 +133,7 @@ class Mirror:
         runner = report.runner if report is not None else None
         told = runner.num_parallel if runner is not None else None
         machine.context_length = runner.context_length if runner is not None else None
-        for key, row in machine.agent.inventory.available.items():
+        for key, row in machine.agent.inventory.servable.items():
             slots = machine.places[key].slots
             if row.model.remote_host:
                 slots.fix(REMOTE_SLOTS)
@@ -221,7 +222,7 @@ class Mirror:
 
     def places(self, model: str) -> Iterator[Place]:
         """The places of the model's preferred content, on machines in and out of rotation."""
-        for agent in self._registry.holders(model):
+        for agent in self._registry.servers(model):
             machine = self.machines.get(agent.id)
             if machine is not None and (place := machine.places.get(model)) is not None:
                 yield place

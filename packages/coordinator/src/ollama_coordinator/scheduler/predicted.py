@@ -88,7 +88,7 @@ class PredictedScheduler:
     def _line(self, request: Request, now: float) -> Line:
         """The line of a request, made for models that somebody has and for no others."""
         options = normal(request.options)
-        if (request.model, options) not in self._lines and not self._registry.holders(
+        if (request.model, options) not in self._lines and not self._registry.servers(
             request.model
         ):
             found = eligible(self._registry, request, now)
