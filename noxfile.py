@@ -102,6 +102,13 @@ def live(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Load a fleet for an hour with the dashboard open; `-- --minutes 30` for another time."""
+    install_workspace(session, "test", "browser")
+    session.run("python", "tests/benchmarks/soak.py", *session.posargs)
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Start a coordinator with three agents, chat through it, and leave it running to try."""
     install_workspace(session, "demo")
