@@ -143,17 +143,25 @@ async def test_a_request_to_stop_lets_answers_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("OPERATION-9")
-@pytest.mark.parametrize("how", ["time-out", "second signal"])
+@pytest.mark.spec("DASH-17")
+@pytest.mark.parametrize("how", ["time-out", "changed time-out", "second signal"])
 async def test_answers_that_do_not_finish_end_with_an_error_record(
     tmp_path: Path, how: str
 ) -> None:
-    patience = {"COORDINATOR_DRAIN_TIMEOUT": "0.2" if how == "time-out" else "300"}
+    patience = {
+        "time-out": {"COORDINATOR_DRAIN_TIMEOUT": "0.2"},
+        "second signal": {"COORDINATOR_DRAIN_TIMEOUT": "300"},
+    }.get(how, {})
     async with StandIn() as ollama:
         port = programs.free_port()
         async with programs.coordinator(tmp_path, port, **patience) as (url, program):
             await register(url, ollama)
             ollama.hold(after=1)
             async with aiohttp.ClientSession() as session:
+                if how == "changed time-out":
+                    wanted = {"drain_timeout": 0.2}
+                    async with session.patch(f"{url}/api/settings", json=wanted) as changed:
+                        assert changed.status == 200
                 async with session.post(f"{url}/api/chat", json=CHAT) as response:
                     await response.content.readline()
                     program.send(programs.INTERRUPT)

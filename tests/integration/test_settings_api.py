@@ -1,5 +1,7 @@
 """Settings as an operator sees and changes them."""
 
+import asyncio
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from ollama_coordinator.tuning import started
 from ollama_coordinator_common.config import CoordinatorConfig
 from support.coordinator import Running, running
+from support.ollama import Model, StandIn
 
 
 async def settings(coordinator: Running) -> dict[str, dict[str, Any]]:
@@ -81,13 +84,88 @@ async def test_a_wrong_value_changes_nothing(coordinator: Running, wanted: dict[
 
 
 @pytest.mark.spec("DASH-17")
-async def test_changes_survive_a_restart_and_some_wait_for_it(tmp_path: Path) -> None:
+async def test_every_setting_that_can_be_changed_counts_at_once(coordinator: Running) -> None:
+    listed = await settings(coordinator)
+    assert all(setting["live"] for setting in listed.values() if setting["editable"])
+    assert not any(setting["live"] for setting in listed.values() if not setting["editable"])
+    parts = coordinator.parts
+    status, _ = await change(
+        coordinator, policy="round-robin", max_queue=3, drain_timeout=4, larger_context=False,
+        pull_placement="2", pull_patience=5, max_spool_gibibytes=0.5,
+    )  # fmt: skip
+    assert status == 200
+    assert (parts.scheduler.policy, parts.scheduler.max_queue) == ("round-robin", 3)
+    assert parts.config.drain_timeout == 4
+    assert not parts.surface.fitting.larger_context
+    assert (await change(coordinator, policy=None, max_queue=None))[0] == 200
+    assert (parts.scheduler.policy, parts.scheduler.max_queue) == ("predicted", 512)
+
+
+@pytest.mark.spec("DASH-17")
+async def test_a_change_of_policy_loses_no_request(coordinator: Running) -> None:
+    async with StandIn(slots=1) as ollama:
+        agent = await coordinator.register(ollama, "only")
+        assert await coordinator.heartbeat(agent, runner={"num_parallel": 1}) == 200
+        ollama.hold()
+        asked = [asyncio.create_task(coordinator.chat()) for _ in range(6)]
+        scheduler = coordinator.parts.scheduler
+        await coordinator.until(lambda: len(scheduler.waiting(0.0)) == 5)
+        for policy in ("round-robin", "predicted", "cpu", "predicted"):
+            assert (await change(coordinator, policy=policy))[0] == 200
+            assert len(scheduler.waiting(0.0)) == 5
+            assert len(list(scheduler.leases())) == 1
+        ollama.release()
+        assert {status for status, _ in await asyncio.gather(*asked)} == {200}
+        assert coordinator.at_rest()
+
+
+@pytest.mark.spec("DASH-17")
+async def test_a_shorter_line_refuses_new_requests_and_keeps_who_waits(
+    coordinator: Running,
+) -> None:
+    async with StandIn(slots=1) as ollama:
+        agent = await coordinator.register(ollama, "only")
+        await coordinator.heartbeat(agent, runner={"num_parallel": 1})
+        ollama.hold()
+        asked = [asyncio.create_task(coordinator.chat()) for _ in range(4)]
+        await coordinator.until(lambda: len(coordinator.parts.scheduler.waiting(0.0)) == 3)
+        await change(coordinator, max_queue=1)
+        assert (await coordinator.chat())[0] == 503
+        await change(coordinator, max_queue=4)
+        asked.append(asyncio.create_task(coordinator.chat()))
+        await coordinator.until(lambda: len(coordinator.parts.scheduler.waiting(0.0)) == 4)
+        ollama.release()
+        assert {status for status, _ in await asyncio.gather(*asked)} == {200}
+
+
+@pytest.mark.spec("DASH-17")
+async def test_the_disk_for_uploads_and_where_pulls_go_change_at_once(
+    coordinator: Running,
+) -> None:
+    registry = [Model("qwen3:8b", 1000)]
+    async with StandIn(registry=registry) as one, StandIn(registry=registry) as two:
+        for ollama in (one, two):
+            agent = await coordinator.register(ollama, f"m{ollama.port}")
+            await coordinator.heartbeat(agent, disk_free_bytes=10**11)
+        await change(coordinator, pull_placement="1", max_spool_gibibytes=1e-9)
+        body = {"model": "qwen3:8b", "stream": False}
+        assert (await coordinator.post("/api/pull", body))[0] == 200
+        assert [one.models.find("qwen3:8b"), two.models.find("qwen3:8b")].count(None) == 1
+        data = b"a file of more than one byte"
+        url = f"{coordinator.url}/api/blobs/sha256:{sha256(data).hexdigest()}"
+        async with coordinator.session.post(url, data=data) as response:
+            assert response.status == 507
+        await change(coordinator, max_spool_gibibytes=None)
+        async with coordinator.session.post(url, data=data) as response:
+            assert response.status == 201
+
+
+@pytest.mark.spec("DASH-17")
+async def test_changes_survive_a_restart(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/fleet.db"
     async with running(database_url=url) as coordinator:
         await change(coordinator, policy="round-robin", agent_timeout=33, max_queue=5)
-        policy = (await settings(coordinator))["policy"]
-        assert policy["next"] == "round-robin"
-        assert policy["value"] == coordinator.parts.config.policy != "round-robin"
+        assert coordinator.parts.config.policy == "round-robin"
     async with running(database_url=url) as coordinator:
         listed = await settings(coordinator)
         assert listed["policy"]["value"] == coordinator.parts.config.policy == "round-robin"

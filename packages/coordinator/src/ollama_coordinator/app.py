@@ -34,7 +34,7 @@ from .keeper import Keeper
 from .learned import LearnedKeeper
 from .monitor import Monitor
 from .registry import Registry
-from .scheduler import PredictedScheduler, create_scheduler
+from .scheduler import SwitchingScheduler
 from .tuning import Started, Tuning
 from .upstream import Upstreams
 
@@ -47,7 +47,9 @@ class Coordinator:
         self.failure: DatabaseError | None = None
         self.clock = Clock()
         self.registry = Registry(config.agent_timeout)
-        self.scheduler = create_scheduler(config.policy, self.registry, max_queue=config.max_queue)
+        self.scheduler = SwitchingScheduler(
+            config.policy, self.registry, max_queue=config.max_queue
+        )
         self.dispatch = Dispatch(self.scheduler, self.registry, self.clock)
         self.upstreams = Upstreams()
         self.store = Store(database_path(config.database_url))
@@ -103,12 +105,15 @@ class Coordinator:
         self.console.tuning.apply = self.apply
 
     def apply(self, config: CoordinatorConfig) -> None:
-        """Work with other settings from now on; some count from the next start on only."""
+        """Work with other settings from now on; no request is lost by it."""
         self.config = config
         self.registry.agent_timeout = config.agent_timeout
         self.monitor.interval = config.health_check_interval
         self.observation.limits.rows = config.history_rows
         self.observation.limits.days = config.history_days
+        self.surface.apply(config)
+        self.scheduler.max_queue = config.max_queue
+        self.scheduler.switch(config.policy, self.clock.now())
         self.dispatch.plan()
 
     @asynccontextmanager
@@ -126,9 +131,8 @@ class Coordinator:
                 # An ASGI server reports a failed start as text; who started us wants the error.
                 self.failure = exc
                 raise
-            if isinstance(self.scheduler, PredictedScheduler):
-                learned = LearnedKeeper(self.scheduler, self.store)
-                await stack.enter_async_context(learned.running())
+            learned = LearnedKeeper(self.scheduler, self.store)
+            await stack.enter_async_context(learned.running())
             await stack.enter_async_context(self.observation.running())
             await stack.enter_async_context(self.console.running())
             await stack.enter_async_context(self.upstreams)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from .db import Store
-from .scheduler import Learned, PredictedScheduler
+from .scheduler import Learned, SwitchingScheduler
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ KEEP_SECONDS = 10.0
 class LearnedKeeper:
     """Writes what a scheduler learned behind, and gives it back at the next start."""
 
-    def __init__(self, scheduler: PredictedScheduler, store: Store) -> None:
+    def __init__(self, scheduler: SwitchingScheduler, store: Store) -> None:
         self._scheduler = scheduler
         self._store = store
         self._kept = b""

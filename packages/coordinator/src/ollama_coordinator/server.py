@@ -76,12 +76,11 @@ def _listener(family: int, address: object) -> socket.socket:
     return sock
 
 
-def hypercorn_config(sockets: list[socket.socket], drain_timeout: float) -> Config:
+def hypercorn_config(sockets: list[socket.socket]) -> Config:
     """Hypercorn's settings; it takes the sockets over and closes them."""
     config = Config()
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
     config.backlog = BACKLOG
-    config.graceful_timeout = drain_timeout + LAST_WORDS_SECONDS
     config.keep_alive_timeout = 75
     config.keep_alive_max_requests = 1_000_000_000
     config.h11_max_incomplete_size = 64 * 1024
@@ -100,11 +99,17 @@ async def run(config: CoordinatorConfig) -> None:
     app = create_app(config)
     coordinator: Coordinator = app.state.coordinator
     _collect_seldom()
-    server = hypercorn_config(listen(config.host, config.port), config.drain_timeout)
+    server = hypercorn_config(listen(config.host, config.port))
     stop = Stop()
+
+    async def asked() -> None:
+        await stop.asked.wait()
+        # Hypercorn reads it from now on; it may have been changed while serving.
+        server.graceful_timeout = coordinator.config.drain_timeout + LAST_WORDS_SECONDS
+
     with stop.on_signals():
         log.info("coordinator listens", extra={"host": config.host, "port": config.port})
-        serving = asyncio.create_task(serve(app, server, stop.asked.wait, http=config.http))
+        serving = asyncio.create_task(serve(app, server, asked, http=config.http))
         ending = asyncio.create_task(_end_in_order(coordinator, stop, serving))
         try:
             await serving

@@ -1,7 +1,7 @@
-"""The settings an operator may change on the page: which, in what bounds, and from when on.
+"""The settings an operator may change on the page: which, and in what bounds.
 
-What the environment or the command line sets stays as it is set there. The rest is kept as a
-document in the database, and read before anything is built at the next start.
+What the environment or the command line sets stays as it is set there. The rest counts at once, is
+kept as a document in the database, and read before anything is built at the next start.
 """
 
 import sqlite3
@@ -29,7 +29,7 @@ class NotEditable(OllamaCoordinatorError):
 class Setting(Struct, frozen=True):
     """One setting. `field` is its name in the configuration, `option` that of the command line.
 
-    `live`: a change counts at once, otherwise from the next start on; `fixed`: never from here.
+    `fixed`: it cannot be changed while running.
     """
 
     field: str
@@ -37,7 +37,6 @@ class Setting(Struct, frozen=True):
     variable: str
     text: str
     unit: str = ""
-    live: bool = False
     fixed: bool = False
     choices: tuple[str, ...] = ()
 
@@ -45,16 +44,13 @@ class Setting(Struct, frozen=True):
 SETTINGS = (
     Setting("policy", "policy", "COORDINATOR_POLICY", "How an agent is chosen", choices=POLICIES),
     Setting("max_queue", "max_queue", "COORDINATOR_MAX_QUEUE", "Requests that may wait"),
-    Setting(
-        "agent_timeout", "agent_timeout", "AGENT_TIMEOUT", "Silence until offline", "s", live=True
-    ),
+    Setting("agent_timeout", "agent_timeout", "AGENT_TIMEOUT", "Silence until offline", "s"),
     Setting(
         "health_check_interval",
         "health_check_interval",
         "HEALTH_CHECK_INTERVAL",
         "How often bare Ollamas are asked for their models",
         "s",
-        live=True,
     ),
     Setting(
         "max_body_mebibytes",
@@ -62,7 +58,6 @@ SETTINGS = (
         "COORDINATOR_MAX_BODY_MIB",
         "Largest request body",
         "MiB",
-        live=True,
     ),
     Setting(
         "drain_timeout",
@@ -88,7 +83,6 @@ SETTINGS = (
         "history_rows",
         "COORDINATOR_HISTORY_ROWS",
         "Finished requests to remember",
-        live=True,
     ),
     Setting(
         "history_days",
@@ -96,7 +90,6 @@ SETTINGS = (
         "COORDINATOR_HISTORY_DAYS",
         "How long to remember them",
         "days",
-        live=True,
     ),
     Setting(
         "pull_patience",
@@ -125,8 +118,8 @@ _DEFAULTS = CoordinatorConfig(policy=POLICIES[0])
 class SettingView(Struct, frozen=True):
     """One row of `GET /api/settings`.
 
-    `source` is default, environment (or the command line) or dashboard; `next` is what counts from
-    the next start on where that differs from `value`.
+    `source` is default, environment (or the command line) or dashboard; `live`: a change counts at
+    once.
     """
 
     name: str
@@ -139,11 +132,10 @@ class SettingView(Struct, frozen=True):
     text: str
     unit: str
     choices: tuple[str, ...]
-    next: Any = None
 
 
 class Tuning:
-    """The settings in force, and those kept for the next start. `apply` carries a change out."""
+    """The settings in force, and which were set here. `apply` carries a change out."""
 
     def __init__(self, started: "Started", store: Store) -> None:
         self.config = started.config
@@ -168,11 +160,10 @@ class Tuning:
         stored = {**self._stored, **wanted}
         stored = {name: value for name, value in stored.items() if value is not None}
         new = with_values(self.config, {**_defaults_of(wanted), **stored})
-        live = {s.field: getattr(new, s.field) for s in SETTINGS if s.live}
         self._stored = {name: getattr(new, name) for name in stored}
         self._store.note_document(DOCUMENT, msgspec.json.encode(self._stored))
-        self.config = structs.replace(self.config, **live)
-        self.apply(self.config)
+        self.config = new
+        self.apply(new)
 
     def _check(self, setting: Setting | None, name: str) -> None:
         if setting is None:
@@ -187,7 +178,6 @@ class Tuning:
 
     def _view(self, setting: Setting) -> SettingView:
         value, default = getattr(self.config, setting.field), getattr(_DEFAULTS, setting.field)
-        kept = self._stored.get(setting.field, default)
         editable = self._is_editable(setting)
         source = "environment" if setting.option in self.config.given else "default"
         return SettingView(
@@ -196,12 +186,11 @@ class Tuning:
             default=default,
             source="dashboard" if editable and setting.field in self._stored else source,
             editable=editable,
-            live=setting.live,
+            live=not setting.fixed,
             variable=setting.variable,
             text=setting.text,
             unit=setting.unit,
             choices=setting.choices,
-            next=kept if editable and kept != value and setting.field in self._stored else None,
         )
 
 

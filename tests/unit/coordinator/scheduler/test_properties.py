@@ -34,9 +34,9 @@ LONGEST_DRAIN = 120.0
 class AnyInterleaving(RuleBasedStateMachine):
     """The protocol in any order, with agents that come, go and fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str | None = None) -> None:
         super().__init__()
-        self.world = World(max_queue=12)
+        self.world = World(max_queue=12, policy=policy)
         self.world.agent("a", models=MODELS, loaded=["m"], slots=2, memory=10 * GB)
         self.world.agent("b", models=MODELS, memory=30 * GB)
         self.world.agent("c", models=("m", "n"), slots=1)

@@ -16,6 +16,7 @@ from ollama_coordinator.scheduler import (
     RequestId,
     Result,
     SchedulerError,
+    SwitchingScheduler,
     Timings,
 )
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
@@ -30,11 +31,18 @@ M = model_key("m")
 
 
 class World:
-    """Agents that report what a test says, and a `PredictedScheduler` before them."""
+    """Agents that report what a test says, and a `PredictedScheduler` before them.
 
-    def __init__(self, *, max_queue: int = 100, **options: Any) -> None:
+    `policy`: one that can be switched takes its place, and this is its first policy.
+    """
+
+    def __init__(self, *, max_queue: int = 100, policy: str | None = None, **options: Any) -> None:
         self.registry = Registry(AGENT_TIMEOUT)
-        self.scheduler = PredictedScheduler(self.registry, max_queue=max_queue, **options)
+        self.scheduler: PredictedScheduler | SwitchingScheduler
+        if policy is None:
+            self.scheduler = PredictedScheduler(self.registry, max_queue=max_queue, **options)
+        else:
+            self.scheduler = SwitchingScheduler(policy, self.registry, max_queue=max_queue)
         self.now = 0.0
         self.refused: dict[RequestId, SchedulerError] = {}
         self.numbers = count(1)

@@ -7,13 +7,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.clock import Clock
-from ollama_coordinator.scheduler import Decision, Estimate, PredictedScheduler, Scheduler
+from ollama_coordinator.scheduler import Decision, Estimate, SwitchingScheduler
 
 from .declared import operation
 from .dialects import Surface
 from .intake import take_in
 from .reading import read_routing
-from .wire import HttpError, reply
+from .wire import reply
 
 
 class ChatRequest(Struct, frozen=True):
@@ -28,7 +28,7 @@ class ChatRequest(Struct, frozen=True):
 class ExplainApi:
     """The handlers that tell what the scheduler thinks."""
 
-    def __init__(self, scheduler: Scheduler, surface: Surface, clock: Clock) -> None:
+    def __init__(self, scheduler: SwitchingScheduler, surface: Surface, clock: Clock) -> None:
         self._scheduler = scheduler
         self._surface = surface
         self._clock = clock
@@ -44,18 +44,11 @@ class ExplainApi:
         routing = read_routing(self._surface, await request.body())
         now = self._clock.now()
         asked = take_in(self._surface, routing, request.scope, now)
-        return reply(self._predictor().explain(asked, now))
+        return reply(self._scheduler.predictor.explain(asked, now))
 
     @operation(
         "Learned speeds of every model on every agent", gives={200: list[Estimate]}, errors=(409,)
     )
     async def estimates(self, request: Request) -> Response:
         """`GET /api/estimates`: what is predicted of every model on every agent."""
-        return reply(self._predictor().estimates())
-
-    def _predictor(self) -> PredictedScheduler:
-        if not isinstance(self._scheduler, PredictedScheduler):
-            raise HttpError(
-                409, "this policy does not predict; start with COORDINATOR_POLICY=predicted"
-            )
-        return self._scheduler
+        return reply(self._scheduler.predictor.estimates())

@@ -48,7 +48,7 @@ class Fitting:
         self._registry = registry
         self._shows = shows
         self._clock = clock
-        self._larger_context = larger_context
+        self.larger_context = larger_context
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     async def fit(self, surface: Surface, request: Request, body: bytes) -> Fitted:
@@ -56,7 +56,7 @@ class Fitting:
         unfit = self._registry.strangers(request.model) | self._too_old(surface, request)
         if unfit:
             request = request.without(unfit)
-        if not self._larger_context or surface.dialect is not Dialect.NATIVE:
+        if not self.larger_context or surface.dialect is not Dialect.NATIVE:
             return Fitted(request, body)
         context = await self._context(request)
         if context is None:

@@ -57,6 +57,7 @@ class Surface:
         self.show = ShowApi(shows, self.clouds, self.asking)
         self._account = AccountApi(self.asking, self.clouds)
         self._spool = Spool(spool_folder(config.database_url), _bytes(config.max_spool_gibibytes))
+        self._patience = Patience(config.pull_patience)
         remote = Remote(upstreams, self._spool)
         self.operations = Operations(
             registry,
@@ -66,7 +67,7 @@ class Surface:
             self._spool,
             Debts(store),
             clock,
-            Patience(config.pull_patience),
+            self._patience,
         )
         choosing = Choosing(registry, self.asking, Placement.parse(config.pull_placement))
         blobs = Blobs(self.asking, choosing)
@@ -74,6 +75,14 @@ class Surface:
         self._changes = ChangesApi(self.operations, choosing, self.asking, registry, store)
         self._blobs = BlobsApi(self._spool, blobs, choosing)
         self._own = OperationsApi(self.operations, choosing, self._changes, registry)
+        self._choosing = choosing
+
+    def apply(self, config: CoordinatorConfig) -> None:
+        """Work with other settings from now on."""
+        self.fitting.larger_context = config.larger_context
+        self._patience.return_seconds = config.pull_patience
+        self._choosing.default = Placement.parse(config.pull_placement)
+        self._spool.limit_bytes = _bytes(config.max_spool_gibibytes)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -23,6 +23,7 @@ from ollama_coordinator.operations import (
 )
 from ollama_coordinator.registry import AgentState, UnknownAgent
 from ollama_coordinator.scheduler import (
+    DoesNotPredict,
     HoldersUnavailable,
     ModelNotFound,
     NoAgentRegistered,
@@ -55,6 +56,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     NoAgentRegistered: 503,
     HoldersUnavailable: 503,
     QueueFull: 503,
+    DoesNotPredict: 409,
     Unreachable: 503,
     AgentLost: 503,
     Cut: 502,

@@ -54,7 +54,7 @@ class Spool:
 
     def __init__(self, folder: Path | None, limit_bytes: int) -> None:
         self._given = folder
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
         self._temporary: TemporaryDirectory[str] | None = None
         self._folder = Path()
         self._sizes: dict[str, int] = {}
@@ -146,8 +146,8 @@ class Spool:
             part.unlink(missing_ok=True)
 
     def _check_room(self) -> None:
-        if self.used_bytes > self._limit:
-            limit = self._limit / 2**30
+        if self.used_bytes > self.limit_bytes:
+            limit = self.limit_bytes / 2**30
             text = f"uploaded files may take {limit:g} GiB (COORDINATOR_MAX_SPOOL_GIB)"
             raise SpoolError(507, text)
 

@@ -32,7 +32,7 @@ HOPELESS = ("does not exist", "invalid", "not authorized", "unauthorized")
 """Refusals that every other agent would answer too."""
 
 
-class Patience(Struct, frozen=True):
+class Patience(Struct):
     """How long an operation waits for agents that went away once no other agent is at work."""
 
     return_seconds: float = 15.0

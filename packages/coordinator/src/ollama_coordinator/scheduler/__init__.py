@@ -12,6 +12,7 @@ from .explain import Candidate, Decision
 from .factory import POLICIES, create_scheduler
 from .predicted import PredictedScheduler
 from .state import Estimate, Learned
+from .switching import DoesNotPredict, SwitchingScheduler
 from .types import (
     Kind,
     Lane,
@@ -29,6 +30,7 @@ __all__ = [
     "POLICIES",
     "Candidate",
     "Decision",
+    "DoesNotPredict",
     "Estimate",
     "HoldersUnavailable",
     "Kind",
@@ -48,6 +50,7 @@ __all__ = [
     "RunnerOptions",
     "Scheduler",
     "SchedulerError",
+    "SwitchingScheduler",
     "Timings",
     "Waiting",
     "create_scheduler",

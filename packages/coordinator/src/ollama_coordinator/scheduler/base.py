@@ -34,7 +34,11 @@ class Scheduler(Protocol):
 
     Tell it what happens (`submit`, `withdraw`, `began`, `end`), then call `plan`, which returns
     everything that follows. Changes of the registry are read in `plan`. `now` never decreases.
+
+    `max_queue` is how many requests may wait; it can be changed at any time.
     """
+
+    max_queue: int
 
     def submit(self, request: Request, now: float) -> None:
         """Put a request into the waiting line.
@@ -57,6 +61,12 @@ class Scheduler(Protocol):
 
     def plan(self, now: float) -> Plan:
         """Everything that can be decided now."""
+
+    def adopt(self, lease: Lease, now: float) -> bool:
+        """Take over a living lease that another scheduler granted, under its id.
+
+        False when that agent, or the model on it, is not known any more: it is not taken over.
+        """
 
     def wake_at(self, now: float) -> float | None:
         """When `plan` should be called although nothing happens; `None`: no need."""

@@ -1,5 +1,7 @@
 """The schedulers by the name of their policy."""
 
+from collections.abc import Iterator
+
 from ollama_coordinator.registry import Registry
 
 from .base import Scheduler
@@ -11,14 +13,18 @@ PREDICTED = "predicted"
 POLICIES = (PREDICTED, "loaded-first", "least-connections", "round-robin", "random", "cpu")
 
 
-def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Scheduler:
+def create_scheduler(
+    policy: str, registry: Registry, *, max_queue: int, numbers: Iterator[int] | None = None
+) -> Scheduler:
     """The scheduler for one of `POLICIES`, with a waiting line of at most `max_queue` requests.
+
+    `numbers` gives the ids of its leases, where others have given some before.
 
     Raises:
         KeyError: no such policy.
     """
     if policy == PREDICTED:
-        return PredictedScheduler(registry, max_queue=max_queue)
+        return PredictedScheduler(registry, max_queue=max_queue, numbers=numbers)
     counting: dict[str, Choose] = {
         "loaded-first": loaded_first,
         "least-connections": least_connections,
@@ -26,4 +32,4 @@ def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Sche
         "random": Random(seed=1),
         "cpu": cpu,
     }
-    return ImmediateScheduler(registry, counting[policy], max_queue=max_queue)
+    return ImmediateScheduler(registry, counting[policy], max_queue=max_queue, numbers=numbers)

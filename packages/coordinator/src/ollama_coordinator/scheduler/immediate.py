@@ -5,7 +5,7 @@ agent has as many leases of its model as that agent said it runs at once.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
 from ollama_coordinator.registry import AgentState, Registry
@@ -26,14 +26,21 @@ in flight of an agent; the answer is one of the candidates."""
 class ImmediateScheduler:
     """A `Scheduler` around a policy without memory."""
 
-    def __init__(self, registry: Registry, choose: Choose, *, max_queue: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        choose: Choose,
+        *,
+        max_queue: int,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
         self._registry = registry
         self._choose = choose
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._waiting: dict[RequestId, Request] = {}
         self._leases: dict[LeaseId, Lease] = {}
         self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
-        self._numbers = count(1)
+        self._numbers = numbers or count(1)
         self._last_chosen: dict[AgentId, int] = {}
 
     def submit(self, request: Request, now: float) -> None:
@@ -41,7 +48,7 @@ class ImmediateScheduler:
         found = eligible(self._registry, request, now)
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
-        if len(self._waiting) >= self._max_queue:
+        if len(self._waiting) >= self.max_queue:
             raise QueueFull(RETRY_AFTER_SECONDS)
         self._waiting[request.id] = request
 
@@ -94,10 +101,18 @@ class ImmediateScheduler:
     def _grant(self, request: Request, agent: AgentState, now: float) -> Lease:
         number = next(self._numbers)
         lease = Lease(id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now)
-        self._leases[lease.id] = lease
-        self._by_agent[agent.id].add(lease.id)
-        self._last_chosen[agent.id] = number
+        self._hold(lease)
         return lease
+
+    def adopt(self, lease: Lease, now: float) -> bool:
+        """See `Scheduler.adopt`."""
+        self._hold(lease)
+        return True
+
+    def _hold(self, lease: Lease) -> None:
+        self._leases[lease.id] = lease
+        self._by_agent[lease.agent_id].add(lease.id)
+        self._last_chosen[lease.agent_id] = lease.id
 
     def wake_at(self, now: float) -> float | None:
         """See `Scheduler.wake_at`."""

@@ -1,6 +1,6 @@
 """Leases and what follows from them: who runs where, what is in memory, what is being loaded."""
 
-from itertools import count
+from collections.abc import Iterator
 
 from ollama_coordinator_common.types import AgentId
 
@@ -18,10 +18,10 @@ LATE_LOAD = 1.1
 class Ledger:
     """Every count here derives from `running`: one entry per lease, from its grant to its end."""
 
-    def __init__(self, mirror: Mirror, lines: Lines) -> None:
+    def __init__(self, mirror: Mirror, lines: Lines, numbers: Iterator[int]) -> None:
         self._mirror = mirror
         self._lines = lines
-        self._numbers = count(1)
+        self._numbers = numbers
         self.loads: list[Place] = []
         self.running: dict[LeaseId, tuple[Running, Line]] = {}
         self.by_agent: dict[AgentId, int] = {}
@@ -53,6 +53,29 @@ class Ledger:
             place.slots.try_more(now)
         self._start(run, line, now)
         return lease
+
+    def adopt(self, line: Line, place: Place, lease: Lease, output: float, now: float) -> None:
+        """Count a lease that another scheduler granted; its model is there, or is on its way.
+
+        It is taken for the first of its place: how long it waited behind others, and so how many
+        slots there are, cannot be told any more.
+        """
+        absent = not place.resident and place.loading_until is None
+        loads = absent and place.machine.loading is None
+        wait = place.load if loads else 0.0
+        choice = Choice(Action.LOAD if loads else Action.GO, place, wait, wait)
+        run = Running(
+            lease, place, lease.id,
+            now + wait + stay_seconds(place, lease.request.prompt_tokens, output),
+            loads=loads, tries=False, rank=1, cached=0, output=output, choice=choice,
+        )  # fmt: skip
+        if loads:
+            self._begin_load(place, line, choice, now)
+        elif absent:
+            place.options = line.options
+            self._mirror.settle(place, now, options_known=True)
+            self._lines.moved(place)
+        self._start(run, line, now)
 
     def _begin_load(self, place: Place, line: Line, choice: Choice, now: float) -> None:
         for victim in choice.room.victims:

@@ -4,7 +4,7 @@ An agent gets at most what it runs at once; everybody else waits here and is pla
 event. See `choice` for the estimate, `room` for evictions, `drains` for models that starve.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
 from ollama_coordinator.registry import Registry
@@ -40,7 +40,7 @@ class PredictedScheduler:
     """A `Scheduler` that predicts.
 
     `weights`: a client's share of a contended model where it is not 1. `lengths`: an own idea of
-    how long answers get.
+    how long answers get. `numbers`: the ids of the leases it grants.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class PredictedScheduler:
         max_queue: int,
         weights: Mapping[str, float] | None = None,
         lengths: Lengths | None = None,
+        numbers: Iterator[int] | None = None,
     ) -> None:
         self._registry = registry
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._weights = weights or {}
         self._rates, self._caches = Rates(), PromptCaches()
         self._lengths = lengths or Lengths()
@@ -60,7 +61,7 @@ class PredictedScheduler:
         self._lines = Lines(self._mirror)
         rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
         self._chooser = Chooser(self._caches, rooms)
-        self._ledger = Ledger(self._mirror, self._lines)
+        self._ledger = Ledger(self._mirror, self._lines, numbers or count(1))
         self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
         self._drains = Drains()
         self._serving = Serving(registry, self._lines, self._chooser, self._ledger, self._caches)
@@ -79,7 +80,7 @@ class PredictedScheduler:
             found = eligible(self._registry, request, now)
             if not found.agents and not found.recovering:
                 raise unavailable(self._registry, request, found, now)
-        if len(self._serving.entries) >= self._max_queue and not _has_place(line):
+        if len(self._serving.entries) >= self.max_queue and not _has_place(line):
             raise self._serving.full(now)
         line.demand.arrived(now)
         self._enqueue(line, request)
@@ -165,6 +166,18 @@ class PredictedScheduler:
                 self._look(freed, HEAD if freed is line and served else BOTH)
         if not place.running:
             self._idle[machine] = None
+
+    def adopt(self, lease: Lease, now: float) -> bool:
+        """See `Scheduler.adopt`."""
+        self._sync(now)
+        request = lease.request
+        machine = self._mirror.machines.get(lease.agent_id)
+        place = machine.places.get(request.model) if machine is not None else None
+        if place is None:
+            return False
+        line = self._lines.get(request, normal(request.options), now)
+        self._ledger.adopt(line, place, lease, self._expected_output(request), now)
+        return True
 
     # ── what follows ──────────────────────────────────────────────────────────────────────────
 

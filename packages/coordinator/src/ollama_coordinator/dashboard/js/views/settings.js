@@ -3,7 +3,6 @@
 import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h, icon } from "../dom.js";
-import { store } from "../store.js";
 import { command, howToAddAnAgent } from "../parts/bits.js";
 import { act } from "../parts/toast.js";
 
@@ -32,22 +31,18 @@ class SettingsView extends View {
     this.inputs = new Map();
     const rows = settings.map((setting) => this.row(setting));
     const save = h("button.primary", { type: "submit" }, "Save");
-    const policy = store.state.coordinator.policy;
     this.form.replaceChildren(h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Settings of the coordinator"),
       h("thead", null, h("tr", null, ["Setting", "Value", "From", "Variable"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows))),
-      h("div.row", null, save, h("span.muted.small", null, policy ? `The policy in force is ${policy}.` : "")));
+      h("div.row", null, save, h("span.muted.small", null, "Changes count at once and lose no request.")));
   }
 
   row(setting) {
-    const shown = setting.next ?? setting.value;
-    const input = setting.editable ? control(setting, shown) : h("span.mono", null, text(shown) || "–");
+    const input = setting.editable ? control(setting) : h("span.mono", null, text(setting.value) || "–");
     if (setting.editable) this.inputs.set(setting.name, input);
     const reset = setting.source === "dashboard" ? h("button.ghost.small", { type: "button", onclick: () => this.send({ [setting.name]: null }) }, "Reset") : null;
-    const later = setting.next !== null ? h("span.pill.warn", null, icon("history"), `from the next start; now ${text(setting.value)}`)
-      : setting.editable && !setting.live ? h("span.muted.small", null, "counts from the next start") : null;
     const id = `setting-${setting.name}`;
     input.id = id;
-    return h("tr", { "data-name": setting.name }, h("th.setting-name", { scope: "row" }, h("label", { for: id }, setting.text), h("div", null, later)),
+    return h("tr", { "data-name": setting.name }, h("th.setting-name", { scope: "row" }, h("label", { for: id }, setting.text)),
       h("td", null, h("div.row", null, input, setting.unit && setting.editable ? h("span.muted.small", null, setting.unit) : null)),
       h("td", null, h("div.row", null, h("span.pill", null, setting.source === "environment" ? icon("stop") : null, setting.editable || setting.source === "environment" ? PLACES[setting.source] : "at the start"), reset)),
       h("td.mono.muted", null, setting.variable));
@@ -60,7 +55,7 @@ class SettingsView extends View {
       const input = this.inputs.get(setting.name);
       if (!input) continue;
       const value = typeof setting.value === "boolean" ? input.value === "true" : typeof setting.value === "number" ? Number(input.value) : input.value.trim();
-      if (value !== (setting.next ?? setting.value)) wanted[setting.name] = value;
+      if (value !== setting.value) wanted[setting.name] = value;
     }
     if (Object.keys(wanted).length) this.send(wanted);
   }
@@ -73,10 +68,10 @@ class SettingsView extends View {
 
 const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value));
 
-function control(setting, value) {
-  const choices = typeof setting.value === "boolean" ? ["true", "false"] : setting.choices;
+function control({ value, choices: known }) {
+  const choices = typeof value === "boolean" ? ["true", "false"] : known;
   if (choices.length) return h("select", null, choices.map((choice) => h("option", { value: choice, selected: choice === String(value) }, choice)));
-  if (typeof setting.value === "number") return h("input", { type: "number", value: String(value), min: "0", step: "any" });
+  if (typeof value === "number") return h("input", { type: "number", value: String(value), min: "0", step: "any" });
   return h("input", { type: "text", value: String(value) });
 }
 

@@ -1,0 +1,216 @@
+"""A change of policy while requests wait and run."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
+
+from ollama_coordinator.registry import Registry
+from ollama_coordinator.scheduler import (
+    POLICIES,
+    DoesNotPredict,
+    HoldersUnavailable,
+    Kind,
+    Outcome,
+    Result,
+    SwitchingScheduler,
+    Timings,
+)
+from ollama_coordinator_common.types import AgentId
+from unit.coordinator.scheduler.test_properties import MODELS, AnyInterleaving
+from unit.coordinator.scheduler.world import World
+
+PREDICTED, COUNTING = "predicted", "round-robin"
+SPOKEN = Timings(400, 100, 5.0, 1.0, 1.0, 2.0)
+
+
+def switching(world: World) -> SwitchingScheduler:
+    assert isinstance(world.scheduler, SwitchingScheduler)
+    return world.scheduler
+
+
+def switch(world: World, policy: str) -> None:
+    switching(world).switch(policy, world.now)
+
+
+class AnySwitches(AnyInterleaving):
+    """The same, with changes of policy and of the queue's limit anywhere between."""
+
+    def __init__(self) -> None:
+        super().__init__(PREDICTED)
+        self.given: set[int] = set()
+        self.embedding: set[str] = set()
+
+    @rule(policy=st.sampled_from(POLICIES))
+    def switch(self, policy: str) -> None:
+        before = [lease.id for lease in self.world.scheduler.leases()]
+        switch(self.world, policy)
+        assert sorted(before) == sorted(lease.id for lease in self.world.scheduler.leases())
+        self._take(self.world.plan())
+
+    @rule(count=st.sampled_from((0, 3, 12)))
+    def limit(self, count: int) -> None:
+        switching(self.world).max_queue = count
+
+    @invariant()
+    def no_id_is_given_twice(self) -> None:
+        new = self.leased.keys() - self.given
+        assert all(lease_id > max(self.given, default=0) for lease_id in new)
+        self.given |= new
+
+    @invariant()
+    def nobody_is_sent_more_than_it_runs(self) -> None:
+        """Embeddings have two places more under the policy that predicts, and keep them."""
+        for name, most in (("a", 2), ("c", 1)):
+            for model in MODELS:
+                mine = [
+                    lease
+                    for lease in self.leased.values()
+                    if lease.agent_id == name and lease.request.name == model
+                ]
+                embeds = any(lease.request.kind is Kind.EMBED for lease in mine)
+                if embeds:
+                    self.embedding.add(model)
+                assert len(mine) <= (3 if model in self.embedding else most)
+
+    @invariant()
+    def whoever_waits_is_looked_after(self) -> None:
+        """Who counts is woken by events alone, once nobody has to be refused."""
+        wake = self.world.scheduler.wake_at(self.world.now)
+        assert wake is None or (self.waiting and wake >= self.world.now)
+        if switching(self.world).policy == PREDICTED:
+            assert (wake is None) == (not self.waiting)
+
+
+@pytest.mark.spec("SCHED-80")
+@pytest.mark.spec("SCHED-74")
+def test_any_interleaving_with_switches_leaves_every_count_right_and_nobody_stuck() -> None:
+    limits = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(AnySwitches, settings=limits)
+
+
+@pytest.mark.spec("SCHED-74")
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != PREDICTED])
+def test_a_switch_loses_nobody_and_keeps_the_order(policy: str) -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=1)
+    running = world.send()
+    waiting = [world.submit() for _ in range(3)]
+    assert world.plan() == []
+    for name in (policy, PREDICTED, policy):
+        switch(world, name)
+        assert world.plan() == []
+        assert [lease.id for lease in world.scheduler.leases()] == [running.id]
+        assert world.scheduler.in_flight(AgentId("a")) == 1
+        line = world.scheduler.waiting(world.now)
+        assert [one.request.id for one in line] == [request.id for request in waiting]
+    ids = {running.id}
+    lease = running
+    for expected in waiting:
+        (lease,) = world.end(lease, timings=SPOKEN)
+        assert lease.request is expected
+        ids.add(lease.id)
+    assert len(ids) == 4
+
+
+@pytest.mark.spec("SCHED-74")
+def test_a_switch_refuses_only_who_cannot_be_served_and_at_the_next_plan() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=1)
+    world.send()
+    request, other = world.submit(), world.submit()
+    world.plan()
+    world.registry.get("a").left = True
+    world.registry.changes += 1
+    switch(world, COUNTING)
+    assert world.scheduler.wake_at(world.now) == world.now
+    world.scheduler.withdraw(other.id, world.now)
+    assert world.plan() == []
+    assert isinstance(world.refused.pop(request.id), HoldersUnavailable)
+    assert not world.refused
+    assert world.scheduler.wake_at(world.now) is None
+
+
+@pytest.mark.spec("SCHED-74")
+def test_a_lease_on_an_agent_that_was_removed_is_counted_until_it_ends() -> None:
+    world = World(policy=COUNTING)
+    world.agent("a", loaded=["m"])
+    lease = world.send()
+    world.registry.remove(AgentId("a"))
+    switch(world, PREDICTED)
+    assert list(world.scheduler.leases()) == [lease]
+    assert world.scheduler.in_flight(AgentId("a")) == 1
+    world.scheduler.began(lease.id, world.now)
+    switch(world, COUNTING)
+    world.scheduler.end(lease.id, Outcome(Result.CUT), world.now)
+    assert list(world.scheduler.leases()) == []
+
+
+@pytest.mark.spec("SCHED-74")
+def test_what_was_learned_is_kept_while_another_policy_is_in_force() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=1)
+    for _ in range(5):
+        world.serve(world.send(prompt_tokens=400), SPOKEN, after=5.0)
+    learned = switching(world).export_state()
+    assert learned.rates
+    before = world.scheduler.estimates()
+    switch(world, COUNTING)
+    assert switching(world).export_state() == learned
+    assert world.scheduler.estimates() == []
+    with pytest.raises(DoesNotPredict):
+        world.scheduler.explain(world.request(), world.now)
+    world.serve(world.send(prompt_tokens=400), SPOKEN, after=5.0)
+    switch(world, PREDICTED)
+    world.plan()
+    assert world.scheduler.estimates() == before
+
+
+@pytest.mark.spec("SCHED-74")
+def test_what_an_earlier_process_learned_waits_for_a_policy_that_predicts() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=1)
+    world.serve(world.send(prompt_tokens=400), SPOKEN, after=5.0)
+    learned = switching(world).export_state()
+    fresh = SwitchingScheduler(COUNTING, Registry(60.0), max_queue=9)
+    fresh.import_state(learned)
+    assert fresh.export_state() == learned
+    fresh.switch(PREDICTED, 0.0)
+    assert fresh.export_state().rates == learned.rates
+
+
+@pytest.mark.spec("SCHED-61")
+def test_why_a_lease_was_given_is_known_after_a_switch() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"])
+    lease = world.send()
+    told = world.scheduler.decision(lease.id)
+    assert told is not None
+    switch(world, COUNTING)
+    assert world.scheduler.decision(lease.id) == told
+    counted = world.send()
+    assert world.scheduler.decision(counted.id) is None
+    switch(world, PREDICTED)
+    assert world.scheduler.decision(lease.id) == told
+    assert world.scheduler.decision(counted.id) is None
+
+
+@pytest.mark.spec("SCHED-74")
+def test_an_adopted_request_loads_what_is_not_in_memory() -> None:
+    world = World(policy=COUNTING)
+    world.agent("a", models=("m", "n"), memory=40_000_000_000, slots=1)
+    first = world.send("m")
+    switch(world, PREDICTED)
+    world.plan()
+    world.submit("n")
+    assert world.plan() == []
+    (second,) = world.serve(first, SPOKEN)
+    assert second.request.name == "n"
+
+
+@pytest.mark.spec("SCHED-74")
+def test_an_unknown_policy_changes_nothing() -> None:
+    world = World(policy=PREDICTED)
+    with pytest.raises(KeyError):
+        switch(world, "fortune-teller")
+    assert switching(world).policy == PREDICTED
