@@ -44,7 +44,7 @@ window.EventSource = class extends Real {
 const look = () => {
   if (!document.querySelector("article.agent, tr.agent-row")) return requestAnimationFrame(look);
   seen.drawn = performance.now();
-  requestAnimationFrame(() => setTimeout(() => { seen.painted = performance.now(); }));
+  setTimeout(() => { seen.painted = performance.now(); });
 };
 requestAnimationFrame(look);
 """
@@ -108,7 +108,7 @@ async def visit(browser: Browser, url: str) -> dict[str, float]:
 async def main(counts: list[int], runs: int) -> None:
     """Print a line for each size of the fleet."""
     table = Table("agents", *COLUMNS, title=f"medians of {runs}, ms since the navigation began")
-    async with async_playwright() as playwright, StandIn(list(MODELS)) as ollama:
+    async with async_playwright() as playwright, StandIn(list(MODELS), host="0.0.0.0") as ollama:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=SWITCHES)
         for agents in counts:
             with tempfile.TemporaryDirectory(prefix="ollama-coordinator-") as folder:

@@ -94,8 +94,9 @@ export function setAttr(element, name, value) {
  * @param {T[]} items
  * @param {(item: T) => string} keyOf
  * @param {(item: T) => Element & {update?: (item: T) => void}} create
+ * @param {Set<string> | null} [stale] the keys that changed; all of them without it
  */
-export function keyed(parent, items, keyOf, create) {
+export function keyed(parent, items, keyOf, create, stale = null) {
   const known = (parent.__keyed ??= new Map());
   const wanted = new Set();
   let cursor = parent.firstElementChild;
@@ -104,8 +105,9 @@ export function keyed(parent, items, keyOf, create) {
     if (wanted.has(key)) continue;
     wanted.add(key);
     let node = known.get(key);
-    if (!node) known.set(key, (node = create(item)));
-    node.update?.(item);
+    const fresh = !node;
+    if (fresh) known.set(key, (node = create(item)));
+    if (fresh || stale === null || stale.has(key)) node.update?.(item);
     if (node === cursor) cursor = cursor.nextElementSibling;
     else parent.insertBefore(node, cursor);
   }

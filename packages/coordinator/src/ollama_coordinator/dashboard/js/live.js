@@ -1,5 +1,6 @@
 /** The event stream: connected, lost and found again by itself. */
 
+import { takeOver } from "./early.js";
 import { store } from "./store.js";
 
 const SILENCE_MS = 40_000;
@@ -29,12 +30,16 @@ function heard() {
   silence = setTimeout(() => { become("lost"); open(); }, SILENCE_MS);
 }
 
+const HEARING = {
+  snapshot: (event) => { store.snapshot(JSON.parse(event.data)); heard(); },
+  patch: (event) => { store.patch(JSON.parse(event.data)); heard(); },
+  beat: heard,
+};
+
 function open() {
   source?.close();
-  source = new EventSource("/dashboard/events");
-  source.addEventListener("snapshot", (event) => { store.snapshot(JSON.parse(event.data)); heard(); });
-  source.addEventListener("patch", (event) => { store.patch(JSON.parse(event.data)); heard(); });
-  source.addEventListener("beat", heard);
+  source = takeOver(HEARING) ?? new EventSource("/dashboard/events");
+  for (const [kind, hear] of Object.entries(HEARING)) source.addEventListener(kind, hear);
   source.addEventListener("error", () => {
     become("lost");
     // The browser comes back by itself after a cut line, not after an answer it did not like.

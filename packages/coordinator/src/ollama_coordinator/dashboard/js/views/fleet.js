@@ -9,6 +9,8 @@ import { agentRow, agentRowHead } from "../parts/agent-row.js";
 
 const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
+/** A screenful is there at once, the rest with the frames that follow. */
+const AT_ONCE = 30;
 const ORDER = { online: 0, draining: 1, resting: 2, offline: 3 };
 const total = (agent, field) => agent.gpus.reduce((sum, gpu) => sum + (gpu[field] ?? 0), 0);
 
@@ -44,14 +46,16 @@ class FleetView extends View {
     this.rows = h("tbody");
     this.table = h("div.table-box", { hidden: true }, h("table.fleet-table", null, agentRowHead(), this.rows));
     this.nothing = h("div");
+    this.most = AT_ONCE;
     this.append(this.head("Fleet", this.controls), this.nothing, this.cards, this.table);
   }
 
   changed(changed) {
-    if (this.concerns(changed, "agents")) this.draw();
+    if (this.concerns(changed, "agents")) this.draw(changed?.get("agents") ?? null);
   }
 
-  draw() {
+  /** @param {Set<string> | null} stale ids of the agents that changed, if only those have to be drawn anew */
+  draw(stale = null) {
     if (!store.ready) return;
     const all = Object.values(store.state.agents);
     this.controls.hidden = all.length === 0;
@@ -61,8 +65,19 @@ class FleetView extends View {
     const inRows = this.form === "rows" || (this.form === "auto" && all.length > CARDS_AT_MOST && innerWidth > PHONE_PX);
     this.cards.hidden = inRows || !shown.length;
     this.table.hidden = !inRows || !shown.length;
-    keyed(this.cards, inRows ? [] : shown, (agent) => agent.id, agentCard);
-    keyed(this.rows, inRows ? shown : [], (agent) => agent.id, agentRow);
+    const now = shown.slice(0, this.most);
+    keyed(this.cards, inRows ? [] : now, (agent) => agent.id, agentCard, stale);
+    keyed(this.rows, inRows ? now : [], (agent) => agent.id, agentRow, stale);
+    if (now.length < shown.length) this.goOn();
+  }
+
+  /** Draw more of a large fleet, once what is there has been painted. */
+  goOn() {
+    this.next ??= requestAnimationFrame(() => setTimeout(() => {
+      this.next = null;
+      this.most += AT_ONCE;
+      if (this.isConnected) this.draw(new Set());
+    }));
   }
 
   wanted(agent) {
