@@ -10,6 +10,7 @@ import pytest
 
 import ollama_coordinator
 from ollama_coordinator.api.files import all_files
+from ollama_coordinator_common.types import AgentId
 from support.coordinator import Running, running
 from support.ollama import StandIn
 from support.viewer import viewing
@@ -249,3 +250,21 @@ async def test_what_is_done_to_models_is_in_the_picture() -> None:
             )
             assert status == 202
             await viewer.until(lambda s: [o["state"] for o in s["operations"].values()] == ["done"])
+
+
+@pytest.mark.spec("DASH-33")
+async def test_sparklines_go_on_after_a_restart(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/fleet.db"
+    async with StandIn() as ollama:
+        async with running(database_url=database) as coordinator:
+            agent = await coordinator.register(ollama, "first")
+            assert (await coordinator.chat())[0] == 200
+            observation = coordinator.parts.observation
+            observation.sampler.pulses.number = 0
+            observation.sampler.sample(observation.journal)
+            before = observation.sampler.pulses.agents[AgentId(agent)][-1]
+            assert before > 0
+        async with running(database_url=database) as coordinator:
+            async with viewing(coordinator.url) as viewer:
+                assert round(before, 1) in viewer.extra["sparks"]["agents"][agent]
+                assert round(before, 1) in viewer.extra["sparks"]["fleet"]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,12 +30,12 @@ from .clock import Clock
 from .console import Console
 from .db import DatabaseError, Store
 from .dispatch import Dispatch
-from .journal import Limits, Observation
+from .documents import Document
+from .journal import Kept, Limits, Observation
 from .keeper import Keeper
-from .learned import LearnedKeeper
 from .monitor import Monitor
 from .registry import Registry
-from .scheduler import SwitchingScheduler
+from .scheduler import Learned, SwitchingScheduler
 from .tuning import Started, Tuning
 from .upstream import Upstreams
 
@@ -131,8 +132,8 @@ class Coordinator:
                 # An ASGI server reports a failed start as text; who started us wants the error.
                 self.failure = exc
                 raise
-            learned = LearnedKeeper(self.scheduler, self.store)
-            await stack.enter_async_context(learned.running())
+            for document in self._documents():
+                await stack.enter_async_context(document.running())
             await stack.enter_async_context(self.observation.running())
             await stack.enter_async_context(self.console.running())
             await stack.enter_async_context(self.upstreams)
@@ -143,6 +144,28 @@ class Coordinator:
                 yield
             finally:
                 self.stop_serving("the coordinator is shutting down")
+
+    def _documents(self) -> list[Document[Any]]:
+        """What is kept over a restart, in documents."""
+        scheduler, pulses = self.scheduler, self.observation.sampler.pulses
+        return [
+            Document(
+                "learned",
+                Learned,
+                self.store,
+                give=scheduler.export_state,
+                take=scheduler.import_state,
+            ),
+            Document(
+                "sparklines",
+                Kept,
+                self.store,
+                give=pulses.export,
+                take=lambda kept: pulses.restore(
+                    kept, self.clock.utc(self.clock.now()).timestamp()
+                ),
+            ),
+        ]
 
     def begin_stopping(self) -> None:
         """Say so to who asks whether we are ready, and send those who only watch away."""

@@ -66,7 +66,7 @@ class Picture:
     def _fleet(self, agents: dict[str, Row]) -> Row:
         states = Counter(agent["state"] for agent in agents.values())
         in_flight = sum(1 for _ in self._dispatch.scheduler.leases())
-        pulses = self._observation.sampler.fleet_pulses
+        pulses = self._observation.sampler.pulses
         return {
             "agents": len(agents),
             "states": dict(states),
@@ -74,5 +74,5 @@ class Picture:
             "waiting": self._observation.journal.waiting(),
             "changes": self._rows.changes(),
             "slots": sum(agent["slots"] for agent in agents.values() if agent["state"] == "online"),
-            "pulse": [self._observation.sampler.pulse, round(pulses[-1], 1) if pulses else 0],
+            "pulse": [pulses.number, round(pulses.fleet[-1], 1) if pulses.fleet else 0],
         }

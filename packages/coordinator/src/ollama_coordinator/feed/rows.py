@@ -77,8 +77,8 @@ class Rows:
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
             tuple(agent.inventory.loaded), len(agent.inventory.available),
-            self._dispatch.in_flight(agent.id), sampler.standing.get(agent.id), sampler.pulse,
-            self._estimated_at,
+            self._dispatch.in_flight(agent.id), sampler.standing.get(agent.id),
+            sampler.pulses.number, self._estimated_at,
         )  # fmt: skip
 
     def agent(self, agent: AgentState) -> Row:
@@ -94,8 +94,9 @@ class Rows:
         row["preference"] = agent.settings.preference
         row["loaded_models"] = self._loaded(agent)
         row["slots"] = self._slots(agent)
-        pulses = self._observation.sampler.pulses.get(agent.id)
-        row["pulse"] = [self._observation.sampler.pulse, pulses[-1] if pulses else 0]
+        pulses = self._observation.sampler.pulses
+        points = pulses.agents.get(agent.id)
+        row["pulse"] = [pulses.number, points[-1] if points else 0]
         return row
 
     def _loaded(self, agent: AgentState) -> list[Row]:
@@ -135,11 +136,11 @@ class Rows:
 
     def sparks(self) -> dict[str, Any]:
         """The sparklines so far: tokens per second, the newest last."""
-        sampler = self._observation.sampler
+        pulses = self._observation.sampler.pulses
         return {
             "sparks": {
-                "fleet": _rounded(sampler.fleet_pulses),
-                "agents": {key: _rounded(pulses) for key, pulses in sampler.pulses.items()},
+                "fleet": _rounded(pulses.fleet),
+                "agents": {key: _rounded(points) for key, points in pulses.agents.items()},
             }
         }
 

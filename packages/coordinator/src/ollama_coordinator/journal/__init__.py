@@ -5,6 +5,7 @@ from .entry import Attempt, Entry, RequestView, State
 from .events import AgentEvent, EventLog
 from .journal import Ended, Following, Journal
 from .observation import Limits, Observation
+from .pulses import Kept, Pulses
 from .sampler import Sampler
 from .series import TIERS, Series, SeriesRow, Tier
 
@@ -18,9 +19,11 @@ __all__ = [
     "EventLog",
     "Following",
     "Journal",
+    "Kept",
     "Limits",
     "Observation",
     "Point",
+    "Pulses",
     "RequestView",
     "Sampler",
     "Series",

@@ -5,7 +5,6 @@ It also carries the written-behind rows to the database, so that no request wait
 
 import asyncio
 import logging
-from collections import deque
 
 from msgspec import Struct
 from msgspec.json import encode
@@ -19,15 +18,12 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from .buckets import Bucket
 from .entry import Entry
 from .journal import Ended, Journal
+from .pulses import Pulses
 from .series import FLEET, Series
 
 log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 1.0
-PULSE_SECONDS = 5
-"""How long one point of an agent's sparkline is."""
-
-PULSES = 60
 AGENTS_WRITTEN_SECONDS = 60.0
 
 
@@ -39,10 +35,7 @@ class Standing(Struct, frozen=True):
 
 
 class Sampler:
-    """`run` is its loop; `standing` and `pulses` are for the pages that show agents.
-
-    `pulse` is the number of the newest point of all sparklines.
-    """
+    """`run` is its loop; `standing` and `pulses` are for the pages that show agents."""
 
     def __init__(
         self,
@@ -58,11 +51,9 @@ class Sampler:
         self._history = history
         self._clock = clock
         self._tokens: dict[str, int] = {}
-        self.pulse = 0
         self._agents_written_at = float("-inf")
         self.standing: dict[AgentId, Standing] = {}
-        self.pulses: dict[AgentId, deque[float]] = {}
-        self.fleet_pulses: deque[float] = deque(maxlen=PULSES)
+        self.pulses = Pulses()
 
     async def run(self, journal: Journal) -> None:
         """Sample until cancelled."""
@@ -98,9 +89,7 @@ class Sampler:
         for agent in self._registry:
             self._look(agent, now)
         self._forget()
-        pulse = int(self._at() // PULSE_SECONDS)
-        if pulse != self.pulse:
-            self.pulse = pulse
+        if self.pulses.is_due(self._at()):
             self._take_pulse()
 
     def _wrote(self, agent_id: AgentId, tokens: int) -> None:
@@ -110,10 +99,10 @@ class Sampler:
 
     def _take_pulse(self) -> None:
         """The next point of the sparklines, and the agents' readings."""
-        self.fleet_pulses.append(self._tokens.pop(FLEET, 0) / PULSE_SECONDS)
+        tokens, self._tokens = self._tokens, {}
+        known = [agent.id for agent in self._registry]
+        self.pulses.take(self._at(), tokens.pop(FLEET, 0), tokens, known)
         for agent in self._registry:
-            pulses = self.pulses.setdefault(agent.id, deque(maxlen=PULSES))
-            pulses.append(max(self._tokens.pop(agent.id, 0), 0) / PULSE_SECONDS)
             if self._registry.is_online(agent, self._clock.now()):
                 bucket = self._series.fresh(agent.id)
                 bucket.sample(0, self._dispatch.in_flight(agent.id))
@@ -129,7 +118,7 @@ class Sampler:
     def _forget(self) -> None:
         for agent_id in [known for known in self.standing if self._registry.find(known) is None]:
             del self.standing[agent_id]
-            self.pulses.pop(agent_id, None)
+            self.pulses.forget(agent_id)
             self._tokens.pop(agent_id, None)
             self._series.forget(agent_id)
 

@@ -1,0 +1,47 @@
+"""The points of the sparklines, and what remains of them after a restart."""
+
+import msgspec
+import pytest
+
+from ollama_coordinator.journal import Kept, Pulses
+from ollama_coordinator_common.types import AgentId
+
+A, IDLE = AgentId("a"), AgentId("idle")
+
+
+def filled() -> Pulses:
+    pulses = Pulses()
+    for point in range(70):
+        pulses.take(point * 5.0, 10 * point, {A: 5 * point}, (A, IDLE))
+    return pulses
+
+
+def test_the_last_minutes_are_kept_of_each_agent() -> None:
+    pulses = filled()
+    assert pulses.number == 69
+    assert not pulses.is_due(349.0)
+    assert pulses.is_due(350.0)
+    assert list(pulses.fleet) == [2.0 * point for point in range(10, 70)]
+    assert list(pulses.agents[A]) == [1.0 * point for point in range(10, 70)]
+    pulses.forget(A)
+    assert list(pulses.agents) == [IDLE]
+
+
+@pytest.mark.spec("DASH-33")
+def test_a_restart_goes_on_with_the_same_points_and_a_gap_of_nothing() -> None:
+    kept = msgspec.json.decode(msgspec.json.encode(filled().export()), type=Kept)
+    assert list(kept.agents) == [A]
+    pulses = Pulses()
+    pulses.restore(kept, 349.0 + 3 * 5)
+    assert list(pulses.fleet) == [*(2.0 * point for point in range(13, 70)), 0, 0, 0]
+    assert list(pulses.agents[A])[-4:] == [69.0, 0, 0, 0]
+    assert not pulses.is_due(349.0 + 3 * 5)
+
+
+@pytest.mark.spec("DASH-33")
+@pytest.mark.parametrize("at", [349.0 + 60 * 5, 100.0])
+def test_points_of_another_time_are_not_taken_over(at: float) -> None:
+    pulses = Pulses()
+    pulses.restore(filled().export(), at)
+    assert not pulses.fleet
+    assert not pulses.agents
