@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,28 @@ async def test_a_finished_request_tells_its_attempts_and_their_reasons(
     assert "503" in failed["reason"]
     assert (failed["result"], served["result"]) == ("busy", "served")
     assert "already tried" in served["refused"].values()
+
+
+@pytest.mark.spec("DASH-3")
+async def test_a_finished_request_tells_every_candidate_also_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/fleet.db"
+    names = {f"machine-{number}" for number in range(12)}
+    async with StandIn() as ollama:
+        async with running(database_url=url) as coordinator:
+            for name in names:
+                await coordinator.register(ollama, name, machine_id=name)
+            async with coordinator.stream() as answer:
+                request_id = answer.headers["x-ollama-coordinator-request"]
+                await answer.read()
+            path = f"/api/requests/{request_id}"
+            decision = (await coordinator.get(path))["attempts"][0]["decision"]
+            told = [candidate["agent"] for candidate in decision["candidates"]]
+            assert set(told) == names
+            assert decision["unevaluated"] == 0
+        async with running(database_url=url) as coordinator:
+            assert (await coordinator.get(path))["attempts"][0]["decision"] == decision
 
 
 @pytest.mark.spec("DASH-3")

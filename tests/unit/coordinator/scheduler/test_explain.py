@@ -81,6 +81,56 @@ def test_a_lease_keeps_why_it_was_given_until_it_ends() -> None:
     assert world.scheduler.decision(lease.id) is None
 
 
+@pytest.mark.spec("SCHED-63")
+def test_a_lease_just_given_is_told_with_every_other_holder() -> None:
+    world = World()
+    for name in ("hot", "warm", "busy"):
+        world.agent(name, models=["m", "other"], loaded=["m"], slots=1)
+    world.agent("cold", models=["m", "other"])
+    world.agent("loading", models=["m", "other"])
+    world.agent("elsewhere", models=["other"])
+    first = world.send()
+    excluded = frozenset({AgentId("loading")})
+    lease = world.send(excluded=excluded)
+    brief, full = world.scheduler.decision(lease.id), world.scheduler.account(lease.id)
+    assert brief is not None
+    assert full is not None
+    assert full.chosen == lease.agent_id
+    assert full.candidates[: len(brief.candidates)] == brief.candidates
+    told = [candidate.agent for candidate in full.candidates]
+    assert sorted(told) == ["busy", "cold", "hot", "warm"]
+    assert told[0] == lease.agent_id
+    assert full.unevaluated == 0
+    taken = next(one for one in full.candidates if one.agent == first.agent_id)
+    assert taken.action == "wait"
+    assert taken.wait_seconds > 0
+    world.end(lease)
+    assert world.scheduler.account(lease.id) is None
+
+
+@pytest.mark.spec("SCHED-63")
+def test_accounts_are_bounded_in_size_and_in_time() -> None:
+    world = World()
+    for number in range(60):
+        world.agent(f"a{number:02}", loaded=["m"], slots=30)
+    lease = world.send()
+    full = world.scheduler.account(lease.id)
+    assert full is not None
+    assert len(full.candidates) in (50, 51)
+    assert full.unevaluated == 60 - len(full.candidates)
+    sizes = []
+    for _ in range(12):
+        account = world.scheduler.account(world.send().id)
+        assert account is not None
+        assert len(account.candidates) + account.unevaluated == 60
+        sizes.append(len(account.candidates))
+    assert sizes[-1] <= 2
+    world.now += 1.0
+    account = world.scheduler.account(world.send().id)
+    assert account is not None
+    assert len(account.candidates) >= 50
+
+
 @pytest.mark.spec("SCHED-62")
 def test_an_operators_preference_weighs_the_estimate() -> None:
     world = World()

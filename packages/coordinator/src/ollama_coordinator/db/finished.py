@@ -1,5 +1,6 @@
 """A finished request as a row: what is kept of it, and what it may be searched by."""
 
+import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import Enum
@@ -9,6 +10,8 @@ import msgspec
 from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
+
+WORTH_PACKING_BYTES = 2000
 
 
 class Status(Enum):
@@ -101,8 +104,19 @@ def to_columns(request: Finished, why: Any) -> list[Any]:
     values["status"] = request.status.value
     values["arrived_ms"] = milliseconds(request.arrived_at)
     values["finished_ms"] = milliseconds(request.finished_at)
-    values["why"] = msgspec.json.encode(why).decode()
+    values["why"] = _packed(msgspec.json.encode(why))
     return [values[column] for column in COLUMNS]
+
+
+def why_of(row: dict[str, Any]) -> bytes:
+    """The reasons of a row as JSON."""
+    why = row["why"]
+    return zlib.decompress(why) if isinstance(why, bytes) else str(why).encode()
+
+
+def _packed(why: bytes) -> str | bytes:
+    """Short reasons as text; those of a large fleet compressed, to a tenth."""
+    return zlib.compress(why, 1) if len(why) > WORTH_PACKING_BYTES else why.decode()
 
 
 def from_columns(row: dict[str, Any]) -> Finished:

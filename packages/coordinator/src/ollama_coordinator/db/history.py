@@ -22,6 +22,7 @@ from .finished import (
     from_columns,
     milliseconds,
     to_columns,
+    why_of,
 )
 from .store import DatabaseError, Store
 
@@ -116,7 +117,7 @@ class History:
         """
         sql = "SELECT * FROM requests WHERE id = ?"
         rows = await self._store.run(lambda db: list(db.query(sql, [request_id])))
-        return (from_columns(rows[0]), str(rows[0]["why"]).encode()) if rows else None
+        return (from_columns(rows[0]), why_of(rows[0])) if rows else None
 
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.

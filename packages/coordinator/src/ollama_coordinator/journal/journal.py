@@ -4,6 +4,7 @@ The request path calls `follow` once per request and `Following.leased` once per
 else is derived when somebody looks.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -36,7 +37,10 @@ class Explaining(Protocol):
     """A scheduler that can tell why."""
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
-        """Why a lease went where it is."""
+        """Why a lease went where it is, in brief."""
+
+    def account(self, lease_id: LeaseId) -> Decision | None:
+        """Why it went there and what the other candidates would have cost."""
 
     def explain(self, request: Request, now: float) -> Decision:
         """What would be decided now."""
@@ -109,8 +113,17 @@ class Journal:
         scheduler = self._dispatch.scheduler
         told = scheduler.decision(held.lease.id) if isinstance(scheduler, Explaining) else None
         refused = self._refused(held.lease.request, held.lease.granted_at)
-        entry.trials.append(Trial(held, told, refused))
+        trial = Trial(held, told, refused)
+        entry.trials.append(trial)
         entry.counted = 0
+        if told is not None:
+            # The other candidates are looked at when the request is on its way to its agent.
+            asyncio.get_running_loop().call_soon(self._tell_in_full, trial)
+
+    def _tell_in_full(self, trial: Trial) -> None:
+        scheduler = self._dispatch.scheduler
+        if isinstance(scheduler, Explaining):
+            trial.decision = scheduler.account(trial.held.lease.id) or trial.decision
 
     def _refused(self, request: Request, now: float) -> dict[str, str]:
         """The holders of a model that cannot serve it; looked up anew when the registry changed."""

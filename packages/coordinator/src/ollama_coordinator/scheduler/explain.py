@@ -40,6 +40,7 @@ class Decision(Struct, frozen=True):
 
     `chosen` is `None` when no agent comes into question; `action` is `go`, `load` or `wait`.
     `position` counts from 1 in the line of its model; a request not sent would be the last.
+    `unevaluated` is how many more agents have the model that nobody took the time to estimate.
     """
 
     request_id: RequestId
@@ -50,6 +51,7 @@ class Decision(Struct, frozen=True):
     start_in_seconds: float | None = None
     expected_output_tokens: float = 0.0
     candidates: tuple[Candidate, ...] = ()
+    unevaluated: int = 0
 
 
 def brief(request: Request, choice: Choice, output: float) -> Decision:

@@ -17,7 +17,7 @@ from .choice import Chooser
 from .drains import Drains
 from .eligibility import eligible, unavailable
 from .explain import Decision, brief
-from .explaining import explain
+from .explaining import Accounts, explain
 from .fleet import Machine
 from .learning import Lengths, Rates
 from .ledger import Ledger
@@ -61,6 +61,7 @@ class PredictedScheduler:
         self._lines = Lines(self._mirror)
         rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
         self._chooser = Chooser(self._caches, rooms)
+        self._accounts = Accounts(self._chooser)
         self._ledger = Ledger(self._mirror, self._lines, numbers or count(1))
         self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
         self._drains = Drains()
@@ -275,6 +276,11 @@ class PredictedScheduler:
             return None
         run = known[0]
         return brief(run.lease.request, run.choice, run.output)
+
+    def account(self, lease_id: LeaseId) -> Decision | None:
+        """The same with the other holders of its model as they are now, a moment after."""
+        known = self._ledger.running.get(lease_id)
+        return None if known is None else self._accounts.of(*known)
 
     def explain(self, request: Request, now: float) -> Decision:
         """What would be decided for a request that is not sent, with every holder of its model.

@@ -170,6 +170,13 @@ class SwitchingScheduler:
         current = self._current
         return current.decision(lease_id) if isinstance(current, PredictedScheduler) else None
 
+    def account(self, lease_id: LeaseId) -> Decision | None:
+        """The same with the other holders of its model, where that can still be told."""
+        current = self._current
+        if lease_id in self._decided or not isinstance(current, PredictedScheduler):
+            return self.decision(lease_id)
+        return current.account(lease_id)
+
     def explain(self, request: Request, now: float) -> Decision:
         """What would be decided for a request that is not sent.
 

@@ -8,8 +8,9 @@ import { openDialog } from "./dialog.js";
 
 const TERMS = [
   ["wait_seconds", "wait for a place"], ["load_seconds", "load the model"], ["prefill_seconds", "read the prompt"],
-  ["decode_seconds", "write (half counts)"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"],
+  ["decode_seconds", "write (a tenth counts)"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"],
 ];
+const SHOWN_AT_ONCE = 8;
 const ACTIONS = { go: "goes at once", load: "loads the model", wait: "waits" };
 
 /** Open the panel of a request. */
@@ -77,7 +78,15 @@ function candidates(decision, chosen = decision.chosen) {
     if (first) seen.add(chosen);
     return candidate(one, first, most);
   });
-  return h("ol.candidates", null, rows);
+  const dearer = rows.length > SHOWN_AT_ONCE + 2 ? rows.splice(SHOWN_AT_ONCE) : [];
+  return h("div.stack", null, h("ol.candidates", null, rows),
+    dearer.length ? h("details", null, h("summary", null, `${count(dearer.length)} more candidates, dearer or refused`), h("ol.candidates", { start: SHOWN_AT_ONCE + 1 }, dearer)) : null,
+    decision.unevaluated ? h("p.muted.small", null, unevaluated(decision.unevaluated)) : null);
+}
+
+function unevaluated(many) {
+  const machines = many === 1 ? "One more machine has" : `${count(many)} more machines have`;
+  return `${machines} the model and ${many === 1 ? "was" : "were"} not evaluated in detail: at most 50 are for one request, and 2,000 a second in all.`;
 }
 
 function candidate(one, chosen, most) {
