@@ -311,6 +311,24 @@ async def test_the_page_recovers_when_the_coordinator_is_killed(tmp_path: Path) 
     assert [one for one in complaints if "ERR_" not in one] == []
 
 
+@pytest.mark.spec("DASH-34")
+@pytest.mark.spec("DASH-28")
+async def test_an_agents_log_is_read_on_its_page(coordinator: Running, visit: Visit) -> None:
+    async with StandIn() as ollama:
+        agent = await coordinator.register(ollama, "ours", agent_version="0.1.0")
+        await visit.open(f"agents/{agent}")
+        log = visit.page.locator("details", has_text="The agent's own log")
+        await log.locator("summary").click()
+        await expect(log).to_contain_text("within ten seconds")
+        line = {"number": 5, "at": "2026-01-01T00:00:00Z", "level": "warning", "text": "<b>hm</b>"}
+        sent = {"lines": [line], "server": ["<i>listening</i>"]}
+        url = f"{coordinator.url}/api/agents/{agent}/log"
+        async with coordinator.session.post(url, json=sent) as response:
+            assert response.status == 204
+        await expect(log.locator("ol li")).to_contain_text("<b>hm</b>")
+        await expect(log.locator("pre")).to_have_text("<i>listening</i>")
+
+
 FIRST_ROWS = """
 new MutationObserver(() => {
   window.firstRows ||= document.querySelectorAll("tr.agent-row").length;

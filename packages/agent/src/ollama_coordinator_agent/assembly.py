@@ -1,6 +1,7 @@
 """Where the agent's parts meet; the only place that knows all of them."""
 
 import asyncio
+import logging
 import platform
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +20,7 @@ from .metrics import Meter
 from .network import netloc, reachable
 from .ollama import Ollama
 from .reach import Reach
+from .recent import Logs, Recent
 from .relay import Relay, parse_networks
 from .serve import ServeCommand, find_binary
 from .server_settings import model_folders, serve_host
@@ -72,6 +74,9 @@ async def assembled(
     relay = Relay(host, config.ollama_port, parse_networks(config.relay_allow))
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one(state.lock_file))
+        recent = Recent()
+        logging.getLogger().addHandler(recent)
+        stack.callback(logging.getLogger().removeHandler, recent)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
         stack.enter_context(meter)
@@ -98,6 +103,7 @@ async def assembled(
             relay=relay,
             meter=meter,
             state=state,
+            logs=Logs(recent, state.log_file),
             machine_name=machine_name(config),
             changed=changed,
             pace=pace or Pace(),

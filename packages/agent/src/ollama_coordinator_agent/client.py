@@ -11,6 +11,7 @@ CoordinatorError
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -18,10 +19,13 @@ import msgspec
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import (
     AgentView,
+    HealthReply,
     HealthReport,
+    LogReport,
     RegisterReply,
     RegisterRequest,
 )
+from ollama_coordinator_common.types import AgentId
 
 # aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is yarl's and idna's
 # complaint about a host name that cannot be encoded.
@@ -82,7 +86,7 @@ class CoordinatorClient:
         self._check(status, body)
         return self._decode(body, RegisterReply)
 
-    async def report(self, report: HealthReport) -> None:
+    async def report(self, report: HealthReport) -> HealthReply:
         """Send one heartbeat.
 
         Raises:
@@ -93,6 +97,19 @@ class CoordinatorClient:
         if status == 404:
             raise Forgotten("the coordinator does not know this agent (any more)")
         self._check(status, body)
+        try:
+            return msgspec.json.decode(body, type=HealthReply)
+        except msgspec.DecodeError:
+            return HealthReply()  # it was taken; what else is said there is not for us
+
+    async def send_log(self, agent_id: AgentId, report: LogReport) -> None:
+        """Send what the coordinator asked for of the logs.
+
+        Raises:
+            CoordinatorError: see the module's tree; never `Forgotten`.
+        """
+        path = f"/api/agents/{quote(agent_id, safe='')}/log"
+        self._check(*await self._call("POST", path, msgspec.json.encode(report)))
 
     async def agents(self) -> list[AgentView]:
         """All agents that the coordinator knows.

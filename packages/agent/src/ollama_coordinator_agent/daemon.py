@@ -8,7 +8,7 @@ import asyncio
 import logging
 import platform
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 
 from ollama_coordinator_common.config import AgentConfig
 from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS, HealthReport, RegisterRequest
@@ -26,6 +26,7 @@ from .display import Snapshot
 from .metrics import Meter
 from .pacing import Backoff, Reminder, forever
 from .reach import Offer, Reach
+from .recent import Logs
 from .relay import Relay
 from .state import State
 from .watch import Watch
@@ -42,6 +43,7 @@ class Pace(Struct, frozen=True, kw_only=True):
     rejected: float = 60.0
     first_look: float = 2.0
     goodbye: float = 2.0
+    watched: float = 2.0
 
 
 class Daemon:
@@ -57,6 +59,7 @@ class Daemon:
         relay: Relay,
         meter: Meter,
         state: State,
+        logs: Logs,
         machine_name: str,
         changed: asyncio.Event,
         pace: Pace,
@@ -71,6 +74,7 @@ class Daemon:
         self._meter = meter
         self._client = client
         self._state = state
+        self._logs = logs
         self._changed = changed
         self._pace = pace
         self._machine_id = state.machine_id()
@@ -128,7 +132,10 @@ class Daemon:
             self._changed.clear()
             next_at = loop.time() + self._pace.heartbeat
             try:
-                await self._client.report(self._report(agent_id))
+                reply = await self._client.report(self._report(agent_id))
+                if reply.log_after is not UNSET:
+                    await self._client.send_log(agent_id, await self._logs.news(reply.log_after))
+                    next_at = min(next_at, loop.time() + self._pace.watched)
             except Forgotten:
                 raise
             except CoordinatorError as exc:

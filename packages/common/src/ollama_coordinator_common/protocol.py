@@ -95,9 +95,33 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
 
 
 class HealthReply(Struct, frozen=True):
-    """The coordinator's answer to a heartbeat."""
+    """The coordinator's answer to a heartbeat.
+
+    `log_after`: somebody looks at the agent's log, and lines with greater numbers are wanted.
+    """
 
     status: str = "ok"
+    log_after: int | UnsetType = UNSET
+
+
+class LogLine(Struct, frozen=True):
+    """One record of an agent's log; `number` grows from line to line, also over restarts."""
+
+    number: int
+    at: datetime
+    level: str
+    text: str
+
+
+class LogReport(Struct, frozen=True, omit_defaults=True):
+    """`POST /api/agents/{id}/log`: what the coordinator asked for.
+
+    `server` is the end of what the `ollama serve` wrote that the agent started, `None` while that
+    has not changed or there is none.
+    """
+
+    lines: list[LogLine] = []
+    server: list[str] | None = None
 
 
 class AgentOperation(Struct, frozen=True):

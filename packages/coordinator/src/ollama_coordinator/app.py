@@ -15,8 +15,10 @@ from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import tuning
+from .agent_logs import AgentLogs
 from .api import Handlers, routes
 from .api.agent import AgentsApi
+from .api.agent_log import AgentLogApi
 from .api.cors import Cors
 from .api.dialects import SURFACES
 from .api.explain import ExplainApi
@@ -80,7 +82,11 @@ class Coordinator:
             self.store,
             self.clock,
         )
-        self.health = HealthApi(self.registry, self.dispatch, self.keeper, self.store, self.clock)
+        logs = AgentLogs()
+        self.agent_log = AgentLogApi(self.registry, logs, self.clock)
+        self.health = HealthApi(
+            self.registry, self.dispatch, self.keeper, self.store, self.clock, logs
+        )
         self.agents = AgentsApi(
             self.registry,
             self.dispatch,
@@ -198,6 +204,7 @@ class Coordinator:
         ]
         return Handlers(
             agents=self.agents,
+            agent_log=self.agent_log,
             explain=ExplainApi(self.scheduler, SURFACES[0], self.clock),
             health=self.health,
             models=self.models,

@@ -6,6 +6,7 @@ from msgspec import Struct
 from starlette.routing import BaseRoute, Route
 
 from .agent import AgentsApi
+from .agent_log import AgentLogApi
 from .explain import ExplainApi
 from .health import HealthApi
 from .models import ModelsApi
@@ -18,6 +19,7 @@ class Handlers(Struct, frozen=True):
     """The handlers that the routes lead to."""
 
     agents: AgentsApi
+    agent_log: AgentLogApi
     explain: ExplainApi
     health: HealthApi
     models: ModelsApi
@@ -46,6 +48,8 @@ def listed(to: Handlers) -> list[BaseRoute]:
         Route("/api/agents/{agent_id}", to.agents.show, methods=["GET"]),
         Route("/api/agents/{agent_id}", to.agents.change, methods=["PATCH"]),
         Route("/api/agents/{agent_id}", to.agents.remove, methods=["DELETE"]),
+        Route("/api/agents/{agent_id}/log", to.agent_log.show, methods=["GET"]),
+        Route("/api/agents/{agent_id}/log", to.agent_log.take, methods=["POST"]),
         Route("/api/explain", to.explain.explain, methods=["POST"]),
         Route("/api/estimates", to.explain.estimates, methods=["GET"]),
         Route("/api/health", to.health.heartbeat, methods=["POST"]),

@@ -5,6 +5,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.agent_logs import AgentLogs
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
@@ -33,8 +34,15 @@ class HealthApi:
     """The handlers of heartbeats and of the coordinator's own health."""
 
     def __init__(
-        self, registry: Registry, dispatch: Dispatch, keeper: Keeper, store: Store, clock: Clock
+        self,
+        registry: Registry,
+        dispatch: Dispatch,
+        keeper: Keeper,
+        store: Store,
+        clock: Clock,
+        logs: AgentLogs,
     ) -> None:
+        self._logs = logs
         self._registry = registry
         self._dispatch = dispatch
         self._keeper = keeper
@@ -64,7 +72,8 @@ class HealthApi:
         else:
             self._keeper.keep_seen(agent)
         self._dispatch.plan()
-        return reply(HealthReply())
+        log_after = self._logs.wanted_after(agent.id, now)
+        return reply(HealthReply() if log_after is None else HealthReply(log_after=log_after))
 
     @operation("Whether the coordinator works", gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:

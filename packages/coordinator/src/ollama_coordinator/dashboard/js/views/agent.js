@@ -7,6 +7,7 @@ import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../f
 import { store } from "../store.js";
 import { agentPill, empty, fact } from "../parts/bits.js";
 import { aboutText, slotDots } from "../parts/agent-card.js";
+import { agentLog } from "../parts/agent-log.js";
 import { drain, edit, remove } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
 import { memoryBars } from "../parts/memory.js";
@@ -40,7 +41,7 @@ class AgentView extends View {
       h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
       h("h2.section", null, "Last requests", h("a.small.more", { href: `#/history?agent=${encodeURIComponent(this.argument)}` }, "All of them")),
       box(["Ended", "Model", "Result", "Agent", "Client", "Waited", "First token", "Prompt", "Tokens", "Tokens/s", "Took"], this.requests),
-      h("h2.section", null, "Log"), this.events);
+      h("h2.section", null, "Log"), this.events, agentLog(this.stopping.signal, this.argument));
     this.gone = h("div", { hidden: true }, empty("offline", "This agent is not registered", h("p", null, "It was removed, or the address is wrong."), h("a.button", { href: "#/fleet" }, "To the fleet")));
     this.append(h("p.small", null, h("a", { href: "#/fleet" }, "← Fleet")), head, this.gone, this.content);
     const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);

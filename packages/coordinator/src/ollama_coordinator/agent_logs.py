@@ -1,0 +1,94 @@
+"""The agents' own logs, while somebody looks: asked for by the answers to heartbeats.
+
+An agent cannot be called, it calls. So a look at its log is noted here, the answer to its next
+heartbeat says what is wanted, and the agent sends its lines. Nothing is kept once nobody looks.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from datetime import datetime
+
+from msgspec import Struct, field
+
+from ollama_coordinator_common.protocol import LogLine, LogReport
+from ollama_coordinator_common.types import AgentId
+
+LINES = 500
+LINE_CHARACTERS = 2000
+LOOKING_SECONDS = 30.0
+"""How long after the last question somebody is taken to look still."""
+
+
+class LogView(Struct, frozen=True):
+    """`GET /api/agents/{id}/log`. `asked_seconds` is since when it is being asked for.
+
+    `told_at` is when the agent last sent something, `None` until it has. `sends`: whether there is
+    an agent of ours at all. `server` is what the `ollama serve` wrote that the agent started.
+    """
+
+    sends: bool
+    asked_seconds: float
+    told_at: datetime | None = None
+    lines: list[LogLine] = []
+    server: list[str] | None = None
+
+
+class Looked(Struct):
+    """One agent's log while somebody looks; monotonic seconds."""
+
+    since: float
+    until: float
+    told_at: datetime | None = None
+    lines: deque[LogLine] = field(default_factory=lambda: deque(maxlen=LINES))
+    server: list[str] | None = None
+
+
+class AgentLogs:
+    """Who is looked at, and what it sent."""
+
+    def __init__(self) -> None:
+        self._looked: dict[AgentId, Looked] = {}
+
+    def look(self, agent_id: AgentId, now: float, *, sends: bool) -> LogView:
+        """Somebody looks at an agent's log: what is known of it by now."""
+        for known in [one for one, looked in self._looked.items() if looked.until <= now]:
+            del self._looked[known]
+        if not sends:
+            return LogView(sends=False, asked_seconds=0.0)
+        looked = self._looked.setdefault(agent_id, Looked(now, now))
+        looked.until = now + LOOKING_SECONDS
+        return LogView(
+            sends=True,
+            asked_seconds=now - looked.since,
+            told_at=looked.told_at,
+            lines=list(looked.lines),
+            server=looked.server,
+        )
+
+    def wanted_after(self, agent_id: AgentId, now: float) -> int | None:
+        """Lines with numbers beyond this are wanted, 0 for all; `None` while nobody looks."""
+        looked = self._looked.get(agent_id)
+        if looked is None or looked.until <= now:
+            return None
+        if looked.told_at is None:
+            return 0
+        return looked.lines[-1].number if looked.lines else 1
+
+    def take(self, agent_id: AgentId, report: LogReport, at: datetime) -> None:
+        """What an agent sent; thrown away when nobody looks any more."""
+        looked = self._looked.get(agent_id)
+        if looked is None:
+            return
+        last = looked.lines[-1].number if looked.lines else 0
+        looked.lines.extend(_cut(line) for line in report.lines if line.number > last)
+        if report.server is not None:
+            looked.server = [text[:LINE_CHARACTERS] for text in _last(report.server)]
+        looked.told_at = at
+
+
+def _cut(line: LogLine) -> LogLine:
+    return LogLine(line.number, line.at, line.level[:20], line.text[:LINE_CHARACTERS])
+
+
+def _last(texts: Iterable[str]) -> list[str]:
+    return list(texts)[-LINES:]

@@ -1,0 +1,36 @@
+"""`/api/agents/{id}/log`: an agent's own log, for who looks and from the agent that sends it."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.agent_logs import AgentLogs
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.protocol import LogReport
+
+from .wire import decode, reply
+
+_report = msgspec.json.Decoder(LogReport)
+
+
+class AgentLogApi:
+    """The handlers of the agents' logs."""
+
+    def __init__(self, registry: Registry, logs: AgentLogs, clock: Clock) -> None:
+        self._registry = registry
+        self._logs = logs
+        self._clock = clock
+
+    async def show(self, request: Request) -> Response:
+        """`GET`: what is known of it; a first question is what makes the agent send it."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        sends = agent.registration.agent_version is not None
+        return reply(self._logs.look(agent.id, self._clock.now(), sends=sends))
+
+    async def take(self, request: Request) -> Response:
+        """`POST`: the agent sends what was wanted."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        report = await decode(_report, request)
+        self._logs.take(agent.id, report, self._clock.utc(self._clock.now()))
+        return Response(status_code=204)

@@ -1,0 +1,65 @@
+/** An agent's own log, asked for while it is open: the agent sends it with its next heartbeats. */
+
+import { get, path } from "../api.js";
+import { h, setText } from "../dom.js";
+import { fullTime, time } from "../format.js";
+
+const REFRESH_MS = 2500;
+const LONG_SECONDS = 30;
+
+/**
+ * @param {AbortSignal} signal ends the questions
+ * @param {string} agent its id
+ */
+export function agentLog(signal, agent) {
+  const lines = h("ol.events.log");
+  const server = h("pre.log", { tabindex: "0" });
+  const state = h("p.muted.small", { role: "status" });
+  const serverTitle = h("h3", { hidden: true }, "What its ollama serve wrote");
+  const box = h("details.card.stack", null, h("summary", null, "The agent's own log"), state, lines, serverTitle, server);
+  let last = 0;
+  const look = async () => {
+    if (!box.open || document.hidden || signal.aborted) return;
+    try {
+      const told = await get(path(["api", "agents", agent, "log"]));
+      setText(state, stateText(told));
+      last = showLines(lines, told.lines, last);
+      serverTitle.hidden = server.hidden = !told.server;
+      showServer(server, (told.server ?? []).join("\n"));
+    } catch (error) {
+      setText(state, error.message);
+    }
+  };
+  box.addEventListener("toggle", look);
+  const timer = setInterval(look, REFRESH_MS);
+  signal.addEventListener("abort", () => clearInterval(timer));
+  server.hidden = true;
+  return box;
+}
+
+function stateText(told) {
+  if (!told.sends) return "There is no agent of ours on that machine, so there is no log to show.";
+  if (told.told_at) return `The last ${told.lines.length} lines. Last sent at ${time(told.told_at)}; new ones follow while this is open.`;
+  if (told.asked_seconds > LONG_SECONDS) return "The agent does not send it. It is away, or older than this coordinator.";
+  return "Asked. The agent sends it with its next heartbeat, within ten seconds.";
+}
+
+/** Lines are only ever added at the end; `last` is the number of the newest that is shown. */
+function showLines(list, lines, last) {
+  const atEnd = list.scrollTop + list.clientHeight >= list.scrollHeight - 8;
+  for (const line of lines) if (line.number > last) list.append(logRow(line));
+  while (list.childElementCount > Math.max(lines.length, 1)) list.firstElementChild.remove();
+  if (atEnd) list.scrollTop = list.scrollHeight;
+  return lines.at(-1)?.number ?? last;
+}
+
+function logRow(line) {
+  return h("li", { "data-level": line.level }, h("time", { title: fullTime(line.at) }, time(line.at)), h("span.mono.text", null, line.text));
+}
+
+function showServer(element, text) {
+  if (element.textContent === text) return;
+  const atEnd = element.scrollTop + element.clientHeight >= element.scrollHeight - 8;
+  setText(element, text);
+  if (atEnd) element.scrollTop = element.scrollHeight;
+}
