@@ -211,7 +211,7 @@ async def test_where_ours_does_not_fit_hypercorn_serves(
     shows: Shows, trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if trouble == "no httptools":
-        monkeypatch.setitem(sys.modules, "ollama_coordinator.http1.plug", None)
+        monkeypatch.setitem(sys.modules, "ollama_coordinator.http1.ours", None)
     elif trouble == "another worker":
         monkeypatch.setattr(worker, "TCPServer", type("TCPServer", (TCPServer,), {}))
     else:

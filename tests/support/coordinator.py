@@ -10,7 +10,7 @@ import aiohttp
 from hypercorn.config import Config
 
 from ollama_coordinator.app import Coordinator, create_app
-from ollama_coordinator.http1 import serve
+from ollama_coordinator.http1 import Door, serve
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.config import CoordinatorConfig
 
@@ -95,13 +95,20 @@ class Running:
 async def running(**settings: Any) -> AsyncIterator[Running]:
     """A coordinator with these settings, in memory unless `database_url` says otherwise."""
     settings.setdefault("database_url", "sqlite://:memory:")
-    app = create_app(CoordinatorConfig(**settings))
-    async with serving(app) as url, aiohttp.ClientSession() as session:
+    config = CoordinatorConfig(**settings)
+    app = create_app(config)
+    door = Door(stall_seconds=config.stall_timeout)
+    async with (
+        serving(app, config.http, door=door) as url,
+        aiohttp.ClientSession() as session,
+    ):
         yield Running(url, app.state.coordinator, session)
 
 
 @asynccontextmanager
-async def serving(app: Any, http: str = "auto", **settings: Any) -> AsyncIterator[str]:
+async def serving(
+    app: Any, http: str = "auto", *, door: Door | None = None, **settings: Any
+) -> AsyncIterator[str]:
     """Serve an ASGI application in this event loop, with these of Hypercorn's; yields its URL."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
@@ -111,7 +118,7 @@ async def serving(app: Any, http: str = "auto", **settings: Any) -> AsyncIterato
     config.bind = [f"fd://{sock.detach()}"]  # Hypercorn closes it
     config.errorlog = None
     stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, config, stop.wait, http=http))
+    server = asyncio.create_task(serve(app, config, stop.wait, http=http, door=door))
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession() as session:

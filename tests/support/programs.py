@@ -47,6 +47,12 @@ class Program:
         async with asyncio.timeout(seconds):
             return await self._process.wait()
 
+    async def says(self, text: str, seconds: float = 20.0) -> None:
+        """Wait until it has written something."""
+        async with asyncio.timeout(seconds):
+            while text not in self.output:
+                await asyncio.sleep(0.01)
+
     async def kill(self) -> None:
         """`kill -9`."""
         if self._process.returncode is None:

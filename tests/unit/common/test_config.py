@@ -91,6 +91,8 @@ def test_any_database_url_is_a_file_or_a_config_error(url: str) -> None:
         ("COORDINATOR_MAX_BODY_MIB", {"max_body_mebibytes": 0}),
         ("COORDINATOR_MAX_QUEUE", {"max_queue": -1}),
         ("COORDINATOR_DRAIN_TIMEOUT", {"drain_timeout": -0.5}),
+        ("COORDINATOR_STALL_TIMEOUT", {"stall_timeout": -1}),
+        ("COORDINATOR_BODY_TIMEOUT", {"body_timeout": float("inf")}),
         ("COORDINATOR_DRAIN_TIMEOUT", {"drain_timeout": float("nan")}),
         ("COORDINATOR_DRAIN_TIMEOUT", {"drain_timeout": float("inf")}),
         ("COORDINATOR_PORT", {"port": -1}),

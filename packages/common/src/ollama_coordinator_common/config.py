@@ -29,6 +29,8 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
     max_queue: int = 512
     max_body_mebibytes: int = 64
     drain_timeout: float = 300.0
+    stall_timeout: float = 300.0
+    body_timeout: float = 60.0
     history_rows: int = 100_000
     history_days: float = 30.0
     larger_context: bool = True
@@ -54,6 +56,8 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
         for variable, value in (
             ("COORDINATOR_MAX_QUEUE", self.max_queue),
             ("COORDINATOR_DRAIN_TIMEOUT", self.drain_timeout),
+            ("COORDINATOR_STALL_TIMEOUT", self.stall_timeout),
+            ("COORDINATOR_BODY_TIMEOUT", self.body_timeout),
             ("COORDINATOR_PULL_PATIENCE", self.pull_patience),
         ):
             if not 0 <= value < float("inf"):

@@ -24,6 +24,7 @@ from .api.dialects import SURFACES
 from .api.explain import ExplainApi
 from .api.health import HealthApi
 from .api.models import ModelsApi
+from .api.patience import Patience
 from .api.proxy import Proxy
 from .api.routing import NearMiss
 from .api.surface import Surface
@@ -231,7 +232,7 @@ def create_app(config: CoordinatorConfig) -> Starlette:
     listed = routes(coordinator.handlers())
     app = Starlette(
         routes=listed,
-        middleware=[Middleware(Cors, config.origins)],
+        middleware=[Middleware(Cors, config.origins), Middleware(Patience, config.body_timeout)],
         lifespan=lifespan,
         exception_handlers={
             OllamaCoordinatorError: _tell_error,

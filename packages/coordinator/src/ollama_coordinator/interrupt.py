@@ -9,7 +9,8 @@ class Interrupt:
 
     It works as `asyncio.timeout` does: the task is cancelled and the cancellation is turned into
     the exception when it leaves the block. A cancellation from elsewhere stays one. Firing before
-    the block starts ends it at its first step; firing after its end does nothing.
+    the block starts ends it at its first step; firing after its end does nothing. What happens
+    inside of the block while it ends sees a cancellation that has the exception's text.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class Interrupt:
             return
         self._exception = exception
         if self._task is not None:
-            self._task.cancel()
+            self._task.cancel(str(exception) or None)
 
     async def __aenter__(self) -> "Interrupt":
         if self._exception is not None:

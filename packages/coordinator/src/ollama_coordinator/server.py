@@ -1,7 +1,8 @@
 """Serving the application with Hypercorn: the sockets, the signals, and an orderly end.
 
 A request to stop closes the listening sockets at once; answers under way may go on for the drain
-time-out and are then ended with an error record. A second request to stop ends them now.
+time-out and are then ended with an error record. A second request to stop ends them now. Whatever
+clients do, what the coordinator consists of is closed in order at the end.
 """
 
 import asyncio
@@ -10,17 +11,18 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import FrameType
 
 from hypercorn.config import Config
-from hypercorn.utils import LifespanFailureError
+from starlette.applications import Starlette
 
 from ollama_coordinator_common.config import CoordinatorConfig
 from ollama_coordinator_common.error import ConfigError
 
 from .app import Coordinator, create_app
-from .http1 import serve
+from .descriptors import room
+from .http1 import Door, serve
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,12 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
 BACKLOG = 1024
 LAST_WORDS_SECONDS = 2.0
 """How long the error records that end the last answers may take to be sent."""
+
+ABORTED_SECONDS = 5.0
+"""How long the server may take to end once its connections are cut."""
+
+CLOSING_SECONDS = 60.0
+"""How long what the coordinator consists of may take to close; the last writes are among it."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -76,11 +84,14 @@ def _listener(family: int, address: object) -> socket.socket:
     return sock
 
 
-def hypercorn_config(sockets: list[socket.socket]) -> Config:
-    """Hypercorn's settings; it takes the sockets over and closes them."""
+def hypercorn_config(sockets: list[socket.socket], at_once: int) -> Config:
+    """Hypercorn's settings; it takes the sockets over and closes them.
+
+    `at_once`: how many connections may be accepted before any of them is looked at.
+    """
     config = Config()
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
-    config.backlog = BACKLOG
+    config.backlog = min(BACKLOG, at_once)
     config.keep_alive_timeout = 75
     config.keep_alive_max_requests = 1_000_000_000
     config.h11_max_incomplete_size = 64 * 1024
@@ -98,29 +109,68 @@ async def run(config: CoordinatorConfig) -> None:
     """
     app = create_app(config)
     coordinator: Coordinator = app.state.coordinator
+    # Hypercorn skips the end of a lifespan when it is made to stop; ours is held here.
+    app.router.lifespan_context = _held_elsewhere
     _collect_seldom()
-    server = hypercorn_config(listen(config.host, config.port))
     stop = Stop()
+    with contextlib.ExitStack() as sockets, stop.on_signals():
+        listening = listen(config.host, config.port)
+        for sock in listening:
+            sockets.enter_context(sock)
+        async with _running(coordinator):
+            await _serve(app, coordinator, stop, listening)
+
+
+@contextlib.asynccontextmanager
+async def _held_elsewhere(app: Starlette) -> AsyncIterator[None]:
+    yield
+
+
+@contextlib.asynccontextmanager
+async def _running(coordinator: Coordinator) -> AsyncIterator[None]:
+    """The coordinator's parts, open during the block and closed after it, however it ends."""
+    try:
+        async with asyncio.timeout(None) as closing, coordinator.running():
+            try:
+                yield
+            finally:
+                closing.reschedule(asyncio.get_running_loop().time() + CLOSING_SECONDS)
+    except TimeoutError:
+        log.error("not everything could be closed", extra={"within_seconds": CLOSING_SECONDS})
+
+
+async def _serve(
+    app: Starlette, coordinator: Coordinator, stop: "Stop", listening: list[socket.socket]
+) -> None:
+    config, allowed = coordinator.config, room()
+    door = Door(most=allowed.connections, stall_seconds=config.stall_timeout)
+    server = hypercorn_config(listening, allowed.at_once)
 
     async def asked() -> None:
         await stop.asked.wait()
         # Hypercorn reads it from now on; it may have been changed while serving.
-        server.graceful_timeout = coordinator.config.drain_timeout + LAST_WORDS_SECONDS
+        patience = coordinator.config.drain_timeout + LAST_WORDS_SECONDS + ABORTED_SECONDS
+        server.graceful_timeout = patience
 
-    with stop.on_signals():
-        log.info("coordinator listens", extra={"host": config.host, "port": config.port})
-        serving = asyncio.create_task(serve(app, server, asked, http=config.http))
-        ending = asyncio.create_task(_end_in_order(coordinator, stop, serving))
-        try:
-            await serving
-        except LifespanFailureError as exc:
-            raise coordinator.failure or exc from exc
-        except asyncio.CancelledError:
-            if not ending.done():
-                raise
-        finally:
-            ending.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
+    log.info(
+        "coordinator listens",
+        extra={"host": config.host, "port": config.port, "connections": allowed.connections},
+    )
+    serving = asyncio.create_task(serve(app, server, asked, http=config.http, door=door))
+    ending = asyncio.create_task(_end_in_order(coordinator, stop, door))
+    try:
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
+        if not serving.done():
+            log.warning("the server does not end by itself; it is made to")
+            serving.cancel()
+            await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
+        if serving.done() and not serving.cancelled():
+            serving.result()
+    finally:
+        serving.cancel()
+        ending.cancel()
+        await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
 
 
 def _collect_seldom() -> None:
@@ -160,7 +210,7 @@ class Stop:
                 signal.signal(number, handler)
 
 
-async def _end_in_order(coordinator: Coordinator, stop: Stop, serving: asyncio.Task[None]) -> None:
+async def _end_in_order(coordinator: Coordinator, stop: Stop, door: Door) -> None:
     await stop.asked.wait()
     coordinator.begin_stopping()
     under_way = len(list(coordinator.scheduler.leases()))
@@ -173,5 +223,5 @@ async def _end_in_order(coordinator: Coordinator, stop: Stop, serving: asyncio.T
             await stop.insisted.wait()
     coordinator.stop_serving("the coordinator is shutting down")
     await asyncio.sleep(LAST_WORDS_SECONDS)
-    # Only a client that does not read its answer is still there.
-    serving.cancel()
+    # Only a client that does not read its answer is still there. Closing would wait for it.
+    door.end_all("the coordinator is shutting down")

@@ -67,6 +67,20 @@ SETTINGS = (
         "s",
     ),
     Setting(
+        "stall_timeout",
+        "stall_timeout",
+        "COORDINATOR_STALL_TIMEOUT",
+        "How long a client may take nothing of its answer",
+        "s",
+    ),
+    Setting(
+        "body_timeout",
+        "body_timeout",
+        "COORDINATOR_BODY_TIMEOUT",
+        "How long nothing may come of a request's body",
+        "s",
+    ),
+    Setting(
         "larger_context",
         "larger_context",
         "COORDINATOR_LARGER_CONTEXT",

@@ -20,9 +20,9 @@ async def until_departure(receive: Receive) -> AsyncIterator[None]:
     departure = Interrupt()
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
+        while (message := await receive())["type"] != "http.disconnect":
             pass
-        departure.fire(ClientLeft())
+        departure.fire(ClientLeft(message.get("reason", "")))
 
     watcher = asyncio.create_task(watch())
     try:

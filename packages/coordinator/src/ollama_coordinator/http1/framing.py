@@ -1,5 +1,6 @@
 """How an answer is put on the wire: its head, and where its body ends."""
 
+import json
 import time
 from collections.abc import Iterable
 from enum import Enum
@@ -22,12 +23,20 @@ class Refusal(Exception):
         self.status = status
 
     def answer(self, common: bytes) -> bytes:
-        """The whole answer; its text is shaped as Ollama's server shapes it."""
-        status = f"{self.status} {HTTPStatus(self.status).phrase}"
-        body = f"{status}: {self}".encode()
-        return b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n%b\r\n%b" % (
+        """The whole answer; its text is shaped as Go's HTTP server shapes it."""
+        text = f"{self.status} {HTTPStatus(self.status).phrase}: {self}"
+        return self._whole(common, b"text/plain; charset=utf-8", text.encode())
+
+    def in_json(self, common: bytes) -> bytes:
+        """The whole answer; its text is shaped as Ollama shapes errors."""
+        body = json.dumps({"error": str(self)}, ensure_ascii=False)
+        return self._whole(common, b"application/json; charset=utf-8", body.encode())
+
+    def _whole(self, common: bytes, kind: bytes, body: bytes) -> bytes:
+        return b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%b\r\n%b" % (
             status_line(self.status),
             common,
+            kind,
             len(body),
             CLOSE,
             body,

@@ -1,14 +1,15 @@
-"""Our HTTP/1 in the place of Hypercorn's, for which Hypercorn has no public hook.
+"""Our part in Hypercorn's server, for which it has no public hook.
 
 Its worker looks up by name what serves a connection: `hypercorn.asyncio.run.TCPServer`, called with
 the application, the loop, the settings, the worker's context, the lifespan's state and the streams,
-and awaited. While a server of ours runs, that name leads here; connections of other servers in the
-process go on to Hypercorn's own. Importing this module fails where one of its parts is missing.
+and awaited. While a server of ours runs, that name leads here: every connection passes its door,
+and is then served by our HTTP/1 or by Hypercorn's own. Connections of other servers in the process
+go on to Hypercorn's. Importing this module fails where one of its parts is missing.
 """
 
 import asyncio
 import inspect
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -17,13 +18,26 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.typing import AppWrapper, LifespanState
-from starlette.types import ASGIApp, Scope
+from msgspec import Struct
 
-from .connection import Connection, Shared
+from .door import VISIT, Door
+from .framing import Refusal
 
 PARAMETERS = ["app", "loop", "config", "context", "state", "reader", "writer"]
 
-_ours: dict[Config, Shared] = {}
+Serve = Callable[
+    [WorkerContext, LifespanState, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
+]
+
+
+class _Ours(Struct, frozen=True):
+    """One running server: its door, and who serves what comes through it (`None`: Hypercorn)."""
+
+    door: Door
+    serve: Serve | None
+
+
+_ours: dict[Config, _Ours] = {}
 
 
 def fits() -> bool:
@@ -34,12 +48,12 @@ def fits() -> bool:
 
 
 @contextmanager
-def plugged(app: ASGIApp, config: Config) -> Iterator[Shared]:
-    """Have Hypercorn serve `app` with our HTTP/1 wherever it is given `config`."""
-    shared = _ours[config] = Shared(app, config)
+def plugged(config: Config, door: Door, serve: Serve | None) -> Iterator[None]:
+    """Have Hypercorn serve what comes through `door`, wherever it is given `config`, by `serve`."""
+    _ours[config] = _Ours(door, serve)
     vars(worker)["TCPServer"] = _serve_connection
     try:
-        yield shared
+        yield
     finally:
         del _ours[config]
         if not _ours:
@@ -55,32 +69,32 @@ async def _serve_connection(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    shared = _ours.get(config)
-    if shared is None or writer.get_extra_info("ssl_object") is not None:
+    ours = _ours.get(config)
+    if ours is None:
         await TCPServer(app, loop, config, context, state, reader, writer)
         return
+    serve = ours.serve if writer.get_extra_info("ssl_object") is None else None
     transport = cast(asyncio.Transport, writer.transport)
-    scope = _scope(transport, config, state)
-    connection = Connection(shared, context, transport, scope)
-    transport.set_protocol(connection)
-    # Nothing has come so early, as event loops are; what had would otherwise be lost.
-    reader.feed_eof()
-    await connection.run(await reader.read())
+    visit = ours.door.enter(transport, reader if serve is None else None)
+    if visit is None:
+        await ours.door.turn_away(_no_room(config), reader, writer)
+        return
+    state = LifespanState({**state, VISIT: visit})
+    try:
+        if serve is not None:
+            await serve(context, state, reader, writer)
+        else:
+            await TCPServer(app, loop, config, context, state, reader, writer)
+    finally:
+        # Hypercorn lets go of a connection that does not close when it is cancelled twice.
+        transport.abort()
+        ours.door.leave(visit)
 
 
-def _scope(transport: asyncio.Transport, config: Config, state: LifespanState) -> Scope:
-    """What the requests of a connection have in common."""
-    return {
-        "type": "http",
-        "asgi": {"spec_version": "2.1", "version": "3.0"},
-        "scheme": "http",
-        "root_path": config.root_path,
-        "client": _address(transport, "peername"),
-        "server": _address(transport, "sockname"),
-        "state": state,
-    }
+RETRY_AFTER_SECONDS = 5
 
 
-def _address(transport: asyncio.Transport, which: str) -> tuple[str, int] | None:
-    address = transport.get_extra_info(which)
-    return (address[0], address[1]) if isinstance(address, tuple) else None
+def _no_room(config: Config) -> bytes:
+    headers = [*config.response_headers("h11"), (b"retry-after", b"%d" % RETRY_AFTER_SECONDS)]
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return Refusal(503, "there is no room for another connection; try again").in_json(lines)

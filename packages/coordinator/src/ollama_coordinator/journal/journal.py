@@ -155,7 +155,7 @@ class Journal:
             return self._status_of(raised), str(raised)
         if isinstance(raised, Exception):
             return 500, "internal error; the coordinator's log has it"
-        return CLIENT_LEFT, "the client left"
+        return CLIENT_LEFT, str(raised) or "the client left"
 
     # ── what people ask ───────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,52 @@
+"""How long a request may take to come, and what is known of a departure.
+
+ASGI middleware: it reads none of the bytes.
+"""
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ollama_coordinator.http1.door import VISIT, Visit
+
+from .wire import HttpError
+
+
+class Patience:
+    """Who waits for a body of which nothing comes for `body_seconds` (0: ever) gets a 408."""
+
+    def __init__(self, app: ASGIApp, body_seconds: float) -> None:
+        self._app = app
+        self._body_seconds = body_seconds or None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await self._app(scope, self._patient(scope, receive), send)
+
+    def _patient(self, scope: Scope, receive: Receive) -> Receive:
+        is_whole = False
+
+        async def patient() -> Message:
+            nonlocal is_whole
+            if is_whole:
+                message = await receive()
+            else:
+                message = await self._part(receive)
+                is_whole = not message.get("more_body", False)
+            if message["type"] == "http.disconnect":
+                visit: Visit | None = scope.get("state", {}).get(VISIT)
+                message = {**message, "reason": visit.reason if visit is not None else ""}
+            return message
+
+        return patient
+
+    async def _part(self, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return await receive()
+        except TimeoutError as exc:
+            text = f"nothing came of the request's body for {self._body_seconds:g} s"
+            raise HttpError(408, text) from exc

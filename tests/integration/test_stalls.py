@@ -1,0 +1,201 @@
+"""Clients that stay connected and do not do their part: they are waited for, but not for ever."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollama_coordinator.descriptors import within
+from ollama_coordinator.http1 import CHOICES, Door
+from support import deaf, programs
+from support.asgi import Client, Shows, connection
+from support.coordinator import Running, running, serving
+
+BOTH = pytest.mark.parametrize("http", CHOICES)
+
+
+@pytest.fixture
+async def coordinator(http: str) -> AsyncIterator[Running]:
+    """A coordinator whose patience is short."""
+    async with running(http=http, stall_timeout=0.5, body_timeout=0.5) as coordinator:
+        yield coordinator
+
+
+async def last(coordinator: Running) -> dict[str, Any]:
+    """The last request that ended."""
+    ended = coordinator.parts.observation.journal.recent
+    await coordinator.until(lambda: ended)
+    return {"status": ended[-1].request.status.value, "error": ended[-1].request.error}
+
+
+# ── an answer that is not read ────────────────────────────────────────────────────────────────
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-18")
+async def test_an_answer_that_nobody_takes_ends_with_its_lease(coordinator: Running) -> None:
+    async with deaf.flooding() as ollama:
+        agent_id = await coordinator.register(ollama)
+        async with deaf.connected(coordinator.url, deaf.chat()) as sock:
+            await deaf.begins(sock)
+            await ollama.seen.wait_for(lambda seen: seen.cancelled == 1 and seen.active == 0)
+            await coordinator.until(coordinator.at_rest)
+            told = await last(coordinator)
+            assert told["status"] == "cancelled"
+            assert "took nothing of its answer for 0.5 s" in told["error"]
+            assert not coordinator.agent(agent_id).resting
+            got = await deaf.everything(sock)
+            assert not got.endswith(b"0\r\n\r\n")
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-18")
+async def test_who_takes_an_answer_slowly_gets_it(http: str) -> None:
+    shows, door = Shows(), Door(stall_seconds=0.6)
+    async with (
+        serving(shows, http, door=door) as url,
+        deaf.connected(url, b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n") as sock,
+    ):
+        # Too little at a time for the kernel to ask for more, and much longer than a stall lasts.
+        for _ in range(15):
+            await deaf.reads(sock, 64 * 1024)
+            await asyncio.sleep(0.1)
+        await deaf.reads(sock, 90 * 1024 * 1024)
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-18")
+async def test_a_stall_of_0_waits_for_ever(http: str) -> None:
+    async with running(http=http, stall_timeout=0) as coordinator, deaf.flooding() as ollama:
+        await coordinator.register(ollama)
+        async with deaf.connected(coordinator.url, deaf.chat()) as sock:
+            await deaf.begins(sock)
+            await asyncio.sleep(0.5)
+            assert not coordinator.at_rest()
+        await coordinator.until(coordinator.at_rest)
+
+
+# ── a request that does not come ──────────────────────────────────────────────────────────────
+
+
+BODY = json.dumps({"model": "llama3.2", "prompt": "hello"}).encode()
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-19")
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/api/generate", {"error": "nothing came of the request's body for 0.5 s"}),
+        ("/api/show", {"error": "nothing came of the request's body for 0.5 s"}),
+        ("/api/agents", {"error": "nothing came of the request's body for 0.5 s"}),
+        (
+            "/api/blobs/sha256:" + 64 * "a",
+            {"error": "nothing came of the request's body for 0.5 s"},
+        ),
+        ("/v1/completions", None),
+    ],
+)
+async def test_a_body_that_stands_still_is_answered_408(
+    coordinator: Running, path: str, told: dict[str, str] | None
+) -> None:
+    request = deaf.post(path, BODY[:10], length=1000)
+    async with connection(coordinator.url) as client:
+        client.send(request)
+        answer = await client.answer()
+        assert answer.status == 408
+        assert told in (None, answer.told)
+        assert "nothing came" in str(answer.told["error"])
+        assert await client.ends(5) == b""
+    await coordinator.until(coordinator.at_rest)
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-19")
+async def test_a_body_that_comes_slowly_is_taken(http: str) -> None:
+    async with running(http=http, body_timeout=0.4) as coordinator:
+        async with connection(coordinator.url) as client:
+            client.send(deaf.post("/api/generate", b"", length=len(BODY)))
+            for at in range(0, len(BODY), 5):
+                client.send(BODY[at : at + 5])
+                await asyncio.sleep(0.1)
+            # Read whole, and refused only because there is no agent.
+            assert (await client.answer()).status == 503
+
+
+async def is_served(url: str, path: bytes) -> bool:
+    """Whether a new connection is let in."""
+    async with connection(url) as client:
+        client.send(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        return await status(client) == 200
+
+
+# ── too many ──────────────────────────────────────────────────────────────────────────────────
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-23")
+async def test_one_connection_too_many_is_answered_503(http: str) -> None:
+    shows, door = Shows(), Door(most=2)
+    async with serving(shows, http, door=door) as url:
+        async with connection(url) as one, connection(url) as other:
+            for client in (one, other):
+                client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await client.answer()).status == 200
+            async with connection(url) as refused:
+                refused.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nabcde")
+                answer = await refused.answer()
+                assert answer.status == 503
+                assert int(answer.headers["retry-after"]) > 0
+                assert "try again" in answer.told["error"]
+                assert await refused.ends(5) == b""
+        async with asyncio.timeout(5):
+            while not await is_served(url, b"echo"):
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sockets are not limited by number there")
+@pytest.mark.spec("OPERATION-23")
+@BOTH
+async def test_more_clients_than_files_may_be_open_are_told(tmp_path: Path, http: str) -> None:
+    limited = ("sh", "-c", 'ulimit -n 128; exec "$@"', "sh")
+    settings = {
+        "COORDINATOR_HTTP": http,
+        "COORDINATOR_HOST": "127.0.0.1",
+        "COORDINATOR_PORT": str(port := programs.free_port()),
+        "DATABASE_URL": "sqlite://:memory:",
+    }
+    command = (*limited, programs.command("ollama-coordinator"))
+    url = f"http://127.0.0.1:{port}"
+    async with programs.program(tmp_path / "log", *command, **settings) as program:
+        await programs.answers(f"{url}/healthz", program)
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connection(url)) for _ in range(150)]
+            for client in clients:
+                client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            told = await asyncio.gather(*map(status, clients))
+            assert told.count(200) == within(128).connections
+            assert told.count(503) >= 32
+            # Who was let in first is still served, among them all.
+            served = clients[told.index(200)]
+            served.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await served.answer()).status == 200
+        async with asyncio.timeout(10):
+            while not await is_served(url, b"healthz"):
+                await asyncio.sleep(0.05)
+        assert "as many connections as there can be" in program.output
+        assert "out of system resource" not in program.output
+        assert "Traceback" not in program.output
+
+
+async def status(client: Client) -> int | None:
+    """What a connection is answered; `None` where it just ends."""
+    try:
+        return (await client.answer()).status
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
