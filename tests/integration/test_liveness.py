@@ -95,7 +95,8 @@ async def test_a_refused_agent_is_asked_again_by_probes_only(
 ) -> None:
     ollama.faults.fin()
     assert await served_by(coordinator, 12) == {"spare": 12}
-    assert ollama.seen.count("/api/chat") <= 1
+    # One request, and where it went out on a kept connection, once more on a new one.
+    assert ollama.seen.count("/api/chat") <= 2
 
 
 @pytest.mark.spec("FLEET-16")

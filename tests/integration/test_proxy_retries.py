@@ -180,3 +180,15 @@ async def test_a_client_sees_no_trace_of_a_retry(
                 lines = [json.loads(line) async for line in response.content]
             assert len({line["created_at"] for line in lines}) == len(lines)
             assert sum(line["done"] for line in lines) == 1
+
+
+@pytest.mark.spec("PROXY-25")
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_the_only_agent_may_close_a_kept_connection_under_a_request(
+    coordinator: Running, ollama: StandIn, how: How
+) -> None:
+    assert (await coordinator.chat())[0] == 200
+    getattr(ollama.faults, how)(paths=["/api/chat"], times=1)
+    assert (await coordinator.chat())[0] == 200
+    assert ollama.seen.count("/api/chat") == 3
+    assert not coordinator.agent(named(coordinator, "first")).resting

@@ -26,7 +26,7 @@ def test_a_tiny_limit_leaves_a_few() -> None:
 @pytest.mark.spec("OPERATION-23")
 def test_the_limit_is_raised_as_far_as_it_goes() -> None:
     code = "from ollama_coordinator.descriptors import room; print(room().connections)"
-    limited = 'ulimit -Hn 2000; ulimit -Sn 100; exec "$@"'
+    limited = 'ulimit -Sn 100; ulimit -Hn 2000; exec "$@"'
     done = subprocess.run(
         ["sh", "-c", limited, "sh", sys.executable, "-c", code],
         capture_output=True,

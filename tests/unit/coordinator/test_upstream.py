@@ -12,9 +12,9 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
+from ollama_coordinator.pool import LargeBody
 from ollama_coordinator.upstream import (
     Cut,
-    LargeBody,
     Unreachable,
     UpstreamError,
     Upstreams,
@@ -84,12 +84,12 @@ def test_every_error_class_of_the_library_is_among_the_examples() -> None:
 
 
 class Failing:
-    """Stands where the pool's session is and raises."""
+    """Stands where the pool is and raises."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    async def request(self, *arguments: object, **more: object) -> aiohttp.ClientResponse:
+    async def send(self, *arguments: object, **more: object) -> aiohttp.ClientResponse:
         raise self._error
 
 
@@ -98,7 +98,7 @@ async def test_no_error_of_the_library_escapes(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstreams = Upstreams()
-    monkeypatch.setattr(upstreams, "_session", Failing(error))
+    monkeypatch.setattr(upstreams, "_pool", Failing(error))
     with pytest.raises(Unreachable) as caught:
         async with upstreams.open("GET", "http://gpu-1:11434/"):
             pytest.fail("must not open")

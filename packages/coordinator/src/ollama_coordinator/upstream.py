@@ -10,28 +10,17 @@ UpstreamError
 import asyncio
 import errno
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 
 import aiohttp
-from aiohttp import AddrInfoType
-from aiohttp.abc import AbstractStreamWriter
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
+from .pool import CONNECT_SECONDS, Pool
+
 log = logging.getLogger(__name__)
-
-CONNECT_SECONDS = 3.0
-"""A machine on a network answers a connection within milliseconds or not at all."""
-
-KEEPALIVE_IDLE_SECONDS = 10
-KEEPALIVE_INTERVAL_SECONDS = 5
-KEEPALIVE_PROBES = 3
-UNACKNOWLEDGED_MILLISECONDS = 20_000
-
-Headers = list[tuple[str, str]]
 
 
 class UpstreamError(OllamaCoordinatorError):
@@ -54,28 +43,8 @@ class RequestCancelled(UpstreamError):
     """An operator ended the request; the agent is well."""
 
 
-class LargeBody(aiohttp.Payload):
-    """A request body sent in slices, so that neither a copy of it nor a long write is made."""
-
-    SLICE_BYTES = 256 * 1024
-
-    def __init__(self, value: bytes) -> None:
-        super().__init__(value, content_type="application/octet-stream")
-        self._size = len(value)
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        """Send it; waits whenever the agent does not keep up."""
-        whole = memoryview(self._value)
-        for start in range(0, len(whole), self.SLICE_BYTES):
-            await writer.write(whole[start : start + self.SLICE_BYTES])
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """The body as text; nobody here asks for it."""
-        return str(self._value, encoding, errors)
-
-
 class Upstreams:
-    """One pool of connections to all agents; open between `async with` only.
+    """What is asked of all agents, over one pool; open between `async with` only.
 
     There is no total and no read time-out: a cold load or a long prompt may be silent for minutes.
     A machine that vanished is noticed by TCP itself (keep-alive, unacknowledged data) and by the
@@ -83,20 +52,10 @@ class Upstreams:
     """
 
     def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+        self._pool = Pool()
 
     async def __aenter__(self) -> "Upstreams":
-        self._session = aiohttp.ClientSession(
-            auto_decompress=False,
-            # What an agent gives one client to remember is not for the next.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            connector=aiohttp.TCPConnector(
-                limit=0, socket_factory=_socket, keepalive_timeout=60, ttl_dns_cache=60
-            ),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            read_bufsize=2**18,
-        )
+        await self._pool.__aenter__()
         return self
 
     async def __aexit__(
@@ -105,8 +64,7 @@ class Upstreams:
         raised: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._pool.__aexit__(kind, raised, trace)
 
     @asynccontextmanager
     async def open(
@@ -128,16 +86,8 @@ class Upstreams:
         Raises:
             Unreachable: no headers arrived.
         """
-        if self._session is None:
-            raise RuntimeError("the upstream connections are not open")
         try:
-            response = await self._session.request(
-                method,
-                url,
-                headers=list(headers),
-                data=_payload(body) if stream is None else stream,
-                allow_redirects=False,
-            )
+            response = await self._pool.send(method, url, list(headers), body, stream)
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
             raise Unreachable(_reason(exc)) from exc
         try:
@@ -209,10 +159,6 @@ def _seen(closed: asyncio.Future[None]) -> None:
         closed.exception()
 
 
-def _payload(body: bytes) -> bytes | LargeBody | None:
-    return LargeBody(body) if len(body) > LargeBody.SLICE_BYTES else body or None
-
-
 _RESET = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
 
 
@@ -235,21 +181,3 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, ConnectionResetError) or getattr(exc, "errno", None) in _RESET:
         return "reset the connection"
     return str(exc) or type(exc).__name__
-
-
-def _socket(address: AddrInfoType) -> socket.socket:
-    """A socket that notices a vanished machine within half a minute, where the platform can."""
-    family, kind, protocol, _, _ = address
-    sock = socket.socket(family, kind, protocol)
-    sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
-        ("TCP_KEEPALIVE", KEEPALIVE_IDLE_SECONDS),
-        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
-    ):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return sock
