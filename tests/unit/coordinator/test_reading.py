@@ -337,3 +337,47 @@ async def test_a_body_that_grows_too_large_is_refused_at_once() -> None:
 async def test_a_client_that_leaves_in_the_middle_of_its_body_is_gone() -> None:
     with pytest.raises(ClientLeft):
         await read_body(receiving(part(b"ab", True), {"type": "http.disconnect"}), 9, None)
+
+
+# ── both ways of reading ──────────────────────────────────────────────────────────────────────
+
+SPELLED = st.sampled_from(
+    ["model", "Model", "MODEL", "prompt", "Prompt", "options", "keep_alive", "Keep_Alive", "other"]
+)
+VALUES = {
+    "model": st.sampled_from(["a", "b", "c"]),
+    "prompt": st.text("xyz ", max_size=60),
+    "options": st.fixed_dictionaries({"num_predict": st.integers(0, 99)}),
+    "keep_alive": st.sampled_from([0, "0s", "5m", -1]),
+    "other": st.none() | st.integers(),
+}
+MEMBERS = st.lists(SPELLED.flatmap(lambda key: st.tuples(st.just(key), VALUES[key.lower()])))
+
+
+def written(members: Sequence[tuple[str, Any]]) -> bytes:
+    """An object with these members, also where their keys are alike."""
+    pairs = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in members)
+    return ("{" + ", ".join(pairs) + "}").encode()
+
+
+@pytest.mark.spec("PROXY-21")
+@example([("model", "a"), ("Model", "b")])
+@example([("Model", "a"), ("model", "b")])
+@example([("model", "a"), ("Model", "b"), ("model", "c")])
+@example([("model", "a"), ("prompt", "x" * 60), ("Prompt", "")])
+@given(MEMBERS.map(lambda members: [*members, ("model", "d")]) | MEMBERS)
+def test_the_last_of_keys_alike_counts_however_it_is_read(members: list[tuple[str, Any]]) -> None:
+    last = {key.lower(): value for key, value in members}
+    if "model" not in last:
+        return
+    read = routing(written(members), GENERATE)
+    assert read.name == last["model"]
+    assert read.prompt_tokens == len(json.dumps(last.get("prompt", ""))) // 4 * ("prompt" in last)
+    assert read.output_limit == last.get("options", {}).get("num_predict")
+    slow = read_routing_slowly(written(members))
+    assert read == slow
+
+
+def read_routing_slowly(body: bytes) -> Routing:
+    """The same by the slow path, which what follows the first value leads to."""
+    return routing(body + b" and more", GENERATE)

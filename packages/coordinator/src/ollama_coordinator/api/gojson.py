@@ -41,7 +41,18 @@ def _whole_number(digits: str) -> int | float:
     return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_int=_whole_number)
+def _in_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand where they came last, for the last of those alike wins."""
+    members = dict(pairs)
+    if len(members) == len(pairs):
+        return members
+    last_first = dict(reversed(pairs))
+    return {key: members[key] for key in reversed(last_first)}
+
+
+_decoder = json.JSONDecoder(
+    parse_constant=_no_constant, parse_int=_whole_number, object_pairs_hook=_in_order
+)
 
 
 def first_value(body: bytes, empty: str) -> Any:
