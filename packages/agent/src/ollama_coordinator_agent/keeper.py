@@ -8,6 +8,7 @@ from msgspec import Struct
 from .ollama import Presence
 from .pacing import Backoff, Reminder
 from .serve import Child, ServeCommand
+from .server_log import keep_small
 from .state import ChildRecord, State
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ class Keeper:
             self._absent_since = None
             if presence is Presence.FOREIGN:
                 self._say(now, "another program has Ollama's port; set OLLAMA_PORT to Ollama's")
+
+    def trim_log(self) -> None:
+        """Keep the output of our server within bounds; it may block."""
+        if self.child is not None:
+            keep_small(self._state.log_file)
 
     async def stop(self, grace_seconds: float) -> None:
         """End the server, if it is ours."""

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from msgspec import Struct
 
 from .network import netloc
+from .server_log import fresh
 from .server_settings import serve_host
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class ServeCommand(Struct, frozen=True):
             OSError: the program or the log file cannot be opened, or it ended at once.
         """
         listen = netloc(serve_host(self.environ), self.port)
-        with _fresh_log(self.log_file) as output:
+        with fresh(self.log_file) as output:
             process = psutil.Popen(
                 [str(self.binary), "serve"],
                 env={**self.environ, "OLLAMA_HOST": listen},
@@ -146,14 +147,6 @@ class ServeCommand(Struct, frozen=True):
             return Child(process)
         except psutil.NoSuchProcess as exc:
             raise OSError(f"it ended at once; see {self.log_file}") from exc
-
-
-def _fresh_log(file: Path) -> IO[bytes]:
-    """An empty log file; the one of the previous start is kept beside it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        file.replace(file.with_suffix(".log.1"))
-    return file.open("ab")
 
 
 def _apart() -> dict[str, Any]:

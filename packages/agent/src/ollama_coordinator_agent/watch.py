@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,16 @@ class Facts(Struct, frozen=True):
 
 
 class WatchPace(Struct, frozen=True, kw_only=True):
-    """How often Ollama is looked at, and how long it may be silent or take to end, in seconds."""
+    """How often Ollama is looked at, and how long it may be silent or take to end, in seconds.
+
+    `output`: how often the size of its output is.
+    """
 
     look: float = 1.0
     tags: float = 2.0
     silence: float = 10.0
     stop: float = 10.0
+    output: float = 10.0
 
 
 class Watch:
@@ -94,11 +98,18 @@ class Watch:
         self._keeper.reclaim()
         try:
             async with asyncio.TaskGroup() as tasks:
-                for step in (self._watch_presence, self._watch_memory, self._watch_disk):
+                for step in self._steps():
                     tasks.create_task(forever(step))
         finally:
             if not self._keep_server:
                 await self._keeper.stop(self._pace.stop)
+
+    def _steps(self) -> list[Callable[[], Awaitable[float]]]:
+        return [self._watch_presence, self._watch_memory, self._watch_disk, self._watch_output]
+
+    async def _watch_output(self) -> float:
+        await asyncio.to_thread(self._keeper.trim_log)
+        return self._pace.output
 
     async def _watch_presence(self) -> float:
         loop = asyncio.get_running_loop()
