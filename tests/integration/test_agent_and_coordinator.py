@@ -1,6 +1,8 @@
 """The real agent program and the real coordinator, with nothing between them but the network."""
 
 import asyncio
+import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -73,3 +75,39 @@ async def test_an_agent_that_was_forgotten_registers_again(tmp_path: Path) -> No
             ollama.models.add(Model("news"))  # what it reports at once
             again = await view(coordinator, lambda agent: "news:latest" in agent["models"])
             assert again["machine_name"] == "real"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second loopback address")
+@pytest.mark.spec("FLEET-26")
+async def test_copies_of_one_disk_are_two_agents_and_told(tmp_path: Path) -> None:
+    async with running() as coordinator, StandIn() as here:
+        async with agent(tmp_path, coordinator.url, here) as program:
+            await view(coordinator, lambda agent: agent["cpu_usage"] is not None)
+            program.send(programs.TERMINATE)
+            assert await program.ended() == 0
+        other = tmp_path / "copy"
+        shutil.copytree(tmp_path, other)
+        async with (
+            StandIn(host="127.0.0.2", port=here.port) as there,
+            agent(tmp_path, coordinator.url, here, AGENT_IP_ADDRESS="127.0.0.1"),
+        ):
+            first = await view(coordinator, lambda agent: agent["status"] == "online")
+            async with agent(
+                other,
+                coordinator.url,
+                there,
+                AGENT_IP_ADDRESS="127.0.0.2",
+                OLLAMA_HOST="127.0.0.2",
+            ) as second:
+                await coordinator.until(lambda: len(coordinator.parts.registry) == 2, 20)
+                rows = await coordinator.get("/api/agents")
+                assert {row["ip_address"] for row in rows} == {"127.0.0.1", "127.0.0.2"}
+                assert all(row["machine_name"] == "real" for row in rows)
+                assert all("same machine id" in row["conflict"] for row in rows)
+                for _ in range(4):
+                    assert (await coordinator.chat())[0] == 200
+                second.send(programs.TERMINATE)
+                assert await second.ended() == 0
+            kept = await coordinator.get(f"/api/agents/{first['id']}")
+            assert kept["ip_address"] == "127.0.0.1"
+            assert kept["conflict"] is None

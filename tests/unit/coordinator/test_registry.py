@@ -5,12 +5,14 @@ from datetime import UTC, datetime
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from ollama_coordinator.registry import (
     AgentSettings,
     AgentState,
     Registration,
     Registry,
+    TwoMachines,
     UnknownAgent,
 )
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
@@ -33,8 +35,12 @@ def machine(
     port: int = 11434,
     machine_id: str | None = None,
     relay_port: int | None = None,
+    run: str | None = None,
+    before: str | None = None,
 ) -> RegisterRequest:
-    return RegisterRequest(name, address, "0.33.0", port, machine_id, relay_port)
+    """`run` and `before`: the instance ids of this run of the agent and of the one before."""
+    request = RegisterRequest(name, address, "0.33.0", port, machine_id, relay_port)
+    return structs.replace(request, instance_id=run, previous_instance_id=before)
 
 
 def register(registry: Registry, request: RegisterRequest, now: float = 0.0) -> Registration:
@@ -123,6 +129,72 @@ def test_namesakes_with_ids_are_separate_while_both_live(registry: Registry) -> 
     assert register(registry, machine("ubuntu", "10.0.0.1", machine_id="a")).agent is first
     again = register(registry, machine("ubuntu", "10.0.0.2", machine_id="b"), now=2.0)
     assert again.agent is second.agent
+
+
+HERE, THERE, ELSEWHERE = "10.0.0.1", "10.0.0.2", "10.0.0.3"
+
+
+def copy(address: str, run: str, before: str | None = None) -> RegisterRequest:
+    """A machine made of an image in which the agent had run."""
+    return machine("gpu", address, machine_id="image", run=run, before=before)
+
+
+@pytest.mark.spec("FLEET-26")
+def test_copies_of_one_disk_with_one_name_are_separate_while_both_live(registry: Registry) -> None:
+    one = register(registry, copy(HERE, "r1", "r0")).agent
+    other = register(registry, copy(THERE, "s1", "r0"), now=1.0)
+    assert other.created
+    for now in (2.0, 3.0):
+        assert register(registry, copy(HERE, "r1", "r0"), now=now).agent is one
+        assert register(registry, copy(THERE, "s1", "r0"), now=now).agent is other.agent
+    assert f"gpu at {THERE}" in (registry.conflict(one, 4.0) or "")
+    assert "remove its agent's state folder" in (registry.conflict(other.agent, 4.0) or "")
+    # Only while they live.
+    assert registry.conflict(one, 100.0) is None
+
+
+@pytest.mark.spec("FLEET-26")
+def test_copies_find_themselves_again_wherever_they_are_then(registry: Registry) -> None:
+    one = register(registry, copy(HERE, "r1", "r0")).agent
+    other = register(registry, copy(THERE, "s1", "r0"), now=1.0).agent
+    later = 1000.0
+    assert register(registry, copy(ELSEWHERE, "s2", "s1"), now=later).agent is other
+    assert register(registry, copy(THERE, "r2", "r1"), now=later).agent is one
+
+
+@pytest.mark.spec("FLEET-26")
+def test_an_image_of_a_running_machine_takes_nothing_from_it(registry: Registry) -> None:
+    original = register(registry, copy(HERE, "r1", "r0")).agent
+    assert register(registry, copy(THERE, "s1", "r1"), now=1.0).created
+    assert register(registry, copy(HERE, "r1", "r0"), now=2.0).agent is original
+
+
+@pytest.mark.spec("FLEET-26")
+def test_an_agent_that_starts_again_stays_itself(registry: Registry) -> None:
+    agent = register(registry, copy(HERE, "r1")).agent
+    assert register(registry, copy(HERE, "r2", "r1"), now=1.0).agent is agent
+    # Also without a memory, and at another address once the old one is silent.
+    assert register(registry, copy(HERE, "r3"), now=2.0).agent is agent
+    assert register(registry, copy(THERE, "r4", "r3"), now=100.0).agent is agent
+    # The same process may move at any time.
+    assert register(registry, copy(ELSEWHERE, "r4", "r3"), now=101.0).agent is agent
+    assert registry.conflict(agent, 101.0) is None
+
+
+@pytest.mark.spec("FLEET-26")
+def test_two_that_cannot_be_told_apart_are_refused(registry: Registry) -> None:
+    agent = register(registry, copy(HERE, "r1")).agent
+    assert register(registry, copy(HERE, "s1"), now=1.0).agent is agent
+    # The first one still lives: its report is not taken, whereupon it registers again.
+    stale = structs.replace(report(agent), instance_id="r1")
+    with pytest.raises(UnknownAgent):
+        registry.heartbeat(stale, 2.0)
+    with pytest.raises(TwoMachines, match="remove its agent's state folder"):
+        register(registry, copy(HERE, "r1"), now=3.0)
+    registry.heartbeat(structs.replace(stale, instance_id="s1"), 4.0)
+    # Once the other one is gone, it is welcome.
+    assert register(registry, copy(HERE, "r1"), now=100.0).agent is agent
+    registry.heartbeat(stale, 101.0)
 
 
 def test_a_machine_that_was_installed_anew_takes_its_place_back(registry: Registry) -> None:

@@ -7,6 +7,7 @@ watch, the meter, the reach) at their own speed; it takes what they know at that
 import asyncio
 import logging
 import platform
+import uuid
 
 from msgspec import UNSET, Raw, Struct
 
@@ -78,6 +79,8 @@ class Daemon:
         self._changed = changed
         self._pace = pace
         self._machine_id = state.machine_id()
+        self._instance_id = uuid.uuid4().hex
+        self._previous_instance_id = state.memory.instance_id
         self._backoff = Backoff(pace.retry_first, pace.retry_ceiling)
         self._reminder = Reminder()
         self._is_proven = False  # whether a heartbeat was taken since the registration
@@ -110,7 +113,7 @@ class Daemon:
             if reply.agent_id != self.agent_id:
                 log.info("registered", extra={"agent_id": reply.agent_id, "to": self._client.url})
             self.agent_id = reply.agent_id
-            self._state.remember(agent_id=reply.agent_id)
+            self._state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
             self._is_proven = False
             await self._report_while_true(request, reply.agent_id)
         except Forgotten:
@@ -215,6 +218,8 @@ class Daemon:
             machine_id=self._machine_id,
             relay_port=offer.relay_port,
             agent_version=__version__,
+            instance_id=self._instance_id,
+            previous_instance_id=self._previous_instance_id,
             platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         )
 
@@ -234,5 +239,6 @@ class Daemon:
             runner=facts.runner,
             model_blobs=facts.blobs,
             leaving=leaving,
+            instance_id=self._instance_id,
             **{name: Raw(known.body) for name, known in inventories.items() if known},
         )

@@ -31,6 +31,7 @@ class Memory(Struct, frozen=True):
     """What the agent of one Ollama remembers from its last run."""
 
     agent_id: str | None = None
+    instance_id: str | None = None
     relay_port: int | None = None
     child: ChildRecord | None = None
 

@@ -36,6 +36,8 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     `machine_id` is a random id that the agent keeps on its disk, so that a renamed or re-addressed
     machine stays itself. `relay_port` is where the agent listens for the coordinator when its
     Ollama is bound to loopback; the coordinator then connects there and not to `ollama_port`.
+    `instance_id` is made anew by every agent process, `previous_instance_id` that of the run before
+    on the same disk: they tell copies of one disk apart.
     """
 
     machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
@@ -46,6 +48,8 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     relay_port: Port | None = None
     agent_version: str | None = None
     platform: str | None = None
+    instance_id: Annotated[str, Meta(max_length=128)] | None = None
+    previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
 
     def __post_init__(self) -> None:
         if not is_address(self.ip_address):
@@ -69,7 +73,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     agent that leaves them out is asked through its Ollama instead. `model_blobs` maps a model's
     name to the digest of its weights (`sha256:…`), the identity that does not depend on an Ollama
     version. `ollama_running` false: the agent lives, its Ollama does not answer. `leaving`: the
-    agent is stopping, the last report it sends.
+    agent is stopping, the last report it sends. `instance_id` is that of the registration.
     """
 
     agent_id: AgentId
@@ -86,6 +90,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     ps: Raw | UnsetType = UNSET
     model_blobs: dict[str, str] = {}
     leaving: bool = False
+    instance_id: str | None = None
 
     def __post_init__(self) -> None:
         # A list that is null is one that was not given.
@@ -157,6 +162,7 @@ class AgentView(Struct, frozen=True):
     platform: str | None = None
     ollama_running: bool = True
     out_of_rotation: str | None = None
+    conflict: str | None = None
     cpu_usage: float | None = None
     memory_usage: float | None = None
     memory_total_bytes: int | None = None

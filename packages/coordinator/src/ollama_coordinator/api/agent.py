@@ -147,6 +147,7 @@ class AgentsApi:
             platform=registration.platform,
             ollama_running=agent.ollama_running,
             out_of_rotation=agent.out_of_rotation(),
+            conflict=self._registry.conflict(agent, now),
             cpu_usage=report.cpu_usage if report else None,
             memory_usage=report.memory_usage if report else None,
             memory_total_bytes=report.memory_total_bytes if report else None,

@@ -21,7 +21,7 @@ from ollama_coordinator.operations import (
     UnknownOperation,
     WrongPlacement,
 )
-from ollama_coordinator.registry import AgentState, UnknownAgent
+from ollama_coordinator.registry import AgentState, TwoMachines, UnknownAgent
 from ollama_coordinator.scheduler import (
     DoesNotPredict,
     HoldersUnavailable,
@@ -63,6 +63,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     # What Ollama itself answers for a request that was cancelled; clients do not repeat it.
     RequestCancelled: 499,
     NotEditable: 409,
+    TwoMachines: 409,
     DatabaseError: 503,
     ClientLeft: 499,
     WrongPlacement: 400,

@@ -45,6 +45,8 @@ def _table(listed: Iterable[Mapping[str, Any]]) -> Table:
 
 def _status(agent: Mapping[str, Any]) -> Text:
     status = str(agent["status"])
+    if agent.get("conflict"):
+        return Text(f"{status}; {agent['conflict']}", "red")
     if status != "offline" and agent["out_of_rotation"]:
         return Text(f"out of rotation: {agent['out_of_rotation']}", "red")
     return Text(status, COLOURS[status])

@@ -3,6 +3,7 @@
 from .agent import AgentSettings, AgentState, Cooldown
 from .identity import contents, modified_at, newest
 from .inventory import AvailableRow, Inventory, LoadedRow
+from .machines import TwoMachines
 from .registry import Registration, Registry, UnknownAgent
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LoadedRow",
     "Registration",
     "Registry",
+    "TwoMachines",
     "UnknownAgent",
     "contents",
     "modified_at",

@@ -49,7 +49,7 @@ class AgentState:
 
     `cooldown` keeps its count of failures after the agent is back in rotation (`resting` false),
     until a request succeeds; so an agent whose probes pass while its requests fail is tried less
-    and less often.
+    and less often. `replaced` are the instance ids of processes that later ones have replaced.
     """
 
     id: AgentId
@@ -62,6 +62,7 @@ class AgentState:
     inventory: Inventory = field(default_factory=Inventory)
     cooldown: Cooldown | None = None
     resting: bool = False
+    replaced: tuple[str, ...] = ()
     model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
 
     @property

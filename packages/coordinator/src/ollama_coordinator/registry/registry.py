@@ -10,6 +10,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
+from . import machines
 from .agent import AgentSettings, AgentState, cooldown_after
 from .identity import preferred
 from .inventory import AvailableRow
@@ -43,6 +44,7 @@ class Registry:
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
         self._holders: defaultdict[str, set[AgentId]] = defaultdict(set)
+        self._disks: defaultdict[str | None, set[AgentId]] = defaultdict(set)
         self._online: set[AgentId] = set()
         self._preferred: dict[str, list[AgentId]] = {}
         self._offers = Offers()
@@ -73,16 +75,23 @@ class Registry:
     def register(
         self, request: RegisterRequest, new_id: AgentId, at: datetime, now: float
     ) -> Registration:
-        """Add an agent, or renew the one that this machine and Ollama port already have."""
-        known = self._same_machine(request, now)
+        """Add an agent, or renew the one that this machine and Ollama port already have.
+
+        Raises:
+            TwoMachines: two that live cannot be told apart.
+        """
+        known = machines.find(request, self, lambda agent: self.is_online(agent, now))
         self.changes += 1
         if known is None:
             agent = AgentState(new_id, request, registered_at=at, heard_at=now)
             self._agents[new_id] = agent
+            self._disks[request.machine_id].add(new_id)
             self._come(new_id)
             return Registration(agent, created=True)
         before = known.url
-        known.registration = request
+        self._disks[known.registration.machine_id].discard(known.id)
+        self._disks[request.machine_id].add(known.id)
+        machines.renew(known, request)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
         self.heard(known, now)
@@ -91,6 +100,7 @@ class Registry:
     def restore(self, agent: AgentState, now: float) -> None:
         """Take over an agent from the database, with the time it was last heard."""
         self._agents[agent.id] = agent
+        self._disks[agent.registration.machine_id].add(agent.id)
         self._index(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
@@ -104,6 +114,7 @@ class Registry:
         """
         agent = self.get(agent_id)
         del self._agents[agent.id]
+        self._disks[agent.registration.machine_id].discard(agent.id)
         for holders in self._holders.values():
             holders.discard(agent.id)
         self._go(agent.id)
@@ -121,41 +132,18 @@ class Registry:
         self.changes += 1
         return agent
 
-    def _same_machine(self, request: RegisterRequest, now: float) -> AgentState | None:
-        """The agent that this registration renews.
-
-        The machine id decides where both have one; the name and port decide otherwise. A machine id
-        or a name that a *living* agent uses elsewhere is a clone of an image or a namesake, and
-        gets an id of its own.
-        """
-        namesake: AgentState | None = None
-        for agent in self._agents.values():
-            known = agent.registration
-            if known.ollama_port != request.ollama_port:
-                continue
-            same_name = known.machine_name == request.machine_name
-            same_id = known.machine_id is not None and known.machine_id == request.machine_id
-            if same_name and (same_id or None in (known.machine_id, request.machine_id)):
-                return agent
-            if (same_id or same_name) and not self._is_elsewhere(agent, request, now):
-                namesake = agent
-        return namesake
-
-    def _is_elsewhere(self, agent: AgentState, request: RegisterRequest, now: float) -> bool:
-        """Whether the known agent is alive at another address than the one that registers."""
-        offline = agent.status(now, self.agent_timeout) is AgentStatus.OFFLINE
-        return not offline and agent.registration.ip_address != request.ip_address
-
     # ── who lives ─────────────────────────────────────────────────────────────────────────────
 
     def heartbeat(self, report: HealthReport, now: float) -> AgentState:
         """Take over a report; it may carry the models, which the caller has checked to decode.
 
         Raises:
-            UnknownAgent: no agent has the reported id.
+            UnknownAgent: no agent has the reported id, or another process took its place.
             msgspec.DecodeError: its `tags` or `ps` are not Ollama's lists.
         """
         agent = self.get(report.agent_id)
+        if report.instance_id is not None and report.instance_id in agent.replaced:
+            raise UnknownAgent(report.agent_id)
         if report.tags is not UNSET:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now)
         if report.ps is not UNSET:
@@ -174,6 +162,15 @@ class Registry:
             self._go(agent.id)
             self.changes += 1
         return agent
+
+    def conflict(self, agent: AgentState, now: float) -> str | None:
+        """What is wrong with an agent's identity, if another living one has the same."""
+        machine_id = agent.registration.machine_id
+        alike = () if machine_id is None else self._disks.get(machine_id, ())
+        if len(alike) < 2 or not self.is_online(agent, now):
+            return None
+        others = (self._agents[agent_id] for agent_id in alike if agent_id != agent.id)
+        return machines.conflict(agent, [one for one in others if self.is_online(one, now)])
 
     def heard(self, agent: AgentState, now: float) -> None:
         """A sign of life."""

@@ -30,7 +30,7 @@ export function agentCard(agent) {
     state.update(now.state);
     setAttr(since, "at", now.since);
     setText(about, aboutText(now));
-    const why = now.state === "resting" ? now.out_of_rotation : null;
+    const why = now.state === "resting" ? now.out_of_rotation : now.conflict;
     reason.hidden = !why;
     setText(reason, why);
     keyed(labels, now.labels, (label) => label, (label) => h("span.tag.clip", null, label));

@@ -63,8 +63,9 @@ class AgentView extends View {
     this.pill.update(agent.state);
     setAttr(this.since, "at", agent.since);
     setText(this.drainButton, agent.status === "draining" ? "Resume" : "Drain");
-    this.reason.hidden = agent.state !== "resting";
-    setText(this.reason, agent.out_of_rotation);
+    const why = agent.state === "resting" ? agent.out_of_rotation : agent.conflict;
+    this.reason.hidden = !why;
+    setText(this.reason, why);
     setText(this.about, aboutText(agent));
     this.labels.replaceChildren(...agent.labels.map((label) => h("span.tag", null, label)));
     this.bars.update(agent);
