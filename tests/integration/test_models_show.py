@@ -27,7 +27,7 @@ async def test_show_passes_over_an_agent_that_does_not_answer(
     coordinator: Running, ollama: StandIn, spare: StandIn
 ) -> None:
     ollama.faults.fin(paths=["/api/show"])
-    spare.faults.fin(paths=["/api/show"], times=1)
+    spare.faults.fin(paths=["/api/show"], times=2)  # on the kept connection, and on a new one
     assert (await coordinator.post("/api/show", {"model": "llama3.2"}))[0] == 503
     assert (await coordinator.post("/api/show", {"model": "llama3.2"}))[0] == 200
 

@@ -80,6 +80,19 @@ async def test_a_stall_of_0_waits_for_ever(http: str) -> None:
         await coordinator.until(coordinator.at_rest)
 
 
+@pytest.mark.spec("OPERATION-18")
+async def test_an_answer_on_http_2_that_nobody_takes_ends_too() -> None:
+    """The connection goes on, its window for this answer does not open."""
+    async with running(http="hypercorn", stall_timeout=0.3) as coordinator:
+        # Hypercorn holds what does not fit into the window, so the agent's part may be done.
+        async with deaf.flooding(pieces=4) as ollama:
+            await coordinator.register(ollama)
+            async with deaf.connected(coordinator.url, deaf.chat_on_http_2()):
+                told = await last(coordinator)
+                assert "took nothing of its answer for 0.3 s" in told["error"]
+                assert coordinator.at_rest()
+
+
 # ── a request that does not come ──────────────────────────────────────────────────────────────
 
 

@@ -8,16 +8,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+
 from .ollama import StandIn
 from .ollama.script import Script
 
-FLOOD = Script(content=["x" * 50_000] * 4_000)
-"""An answer that no buffer between an agent and a client holds."""
 
+def flooding(pieces: int = 4_000) -> StandIn:
+    """A stand-in whose every answer has so many pieces of 50 kB.
 
-def flooding() -> StandIn:
-    """A stand-in whose every answer has 200 MB."""
-    return StandIn(answer=lambda request: FLOOD)
+    No buffer between an agent and a client holds 4,000 of them.
+    """
+    script = Script(content=["x" * 50_000] * pieces)
+    return StandIn(answer=lambda request: script)
 
 
 def post(path: str, body: bytes, length: int | None = None) -> bytes:
@@ -31,6 +35,19 @@ def chat(**more: Any) -> bytes:
     """A request for a streamed chat."""
     body = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}], **more}
     return post("/api/chat", json.dumps(body).encode())
+
+
+def chat_on_http_2() -> bytes:
+    """The same on HTTP/2, from a client that never opens its window again."""
+    body = json.dumps(
+        {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
+    ).encode()
+    client = H2Connection(config=H2Configuration(client_side=True))
+    client.initiate_connection()
+    head = {":method": "POST", ":path": "/api/chat", ":authority": "x", ":scheme": "http"}
+    client.send_headers(1, [*head.items(), ("content-length", str(len(body)))])
+    client.send_data(1, body, end_stream=True)
+    return client.data_to_send()
 
 
 @asynccontextmanager

@@ -23,10 +23,12 @@ class Agent:
         self.how = how
         self.first = first
         self.connections = 0
+        self._open: list[asyncio.StreamWriter] = []
         self.heard: list[bytes] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._open.append(writer)
         try:
             if self.connections <= self.first:
                 await self._request(reader)
@@ -35,7 +37,7 @@ class Agent:
             writer.write(self.begins)
             if self.how == "rst":
                 writer.transport.abort()
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
@@ -49,6 +51,9 @@ class Agent:
     async def listening(self) -> AsyncIterator[str]:
         async with await asyncio.start_server(self.serve, "127.0.0.1", 0) as server:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            # From Python 3.12 on, a closing server waits for the connections that are kept.
+            for writer in self._open:
+                writer.transport.abort()
 
 
 @pytest.fixture

@@ -232,7 +232,10 @@ def create_app(config: CoordinatorConfig) -> Starlette:
     listed = routes(coordinator.handlers())
     app = Starlette(
         routes=listed,
-        middleware=[Middleware(Cors, config.origins), Middleware(Patience, config.body_timeout)],
+        middleware=[
+            Middleware(Cors, config.origins),
+            Middleware(Patience, config.body_timeout, config.stall_timeout),
+        ],
         lifespan=lifespan,
         exception_handlers={
             OllamaCoordinatorError: _tell_error,

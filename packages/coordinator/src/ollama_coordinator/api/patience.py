@@ -9,22 +9,40 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.http1.door import VISIT, Visit
 
-from .wire import HttpError
+from .wire import ClientLeft, HttpError
 
 
 class Patience:
-    """Who waits for a body of which nothing comes for `body_seconds` (0: ever) gets a 408."""
+    """Who waits for a body of which nothing comes for `body_seconds` (0: ever) gets a 408.
 
-    def __init__(self, app: ASGIApp, body_seconds: float) -> None:
+    In HTTP/2, where one of many answers on a connection may stall, one that nobody takes for
+    `stall_seconds` ends here; in HTTP/1 the connection does, at the door.
+    """
+
+    def __init__(self, app: ASGIApp, body_seconds: float, stall_seconds: float) -> None:
         self._app = app
         self._body_seconds = body_seconds or None
+        self._stall_seconds = stall_seconds or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["http_version"] == "2":
+            send = self._unstalled(send)
         await self._app(scope, self._patient(scope, receive), send)
+
+    def _unstalled(self, send: Send) -> Send:
+        async def unstalled(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    await send(message)
+            except TimeoutError as exc:
+                text = f"the client took nothing of its answer for {self._stall_seconds:g} s"
+                raise ClientLeft(text) from exc
+
+        return unstalled
 
     def _patient(self, scope: Scope, receive: Receive) -> Receive:
         is_whole = False
