@@ -36,7 +36,7 @@ else:
 
     def _in_kernel(descriptor: int) -> int:
         """Bytes that the kernel has not yet delivered; 0 where it does not tell."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or of another kind
             return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0])
         return 0
 

@@ -79,7 +79,7 @@ async def _serve_connection(
     if visit is None:
         await ours.door.turn_away(_no_room(config), reader, writer)
         return
-    state = LifespanState({**state, VISIT: visit})
+    state = cast(LifespanState, {**state, VISIT: visit})
     try:
         if serve is not None:
             await serve(context, state, reader, writer)
