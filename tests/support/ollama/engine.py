@@ -201,7 +201,8 @@ class Engine:
     def _fits(self, wanted_bytes: int) -> bool:
         used = sum(runner.memory_bytes for runner in self._runners.values())
         few_enough = len(self._runners) < self.max_loaded_models
-        return few_enough and used + wanted_bytes <= self.hardware.vram_bytes
+        free = self.hardware.vram_bytes - used
+        return few_enough and wanted_bytes <= free * self.hardware.fit_share
 
     async def _evict(self, runner: Runner) -> None:
         runner.doomed = True

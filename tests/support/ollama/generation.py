@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,30 +75,33 @@ class Generation:
         turn, began = self.turn, _now()
         total = count_tokens(turn.prompt) + turn.extra_tokens
         fresh = max(total - slot.overlap(turn.prompt) // TOKEN_CHARACTERS, 1)
-        seconds = self.engine.hardware.prefill_seconds(turn.model, fresh) * self._factor()
-        if seconds:
-            await asyncio.sleep(seconds)
+        due = began
+        for batch in _batches(fresh, turn.settings.num_batch):
+            seconds = self.engine.hardware.prefill_seconds(turn.model, batch)
+            if seconds:
+                due = await _pause(due + seconds * self._factor())
         self.timings.prompt_eval_count = total
         self.timings.prompt_eval_duration = _nanoseconds(_now() - began)
 
     async def _decode(self, emit: Emit) -> None:
         script, gate, seen = self.turn.script, self.engine.gate, self.engine.seen
         interval = self.engine.hardware.decode_seconds(self.turn.model)
+        per_line = self.engine.hardware.tokens_per_line(self.turn.model)
         began = due = _now()
         produced = 0
         if not (script.thinking or script.content) and gate.stops(0):
             await gate.wait()
         kind: Kind
         for kind, texts in (("thinking", script.thinking), ("content", script.content)):
-            for text in texts:
+            for text, tokens in _lines(texts, per_line):
                 if gate.stops(produced):
                     await gate.wait()
                 if interval:
-                    due = await _pause(due + interval * self._factor())
+                    due = await _pause(due + interval * tokens * self._factor())
                 else:
                     await asyncio.sleep(0)
-                produced += 1
-                seen.tokens += 1
+                produced += tokens
+                seen.tokens += tokens
                 await emit(kind, text)
         self.timings.eval_count = produced or len(script.tool_calls)
         self.timings.eval_duration = _nanoseconds(_now() - began)
@@ -113,6 +116,20 @@ async def generation(engine: Engine, turn: Turn) -> AsyncIterator[Generation]:
     started = _now()
     async with engine.runner(turn.model, turn.settings, turn.keep_alive) as runner:
         yield Generation(engine, turn, runner, started, _now())
+
+
+def _batches(tokens: int, most: int) -> Iterator[int]:
+    """A prompt is read in batches: who joins or leaves meanwhile changes the pace of the rest."""
+    for read in range(0, tokens, most):
+        yield min(most, tokens - read)
+
+
+def _lines(tokens: Sequence[str], most: int) -> Iterator[tuple[str, int]]:
+    """What is written at once, and how many tokens that is; the first token goes by itself."""
+    yield from ((token, 1) for token in tokens[:1])
+    for start in range(1, len(tokens), most):
+        line = tokens[start : start + most]
+        yield "".join(line), len(line)
 
 
 def _now() -> float:

@@ -31,6 +31,8 @@ class Hardware:
     reference_bytes: int = 5_000_000_000
     batch_slowdown: float = 0.4  # n generations in one runner: each 1 + 0.4 (n - 1) slower
     slowdown: Callable[[int, int], float] | None = None  # (in this runner, runners busy) -> factor
+    fit_share: float = 1.0  # of the free memory that a model may take beside others
+    line_seconds: float = 0.0  # tokens of so many seconds go out in one line, the first by itself
     speed: float = 1.0
 
     @classmethod
@@ -59,6 +61,10 @@ class Hardware:
         own = model.decode_tokens_per_second
         rate = own if own is not None else self.decode_tokens_per_second * self._scale(model)
         return 1 / rate / self.speed
+
+    def tokens_per_line(self, model: Model) -> int:
+        """How many tokens a running answer writes at once."""
+        return max(int(self.line_seconds / self.speed / (self.decode_seconds(model) or 1.0)), 1)
 
     def factor(self, in_runner: int, busy_runners: int) -> float:
         """How much slower each generation is with that many others."""

@@ -89,8 +89,9 @@ def stops(value: Any) -> tuple[str, ...]:
 
 
 def flatten(messages: Sequence[Fields]) -> str:
-    """The conversation as the prompt a runner would see; a prefix of the next turn's."""
-    return "".join(f"<|{message.text('role')}|>\n{content_text(message)}\n" for message in messages)
+    """The conversation as the prompt a runner would see: with its answer, a prefix of the next."""
+    said = [f"<|{message.text('role')}|>\n{content_text(message)}" for message in messages]
+    return "\n".join([*said, "<|assistant|>\n"])
 
 
 def content_text(message: Fields) -> str:

@@ -1,0 +1,1 @@
+"""A drawn load against stand-ins of Ollama as real HTTP servers, and what its clients see."""

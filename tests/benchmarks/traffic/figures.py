@@ -1,0 +1,102 @@
+"""From what clients saw to figures, and from the figures of several seeds to a table."""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from statistics import mean, stdev
+
+from msgspec import Struct
+
+from ollama_coordinator.scheduler import Lane
+from ollama_coordinator.simulation.summary import IN_TIME_SECONDS, percentile
+
+from .clients import PATIENCE_SECONDS, Told
+
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+VALID_LAG_SECONDS = 0.05
+
+
+class Figures(Struct, frozen=True):
+    """One system under one trace, its warm-up left out; TTFT in the trace's seconds."""
+
+    requests: int
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    in_time: float
+    loads_per_hour: float
+    gave_up: float
+    errors: float
+    batch_p95: float
+    embedding_p95: float
+    lag_seconds: float = 0.0
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether clients and machines kept up, so that the seconds are the system's."""
+        return self.lag_seconds <= VALID_LAG_SECONDS
+
+
+def figures(everything: Sequence[Told], *, after: float, loads: int, seconds: float) -> Figures:
+    """Those of the requests that came `after` the warm-up; `loads` in the `seconds` since."""
+    counted = [told for told in everything if told.request.at >= after]
+    lanes = {lane: _times(counted, lane) for lane in Lane}
+    times = lanes[Lane.INTERACTIVE]
+    return Figures(
+        requests=len(counted),
+        mean=sum(times) / max(len(times), 1),
+        p50=percentile(times, 0.5),
+        p95=percentile(times, 0.95),
+        p99=percentile(times, 0.99),
+        in_time=sum(time <= IN_TIME_SECONDS for time in times) / max(len(times), 1),
+        loads_per_hour=loads * 3600 / seconds,
+        gave_up=sum(told.gave_up for told in counted),
+        errors=sum(bool(told.error) for told in counted),
+        batch_p95=percentile(lanes[Lane.BATCH], 0.95),
+        embedding_p95=percentile(lanes[Lane.EMBEDDING], 0.95),
+    )
+
+
+def _times(counted: Sequence[Told], lane: Lane) -> list[float]:
+    """In order; who got no token waited as long as anybody does."""
+    return sorted(
+        PATIENCE_SECONDS if told.first_token is None else told.first_token
+        for told in counted
+        if told.request.lane is lane
+    )
+
+
+COLUMNS: tuple[tuple[str, Callable[[Figures], float], str], ...] = (
+    ("mean TTFT s", lambda one: one.mean, ".2f"),
+    ("p50", lambda one: one.p50, ".2f"),
+    ("p95", lambda one: one.p95, ".1f"),
+    ("p99", lambda one: one.p99, ".1f"),
+    ("in 10 s %", lambda one: 100 * one.in_time, ".1f"),
+    ("loads/h", lambda one: one.loads_per_hour, ".0f"),
+    ("batch p95", lambda one: one.batch_p95, ".1f"),
+    ("embed p95", lambda one: one.embedding_p95, ".2f"),
+    ("gave up", lambda one: one.gave_up, ".1f"),
+    ("errors", lambda one: one.errors, ".1f"),
+    ("requests", lambda one: one.requests, ".0f"),
+    ("lag p99 ms", lambda one: 1000 * one.lag_seconds, ".0f"),
+)
+
+
+def table(results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
+    """Markdown: means over the seeds ± half the width of the 95 % confidence interval."""
+    lines = [
+        "| system | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for name, runs in results:
+        cells = [_cell([value(one) for one in runs], form) for _, value, form in COLUMNS]
+        mark = "" if all(one.is_valid for one in runs) else " (INVALID: lag)"
+        lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    if len(values) < 2:
+        return format(values[0], form)
+    half = T_95.get(len(values), 2.0) * stdev(values) / sqrt(len(values))
+    return f"{mean(values):{form}} ± {half:{form}}"

@@ -1,0 +1,37 @@
+"""How late an event loop is: a program that is behind measures itself."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ollama_coordinator.simulation.summary import percentile
+
+STEP_SECONDS = 0.02
+
+
+class Lag:
+    """Seconds by which a loop woke up too late, looked at fifty times a second."""
+
+    def __init__(self) -> None:
+        self._late: list[float] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Look during the block."""
+        looking = asyncio.create_task(self._look())
+        try:
+            yield
+        finally:
+            looking.cancel()
+
+    @property
+    def p99(self) -> float:
+        """What 99 % of the looks did not exceed."""
+        return percentile(sorted(self._late), 0.99)
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + STEP_SECONDS
+            await asyncio.sleep(STEP_SECONDS)
+            self._late.append(max(loop.time() - due, 0.0))
