@@ -20,7 +20,6 @@ from pathlib import Path
 
 import aiohttp
 import msgspec
-from msgspec import structs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,7 +27,6 @@ from benchmarks.peers import litellm, nginx, ollama_herd
 from benchmarks.traffic.clients import Target, Told
 from benchmarks.traffic.figures import Figures, table
 from benchmarks.traffic.fleet import RunningFleet
-from benchmarks.traffic.lag import Lag
 from benchmarks.traffic.page import page
 from benchmarks.traffic.reports import reporting
 from benchmarks.traffic.run import Conditions, Serving, run
@@ -66,25 +64,22 @@ def systems(options: argparse.Namespace) -> dict[str, Serving]:
 async def compare(
     found: Mapping[str, Serving], options: argparse.Namespace, conditions: Conditions
 ) -> list[tuple[str, list[Figures]]]:
-    """Every system under every trace, so many at once; the clients' lag counts for all."""
-    places = asyncio.Semaphore(options.at_once)
-    lag = Lag()
+    """Every system under every trace, so many at once."""
+    places, starting = asyncio.Semaphore(options.at_once), asyncio.Lock()
 
     async def one(name: str, seed: int) -> tuple[str, Figures]:
         async with places:
-            result, told = await run(found[name], seed, conditions)
+            result, told = await run(found[name], seed, conditions, starting)
         print(f"{name}, seed {seed}: p95 {result.p95:.1f} s", file=sys.stderr, flush=True)
         if options.details:
             _write_details(options.details / f"{name}-{seed}.jsonl", told)
         return name, result
 
-    with lag.measured():
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(name, seed)) for seed in options.seeds for name in found]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(name, seed)) for seed in options.seeds for name in found]
     results: dict[str, list[Figures]] = {name: [] for name in found}
     for name, result in (task.result() for task in tasks):
-        worst = max(result.lag_seconds, lag.p99)
-        results[name].append(structs.replace(result, lag_seconds=worst))
+        results[name].append(result)
     return list(results.items())
 
 

@@ -96,7 +96,7 @@ async def coordinator(
         yield url, running
 
 
-async def answers(url: str, running: Program, seconds: float = 20.0) -> None:
+async def answers(url: str, running: Program, seconds: float = 40.0) -> None:
     """Wait until a server answers."""
     async with aiohttp.ClientSession() as session, asyncio.timeout(seconds):
         while True:

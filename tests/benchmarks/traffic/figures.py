@@ -29,7 +29,7 @@ class Figures(Struct, frozen=True):
     errors: float
     batch_p95: float
     embedding_p95: float
-    lag_seconds: float = 0.0
+    lag_seconds: float
 
     @property
     def is_valid(self) -> bool:
@@ -37,7 +37,9 @@ class Figures(Struct, frozen=True):
         return self.lag_seconds <= VALID_LAG_SECONDS
 
 
-def figures(everything: Sequence[Told], *, after: float, loads: int, seconds: float) -> Figures:
+def figures(
+    everything: Sequence[Told], *, after: float, loads: int, seconds: float, lag_seconds: float
+) -> Figures:
     """Those of the requests that came `after` the warm-up; `loads` in the `seconds` since."""
     counted = [told for told in everything if told.request.at >= after]
     lanes = {lane: _times(counted, lane) for lane in Lane}
@@ -54,6 +56,7 @@ def figures(everything: Sequence[Told], *, after: float, loads: int, seconds: fl
         errors=sum(bool(told.error) for told in counted),
         batch_p95=percentile(lanes[Lane.BATCH], 0.95),
         embedding_p95=percentile(lanes[Lane.EMBEDDING], 0.95),
+        lag_seconds=lag_seconds,
     )
 
 

@@ -50,13 +50,16 @@ class RunningFleet:
 
 @asynccontextmanager
 async def running_fleet(
-    folder: Path, fleet: Fleet, speed: float, max_loaded: int
+    folder: Path, fleet: Fleet, *, speed: float, max_loaded: int, warm_up: float
 ) -> AsyncIterator[RunningFleet]:
-    """Stand-ins for these machines during the block; `lag_seconds` is known after it."""
+    """Stand-ins for these machines during the block; `lag_seconds` is known after it.
+
+    `warm_up` is in wall seconds: so long their lag does not count.
+    """
     specification, log = folder / "fleet.json", folder / "machines.log"
     specification.write_bytes(msgspec.json.encode(fleet))
     command = [sys.executable, "-m", "benchmarks.traffic.machines", str(specification)]
-    command += ["--speed", str(speed), "--max-loaded", str(max_loaded)]
+    command += ["--speed", str(speed), "--max-loaded", str(max_loaded), "--warm-up", str(warm_up)]
     async with programs.program(log, *command, PYTHONPATH=str(TESTS)) as running:
         places = msgspec.json.decode(await _line(running, 0), type=list[Place])
         machines = [

@@ -16,9 +16,9 @@ class Lag:
         self._late: list[float] = []
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Look during the block."""
-        looking = asyncio.create_task(self._look())
+    def measured(self, after: float = 0.0) -> Iterator[None]:
+        """Look during the block, from so many seconds after its start on."""
+        looking = asyncio.create_task(self._look(after))
         try:
             yield
         finally:
@@ -29,8 +29,9 @@ class Lag:
         """What 99 % of the looks did not exceed."""
         return percentile(sorted(self._late), 0.99)
 
-    async def _look(self) -> None:
+    async def _look(self, after: float) -> None:
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(after)
         while True:
             due = loop.time() + STEP_SECONDS
             await asyncio.sleep(STEP_SECONDS)

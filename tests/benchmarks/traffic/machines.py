@@ -89,7 +89,7 @@ def _model(model: ModelSpec, spec: MachineSpec) -> Model:
     )
 
 
-async def serve(fleet: Fleet, speed: float, max_loaded: int) -> None:
+async def serve(fleet: Fleet, speed: float, max_loaded: int, warm_up: float) -> None:
     """Until SIGTERM or SIGINT."""
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,7 +102,7 @@ async def serve(fleet: Fleet, speed: float, max_loaded: int) -> None:
             assert machine.control is not None
             places.append(Place(spec.name, machine.url, machine.control.url))
         print(msgspec.json.encode(places).decode(), flush=True)
-        with lag.measured():
+        with lag.measured(after=warm_up):
             await ended.wait()
         print(msgspec.json.encode(Farewell(lag.p99)).decode(), flush=True)
 
@@ -113,9 +113,10 @@ def main() -> None:
     parser.add_argument("fleet", type=Path)
     parser.add_argument("--speed", type=float, default=1.0)
     parser.add_argument("--max-loaded", type=int, default=3)
+    parser.add_argument("--warm-up", type=float, default=0.0, help="seconds without lag counted")
     options = parser.parse_args()
     fleet = msgspec.json.decode(options.fleet.read_bytes(), type=Fleet)
-    asyncio.run(serve(fleet, options.speed, options.max_loaded))
+    asyncio.run(serve(fleet, options.speed, options.max_loaded, options.warm_up))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 import asyncio
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import aiohttp
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from benchmarks.simulator.fleet import mixed_fleet
 from benchmarks.simulator.workload import make_trace
@@ -15,6 +15,7 @@ from benchmarks.simulator.workload import make_trace
 from .clients import Clients, Target, Told
 from .figures import Figures, figures
 from .fleet import RunningFleet, running_fleet
+from .lag import Lag
 
 Serving = Callable[[Path, RunningFleet], AbstractAsyncContextManager[Target]]
 """Brings a system up before the machines of a fleet; its files go into the folder."""
@@ -30,18 +31,27 @@ class Conditions(Struct, frozen=True, kw_only=True):
     max_loaded: int
 
 
-async def run(serving: Serving, seed: int, conditions: Conditions) -> tuple[Figures, list[Told]]:
-    """Play the trace of this seed; the lag in the figures is that of the machines."""
+async def run(
+    serving: Serving, seed: int, conditions: Conditions, starting: asyncio.Lock
+) -> tuple[Figures, list[Told]]:
+    """Play the trace of this seed; one system starts at a time."""
     trace = make_trace(mixed_fleet(), conditions.load, conditions.seconds, seed)
-    speed = conditions.speed
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        async with (
-            running_fleet(folder, mixed_fleet(), speed, conditions.max_loaded) as fleet,
-            serving(folder, fleet) as target,
-            _session() as session,
-        ):
-            clients = Clients(target, trace, speed)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        session = await stack.enter_async_context(_session())
+        async with starting:
+            machines = running_fleet(
+                folder,
+                mixed_fleet(),
+                speed=conditions.speed,
+                max_loaded=conditions.max_loaded,
+                warm_up=conditions.warm_up / conditions.speed,
+            )
+            fleet = await stack.enter_async_context(machines)
+            target = await stack.enter_async_context(serving(folder, fleet))
+        clients = Clients(target, trace, conditions.speed)
+        lag = Lag()
+        with lag.measured(after=conditions.warm_up / conditions.speed):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(clients.play(session))
                 loads = tasks.create_task(_loads(fleet, session, conditions))
@@ -50,8 +60,9 @@ async def run(serving: Serving, seed: int, conditions: Conditions) -> tuple[Figu
         after=conditions.warm_up,
         loads=loads.result(),
         seconds=conditions.seconds - conditions.warm_up,
+        lag_seconds=max(fleet.lag_seconds, lag.p99),
     )
-    return structs.replace(counted, lag_seconds=fleet.lag_seconds), clients.told
+    return counted, clients.told
 
 
 async def _loads(

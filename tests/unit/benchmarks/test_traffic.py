@@ -1,0 +1,116 @@
+"""What the live comparison's clients send, and what it makes of what they see."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from benchmarks.simulator.fleet import mixed_fleet
+from benchmarks.simulator.workload import make_trace
+from benchmarks.traffic.clients import Target, Told
+from benchmarks.traffic.dialects import TOKEN, Dialect
+from benchmarks.traffic.figures import figures, table
+from benchmarks.traffic.fleet import RunningFleet
+from benchmarks.traffic.machines import LENGTH
+from benchmarks.traffic.run import Conditions, run
+from benchmarks.traffic.writer import Writer
+from ollama_coordinator.api.dialects import SURFACES
+from ollama_coordinator.api.reading import read_routing
+from ollama_coordinator.scheduler import Kind, Lane
+from ollama_coordinator.simulation import TraceRequest
+
+TRACE = make_trace(mixed_fleet(), 0.7, 120.0, 1)
+LONGEST_TURN = max(TRACE, key=lambda request: len(request.prefix))
+
+
+@pytest.mark.parametrize("request_", TRACE[:40], ids=lambda request: request.kind.value)
+def test_a_prompt_has_as_many_tokens_as_the_trace_says(request_: TraceRequest) -> None:
+    path, body = Writer(TRACE, Dialect.OLLAMA).ask(request_)
+    surface = next(one for one in SURFACES if one.path == path)
+    routing = read_routing(surface, msgspec.json.encode(body))
+    per_message = 3
+    most = per_message * (2 * len(request_.prefix) + 1)
+    assert abs(routing.prompt_tokens - request_.prompt_tokens) <= most
+    assert routing.output_limit is None
+
+
+def test_an_answer_that_was_heard_is_in_the_next_turn() -> None:
+    writer = Writer(TRACE, Dialect.OLLAMA)
+    last = TraceRequest(**{**_fields(LONGEST_TURN), "prefix": LONGEST_TURN.prefix[:-1]})
+    before = writer.ask(last)[1]["messages"]
+    said = b'{"message":{"content":"as"}}\n{"message":{"content":" ever"},"done":true}\n'
+    writer.heard(last, said)
+    messages = writer.ask(LONGEST_TURN)[1]["messages"]
+    assert messages[: len(before)] == before
+    assert messages[len(before)] == {"role": "assistant", "content": "as ever"}
+
+
+def test_a_message_says_how_long_its_answer_is_to_be() -> None:
+    for dialect in Dialect:
+        _, body = Writer(TRACE, dialect).ask(LONGEST_TURN)
+        found = LENGTH.search(body["messages"][-1]["content"])
+        assert found is not None
+        assert int(found[1]) == LONGEST_TURN.output_tokens
+
+
+def _fields(request: TraceRequest) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in request.__struct_fields__}
+
+
+@pytest.mark.parametrize(
+    ("line", "is_token"),
+    [
+        (b'{"message":{"role":"assistant","content":"So"}}', True),
+        (b'{"response":"So","done":false}', True),
+        (b'{"embeddings":[[0.1]]}', True),
+        (b'data: {"choices":[{"delta":{"content":"So"}}]}', True),
+        (b'data: {"data":[{"object":"embedding","embedding":[0.1]}]}', True),
+        (b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}', False),
+        (b": ping", False),
+        (b'{"error":"no such model"}', False),
+    ],
+)
+def test_a_first_token_is_told_from_a_sign_of_life(line: bytes, *, is_token: bool) -> None:
+    assert bool(TOKEN.search(line)) is is_token
+
+
+def test_what_came_in_the_warm_up_is_not_counted_and_who_got_nothing_waited_longest() -> None:
+    def told(at: float, seconds: float | None, lane: Lane = Lane.INTERACTIVE) -> Told:
+        return Told(TraceRequest(at=at, model="m", lane=lane), first_token=seconds)
+
+    everything = [
+        told(5, 99.0),
+        told(10, 1.0),
+        told(20, None),
+        told(30, 7.0, Lane.BATCH),
+    ]
+    everything[2].gave_up = True
+    found = figures(everything, after=10, loads=2, seconds=60, lag_seconds=0.01)
+    assert (found.requests, found.mean, found.in_time) == (3, 60.5, 0.5)
+    assert (found.loads_per_hour, found.batch_p95, found.gave_up) == (120, 7.0, 1)
+    assert "| 60.50 |" in table([("one", [found])])
+
+
+def test_a_run_whose_clients_were_late_is_marked() -> None:
+    late = figures([], after=0, loads=0, seconds=60, lag_seconds=0.06)
+    assert "INVALID" in table([("one", [late])])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the machines are asked to end by a signal")
+async def test_every_request_of_a_trace_reaches_a_machine_and_is_answered() -> None:
+    @asynccontextmanager
+    async def first_machine(folder: Path, fleet: RunningFleet) -> AsyncIterator[Target]:
+        yield Target(fleet.machines[0].url)
+
+    conditions = Conditions(load=0.3, seconds=20.0, warm_up=0.0, speed=20.0, max_loaded=12)
+    counted, told = await run(first_machine, 1, conditions, asyncio.Lock())
+    assert counted.errors == 0
+    assert counted.requests == len(told) > 0
+    assert counted.loads_per_hour > 0
+    kinds = {one.request.kind for one in told if one.first_token is not None}
+    assert Kind.CHAT in kinds
