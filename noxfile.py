@@ -96,7 +96,7 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def live(session: nox.Session) -> None:
-    """Play one trace through a real coordinator under each policy, against stand-ins."""
+    """Play the same traces through a real coordinator under each policy, against stand-ins."""
     install_workspace(session, "test")
     session.run("python", "tests/benchmarks/live.py", *session.posargs)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.traffic.beside import beside
 from benchmarks.traffic.clients import Target
 from benchmarks.traffic.fleet import Machine, RunningFleet
 from benchmarks.traffic.reports import lists_of
@@ -60,20 +61,17 @@ async def serving(executable: str, folder: Path, fleet: RunningFleet) -> AsyncIt
     """Run the router during the block, with heartbeats from all machines."""
     port = programs.free_port()
     command = (executable, "--host", "127.0.0.1", "--port", str(port), "--log-level", "WARNING")
+    connector = aiohttp.TCPConnector(force_close=True)  # it closes idle ones after five seconds
     surroundings = {**SETTINGS, "HOME": str(folder), "FLEET_DATA_DIR": str(folder / "herd")}
     async with (
         programs.program(folder / "herd.log", *command, **surroundings) as running,
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(connector=connector) as session,
     ):
         url = f"http://127.0.0.1:{port}"
         await programs.answers(f"{url}/fleet/status", running, seconds=60)
         await _beat(session, url, fleet)
-        beating = asyncio.create_task(_beat_for_ever(session, url, fleet))
-        try:
+        async with beside(_beat_for_ever(session, url, fleet)):
             yield Target(url)
-        finally:
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
 
 
 async def _beat(session: aiohttp.ClientSession, url: str, fleet: RunningFleet) -> None:

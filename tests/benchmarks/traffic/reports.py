@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 
+from .beside import beside
 from .fleet import Machine, RunningFleet
 
 REPORT_SECONDS = 2.0
@@ -77,12 +78,8 @@ async def reporting(
     for agent in agents:
         await agent.register(session, coordinator)
         await agent.report(session, coordinator)
-    forever = asyncio.create_task(_report(session, coordinator, agents, fleet.speed))
-    try:
+    async with beside(_report(session, coordinator, agents, fleet.speed)):
         yield
-    finally:
-        forever.cancel()
-        await asyncio.gather(forever, return_exceptions=True)
 
 
 async def _report(

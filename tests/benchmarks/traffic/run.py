@@ -76,6 +76,8 @@ async def _loads(
 
 
 def _session() -> aiohttp.ClientSession:
+    """A connection for each request: some servers close idle ones just as they are used again."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None),
     )
