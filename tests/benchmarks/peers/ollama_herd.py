@@ -2,7 +2,8 @@
 
 The agents themselves would all report the memory and the load of the one machine that the
 benchmark runs on. Another model in place of the one asked for is not an answer here, and nothing
-is to be downloaded: both are switched off. Everything else is as installed.
+is to be downloaded: both are switched off. Everything else is as installed; so it answers requests
+for embeddings of models that it knows with errors, as it serves them by a program of its own alone.
 """
 
 import asyncio
