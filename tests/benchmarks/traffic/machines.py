@@ -20,10 +20,11 @@ from msgspec import Struct
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.traffic.lag import Lag
+from benchmarks.traffic.writer import TOKEN
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec
 from ollama_coordinator.simulation.machine import TYPICAL_BYTES
 from ollama_coordinator.simulation.node import FIT_SHARE
-from support.ollama import Hardware, Model, Request, StandIn
+from support.ollama import Hardware, Model, Request, Script, StandIn
 
 CONTEXT_TOKENS = 16_384
 LINE_SECONDS = 0.1
@@ -44,10 +45,13 @@ class Farewell(Struct, frozen=True):
     lag_p99_seconds: float
 
 
-def length_wanted(request: Request) -> int:
-    """The tokens that the request asks for in its own words; 16 if it does not."""
+def answer(request: Request) -> Script:
+    """As many tokens as the request asks for in its own words; 16 if it does not.
+
+    Each is as long as a token is taken for, so that it counts as one in the next turn's prompt.
+    """
     found = LENGTH.search(request.last_user)
-    return int(found[1]) if found else 16
+    return Script(content=[TOKEN] * (int(found[1]) if found else 16))
 
 
 def stand_in(spec: MachineSpec, speed: float, max_loaded: int) -> StandIn:
@@ -73,7 +77,7 @@ def stand_in(spec: MachineSpec, speed: float, max_loaded: int) -> StandIn:
         slots=spec.slots,
         max_loaded_models=max_loaded,
         default_context=CONTEXT_TOKENS,
-        answer=length_wanted,
+        answer=answer,
     )
 
 

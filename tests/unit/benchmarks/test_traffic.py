@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 
@@ -16,7 +17,7 @@ from benchmarks.traffic.clients import Target, Told
 from benchmarks.traffic.dialects import TOKEN, Dialect
 from benchmarks.traffic.figures import figures, table
 from benchmarks.traffic.fleet import RunningFleet
-from benchmarks.traffic.machines import LENGTH
+from benchmarks.traffic.machines import LENGTH, stand_in
 from benchmarks.traffic.run import Conditions, run
 from benchmarks.traffic.writer import Writer
 from ollama_coordinator.api.dialects import SURFACES
@@ -56,6 +57,21 @@ def test_a_message_says_how_long_its_answer_is_to_be() -> None:
         found = LENGTH.search(body["messages"][-1]["content"])
         assert found is not None
         assert int(found[1]) == LONGEST_TURN.output_tokens
+
+
+async def test_turns_grow_as_the_trace_says() -> None:
+    turns = [one for one in TRACE if one.prefix[:2] == LONGEST_TURN.prefix[:2]]
+    big = mixed_fleet().machines[0]
+    writer = Writer(TRACE, Dialect.OLLAMA)
+    async with stand_in(big, 1000.0, 12) as machine, aiohttp.ClientSession() as http:
+        for turn in turns:
+            path, body = writer.ask(turn)
+            async with http.post(machine.url + path, json=body) as response:
+                heard = await response.read()
+            last = msgspec.json.decode(heard.splitlines()[-1])
+            assert last["eval_count"] == turn.output_tokens
+            assert abs(last["prompt_eval_count"] - turn.prompt_tokens) <= 6 * len(turn.prefix)
+            writer.heard(turn, heard)
 
 
 def _fields(request: TraceRequest) -> dict[str, Any]:
