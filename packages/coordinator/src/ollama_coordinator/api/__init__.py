@@ -41,6 +41,7 @@ def listed(to: Handlers) -> list[BaseRoute]:
         Route("/api/version", to.models.version, methods=["GET"]),
         Route("/api/tags", to.models.tags, methods=["GET"]),
         Route("/api/ps", to.models.ps, methods=["GET"]),
+        Route("/api/models", to.models.fleet, methods=["GET"]),
         Route("/v1/models", to.models.v1_list, methods=["GET"]),
         Route("/v1/models/{model}", to.models.v1_show, methods=["GET"]),
         Route("/api/agents", to.agents.register, methods=["POST"]),

@@ -13,6 +13,7 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.pauses import Pauses
 from ollama_coordinator.registry import AgentSettings, AgentState, Registry
 from ollama_coordinator_common.protocol import (
     AgentOperation,
@@ -23,7 +24,7 @@ from ollama_coordinator_common.protocol import (
 from ollama_coordinator_common.types import AgentId
 
 from .declared import operation
-from .wire import decode, log_event, reply
+from .wire import JSON, decode, log_event, reply
 
 FIRST_LOOK_SECONDS = 1.0
 """How long a registration waits for the first list of models: the next request finds them."""
@@ -87,8 +88,11 @@ class AgentsApi:
     @operation("Every agent, by name", gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:
         """`GET /api/agents`: every agent, living or not, by name."""
-        agents = sorted(self._registry, key=lambda agent: (agent.name, agent.id))
-        return reply([self.view(agent) for agent in agents])
+        pauses, rows = Pauses(), []
+        for agent in sorted(self._registry, key=lambda agent: (agent.name, agent.id)):
+            await pauses.now_and_then()
+            rows.append(msgspec.json.encode(self.view(agent)))
+        return Response(b"[" + b",".join(rows) + b"]", media_type=JSON)
 
     @operation("One agent", gives={200: AgentView}, errors=(404,))
     async def show(self, request: Request) -> Response:

@@ -38,12 +38,8 @@ class FleetModel(Struct, frozen=True):
     contents: list[Content]
 
 
-def fleet_models(registry: Registry) -> list[FleetModel]:
-    """Every model of the fleet, by name."""
-    return [_model(registry, key) for key in registry.models()]
-
-
-def _model(registry: Registry, key: str) -> FleetModel:
+def fleet_model(registry: Registry, key: str) -> FleetModel:
+    """One model of the fleet, which somebody has."""
     copies = registry.copies(key)
     holders = [agent.id for agent in registry.holders(key)]
     groups = contents(copies)

@@ -25,7 +25,6 @@ from ollama_coordinator_common.types import AgentId
 
 from .changes import ChangesApi
 from .declared import Media, Query, operation
-from .fleet_models import FleetModel, fleet_models
 from .told import Told
 from .wire import HttpError, decode, reply
 
@@ -56,12 +55,6 @@ class Overview(Struct, frozen=True):
 
     operations: list[OperationView]
     pending: list[PendingView]
-
-
-class FleetModels(Struct, frozen=True):
-    """`GET /api/models`."""
-
-    models: list[FleetModel]
 
 
 _new = msgspec.json.Decoder(NewOperation)
@@ -131,11 +124,6 @@ class OperationsApi:
         self._operations.cancel(operation)
         await operation.feed.over()
         return reply(operation.view())
-
-    @operation("Every model of the fleet, and who has it", gives={200: FleetModels})
-    async def models(self, request: Request) -> Response:
-        """`GET /api/models`: every model with its contents, who has it, and where it is loaded."""
-        return reply(FleetModels(fleet_models(self._registry)))
 
     def _get(self, request: Request) -> Operation:
         return self._operations.get(request.path_params["operation_id"])

@@ -126,7 +126,6 @@ class Surface:
     def _own_routes(self) -> list[BaseRoute]:
         own = self._own
         return [
-            Route("/api/models", own.models, methods=["GET"]),
             Route("/api/operations", own.overview, methods=["GET"]),
             Route("/api/operations", own.start, methods=["POST"]),
             Route("/api/operations/{operation_id}", own.show, methods=["GET"]),

@@ -25,6 +25,8 @@ def modified_at(row: AvailableRow) -> datetime:
 
 def contents(copies: Copies) -> list[dict[AgentId, AvailableRow]]:
     """The copies of one name, those of the same content together."""
+    if _is_one(copies.values()):
+        return [dict(copies)]
     groups: list[tuple[set[str], dict[AgentId, AvailableRow]]] = []
     for agent_id, row in copies.items():
         # Rows without any digest are taken for the same: nothing says that they differ.
@@ -39,6 +41,13 @@ def contents(copies: Copies) -> list[dict[AgentId, AvailableRow]]:
                 members = others | members
         groups = [*apart, (digests, members)]
     return [members for _, members in groups]
+
+
+def _is_one(rows: Iterable[AvailableRow]) -> bool:
+    """Whether one digest is that of every row: what nearly every model is, on any many agents."""
+    digests = {row.model.digest for row in rows}
+    blobs = {row.blob for row in rows}
+    return (len(digests) == 1 and "" not in digests) or (len(blobs) == 1 and "" not in blobs)
 
 
 def preferred(copies: Copies, living: Iterable[AgentId]) -> dict[AgentId, AvailableRow]:

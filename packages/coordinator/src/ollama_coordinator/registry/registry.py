@@ -12,7 +12,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import machines
 from .agent import AgentSettings, AgentState, cooldown_after
-from .identity import preferred
+from .holdings import Holdings
 from .inventory import AvailableRow
 from .offers import Offers
 
@@ -43,10 +43,9 @@ class Registry:
         self.agent_timeout = agent_timeout
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
-        self._holders: defaultdict[str, set[AgentId]] = defaultdict(set)
         self._disks: defaultdict[str | None, set[AgentId]] = defaultdict(set)
         self._online: set[AgentId] = set()
-        self._preferred: dict[str, list[AgentId]] = {}
+        self._holdings = Holdings(self._agents, self._online)
         self._offers = Offers()
 
     def __iter__(self) -> Iterator[AgentState]:
@@ -101,7 +100,7 @@ class Registry:
         """Take over an agent from the database, with the time it was last heard."""
         self._agents[agent.id] = agent
         self._disks[agent.registration.machine_id].add(agent.id)
-        self._index(agent, {})
+        self._holdings.relist(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
         self.changes += 1
@@ -113,11 +112,10 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
-        del self._agents[agent.id]
         self._disks[agent.registration.machine_id].discard(agent.id)
-        for holders in self._holders.values():
-            holders.discard(agent.id)
         self._go(agent.id)
+        self._holdings.drop(agent, agent.inventory.available)
+        del self._agents[agent.id]
         self.changes += 1
         return agent
 
@@ -198,11 +196,11 @@ class Registry:
 
     def _come(self, agent_id: AgentId) -> None:
         self._online.add(agent_id)
-        self._preferred.clear()
+        self._holdings.touch(self._agents[agent_id].inventory.available)
 
     def _go(self, agent_id: AgentId) -> None:
         self._online.discard(agent_id)
-        self._preferred.clear()
+        self._holdings.touch(self._agents[agent_id].inventory.available)
 
     def next_expiry(self) -> float | None:
         """When the next agent goes offline if nothing is heard of it."""
@@ -245,7 +243,7 @@ class Registry:
         self.answered(agent)
         agent.model_cooldowns.pop(key, None)
         if agent.inventory.note_loaded(key, context_length):
-            self.changes += 1
+            self._loaded_changed(agent, [key])
 
     # ── which models ──────────────────────────────────────────────────────────────────────────
 
@@ -261,7 +259,8 @@ class Registry:
         changed = agent.inventory.read_tags(tags, blobs)
         agent.inventory.sampled_at = now
         if changed and agent.id in self._agents:
-            self._index(agent, before)
+            self._holdings.relist(agent, before)
+            self.changes += 1
         return changed
 
     def list_loaded(self, agent: AgentState, ps: bytes, now: float) -> bool:
@@ -270,30 +269,28 @@ class Registry:
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
         """
+        before = list(agent.inventory.loaded)
         changed = agent.inventory.read_ps(ps)
         if changed:
-            self.changes += 1
+            self._loaded_changed(agent, [*before, *agent.inventory.loaded])
         return changed
 
     def note_missing(self, agent: AgentState, key: str) -> None:
         """The agent answered that it does not have a model it was listed with."""
         agent.inventory.note_missing(key)
         self._offers.withdraw(key, agent)
-        self._holders[key].discard(agent.id)
-        self._preferred.pop(key, None)
+        self._holdings.drop(agent, [key])
         self.changes += 1
 
     def note_unloaded(self, agent: AgentState, key: str) -> None:
         """The agent was asked to drop a model from memory, with every name of the same weights."""
         agent.inventory.note_unloaded(agent.inventory.namesakes(key))
-        self.changes += 1
+        self._loaded_changed(agent, [key])
 
-    def _index(self, agent: AgentState, before: Iterable[str]) -> None:
-        for key in before:
-            self._holders[key].discard(agent.id)
-        for key in agent.inventory.available:
-            self._holders[key].add(agent.id)
-        self._preferred.clear()
+    def _loaded_changed(self, agent: AgentState, keys: Iterable[str]) -> None:
+        """Models are in memory, or no longer, under every name of their weights."""
+        for key in keys:
+            self._holdings.touch(agent.inventory.namesakes(key))
         self.changes += 1
 
     def holders(self, key: str) -> list[AgentState]:
@@ -301,12 +298,7 @@ class Registry:
 
         In order of id. Agents that have something else under this name are no holders.
         """
-        ids = self._preferred.get(key)
-        if ids is None:
-            if not self._holders.get(key):
-                return []  # not remembered: clients ask for any name
-            ids = self._preferred[key] = sorted(preferred(self.copies(key), self._online))
-        return [self._agents[agent_id] for agent_id in ids]
+        return [self._agents[agent_id] for agent_id in self._holdings.holders(key)]
 
     def offer(self, key: str, name: str, agents: Iterable[AgentId]) -> None:
         """These agents, and no others, can pass the name of a cloud model on without a stub."""
@@ -321,21 +313,19 @@ class Registry:
 
     def copies(self, key: str) -> dict[AgentId, AvailableRow]:
         """What every agent, living or not, has on disk under this name; in order of id."""
-        return {
-            agent_id: self._agents[agent_id].inventory.available[key]
-            for agent_id in sorted(self._holders.get(key, ()))
-        }
+        return self._holdings.copies(key)
 
     def strangers(self, key: str) -> frozenset[AgentId]:
         """The agents that have another content under this name than the preferred one."""
-        everybody = self._holders.get(key, set())
-        if len(everybody) < 2:
-            return frozenset()
-        return frozenset(everybody.difference(agent.id for agent in self.holders(key)))
+        return self._holdings.strangers(key)
 
     def models(self) -> list[str]:
         """The routing keys of every model in the fleet."""
-        return sorted(key for key, holders in self._holders.items() if holders)
+        return self._holdings.models()
+
+    def revision(self, key: str) -> int:
+        """Another number whenever who has a model, or has it in memory, changed."""
+        return self._holdings.revision(key)
 
     def is_online(self, agent: AgentState, now: float) -> bool:
         """Whether the agent lives; one that drains lives too."""
