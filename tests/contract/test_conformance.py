@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.conformance import Case, Endpoint, check
+from support.conformance import Case, Endpoint, check, differences, told
 from support.conformance_table import CASES, DIFFERENCES, FLEET, OWN_STATE
 
 NAMED = {case.name: case for case in CASES}
@@ -32,7 +32,8 @@ async def test_the_fleet_answers_as_one_ollama_does(
     direct: Endpoint, fleet: Endpoint, name: str
 ) -> None:
     alone, through = await direct.ask(NAMED[name]), await fleet.ask(NAMED[name])
-    assert through.comparable() == alone.comparable()
+    found = differences(alone.comparable(), through.comparable())
+    told(f"{NAMED[name].method} {NAMED[name].path}", found)
 
 
 @pytest.mark.spec("SURFACE-1")

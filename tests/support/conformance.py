@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 
 VOLATILE = frozenset(
     {
@@ -16,6 +17,8 @@ VOLATILE = frozenset(
     }
 )
 """Fields that no two answers have in common, or that a fleet sums up."""
+
+ABSENT = "(absent)"
 
 HEADERS = ("content-type", "allow", "location", "access-control-allow-methods")
 SAID_IN_PASSING = re.compile(r"(req|msg|resp|call|chatcmpl|cmpl|toolu|rs|fc)[_-][0-9A-Za-z]+")
@@ -77,10 +80,11 @@ class Reply:
         error = last.get("error") if isinstance(last, dict) else None
         return error.get("message") if isinstance(error, dict) else error
 
-    def comparable(self) -> Any:
+    def comparable(self) -> dict[str, Any]:
         """The answer without what differs by nature."""
         headers = {name: self.headers[name] for name in HEADERS if name in self.headers}
-        return self.status, headers, [_masked(record) for record in self.records]
+        records = [_masked(record) for record in self.records]
+        return {"status": self.status, "headers": headers, "records": records}
 
 
 def _decoded(line: bytes) -> Any:
@@ -136,12 +140,45 @@ class Endpoint:
 
 
 def check(endpoint: Endpoint, case: Case, reply: Reply) -> None:
-    """Assert what the case expects."""
-    assert reply.status == case.status, reply.body
-    if case.kind is not None:
-        assert reply.kind == case.kind
-    if case.says is not None:
-        assert reply.error == endpoint.named(case.says)
-    if case.has:
-        assert set(case.has) <= set(reply.records[-1]), reply.records[-1]
-    assert reply.body.endswith(case.ends), reply.body[-200:]
+    """Assert what the case expects; everything that is otherwise is told in one go."""
+    told(
+        f"{case.method} {endpoint.url}{endpoint.named(case.path)}",
+        _unexpected(endpoint, case, reply),
+    )
+
+
+def told(about: str, differences: Iterable[str]) -> None:
+    """Fail with the differences, one a line, if there are any."""
+    lines = [about, *differences]
+    if len(lines) > 1:
+        pytest.fail("\n    ".join(lines), pytrace=False)
+
+
+def _unexpected(endpoint: Endpoint, case: Case, reply: Reply) -> Iterator[str]:
+    if reply.status != case.status:
+        yield f"status: expected {case.status}, got {reply.status}: {reply.body[:300]!r}"
+    if case.kind not in (None, reply.kind):
+        yield f"content type: expected {case.kind}, got {reply.kind}"
+    if case.says is not None and reply.error != endpoint.named(case.says):
+        yield f"error: expected {endpoint.named(case.says)!r}, got {reply.error!r}"
+    last = reply.records[-1] if case.has and reply.records else {}
+    lacks = [name for name in case.has if name not in last]
+    if lacks:
+        yield f"lacks {', '.join(lacks)}: {last!r:.300}"
+    if not reply.body.endswith(case.ends):
+        yield f"end: expected {case.ends!r}, got {reply.body[-100:]!r}"
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Where two answers differ, as paths into them."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            inner = f"{where}.{key}".lstrip(".")
+            yield from differences(one.get(key, ABSENT), other.get(key, ABSENT), inner)
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            yield f"{where}: {len(one)} of them alone, {len(other)} through the fleet"
+        for index, pair in enumerate(zip(one, other, strict=False)):
+            yield from differences(*pair, f"{where}[{index}]")
+    elif one != other:
+        yield f"{where}: {one!r} alone, {other!r} through the fleet"
