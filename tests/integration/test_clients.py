@@ -102,6 +102,14 @@ async def test_openai(fleet: Running) -> None:
             )
         ]
         assert chunks[-1].usage is not None
+        called = await client.chat.completions.create(
+            model="llama3.2",
+            messages=[{"role": "user", "content": "use the tool"}],
+            tools=[{"type": "function", "function": {"name": "look", "parameters": {}}}],
+        )
+        (call,) = called.choices[0].message.tool_calls or []
+        assert call.type == "function"
+        assert call.function.name == "look"
         vectors = await client.embeddings.create(model="embedder", input=["a", "b"])
         assert len(vectors.data) == 2
         assert (await client.responses.create(model="llama3.2", input="hi")).output_text
@@ -124,6 +132,13 @@ async def test_anthropic(fleet: Running) -> None:
             model="llama3.2", max_tokens=8, messages=[{"role": "user", "content": "hello"}]
         ) as stream:
             assert await stream.get_final_text()
+        called = await client.messages.create(
+            model="llama3.2",
+            max_tokens=8,
+            messages=[{"role": "user", "content": "use the tool"}],
+            tools=[{"name": "look", "input_schema": {"type": "object"}}],
+        )
+        assert (called.content[-1].type, called.stop_reason) == ("tool_use", "tool_use")
         with pytest.raises(anthropic.NotFoundError, match="not found"):
             await client.messages.create(
                 model="nope", max_tokens=8, messages=[{"role": "user", "content": "hello"}]
