@@ -25,11 +25,13 @@ export function agentCard(agent) {
     h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small", null, speed, h("span.muted", null, " tok/s")))));
   card.update = (now) => {
     setText(name, now.name);
+    setAttr(name, "title", now.name);
     setAttr(card, "aria-label", `Agent ${now.name}`);
     setAttr(card, "data-state", now.state);
     state.update(now.state);
     setAttr(since, "at", now.since);
     setText(about, aboutText(now));
+    setAttr(about, "title", aboutText(now));
     const why = now.state === "resting" ? now.out_of_rotation : now.conflict;
     reason.hidden = !why;
     setText(reason, why);
@@ -49,7 +51,7 @@ export function agentCard(agent) {
 /** Version, address or relay, and the agent's own version. */
 export function aboutText(agent) {
   const address = `${agent.ip_address}:${agent.ollama_port}${agent.relay ? " by relay" : ""}`;
-  return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.platform, agent.models && `${count(agent.models)} models on disk`]
+  return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.models && `${count(agent.models)} model${agent.models === 1 ? "" : "s"} on disk`, agent.platform]
     .filter(Boolean).join(" · ");
 }
 

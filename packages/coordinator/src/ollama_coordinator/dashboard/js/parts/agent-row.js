@@ -28,6 +28,7 @@ export function agentRow(agent) {
     h("td", null, slots), h("td", null, h("div.row.speed-cell", null, spark, speed)), h("td", null, agentMenu(agent.id)));
   row.update = (now) => {
     setText(name, now.name);
+    setAttr(name, "title", now.name);
     setText(about, [now.ollama_version, now.ip_address].filter(Boolean).join(" · "));
     state.update(now.state);
     setAttr(since, "at", now.since);
@@ -45,6 +46,7 @@ export function agentRow(agent) {
     slots.update(now);
     spark.points = store.sparks.agents[now.id] ?? [];
     setText(speed, rate(now.pulse?.[1] ?? 0));
+    speed.classList.toggle("muted", !now.pulse?.[1]);
   };
   return row;
 }

@@ -25,13 +25,15 @@ class Spark extends HTMLElement {
   _draw() {
     const points = this._points ?? [];
     if (!this._line) return;
+    // A machine that has written nothing has nothing to show.
+    const some = points.length > 1 && points.some((value) => value > 0);
     const most = Math.max(1, ...points);
     const step = WIDTH / (SHOWN - 1);
     const start = WIDTH - (points.length - 1) * step;
     const path = points.map((value, index) =>
       `${(start + index * step).toFixed(1)},${(HEIGHT - 2 - (HEIGHT - 4) * (value / most)).toFixed(1)}`).join("L");
-    setAttr(this._line, "d", points.length > 1 ? `M${path}` : "");
-    setAttr(this._area, "d", points.length > 1 ? `M${path}L${WIDTH},${HEIGHT}L${start.toFixed(1)},${HEIGHT}Z` : "");
+    setAttr(this._line, "d", some ? `M${path}` : "");
+    setAttr(this._area, "d", some ? `M${path}L${WIDTH},${HEIGHT}L${start.toFixed(1)},${HEIGHT}Z` : "");
   }
 }
 

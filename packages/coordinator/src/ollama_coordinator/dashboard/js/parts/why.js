@@ -37,13 +37,15 @@ function content(request) {
   return parts;
 }
 
+const tokens = (many) => `${count(many)} ${many === 1 ? "token" : "tokens"}`;
+
 function facts(request, state) {
   const list = [
     ["State", state], ["Model", model(request.model)], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
     ["Arrived", fullTime(request.arrived_at)], ["Waited", request.waited_seconds !== undefined && seconds(request.waited_seconds)],
     ["Loading", request.load_seconds && seconds(request.load_seconds)], ["First token", request.first_token_seconds && seconds(request.first_token_seconds)],
-    ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${count(request.prompt_tokens)} tokens${request.state === "finished" ? "" : " (estimate)"}`],
-    ["Written", request.output_tokens && `${count(request.output_tokens)} tokens`], ["Speed", request.tokens_per_second && `${rate(request.tokens_per_second)} tokens/s`], ["Status", request.http_status || null],
+    ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${tokens(request.prompt_tokens)}${request.state === "finished" ? "" : " (estimate)"}`],
+    ["Written", request.output_tokens && tokens(request.output_tokens)], ["Speed", request.tokens_per_second && `${rate(request.tokens_per_second)} tokens/s`], ["Status", request.http_status || null],
   ];
   return h("dl.facts", null, list.filter(([, value]) => value).map(([label, value]) => h("div.fact", null, h("dt", null, label), h("dd", null, value))));
 }
@@ -96,7 +98,7 @@ function candidate(one, chosen, most) {
   const told = one.refused ?? (terms.map(([field, label]) => `${label} ${seconds(one[field])}`).join(", ") || "nothing to wait for");
   const extras = [one.cached_tokens && `${count(one.cached_tokens)} prompt tokens cached`, one.preference && one.preference !== 1 && `preference ${one.preference}`, one.unload?.length && `unloads ${one.unload.map(shortModel).join(", ")}`];
   return h(chosen ? "li.chosen" : "li", null,
-    h("div.row", null, h("b.clip", null, one.agent), h("span.muted.small.grow", null, one.refused ? "refused" : ACTIONS[one.action] ?? one.action), chosen ? h("span.pill.good", null, "chosen") : null, h("span.num", null, one.cost === null || one.cost === undefined ? "–" : seconds(one.cost))),
+    h("div.row", null, h("b.clip", null, one.agent), h("span.muted.small.grow.nowrap", null, one.refused ? "refused" : ACTIONS[one.action] ?? one.action), chosen ? h("span.pill.good", null, "chosen") : null, h("span.num", null, one.cost === null || one.cost === undefined ? "–" : seconds(one.cost))),
     one.refused ? null : bar, h("p.muted.small", null, [told, ...extras.filter(Boolean)].join(" · ")));
 }
 

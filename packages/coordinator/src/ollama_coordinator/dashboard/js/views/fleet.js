@@ -1,7 +1,7 @@
 /** Fleet: every machine at a glance. Cards for a few, rows for many. */
 
 import { View } from "../view.js";
-import { h, keyed } from "../dom.js";
+import { h, keyed, setText } from "../dom.js";
 import { store } from "../store.js";
 import { empty, howToAddAnAgent, segmented } from "../parts/bits.js";
 import { agentCard } from "../parts/agent-card.js";
@@ -11,6 +11,7 @@ const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
 /** A screenful is there at once, the rest with the frames that follow. */
 const AT_ONCE = 30;
+const STATE_CHOICES = [["", "Every state"], ["online", "Online"], ["draining", "Draining"], ["resting", "Out of rotation"], ["offline", "Offline"]];
 const ORDER = { online: 0, draining: 1, resting: 2, offline: 3 };
 const total = (agent, field) => agent.gpus.reduce((sum, gpu) => sum + (gpu[field] ?? 0), 0);
 
@@ -37,7 +38,8 @@ class FleetView extends View {
     this.form = localStorage.getItem("fleet-form") ?? "auto";
     const search = h("input.inline-field", { type: "search", placeholder: "Search name, label, model", "aria-label": "Search agents", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
     const filter = h("select.inline-field", { "aria-label": "State", onchange: (event) => { this.state = event.target.value; this.draw(); } },
-      [["", "Every state"], ["online", "Online"], ["draining", "Draining"], ["resting", "Out of rotation"], ["offline", "Offline"]].map(([value, label]) => h("option", { value }, label)));
+      STATE_CHOICES.map(([value, label]) => h("option", { value }, label)));
+    this.states = filter;
     const sort = h("select.inline-field", { "aria-label": "Sort by", onchange: (event) => { this.sort = event.target.value; localStorage.setItem("fleet-sort", this.sort); this.draw(); } },
       Object.entries(SORTS).map(([value, [label]]) => h("option", { value, selected: value === this.sort }, `By ${label.toLowerCase()}`)));
     const form = segmented("Layout", [["auto", "Auto"], ["cards", "Cards"], ["rows", "Rows"]], this.form, (key) => { this.form = key; localStorage.setItem("fleet-form", key); this.draw(); });
@@ -60,6 +62,7 @@ class FleetView extends View {
     const all = Object.values(store.state.agents);
     this.controls.hidden = all.length === 0;
     this.tellNothing(all.length);
+    this.countStates(all);
     const shown = all.filter((agent) => this.wanted(agent)).sort((a, b) => SORTS[this.sort][1](a, b) || byName(a, b) || a.id.localeCompare(b.id));
     if (all.length && !shown.length) this.nothing.replaceChildren(empty("search", "No agent matches", h("p", null, "Search for something else, or show every state.")));
     const inRows = this.form === "rows" || (this.form === "auto" && all.length > CARDS_AT_MOST && innerWidth > PHONE_PX);
@@ -78,6 +81,14 @@ class FleetView extends View {
       this.most += AT_ONCE;
       if (this.isConnected) this.draw(new Set());
     }));
+  }
+
+  /** How many there are in each state, where one looks for them. */
+  countStates(all) {
+    STATE_CHOICES.forEach(([state, label], index) => {
+      const many = all.filter((agent) => agent.state === state).length;
+      setText(this.states.options[index], state ? `${label} (${many})` : label);
+    });
   }
 
   wanted(agent) {

@@ -11,6 +11,8 @@ import { operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
 
 const REFRESH_MS = 1500;
+/** Of a large fleet the fullest disks are listed. */
+const DISKS = 24;
 const DONE_SHOWN_MS = 60_000;
 const nameOf = (id) => store.state.agents[id]?.name ?? "an agent that left";
 
@@ -28,10 +30,11 @@ class ModelsView extends View {
     this.table = h("div.table-box", null, h("table.models-table.stacked", null, h("caption.visually-hidden", null, "Models of the fleet"), h("thead", null, h("tr", null,
       ["Model", "On disk", "In memory"].map((text) => h("th", { scope: "col" }, text)), h("th.num", { scope: "col" }, "Size"), h("th", { scope: "col" }, "Changed"), h("th", { scope: "col" }, h("span.visually-hidden", null, "Actions")))), this.body));
     this.disks = h("div.disks");
+    this.moreDisks = h("p.muted.small.more-disks");
     this.disksTitle = h("h2.section", null, "Disk space");
     this.nothing = h("div");
     this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: pull }, icon("down"), "Pull a model"))),
-      this.operations, this.nothing, this.table, this.disksTitle, this.disks);
+      this.operations, this.nothing, this.table, this.disksTitle, this.disks, this.moreDisks);
     this.load();
   }
 
@@ -81,9 +84,9 @@ class ModelsView extends View {
   drawDisks() {
     const agents = Object.values(store.state.agents).filter((agent) => agent.disk_free_bytes !== undefined).sort((a, b) => a.disk_free_bytes - b.disk_free_bytes);
     this.disksTitle.hidden = !agents.length;
-    const most = Math.max(1, ...agents.map((agent) => agent.disk_free_bytes));
-    keyed(this.disks, agents, (agent) => agent.id, disk);
-    this.disks.style.setProperty("--most", String(most));
+    keyed(this.disks, agents.slice(0, DISKS), (agent) => agent.id, disk);
+    const more = agents.length - DISKS;
+    setText(this.moreDisks, more > 0 ? `and ${more} more, each with at least ${bytes(agents[DISKS].disk_free_bytes)} free` : "");
   }
 }
 
@@ -130,10 +133,13 @@ function modelRow(row) {
 }
 
 const CHIPS = 6;
+const CHIPS_OF_MANY = 3;
 
-function chips(parent, ids) {
-  const shown = ids.slice(0, CHIPS).map((id) => ({ id, name: nameOf(id) }));
-  if (ids.length > CHIPS) shown.push({ id: "", name: `+${ids.length - CHIPS}` });
+function chips(parent, unsorted) {
+  const ids = [...unsorted].sort((a, b) => nameOf(a).localeCompare(nameOf(b), undefined, { numeric: true }));
+  const room = ids.length > CHIPS ? CHIPS_OF_MANY : CHIPS;
+  const shown = ids.slice(0, room).map((id) => ({ id, name: nameOf(id) }));
+  if (ids.length > room) shown.push({ id: "", name: `and ${ids.length - room} more` });
   keyed(parent, shown, (one) => one.id, ({ id }) => {
     const chip = id ? h("a.tag.clip", { href: `#/agents/${encodeURIComponent(id)}` }) : h("span.tag");
     chip.update = (now) => setText(chip, now.name);

@@ -68,9 +68,11 @@ class SettingsView extends View {
 
 const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value));
 
+const SPOKEN = { true: "yes", false: "no" };
+
 function control({ value, choices: known }) {
   const choices = typeof value === "boolean" ? ["true", "false"] : known;
-  if (choices.length) return h("select", null, choices.map((choice) => h("option", { value: choice, selected: choice === String(value) }, choice)));
+  if (choices.length) return h("select", null, choices.map((choice) => h("option", { value: choice, selected: choice === String(value) }, SPOKEN[choice] ?? choice)));
   if (typeof value === "number") return h("input", { type: "number", value: String(value), min: "0", step: "any" });
   return h("input", { type: "text", value: String(value) });
 }
