@@ -10,6 +10,8 @@ const TERMS = [
   ["wait_seconds", "wait for a place"], ["load_seconds", "load the model"], ["prefill_seconds", "read the prompt"],
   ["decode_seconds", "write (a tenth counts)"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"],
 ];
+/** The same colour for a term in every row. */
+const TONES = new Map(TERMS.map(([field], index) => [field, `var(--series-${index})`]));
 const SHOWN_AT_ONCE = 8;
 const ACTIONS = { go: "goes at once", load: "loads the model", wait: "waits" };
 
@@ -93,8 +95,8 @@ function unevaluated(many) {
 
 function candidate(one, chosen, most) {
   const terms = TERMS.filter(([field]) => one[field] > 0.0005);
-  const bar = h("div.cost", { "aria-hidden": "true" }, terms.map(([field, label], index) =>
-    h("i", { title: `${label}: ${seconds(one[field])}`, style: { width: `${(100 * one[field]) / most / (one.preference || 1)}%`, "--tone": `var(--series-${index})` } })));
+  const bar = h("div.cost", { "aria-hidden": "true" }, terms.map(([field, label]) =>
+    h("i", { title: `${label}: ${seconds(one[field])}`, style: { width: `${(100 * one[field]) / most / (one.preference || 1)}%`, "--tone": TONES.get(field) } })));
   const told = one.refused ?? (terms.map(([field, label]) => `${label} ${seconds(one[field])}`).join(", ") || "nothing to wait for");
   const extras = [one.cached_tokens && `${count(one.cached_tokens)} prompt tokens cached`, one.preference && one.preference !== 1 && `preference ${one.preference}`, one.unload?.length && `unloads ${one.unload.map(shortModel).join(", ")}`];
   return h(chosen ? "li.chosen" : "li", null,

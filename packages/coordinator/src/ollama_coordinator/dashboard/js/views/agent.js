@@ -41,7 +41,7 @@ class AgentView extends View {
       h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
       h("h2.section", null, "Last requests", h("a.small.more", { href: `#/history?agent=${encodeURIComponent(this.argument)}` }, "All of them")),
       box(["Ended", "Model", "Result", "Agent", "Client", "Waited", "First token", "Prompt", "Tokens", "Tokens/s", "Took"], this.requests),
-      h("h2.section", null, "Log"), this.events, agentLog(this.stopping.signal, this.argument));
+      h("h2.section", null, "What the coordinator noted about it"), this.events, agentLog(this.stopping.signal, this.argument));
     this.gone = h("div", { hidden: true }, empty("offline", "This agent is not registered", h("p", null, "It was removed, or the address is wrong."), h("a.button", { href: "#/fleet" }, "To the fleet")));
     this.append(h("p.small", null, h("a", { href: "#/fleet" }, "← Fleet")), head, this.gone, this.content);
     const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
@@ -84,7 +84,7 @@ class AgentView extends View {
     try {
       const [details, history] = await Promise.all([get(path(["api", "agents", this.argument, "details"])), get(path(["api", "history"], { agent: this.argument, limit: 15 }))]);
       this.models.replaceChildren(...details.models.map(modelRow));
-      this.requests.replaceChildren(...history.requests.map(historyRow));
+      this.requests.replaceChildren(...(history.requests.length ? history.requests.map(historyRow) : [h("tr", null, h("td.muted", { colspan: "11" }, "It has served no request yet."))]));
       this.events.replaceChildren(...(details.events.length ? details.events.map(eventRow) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
     } catch {
       // The stream says what is wrong: the coordinator is away, or the agent is gone.
