@@ -27,7 +27,7 @@ from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 PATIENCE_SECONDS = 20.0
 
 FAST = Pace(heartbeat=0.1, retry_first=0.02, retry_ceiling=0.1, rejected=0.1, first_look=2.0)
-FAST_WATCH = WatchPace(look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.02)
+FAST_WATCH = WatchPace(look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.1)
 FAST_KEEPER = KeeperPace(
     patience=0.0, adopted_patience=0.0, restart_first=0.05, restart_ceiling=0.2
 )
