@@ -31,7 +31,7 @@ from .api.surface import Surface
 from .api.wire import error_reply, status_of
 from .clock import Clock
 from .console import Console
-from .db import DatabaseError, Store
+from .db import Store
 from .dispatch import Dispatch
 from .documents import Document
 from .journal import Kept, Limits, Observation
@@ -48,7 +48,6 @@ class Coordinator:
 
     def __init__(self, started: Started) -> None:
         self.config = config = started.config
-        self.failure: DatabaseError | None = None
         self.clock = Clock()
         self.registry = Registry(config.agent_timeout)
         self.scheduler = SwitchingScheduler(
@@ -132,13 +131,8 @@ class Coordinator:
             DatabaseError: the database cannot be opened.
         """
         async with AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(self.store)
-                await self.keeper.restore()
-            except DatabaseError as exc:
-                # An ASGI server reports a failed start as text; who started us wants the error.
-                self.failure = exc
-                raise
+            await stack.enter_async_context(self.store)
+            await self.keeper.restore()
             for document in self._documents():
                 await stack.enter_async_context(document.running())
             await stack.enter_async_context(self.observation.running())
