@@ -201,7 +201,7 @@ class Store:
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except (sqlite3.Error, OSError, ValueError) as exc:
+        except (sqlite3.Error, OSError, ValueError, msgspec.DecodeError) as exc:
             raise DatabaseError(self._path, exc) from exc
 
     # ── in the thread ─────────────────────────────────────────────────────────────────────────
@@ -305,7 +305,7 @@ def _from_columns(row: dict[str, object]) -> AgentRow:
 def _advice(cause: Exception) -> str:
     """What an operator can do about an error of SQLite's."""
     text = str(cause)
-    if isinstance(cause, ValueError):
+    if isinstance(cause, ValueError | msgspec.DecodeError):
         return f"{text} (a row is damaged; restore a copy, or move the file away)"
     hints = {
         "locked": "another process holds it; stop that one, or give another DATABASE_URL",
