@@ -32,7 +32,7 @@ async def agents(coordinator: Running, count: int, *names: str) -> list[str]:
     return found
 
 
-@pytest.mark.spec("FLEET-26")
+@pytest.mark.spec("FLEET-27")
 async def test_others_run_while_a_list_is_made(
     coordinator: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +55,7 @@ async def test_others_run_while_a_list_is_made(
         assert turns >= 2, make
 
 
-@pytest.mark.spec("FLEET-26")
+@pytest.mark.spec("FLEET-27")
 async def test_only_what_changed_is_made_anew(
     coordinator: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +83,7 @@ async def test_only_what_changed_is_made_anew(
     assert [row["loaded_on"] for row in rows] == [[], [second], []]
 
 
-@pytest.mark.spec("FLEET-26")
+@pytest.mark.spec("FLEET-27")
 async def test_every_list_tells_what_is_so_now(coordinator: Running) -> None:
     first, second = await agents(coordinator, 2, "a", "b")
 
@@ -105,7 +105,7 @@ async def test_every_list_tells_what_is_so_now(coordinator: Running) -> None:
     assert await told() == [[]] * 3
 
 
-@pytest.mark.spec("FLEET-26")
+@pytest.mark.spec("FLEET-27")
 async def test_an_agent_that_goes_takes_its_vote_for_a_content_along(coordinator: Running) -> None:
     """What is kept of a model follows the preferred content, also without a new list."""
     ids = await agents(coordinator, 3, "a")
