@@ -7,6 +7,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from msgspec import structs
 
 from ollama_coordinator_agent.daemon import Pace
 from ollama_coordinator_agent.reach import Offer
@@ -302,3 +303,15 @@ async def test_connections_of_others_count_as_requests(tmp_path: Path) -> None:
             await coordinator.next_report(lambda report: report.active_requests == 1)
         other.kill()
         await other.wait()
+
+
+@pytest.mark.spec("AGENT-44")
+async def test_a_log_that_is_refused_does_not_hold_up_the_heartbeats(tmp_path: Path) -> None:
+    async with Coordinator() as coordinator, StandIn() as ollama:
+        coordinator.log_status = 413
+        slow_after_refusals = structs.replace(FAST, rejected=600.0)
+        config = config_of(coordinator, ollama, tmp_path)
+        async with running(config, pace=slow_after_refusals):
+            await coordinator.until(lambda self: len(self.logs) > 2)
+            coordinator.log_status = 404
+            await coordinator.until(lambda self: len(self.registrations) > 1)

@@ -22,7 +22,7 @@ from ollama_coordinator_agent.daemon import Daemon, Pace
 from ollama_coordinator_agent.keeper import KeeperPace
 from ollama_coordinator_agent.watch import WatchPace
 from ollama_coordinator_common.config import AgentConfig
-from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import HealthReport, LogReport, RegisterRequest
 
 PATIENCE_SECONDS = 20.0
 
@@ -49,6 +49,8 @@ class Coordinator:
         self.known: set[str] = set()
         self.answer: web.Response | None = None
         self.is_mute = False
+        self.log_status: int | None = None
+        self.logs: list[LogReport] = []
         self._prefix = prefix
         self._port = free_port()
         self._runner: web.AppRunner | None = None
@@ -75,6 +77,7 @@ class Coordinator:
         app.router.add_post(f"{self._prefix}/api/agents", self._register)
         app.router.add_get(f"{self._prefix}/api/agents", self._list)
         app.router.add_post(f"{self._prefix}/api/health", self._health)
+        app.router.add_post(f"{self._prefix}/api/agents/{{agent_id}}/log", self._log)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
@@ -126,7 +129,13 @@ class Coordinator:
             await asyncio.sleep(PATIENCE_SECONDS)
         if report.agent_id not in self.known:
             return web.json_response({"error": "no such agent"}, status=404)
-        return web.json_response({"status": "ok"})
+        wanted = {} if self.log_status is None else {"log_after": 0}
+        return web.json_response({"status": "ok", **wanted})
+
+    async def _log(self, request: web.Request) -> web.StreamResponse:
+        report = msgspec.json.decode(await request.read(), type=LogReport)
+        await self._note(lambda: self.logs.append(report))
+        return web.json_response({"error": "as the test wants"}, status=self.log_status or 200)
 
     async def _note(self, change: Callable[[], None]) -> None:
         async with self._news:

@@ -106,10 +106,14 @@ class CoordinatorClient:
         """Send what the coordinator asked for of the logs.
 
         Raises:
-            CoordinatorError: see the module's tree; never `Forgotten`.
+            Forgotten: the coordinator does not know the agent; register again.
+            CoordinatorError: see the module's tree.
         """
         path = f"/api/agents/{quote(agent_id, safe='')}/log"
-        self._check(*await self._call("POST", path, msgspec.json.encode(report)))
+        status, body = await self._call("POST", path, msgspec.json.encode(report))
+        if status == 404:
+            raise Forgotten("the coordinator does not know this agent (any more)")
+        self._check(status, body)
 
     async def agents(self) -> list[AgentView]:
         """All agents that the coordinator knows.

@@ -137,7 +137,7 @@ class Daemon:
             try:
                 reply = await self._client.report(self._report(agent_id))
                 if reply.log_after is not UNSET:
-                    await self._client.send_log(agent_id, await self._logs.news(reply.log_after))
+                    await self._send_log(agent_id, reply.log_after)
                     next_at = min(next_at, loop.time() + self._pace.watched)
             except Forgotten:
                 raise
@@ -147,6 +147,15 @@ class Daemon:
             else:
                 self._all_is_well()
             await self._wait_for_news(next_at)
+
+    async def _send_log(self, agent_id: AgentId, after: int) -> None:
+        """Send what is wanted of the log; trouble with it does no harm to the heartbeats."""
+        try:
+            await self._client.send_log(agent_id, await self._logs.news(after))
+        except Forgotten:
+            raise
+        except CoordinatorError as exc:
+            log.debug("the log was not sent", extra={"reason": str(exc)})
 
     async def _wait_for_news(self, until: float) -> None:
         try:
