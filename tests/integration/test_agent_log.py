@@ -42,7 +42,7 @@ async def test_a_look_makes_the_agent_send_its_log_and_its_servers(tmp_path: Pat
     command = programs.command("ollama-coordinator-agent")
     async with running() as coordinator:
         settings["COORDINATOR_URL"] = coordinator.url
-        async with programs.program(tmp_path / "log", command, "run", **settings):
+        async with programs.program(tmp_path / "log", command, "run", **settings) as program:
             await coordinator.until(lambda: len(coordinator.parts.registry) == 1, 20)
             (agent,) = coordinator.parts.registry
             told = await seen(coordinator, agent.id, lambda told: told["server"])
@@ -58,6 +58,9 @@ async def test_a_look_makes_the_agent_send_its_log_and_its_servers(tmp_path: Pat
                 agent.id,
                 lambda told: any(line["text"].startswith(ended) for line in told["lines"]),
             )
+            # It takes the server it started along, which a kill would leave behind.
+            program.send(programs.TERMINATE)
+            assert await program.ended() == 0
 
 
 async def beat(coordinator: Running, agent_id: str) -> dict[str, Any]:
