@@ -17,6 +17,7 @@ from msgspec import Raw, Struct
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import Lease, Outcome, Request, RequestId, Result, Timings
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
+from ollama_coordinator.server import collect_seldom
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, Gpu, RunnerSettings
@@ -130,6 +131,7 @@ def main() -> None:
     over = False
     for case in CASES:
         bench = Bench(case)
+        collect_seldom()
         bench.run(case.rounds)
         micros = bench.run(case.rounds) / case.rounds / DECISIONS_PER_ROUND * 1e6
         idle = bench.idle(10_000) / 10_000 * 1e6

@@ -111,7 +111,7 @@ async def run(config: CoordinatorConfig) -> None:
     coordinator: Coordinator = app.state.coordinator
     # Hypercorn skips the end of a lifespan when it is made to stop; ours is held here.
     app.router.lifespan_context = _held_elsewhere
-    _collect_seldom()
+    collect_seldom()
     stop = Stop()
     with contextlib.ExitStack() as sockets, stop.on_signals():
         listening = listen(config.host, config.port)
@@ -173,7 +173,7 @@ async def _serve(
         await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
 
 
-def _collect_seldom() -> None:
+def collect_seldom() -> None:
     """Look for unreachable cycles less often: requests leave none, and it took a fifth of the CPU.
 
     What exists already stays, and is not looked at again.

@@ -1,6 +1,7 @@
 """How long a request waits for a slot, by the predicted ends of what runs."""
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from itertools import islice
 
 from .affinity import Hits
@@ -43,7 +44,7 @@ def start_in(line: Line, entry: Entry, position: int, now: float) -> float | Non
     return min(soonest, default=None)
 
 
-def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> list[tuple[float, Place]]:
+def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> Iterable[tuple[float, Place]]:
     """When the slots after the first `ahead` get free, soonest first."""
     away = _away(line, now) if line.away else []
     loading = _loading(line, now) if line.loading else []
@@ -55,11 +56,10 @@ def _freeing(line: Line, entry: Entry, ahead: int, now: float) -> list[tuple[flo
     # So many places being loaded shift the order of the ends by no more than their number.
     start = max(ahead - len(loading), 0)
     runs = _ending(line, start, ahead - start + LOOK_BEYOND, away)
-    frees = [(run.remaining(now), run.place) for _, _, run in runs]
+    frees = ((run.remaining(now), run.place) for _, _, run in runs)
     if not loading:
         return frees
-    frees = sorted(frees + loading, key=_first)
-    return frees[ahead - start : ahead - start + LOOK_BEYOND]
+    return sorted([*frees, *loading], key=_first)[ahead - start : ahead - start + LOOK_BEYOND]
 
 
 def _beyond(
