@@ -7,6 +7,7 @@ from ollama_coordinator.scheduler import Result, RunnerOptions, Timings
 from ollama_coordinator.scheduler.memory import Fit, Memory
 from ollama_coordinator.scheduler.options import normal, serves
 from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, World
 
 SHORT = Timings(100, 100, 2.0, 0.0, 0.1, 1.9)
@@ -212,3 +213,24 @@ def test_two_names_of_one_blob_share_what_is_loaded() -> None:
     assert world.plan() == []
     (other,) = world.end(lease, Result.CANCELLED)
     assert other.request.name == "m"
+
+
+@pytest.mark.spec("SCHED-57")
+def test_prompts_are_forgotten_with_the_model_that_read_them() -> None:
+    world = World()
+    caches = world.predictor._caches
+    for name in ("deleted", "gone", "evicted"):
+        world.agent(name, loaded=["m"], slots=1)
+        world.end(world.send(prefix=(1, 2)), timings=SHORT)
+        assert len(caches) == 2
+        world.now += 10.0
+        if name == "deleted":
+            world.agent(name, models=["n"])
+        elif name == "evicted":
+            world.agent(name, loaded=[])
+        else:
+            world.registry.remove(AgentId(name))
+        world.plan()
+        assert len(caches) == 0
+        if name == "deleted":
+            world.registry.remove(AgentId(name))

@@ -4,10 +4,13 @@ import pytest
 from msgspec import structs
 
 from ollama_coordinator.registry import Registry
-from ollama_coordinator.scheduler import Kind, Result, Timings
+from ollama_coordinator.scheduler import Kind, Learned, Result, Timings
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
 from ollama_coordinator.scheduler.slots import Slots, Usual
+from ollama_coordinator.scheduler.state import LearnedSlots
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec, Simulation, TraceRequest
+from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import World
 
 M = ModelSpec("m", 4_000_000_000)
@@ -194,3 +197,61 @@ def test_models_that_are_gone_leave_what_they_showed() -> None:
     one.prove(2)
     usual.keep({two})
     assert (usual.members, two.limit) == ([two], 2)
+
+
+@pytest.mark.spec("SCHED-27")
+def test_a_model_that_was_deleted_while_it_ran_tells_nothing_of_the_others() -> None:
+    world = World()
+    world.agent("a", models=["m", "n"], loaded=["m"])
+    first = world.send("m")
+    world.submit("m")
+    (second,) = world.plan()
+    world.began(second)
+    world.submit("m")
+    (third,) = world.plan()
+    world.agent("a", models=["n"])
+    world.plan(30.0)
+    waited = Timings(100, 100, 30.0, 0.0, 0.1, 1.9)
+    for lease in (first, second, third):
+        world.end(lease, timings=waited)
+    assert world.scheduler.in_flight(first.agent_id) == 0
+    usual = Usual()
+    for _ in range(3):
+        gone = Slots(usual)
+        usual.keep(set())
+        gone.refute(1, now=0.0)
+    assert not usual.is_settled
+
+
+@pytest.mark.spec("SCHED-56")
+def test_a_model_that_runs_one_at_a_time_is_known_to_after_a_restart() -> None:
+    world = World()
+    world.agent("a", models=["one", "many"], loaded=["one", "many"])
+    world.plan()
+    (machine,) = world.predictor._mirror.machines.values()
+    places = machine.places
+    one, many = places[model_key("one")], places[model_key("many")]
+    many.slots.prove(4)
+    one.slots.refute(1, now=0.0)
+    learned = world.scheduler.export_state()
+    world = World()
+    world.scheduler.import_state(learned)
+    world.agent("a", models=["one", "many"], loaded=["one", "many"])
+    world.plan()
+    slots = {row.model: row.slots for row in world.scheduler.estimates()}
+    assert slots == {model_key("one"): 1, model_key("many"): 4}
+
+
+@pytest.mark.spec("SCHED-56")
+def test_what_was_known_of_slots_counts_once() -> None:
+    world = World()
+    world.scheduler.import_state(Learned(slots=[LearnedSlots(AgentId("a"), model_key("m"), 4)]))
+    world.agent("a", models=["m", "n"])
+    world.plan()
+    (machine,) = world.predictor._mirror.machines.values()
+    machine.places[model_key("m")].slots.refute(1, now=0.0)
+    world.agent("a", models=["n"])
+    world.plan()
+    world.agent("a", models=["m", "n"])
+    world.plan()
+    assert {row.slots for row in world.scheduler.estimates()} == {1}

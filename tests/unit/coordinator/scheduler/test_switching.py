@@ -214,3 +214,35 @@ def test_an_unknown_policy_changes_nothing() -> None:
     with pytest.raises(KeyError):
         switch(world, "fortune-teller")
     assert switching(world).policy == PREDICTED
+
+
+@pytest.mark.spec("SCHED-74")
+def test_who_waits_in_fair_order_is_handed_over_in_it() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=1)
+    world.send(client="greedy")
+    for _ in range(10):
+        world.submit(client="greedy")
+    world.now += 0.5
+    polite = world.submit(client="polite")
+    before = [one.request.id for one in world.scheduler.waiting(world.now)]
+    assert before.index(polite.id) <= 1
+    switch(world, COUNTING)
+    assert [one.request.id for one in world.scheduler.waiting(world.now)] == before
+
+
+@pytest.mark.spec("SCHED-74")
+def test_what_ran_before_a_switch_teaches_no_speed() -> None:
+    world = World(policy=PREDICTED)
+    world.agent("a", loaded=["m"], slots=4)
+    for _ in range(6):
+        world.serve(world.send(prompt_tokens=400), Timings(400, 100, 3.0, 0.0, 1.0, 2.0), after=3.0)
+    (before,) = world.scheduler.estimates()
+    switch(world, COUNTING)
+    leases = [world.send(prompt_tokens=400) for _ in range(4)]
+    world.now += 60.0
+    switch(world, PREDICTED)
+    for lease in leases:
+        world.end(lease, timings=Timings(400, 1360, 61.0, 0.0, 1.0, 60.0))
+    (after,) = world.scheduler.estimates()
+    assert after.decode_tokens_per_second == before.decode_tokens_per_second

@@ -47,6 +47,12 @@ class World:
         self.refused: dict[RequestId, SchedulerError] = {}
         self.numbers = count(1)
 
+    @property
+    def predictor(self) -> PredictedScheduler:
+        """The scheduler itself, for what it knows and does not tell."""
+        assert isinstance(self.scheduler, PredictedScheduler)
+        return self.scheduler
+
     def agent(
         self,
         name: str,

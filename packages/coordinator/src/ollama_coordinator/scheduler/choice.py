@@ -30,7 +30,10 @@ class Chooser:
 
     def choose(self, line: Line, entry: Entry, ahead: int, now: float) -> Choice:
         """The cheapest possibility of a request that has `ahead` others before it."""
-        hits = self.hits(entry)
+        return self.choose_with(self.hits(entry), line, entry, ahead, now)
+
+    def choose_with(self, hits: Hits, line: Line, entry: Entry, ahead: int, now: float) -> Choice:
+        """The same, where what is in the prompt caches is known already."""
         go = self._go(line, entry, hits, now)
         wait = wait_for_slot(line, entry, ahead, hits, now)
         best, other = (go, wait) if go.cost <= held_cost(wait, entry) else (wait, go)

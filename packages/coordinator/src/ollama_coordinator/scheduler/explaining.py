@@ -1,11 +1,10 @@
 """The full account of a decision: every holder of the model, whether it may serve or not."""
 
-from itertools import islice
-
 from msgspec import structs
 
 from ollama_coordinator.registry import AgentState, Registry
 
+from .affinity import Hits
 from .choice import Chooser
 from .eligibility import eligible, unavailable
 from .explain import Candidate, Decision, brief, candidate
@@ -44,11 +43,12 @@ class Accounts:
         ]
         count = self._afford(min(len(places), MOST_TOLD), now)
         known = {one.agent_id for one in told.candidates}
+        unknown = [place for place in places[:count] if place.machine.id not in known]
         entry = Entry(request, (0.0, 0.0, 0), line, run.output, 0.0)
+        hits = self._chooser.hits(entry)
         others = [
-            _candidate(self._chooser, line, entry, place, 0, now)
-            for place in islice(places, count)
-            if place.machine.id not in known
+            _candidate(self._chooser, hits, entry, place, 0, now)
+            for place in unknown[: MOST_TOLD - len(known)]
         ]
         others.sort(key=_dearest_last)
         known.update(one.agent_id for one in others)
@@ -86,8 +86,9 @@ def explain(
         for agent in registry.servers(request.model)
         if agent.name in found.refused
     ]
+    hits = chooser.hits(entry)
     candidates += [
-        _candidate(chooser, line, entry, place, line.size if place in line.hot else 0, now)
+        _candidate(chooser, hits, entry, place, line.size if place in line.hot else 0, now)
         for place in (*line.hot, *line.loading, *line.cold)
         if place.machine.id not in request.excluded
     ]
@@ -109,10 +110,10 @@ def _dearest_last(one: Candidate) -> tuple[bool, float, str]:
 
 
 def _candidate(
-    chooser: Chooser, line: Line, entry: Entry, place: Place, ahead: int, now: float
+    chooser: Chooser, hits: Hits, entry: Entry, place: Place, ahead: int, now: float
 ) -> Candidate:
     """The same evaluation with this place as the only one, behind so many others."""
-    choice = chooser.choose(line.only(place), entry, ahead, now)
+    choice = chooser.choose_with(hits, entry.line.only(place), entry, ahead, now)
     if choice.place is None:
         return Candidate(
             agent_id=place.machine.id,

@@ -226,7 +226,8 @@ class Running:
     `loads`: it made the agent load the model; `tries`: it was sent beyond the proven slots.
     `rank` counts the requests of its place when it was granted, itself included. `saw_end_at` is
     when one of the earlier ones last ended, `beside` how many of those there were then; `company`
-    how many ran beside it on average, once it has ended.
+    how many ran beside it on average, once it has ended. `adopted`: another scheduler granted it,
+    so what it ran beside is not known.
     """
 
     lease: Lease
@@ -244,6 +245,7 @@ class Running:
     began_at: float | None = None
     saw_end_at: float | None = None
     beside: int = 0
+    adopted: bool = False
 
     def remaining(self, now: float) -> float:
         """The predicted time left; never less than a quarter of its age."""

@@ -68,6 +68,7 @@ class Ledger:
             lease, place, lease.id,
             now + wait + stay_seconds(place, lease.request.prompt_tokens, output),
             loads=loads, tries=False, rank=1, cached=0, output=output, choice=choice,
+            adopted=True,
         )  # fmt: skip
         if loads:
             self._begin_load(place, line, choice, now)

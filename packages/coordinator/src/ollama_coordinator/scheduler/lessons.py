@@ -40,7 +40,10 @@ class Lessons:
             self._lengths.observe(request.client, request.model, timings.output_tokens)
         tokens = timings.prompt_tokens or request.prompt_tokens
         read = tokens + timings.output_tokens
-        self._caches.remember(place, request.prefix, read, place.slots.count)
+        if place.resident:
+            self._caches.remember(place, request.prefix, read, place.slots.count)
+        if run.adopted:
+            return
         if timings.output_seconds is None and timings.total_seconds is None:
             timings = by_wall(run, timings, now)
         elif request.kind is Kind.EMBED and run.rank == 1 and timings.prompt_seconds is None:

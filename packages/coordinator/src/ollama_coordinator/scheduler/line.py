@@ -124,7 +124,7 @@ class Line:
         alone.hot = [place] if place in self.hot else []
         alone.loading = [place] if place in self.loading else []
         alone.cold = [place] if place in self.cold else []
-        alone.ends = [end for end in self.ends if end[2].place is place]
+        alone.ends = sorted((run.ends_at, run.number, run) for run in place.running.values())
         alone.occupancy = self.occupancy
         return alone
 

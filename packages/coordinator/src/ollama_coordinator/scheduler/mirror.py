@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ollama_coordinator.registry import AgentState, AvailableRow, Registry
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
+from .affinity import PromptCaches
 from .fleet import Machine, Place
 from .learning import Rates
 from .memory import Memory, predicted_bytes
@@ -21,14 +22,15 @@ REMOTE_SLOTS = 64
 class Mirror:
     """Machines by agent and places by model. `sync` says which models' candidates changed."""
 
-    def __init__(self, registry: Registry, rates: Rates) -> None:
+    def __init__(self, registry: Registry, rates: Rates, caches: PromptCaches) -> None:
         self._registry = registry
         self._rates = rates
+        self._caches = caches
         self._changes = -1
         self._check_at = 0.0
         self.machines: dict[AgentId, Machine] = {}
         self._replicas: Counter[str] = Counter()
-        self.known_slots: dict[tuple[AgentId, str], int] = {}
+        self.known_slots: dict[tuple[AgentId, str], tuple[int, int]] = {}
 
     def sync(self, now: float) -> set[str] | None:
         """Take over what changed in the registry: the models concerned, `None` for nothing."""
@@ -108,13 +110,15 @@ class Mirror:
                 place = by_weights[weights] = self._place(machine, key, row)
             place.names.add(key)
             machine.places[key] = place
-        machine.usual.keep({place.slots for place in machine.places.values()})
+        stays = set(machine.places.values())
+        machine.usual.keep({place.slots for place in stays})
+        for place in set(known.values()) - stays:
+            self.vacate(place)
         for name in known.keys() - machine.places.keys():
             known[name].names.discard(name)
             concerned.add(name)
 
     def _place(self, machine: Machine, key: str, row: AvailableRow) -> Place:
-        remembered = self.known_slots.get((machine.id, key), 1)
         size = row.model.size
         place = Place(
             machine,
@@ -122,10 +126,16 @@ class Mirror:
             weights=row.blob or key,
             disk_bytes=size,
             memory_bytes=predicted_bytes(size),
-            slots=Slots(machine.usual, proven=remembered),
+            slots=Slots(machine.usual),
         )
         place.rate(self._rates)
+        self._remember_slots(machine, key, place)
         return place
+
+    def _remember_slots(self, machine: Machine, key: str, place: Place) -> None:
+        """What was seen before this process or this policy counts once, until more is seen."""
+        if (known := self.known_slots.pop((machine.id, key), None)) is not None:
+            place.slots.remember(*known)
 
     def _configure(self, machine: Machine) -> None:
         """Slots that need no learning."""
@@ -199,7 +209,8 @@ class Mirror:
         self._changed(machine)
 
     def vacate(self, place: Place) -> None:
-        """The model is no longer in memory."""
+        """The model is no longer in memory, nor are the prompts it had read."""
+        self._caches.forget(place)
         machine = place.machine
         place.resident = False
         place.options = None
@@ -218,7 +229,7 @@ class Mirror:
             machine.batch = self._rates.batch_factor(machine.id)
             for name, place in machine.places.items():
                 place.rate(self._rates)
-                place.slots.prove(self.known_slots.get((machine.id, name), 1))
+                self._remember_slots(machine, name, place)
 
     def places(self, model: str) -> Iterator[Place]:
         """The places of the model's preferred content, on machines in and out of rotation."""

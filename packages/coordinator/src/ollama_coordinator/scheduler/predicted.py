@@ -57,7 +57,7 @@ class PredictedScheduler:
         self._weights = weights or {}
         self._rates, self._caches = Rates(), PromptCaches()
         self._lengths = lengths or Lengths()
-        self._mirror = Mirror(registry, self._rates)
+        self._mirror = Mirror(registry, self._rates, self._caches)
         self._lines = Lines(self._mirror)
         rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
         self._chooser = Chooser(self._caches, rooms)
@@ -65,7 +65,7 @@ class PredictedScheduler:
         self._ledger = Ledger(self._mirror, self._lines, numbers or count(1))
         self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
         self._drains = Drains()
-        self._serving = Serving(registry, self._lines, self._chooser, self._ledger, self._caches)
+        self._serving = Serving(registry, self._lines, self._chooser, self._ledger)
         self._numbers = count(1)
         self._dirty: dict[Line, int] = {}
         self._idle: dict[Machine, None] = {}
@@ -263,9 +263,11 @@ class PredictedScheduler:
         line_up: list[tuple[float, Waiting]] = []
         for line in self._lines.waiting():
             self._lines.refresh(line, now)
+            due = float("-inf")
             for position, entry in enumerate(line.entries()):
                 start = start_in(line, entry, position, now)
-                line_up.append((entry.due, Waiting(entry.request, position + 1, start)))
+                due = max(due, entry.due)  # nobody is listed before those who go before it
+                line_up.append((due, Waiting(entry.request, position + 1, start)))
         line_up.sort(key=_due)
         return [waiting for _, waiting in line_up]
 

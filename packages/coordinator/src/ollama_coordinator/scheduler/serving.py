@@ -4,7 +4,6 @@ from heapq import heapify, heappop, heappush
 
 from ollama_coordinator.registry import Registry
 
-from .affinity import PromptCaches
 from .choice import Chooser
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
@@ -34,13 +33,11 @@ class Serving:
         lines: Lines,
         chooser: Chooser,
         ledger: Ledger,
-        caches: PromptCaches,
     ) -> None:
         self._registry = registry
         self._lines = lines
         self._chooser = chooser
         self._ledger = ledger
-        self._caches = caches
         self.pace = Pace()
         self.entries: dict[RequestId, Entry] = {}
         self.deadlines: list[tuple[float, int, RequestId]] = []
@@ -135,10 +132,6 @@ class Serving:
         self._leave(entry)
         line = entry.line
         line.clock.serve(entry.tag[0])
-        for victim in choice.room.victims:
-            self._caches.forget(victim)
-        if choice.action is Action.LOAD:
-            self._caches.forget(choice.place)
         self.granted.append(self._ledger.grant(line, entry, choice, now, tries=tries))
         self.pace.granted(now)
 

@@ -49,7 +49,9 @@ class Usual:
             self._set(count)
 
     def failed(self, slots: "Slots") -> None:
-        """A model was sent one more than it runs."""
+        """A model was sent one more than it runs; one that is gone tells nothing of the others."""
+        if slots not in self.members:
+            return
         if slots.proven >= self.count:
             self.refuted.add(slots)
         elif (most := max(one.proven for one in self.members if one.is_seen)) < self.count:
@@ -83,8 +85,6 @@ class Slots:
 
     def __post_init__(self) -> None:
         self.usual.members.append(self)
-        if self.proven > 1:
-            self.usual.proved(self.proven)
         self.lean()
 
     @property
@@ -122,6 +122,15 @@ class Slots:
         if now >= self.try_from:
             self.burst_until = now + BURST_SECONDS
             self.try_from = now + TRY_AGAIN_SECONDS
+
+    def remember(self, proven: int, failures: int) -> None:
+        """Take over what was seen before."""
+        self.proven, self.failures = proven, failures
+        self.lean()
+        if proven > 1:
+            self.usual.proved(proven)
+        if failures:
+            self.usual.failed(self)
 
     def prove(self, count: int) -> None:
         """So many were at work together."""

@@ -37,11 +37,15 @@ class LearnedLength(Struct, frozen=True):
 
 
 class LearnedSlots(Struct, frozen=True):
-    """How many requests of a model were seen to run at once on an agent."""
+    """How many requests of a model were seen to run at once on an agent.
+
+    `failures` counts the attempts in vain to run more.
+    """
 
     agent_id: AgentId
     model: str
     proven: int
+    failures: int = 0
 
 
 class Estimate(Struct, frozen=True):
@@ -81,10 +85,10 @@ def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
             *(LearnedLength(m, _one(mean), c) for (c, m), mean in lengths.clients.items()),
         ],
         slots=[
-            LearnedSlots(machine.id, name, place.slots.proven)
+            LearnedSlots(machine.id, name, place.slots.proven, place.slots.failures)
             for machine in mirror.machines.values()
             for name, place in machine.places.items()
-            if place.slots.fixed is None and place.slots.proven > 1
+            if place.slots.fixed is None and place.slots.is_seen
         ],
     )
 
@@ -106,7 +110,7 @@ def import_learned(learned: Learned, mirror: Mirror, rates: Rates, lengths: Leng
         else:
             lengths.clients[length.client, length.model] = _one(length.mean)
     for slots in learned.slots:
-        mirror.known_slots[slots.agent_id, slots.model] = slots.proven
+        mirror.known_slots[slots.agent_id, slots.model] = slots.proven, slots.failures
     mirror.relearn()
 
 

@@ -30,7 +30,7 @@ class Node:
         self._now = 0.0
         self._to_load: deque[tuple[str, Job]] = deque()
         self._loading: Runner | None = None
-        self._awaited: Runner | None = None
+        self._awaited: tuple[Job, Runner] | None = None
         self._happened: list[Job] = []
 
     # ── from outside ──────────────────────────────────────────────────────────────────────────
@@ -191,7 +191,7 @@ class Node:
                 runner.queue.append(job)
                 self._fill(runner)
                 continue
-            evicted = self._make_room(key)
+            evicted = self._make_room(key, job)
             if evicted is None:
                 return
             self._to_load.popleft()
@@ -208,8 +208,9 @@ class Node:
         )
         runner.queue.append(job)
         self.runners[key] = self._loading = runner
+        self._awaited = None
 
-    def _make_room(self, key: str) -> bool | None:
+    def _make_room(self, key: str, job: Job) -> bool | None:
         """Evict who must leave: whether anybody did, `None` while who must leave is in use.
 
         When nobody is idle one runner is chosen and waited for, whoever else becomes idle.
@@ -222,20 +223,20 @@ class Node:
             evicted = True
         need = self.models[key].memory_bytes
         while self.runners and not self._fits(need):
-            victim = self._victim()
+            victim = self._victim(job)
             if victim.busy:
-                self._awaited = victim
+                self._awaited = job, victim
                 return None
-            self._awaited = None
             del self.runners[victim.model.key]
             evicted = True
         return evicted
 
-    def _victim(self) -> Runner:
-        """The one that is waited for, else the idle one that was used longest ago, else any."""
-        awaited = self._awaited
-        if awaited is not None and self.runners.get(awaited.model.key) is awaited:
-            return awaited
+    def _victim(self, job: Job) -> Runner:
+        """The one this job waits for, else the idle one that was used longest ago, else any."""
+        if self._awaited is not None:
+            waiting, awaited = self._awaited
+            if waiting is job and self.runners.get(awaited.model.key) is awaited:
+                return awaited
         idle = [runner for runner in self.runners.values() if not runner.busy]
         return min(idle, key=_last_used) if idle else next(iter(self.runners.values()))
 
