@@ -56,7 +56,7 @@ async def test_an_answer_that_nobody_takes_ends_with_its_lease(coordinator: Runn
 @BOTH
 @pytest.mark.spec("OPERATION-18")
 async def test_who_takes_an_answer_slowly_gets_it(http: str) -> None:
-    shows, door = Shows(), Door(stall_seconds=0.6)
+    shows, door = Shows(), Door(stall_seconds=lambda: 0.6)
     async with (
         serving(shows, http, door=door) as url,
         deaf.connected(url, b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n") as sock,
@@ -146,6 +146,52 @@ async def is_served(url: str, path: bytes) -> bool:
     async with connection(url) as client:
         client.send(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
         return await status(client) == 200
+
+
+# ── the times that the page sets ──────────────────────────────────────────────────────────────
+
+
+async def set_times(coordinator: Running, **seconds: float) -> None:
+    """Change settings as the page does."""
+    url = f"{coordinator.url}/api/settings"
+    async with coordinator.session.patch(url, json=seconds) as response:
+        assert response.status == 200
+
+
+async def both_count(coordinator: Running) -> None:
+    """Whether 0.4 s count for a body and 0.5 s for an answer."""
+    async with connection(coordinator.url) as client:
+        client.send(deaf.post("/api/generate", BODY[:10], length=1000))
+        answer = await client.answer()
+        assert (answer.status, "for 0.4 s" in str(answer.told)) == (408, True)
+    async with deaf.flooding() as ollama:
+        await coordinator.register(ollama)
+        async with deaf.connected(coordinator.url, deaf.chat()) as sock:
+            await deaf.begins(sock)
+            await ollama.seen.wait_for(lambda seen: seen.cancelled == 1 and seen.active == 0)
+            told = await last(coordinator)
+            assert "took nothing of its answer for 0.5 s" in told["error"]
+
+
+@BOTH
+@pytest.mark.spec("DASH-17")
+async def test_changed_times_count_at_once_and_after_a_restart(http: str, tmp_path: Path) -> None:
+    database_url = f"sqlite:///{tmp_path}/fleet.db"
+    async with running(http=http, database_url=database_url) as coordinator:
+        await set_times(coordinator, stall_timeout=0.5, body_timeout=0.4)
+        await both_count(coordinator)
+    async with running(http=http, database_url=database_url) as coordinator:
+        await both_count(coordinator)
+
+
+@pytest.mark.spec("DASH-17")
+async def test_a_changed_time_counts_on_http_2_too() -> None:
+    async with running(http="hypercorn") as coordinator, deaf.flooding(pieces=4) as ollama:
+        await coordinator.register(ollama)
+        await set_times(coordinator, stall_timeout=0.3)
+        async with deaf.connected(coordinator.url, deaf.chat_on_http_2()):
+            told = await last(coordinator)
+            assert "took nothing of its answer for 0.3 s" in told["error"]
 
 
 # ── too many ──────────────────────────────────────────────────────────────────────────────────

@@ -97,12 +97,12 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
     settings.setdefault("database_url", "sqlite://:memory:")
     config = CoordinatorConfig(**settings)
     app = create_app(config)
-    door = Door(stall_seconds=config.stall_timeout)
+    parts: Coordinator = app.state.coordinator
     async with (
-        serving(app, config.http, door=door) as url,
+        serving(app, config.http, door=parts.door()) as url,
         aiohttp.ClientSession() as session,
     ):
-        yield Running(url, app.state.coordinator, session)
+        yield Running(url, parts, session)
 
 
 @asynccontextmanager

@@ -34,6 +34,7 @@ from .console import Console
 from .db import Store
 from .dispatch import Dispatch
 from .documents import Document
+from .http1 import Door
 from .journal import Kept, Limits, Observation
 from .keeper import Keeper
 from .monitor import Monitor
@@ -168,6 +169,10 @@ class Coordinator:
             ),
         ]
 
+    def door(self, most: int | None = None) -> Door:
+        """Where clients come in, `most` at once."""
+        return Door(most=most, stall_seconds=lambda: self.config.stall_timeout)
+
     def begin_stopping(self) -> None:
         """Say so to who asks whether we are ready, and send those who only watch away."""
         self.health.stopping = True
@@ -228,7 +233,11 @@ def create_app(config: CoordinatorConfig) -> Starlette:
         routes=listed,
         middleware=[
             Middleware(Cors, config.origins),
-            Middleware(Patience, config.body_timeout, config.stall_timeout),
+            Middleware(
+                Patience,
+                body_seconds=lambda: coordinator.config.body_timeout,
+                stall_seconds=lambda: coordinator.config.stall_timeout,
+            ),
         ],
         lifespan=lifespan,
         exception_handlers={

@@ -143,7 +143,7 @@ async def _serve(
     app: Starlette, coordinator: Coordinator, stop: "Stop", listening: list[socket.socket]
 ) -> None:
     config, allowed = coordinator.config, room()
-    door = Door(most=allowed.connections, stall_seconds=config.stall_timeout)
+    door = coordinator.door(allowed.connections)
     server = hypercorn_config(listening, allowed.at_once)
 
     async def asked() -> None:

@@ -4,6 +4,7 @@ ASGI middleware: it reads none of the bytes.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,13 +17,16 @@ class Patience:
     """Who waits for a body of which nothing comes for `body_seconds` (0: ever) gets a 408.
 
     In HTTP/2, where one of many answers on a connection may stall, one that nobody takes for
-    `stall_seconds` ends here; in HTTP/1 the connection does, at the door.
+    `stall_seconds` ends here; in HTTP/1 the connection does, at the door. Both are asked each time,
+    since they may change.
     """
 
-    def __init__(self, app: ASGIApp, body_seconds: float, stall_seconds: float) -> None:
+    def __init__(
+        self, app: ASGIApp, body_seconds: Callable[[], float], stall_seconds: Callable[[], float]
+    ) -> None:
         self._app = app
-        self._body_seconds = body_seconds or None
-        self._stall_seconds = stall_seconds or None
+        self._body_seconds = body_seconds
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -35,11 +39,12 @@ class Patience:
 
     def _unstalled(self, send: Send) -> Send:
         async def unstalled(message: Message) -> None:
+            seconds = self._stall_seconds()
             try:
-                async with asyncio.timeout(self._stall_seconds):
+                async with asyncio.timeout(seconds or None):
                     await send(message)
             except TimeoutError as exc:
-                text = f"the client took nothing of its answer for {self._stall_seconds:g} s"
+                text = f"the client took nothing of its answer for {seconds:g} s"
                 raise ClientLeft(text) from exc
 
         return unstalled
@@ -62,9 +67,10 @@ class Patience:
         return patient
 
     async def _part(self, receive: Receive) -> Message:
+        seconds = self._body_seconds()
         try:
-            async with asyncio.timeout(self._body_seconds):
+            async with asyncio.timeout(seconds or None):
                 return await receive()
         except TimeoutError as exc:
-            text = f"nothing came of the request's body for {self._body_seconds:g} s"
+            text = f"nothing came of the request's body for {seconds:g} s"
             raise HttpError(408, text) from exc

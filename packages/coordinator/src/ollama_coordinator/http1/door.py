@@ -8,7 +8,7 @@ import contextlib
 import logging
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,9 @@ VISIT = "visit"
 LOOKS = 10
 """A stall is looked for so often within the time that makes one."""
 
-LONGEST_LOOK_SECONDS = 5.0
+LONGEST_LOOK_SECONDS = 1.0
+"""Also how soon another time counts."""
+
 TURNED_AWAY_AT_ONCE = 32
 """So many of those for whom there is no room may be told why at the same time."""
 
@@ -81,10 +83,12 @@ class Door:
     """The connections of one server.
 
     `most` may be there at once (`None`: any number). One whose client takes nothing of its answer
-    for `stall_seconds` is ended (0: never).
+    for `stall_seconds` is ended (0: never); asked anew at each look, since it may change.
     """
 
-    def __init__(self, *, most: int | None = None, stall_seconds: float = 0.0) -> None:
+    def __init__(
+        self, *, most: int | None = None, stall_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.most = most
         self._stall_seconds = stall_seconds
         self._visits: set[Visit] = set()
@@ -158,15 +162,19 @@ class Door:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
-        loop, most = asyncio.get_running_loop(), self._stall_seconds
-        while most > 0:
-            await asyncio.sleep(min(most / LOOKS, LONGEST_LOOK_SECONDS))
-            now = loop.time()
-            for visit in list(self._visits):
-                if not visit.reason and visit.stalled_seconds(now) >= most:
-                    reason = f"the client took nothing of its answer for {most:g} s"
-                    log.warning("connection ended", extra={"client": visit.client, "why": reason})
-                    visit.end(reason)
+        loop = asyncio.get_running_loop()
+        while True:
+            pause = self._stall_seconds() / LOOKS or LONGEST_LOOK_SECONDS
+            await asyncio.sleep(min(pause, LONGEST_LOOK_SECONDS))
+            self._look(loop.time(), self._stall_seconds() or float("inf"))
+
+    def _look(self, now: float, most: float) -> None:
+        """End who stalls for `most` seconds; where that is never, still see when a stall begins."""
+        for visit in list(self._visits):
+            if not visit.reason and visit.stalled_seconds(now) >= most:
+                reason = f"the client took nothing of its answer for {most:g} s"
+                log.warning("connection ended", extra={"client": visit.client, "why": reason})
+                visit.end(reason)
 
 
 TELLING_SECONDS = 1.0
