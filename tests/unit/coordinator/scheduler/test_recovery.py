@@ -134,3 +134,15 @@ def test_a_drained_agent_gets_nothing_new() -> None:
     settings = world.registry.get("a").settings
     world.registry.update_settings(A, type(settings)(draining=True))
     assert {world.send().agent_id for _ in range(4)} == {B}
+
+
+@pytest.mark.spec("DASH-17")
+def test_a_shorter_silence_until_offline_counts_at_once() -> None:
+    world = World()
+    world.registry.agent_timeout = 300.0
+    world.agent("silent", loaded=["m"])
+    world.plan(29.0)
+    world.agent("heard")
+    world.plan(1.0)
+    world.registry.agent_timeout = 5.0
+    assert world.send().agent_id == "heard"

@@ -40,13 +40,23 @@ class Registry:
     """
 
     def __init__(self, agent_timeout: float) -> None:
-        self.agent_timeout = agent_timeout
+        self._agent_timeout = agent_timeout
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
         self._disks: defaultdict[str | None, set[AgentId]] = defaultdict(set)
         self._online: set[AgentId] = set()
         self._holdings = Holdings(self._agents, self._online)
         self._offers = Offers()
+
+    @property
+    def agent_timeout(self) -> float:
+        """After how many seconds of silence an agent is offline."""
+        return self._agent_timeout
+
+    @agent_timeout.setter
+    def agent_timeout(self, seconds: float) -> None:
+        self._agent_timeout = seconds
+        self.changes += 1
 
     def __iter__(self) -> Iterator[AgentState]:
         return iter(self._agents.values())
