@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("playwright")
 
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running
@@ -327,6 +327,37 @@ async def test_an_agents_log_is_read_on_its_page(coordinator: Running, visit: Vi
             assert response.status == 204
         await expect(log.locator("ol li")).to_contain_text("<b>hm</b>")
         await expect(log.locator("pre")).to_have_text("<i>listening</i>")
+
+
+@pytest.mark.spec("DASH-34")
+async def test_a_log_that_was_forgotten_meanwhile_is_shown_anew(
+    coordinator: Running, visit: Visit
+) -> None:
+    at = "2026-01-01T00:00:00Z"
+    lines = [{"number": n, "at": at, "level": "info", "text": f"line {n}"} for n in range(1, 5)]
+    told: dict[str, Any] = {"sends": True, "asked_seconds": 1.0, "told_at": at}
+    may_answer, asked = asyncio.Event(), 0
+
+    async def answer(route: Route) -> None:
+        nonlocal asked
+        asked += 1
+        await may_answer.wait()
+        await route.fulfill(json=told)
+
+    async with StandIn() as ollama:
+        agent = await coordinator.register(ollama, "ours", agent_version="0.1.0")
+        await visit.page.route("**/log", answer)
+        await visit.open(f"agents/{agent}")
+        log = visit.page.locator("details", has_text="The agent's own log")
+        told["lines"] = lines[:3]
+        for _ in range(3):  # opened, closed and opened again while the first question is open
+            await log.locator("summary").click()
+        await visit.page.evaluate("new Promise(requestAnimationFrame)")
+        assert asked == 1
+        may_answer.set()
+        for some in (lines[:3], [], lines):
+            told["lines"] = some
+            await expect(log.locator("ol li")).to_have_count(len(some))
 
 
 FIRST_ROWS = """

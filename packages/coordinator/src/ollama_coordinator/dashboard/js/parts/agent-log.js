@@ -18,8 +18,11 @@ export function agentLog(signal, agent) {
   const serverTitle = h("h3", { hidden: true }, "What its ollama serve wrote");
   const box = h("details.card.stack", null, h("summary", null, "The agent's own log"), state, lines, serverTitle, server);
   let last = 0;
+  let asking = false;
   const look = async () => {
-    if (!box.open || document.hidden || signal.aborted) return;
+    // One question at a time: a late answer must not come after a newer one.
+    if (asking || !box.open || document.hidden || signal.aborted) return;
+    asking = true;
     try {
       const told = await get(path(["api", "agents", agent, "log"]));
       setText(state, stateText(told));
@@ -28,6 +31,8 @@ export function agentLog(signal, agent) {
       showServer(server, (told.server ?? []).join("\n"));
     } catch (error) {
       setText(state, error.message);
+    } finally {
+      asking = false;
     }
   };
   box.addEventListener("toggle", look);
@@ -44,13 +49,20 @@ function stateText(told) {
   return "Asked. The agent sends it with its next heartbeat, within ten seconds.";
 }
 
-/** Lines are only ever added at the end; `last` is the number of the newest that is shown. */
+/**
+ * Lines are added at the end; `last` is the number of the newest that is shown. None at all: the
+ * coordinator has forgotten them, and the agent sends them again.
+ */
 function showLines(list, lines, last) {
+  if (!lines.length) {
+    list.replaceChildren();
+    return 0;
+  }
   const atEnd = list.scrollTop + list.clientHeight >= list.scrollHeight - 8;
   for (const line of lines) if (line.number > last) list.append(logRow(line));
-  while (list.childElementCount > Math.max(lines.length, 1)) list.firstElementChild.remove();
+  while (list.childElementCount > lines.length) list.firstElementChild.remove();
   if (atEnd) list.scrollTop = list.scrollHeight;
-  return lines.at(-1)?.number ?? last;
+  return lines.at(-1).number;
 }
 
 function logRow(line) {
