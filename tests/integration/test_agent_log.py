@@ -107,12 +107,33 @@ def test_what_is_kept_is_bounded_and_forgotten() -> None:
     logs = AgentLogs()
     logs.look(A, 0.0, sends=True)
     lines = [LogLine(number, at, "info", "x" * 5000) for number in range(1, LINES * 2)]
-    logs.take(A, LogReport(lines, ["y" * 5000] * LINES * 2), at)
+    logs.take(A, LogReport(lines, ["y" * 5000] * LINES * 2), 0.0, at)
     told = logs.look(A, 1.0, sends=True)
     assert len(told.lines) == len(told.server or []) == LINES
     assert {len(line.text) for line in told.lines} == {len((told.server or [""])[0])} == {2000}
     assert logs.wanted_after(A, 1.0) == LINES * 2 - 1
     later = 1.0 + LOOKING_SECONDS
     assert logs.wanted_after(A, later) is None
-    logs.look(AgentId("b"), later, sends=True)
     assert logs.look(A, later, sends=True).lines == []
+
+
+@pytest.mark.spec("DASH-34")
+def test_a_log_is_forgotten_though_nobody_looks_again() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    report = LogReport([LogLine(1, at, "info", "hello")], None)
+    logs = AgentLogs()
+    logs.look(A, 0.0, sends=True)
+    logs.take(A, report, 1.0, at)
+    assert logs.wanted_after(AgentId("another"), LOOKING_SECONDS - 1.0) is None
+    assert len(logs) == 1
+    assert logs.wanted_after(AgentId("another"), LOOKING_SECONDS) is None
+    assert len(logs) == 0
+
+
+@pytest.mark.spec("DASH-34")
+def test_what_comes_when_nobody_looks_any_more_is_thrown_away() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    logs = AgentLogs()
+    logs.look(A, 0.0, sends=True)
+    logs.take(A, LogReport([LogLine(1, at, "info", "late")], None), LOOKING_SECONDS, at)
+    assert len(logs) == 0

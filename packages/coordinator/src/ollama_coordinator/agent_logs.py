@@ -1,7 +1,8 @@
 """The agents' own logs, while somebody looks: asked for by the answers to heartbeats.
 
 An agent cannot be called, it calls. So a look at its log is noted here, the answer to its next
-heartbeat says what is wanted, and the agent sends its lines. Nothing is kept once nobody looks.
+heartbeat says what is wanted, and the agent sends its lines. Once nobody looks any more, they are
+forgotten with the next heartbeat of whichever agent.
 """
 
 from collections import deque
@@ -49,10 +50,12 @@ class AgentLogs:
     def __init__(self) -> None:
         self._looked: dict[AgentId, Looked] = {}
 
+    def __len__(self) -> int:
+        return len(self._looked)
+
     def look(self, agent_id: AgentId, now: float, *, sends: bool) -> LogView:
         """Somebody looks at an agent's log: what is known of it by now."""
-        for known in [one for one, looked in self._looked.items() if looked.until <= now]:
-            del self._looked[known]
+        self._forget(now)
         if not sends:
             return LogView(sends=False, asked_seconds=0.0)
         looked = self._looked.setdefault(agent_id, Looked(now, now))
@@ -67,15 +70,17 @@ class AgentLogs:
 
     def wanted_after(self, agent_id: AgentId, now: float) -> int | None:
         """Lines with numbers beyond this are wanted, 0 for all; `None` while nobody looks."""
+        self._forget(now)
         looked = self._looked.get(agent_id)
-        if looked is None or looked.until <= now:
+        if looked is None:
             return None
         if looked.told_at is None:
             return 0
         return looked.lines[-1].number if looked.lines else 1
 
-    def take(self, agent_id: AgentId, report: LogReport, at: datetime) -> None:
-        """What an agent sent; thrown away when nobody looks any more."""
+    def take(self, agent_id: AgentId, report: LogReport, now: float, at: datetime) -> None:
+        """What an agent sent, at `at` in UTC; thrown away when nobody looks any more."""
+        self._forget(now)
         looked = self._looked.get(agent_id)
         if looked is None:
             return
@@ -84,6 +89,10 @@ class AgentLogs:
         if report.server is not None:
             looked.server = [text[:LINE_CHARACTERS] for text in _last(report.server)]
         looked.told_at = at
+
+    def _forget(self, now: float) -> None:
+        for agent_id in [one for one, looked in self._looked.items() if looked.until <= now]:
+            del self._looked[agent_id]
 
 
 def _cut(line: LogLine) -> LogLine:

@@ -40,5 +40,6 @@ class AgentLogApi:
         """`POST`: the agent sends what was wanted."""
         agent = self._registry.get(request.path_params["agent_id"])
         report = await decode(_report, request)
-        self._logs.take(agent.id, report, self._clock.utc(self._clock.now()))
+        now = self._clock.now()
+        self._logs.take(agent.id, report, now, self._clock.utc(now))
         return Response(status_code=204)
