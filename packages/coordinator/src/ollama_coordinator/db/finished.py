@@ -98,13 +98,13 @@ def conditions(wanted: Filter, after: Cursor | None) -> tuple[str, list[Any]]:
     return where, [value for values in terms.values() for value in values]
 
 
-def to_columns(request: Finished, why: Any) -> list[Any]:
-    """A request and its reasons in the order of `COLUMNS`."""
+def to_columns(request: Finished, why: str | bytes) -> list[Any]:
+    """A request and its packed reasons in the order of `COLUMNS`."""
     values = msgspec.structs.asdict(request)
     values["status"] = request.status.value
     values["arrived_ms"] = milliseconds(request.arrived_at)
     values["finished_ms"] = milliseconds(request.finished_at)
-    values["why"] = _packed(msgspec.json.encode(why))
+    values["why"] = why
     return [values[column] for column in COLUMNS]
 
 
@@ -114,9 +114,10 @@ def why_of(row: dict[str, Any]) -> bytes:
     return zlib.decompress(why) if isinstance(why, bytes) else str(why).encode()
 
 
-def _packed(why: bytes) -> str | bytes:
-    """Short reasons as text; those of a large fleet compressed, to a tenth."""
-    return zlib.compress(why, 1) if len(why) > WORTH_PACKING_BYTES else why.decode()
+def packed(why: Any) -> str | bytes:
+    """Reasons as they are kept: JSON, short as text, those of a large fleet compressed."""
+    encoded = msgspec.json.encode(why)
+    return zlib.compress(encoded, 1) if len(encoded) > WORTH_PACKING_BYTES else encoded.decode()
 
 
 def from_columns(row: dict[str, Any]) -> Finished:

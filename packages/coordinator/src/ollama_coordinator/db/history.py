@@ -21,6 +21,7 @@ from .finished import (
     conditions,
     from_columns,
     milliseconds,
+    packed,
     to_columns,
     why_of,
 )
@@ -46,13 +47,16 @@ class History:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._unwritten: deque[tuple[Finished, Any]] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._unwritten: deque[tuple[Finished, str | bytes]] = deque(maxlen=UNWRITTEN_AT_MOST)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
     def note(self, request: Finished, why: Any) -> None:
-        """Write a request behind; `why` is kept as JSON."""
-        self._unwritten.append((request, why))
+        """Write a request behind; `why` is kept as JSON.
+
+        It is packed at once, since as objects it is several times as large, and may wait long.
+        """
+        self._unwritten.append((request, packed(why)))
 
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
         """Write what was noted and these buckets; what cannot be written stays noted."""
@@ -154,7 +158,9 @@ class History:
 
 
 def _write(
-    db: Database, requests: Iterable[tuple[Finished, Any]], buckets: Iterable[StoredBucket]
+    db: Database,
+    requests: Iterable[tuple[Finished, str | bytes]],
+    buckets: Iterable[StoredBucket],
 ) -> None:
     with db.atomic():
         db.conn.executemany(INSERT, [to_columns(request, why) for request, why in requests])
