@@ -32,7 +32,7 @@ def test_a_restart_goes_on_with_the_same_points_and_a_gap_of_nothing() -> None:
     kept = msgspec.json.decode(msgspec.json.encode(filled().export()), type=Kept)
     assert list(kept.agents) == [A]
     pulses = Pulses()
-    pulses.restore(kept, 349.0 + 3 * 5)
+    pulses.restore(kept, 349.0 + 3 * 5, {A, IDLE})
     assert list(pulses.fleet) == [*(2.0 * point for point in range(13, 70)), 0, 0, 0]
     assert list(pulses.agents[A])[-4:] == [69.0, 0, 0, 0]
     assert not pulses.is_due(349.0 + 3 * 5)
@@ -42,6 +42,14 @@ def test_a_restart_goes_on_with_the_same_points_and_a_gap_of_nothing() -> None:
 @pytest.mark.parametrize("at", [349.0 + 60 * 5, 100.0])
 def test_points_of_another_time_are_not_taken_over(at: float) -> None:
     pulses = Pulses()
-    pulses.restore(filled().export(), at)
+    pulses.restore(filled().export(), at, {A, IDLE})
     assert not pulses.fleet
+    assert not pulses.agents
+
+
+@pytest.mark.spec("DASH-33")
+def test_points_of_agents_that_are_gone_are_dropped() -> None:
+    pulses = Pulses()
+    pulses.restore(filled().export(), 349.0, {IDLE})
+    assert list(pulses.fleet) == list(filled().fleet)
     assert not pulses.agents

@@ -43,6 +43,9 @@ from .scheduler import Learned, SwitchingScheduler
 from .tuning import Started, Tuning
 from .upstream import Upstreams
 
+SPARKLINES_SECONDS = 60.0
+"""How often they are kept while serving: they are no more than the last minutes."""
+
 
 class Coordinator:
     """Everything one coordinator consists of, put together but not yet running."""
@@ -164,8 +167,11 @@ class Coordinator:
                 self.store,
                 give=pulses.export,
                 take=lambda kept: pulses.restore(
-                    kept, self.clock.utc(self.clock.now()).timestamp()
+                    kept,
+                    self.clock.utc(self.clock.now()).timestamp(),
+                    {agent.id for agent in self.registry},
                 ),
+                every=SPARKLINES_SECONDS,
             ),
         ]
 

@@ -74,5 +74,5 @@ class Picture:
             "waiting": self._observation.journal.waiting(),
             "changes": self._rows.changes(),
             "slots": sum(agent["slots"] for agent in agents.values() if agent["state"] == "online"),
-            "pulse": [pulses.number, round(pulses.fleet[-1], 1) if pulses.fleet else 0],
+            "pulse": [pulses.number, pulses.fleet[-1] if pulses.fleet else 0],
         }

@@ -3,8 +3,7 @@
 A row has no nulls and nothing that changes by itself as time goes by: the page counts seconds.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -139,8 +138,8 @@ class Rows:
         pulses = self._observation.sampler.pulses
         return {
             "sparks": {
-                "fleet": _rounded(pulses.fleet),
-                "agents": {key: _rounded(points) for key, points in pulses.agents.items()},
+                "fleet": list(pulses.fleet),
+                "agents": {key: list(points) for key, points in pulses.agents.items()},
             }
         }
 
@@ -186,10 +185,6 @@ def _over(request: Finished) -> Row:
 def _plain(value: Any) -> Row:
     row = msgspec.to_builtins(value)
     return {key: part for key, part in row.items() if part is not None}
-
-
-def _rounded(values: Iterable[float] | deque[float]) -> list[float]:
-    return [round(value, 1) for value in values]
 
 
 def _iso(at: datetime) -> str:

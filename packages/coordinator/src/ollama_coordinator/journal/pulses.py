@@ -1,7 +1,7 @@
 """The sparklines: tokens per second in the last minutes, of the fleet and of each agent."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from msgspec import Struct
 
@@ -41,6 +41,7 @@ class Pulses:
     ) -> None:
         """One more point: the tokens since the last one, of all and of each of the known agents."""
         self.number = _number(at)
+        # A fifth of a count has one decimal at most: nobody has to round it.
         self.fleet.append(max(tokens, 0) / PULSE_SECONDS)
         for agent_id in known:
             points = self.agents.setdefault(agent_id, deque(maxlen=PULSES))
@@ -52,13 +53,14 @@ class Pulses:
 
     def export(self) -> Kept:
         """What to keep over a restart."""
-        agents = {agent_id: _short(points) for agent_id, points in self.agents.items()}
-        return Kept(
-            self.number, _short(self.fleet), {key: some for key, some in agents.items() if some}
-        )
+        agents = {key: list(points) for key, points in self.agents.items() if any(points)}
+        return Kept(self.number, list(self.fleet), agents)
 
-    def restore(self, kept: Kept, at: float) -> None:
-        """Go on where an earlier process stopped; nothing was written between."""
+    def restore(self, kept: Kept, at: float, known: Container[AgentId]) -> None:
+        """Go on where an earlier process stopped; nothing was written between.
+
+        The points of agents that are not known any more are left out.
+        """
         self.number = _number(at)
         missed = self.number - kept.number
         if not 0 <= missed < PULSES:
@@ -66,14 +68,9 @@ class Pulses:
         gap = [0.0] * missed
         self.fleet.extend([*kept.fleet, *gap])
         for agent_id, points in kept.agents.items():
-            self.agents[agent_id] = deque([*points, *gap], PULSES)
+            if agent_id in known:
+                self.agents[agent_id] = deque([*points, *gap], PULSES)
 
 
 def _number(at: float) -> int:
     return int(at // PULSE_SECONDS)
-
-
-def _short(points: Iterable[float]) -> list[float]:
-    """Rounded; empty when there is nothing to see."""
-    rounded = [round(value, 1) for value in points]
-    return rounded if any(rounded) else []

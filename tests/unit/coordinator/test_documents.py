@@ -1,0 +1,81 @@
+"""What is kept over restarts: what is written, when, and that nobody waits for it."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec import Struct
+
+from ollama_coordinator.db import Store
+from ollama_coordinator.documents import ROWS_AT_ONCE, Document, encoded
+
+
+class Row(Struct, frozen=True):
+    """One of many."""
+
+    name: str
+    value: float
+
+
+class Body(Struct, frozen=True):
+    """Lists that may be long, and other things."""
+
+    number: int = 0
+    rows: list[Row] = []
+    more: dict[str, list[float]] = {}
+    last: list[float] = []
+
+
+def rows(count: int) -> list[Row]:
+    return [Row(f"{number}", number / 7) for number in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, ROWS_AT_ONCE, 3 * ROWS_AT_ONCE + 1])
+async def test_a_document_is_encoded_as_msgspec_does(count: int) -> None:
+    body = Body(3, rows(count), {"a": [1.5], "b": []}, [0.5])
+    assert await encoded(body) == msgspec.json.encode(body)
+
+
+async def test_others_have_their_turn_while_a_long_one_is_encoded() -> None:
+    turns, over = 0, asyncio.Event()
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while not over.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(take_turns())
+        await encoded(Body(rows=rows(20 * ROWS_AT_ONCE)))
+        over.set()
+    assert turns >= 20
+
+
+@pytest.mark.spec("OPERATION-22")
+async def test_it_is_asked_for_at_its_pace_and_at_the_end(tmp_path: Path) -> None:
+    given: list[int] = []
+    again = asyncio.Event()
+    taken: list[Body] = []
+
+    def give() -> Body:
+        given.append(len(given))
+        if len(given) == 2:
+            again.set()
+        return Body(len(given))
+
+    def document(store: Store, every: float) -> Document[Body]:
+        return Document("body", Body, store, give=give, take=taken.append, every=every)
+
+    async with Store(tmp_path / "c.db") as store:
+        async with document(store, every=0.01).running():
+            await again.wait()
+        async with document(store, every=3600.0).running():
+            await asyncio.sleep(0)
+            before = len(given)
+        assert len(given) == before + 1
+        await store.flush()
+        async with document(store, every=3600.0).running():
+            pass
+    assert taken[-1] == Body(before + 1)
