@@ -29,10 +29,16 @@ class Lag:
         """What 99 % of the looks did not exceed."""
         return percentile(sorted(self._late), 0.99)
 
+    def note(self, late: float) -> None:
+        """A look was so late; those that were due meanwhile are counted too, each with its own."""
+        self._late.append(max(late, 0.0))
+        while (late := late - STEP_SECONDS) > 0:
+            self._late.append(late)
+
     async def _look(self, after: float) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(after)
         while True:
             due = loop.time() + STEP_SECONDS
             await asyncio.sleep(STEP_SECONDS)
-            self._late.append(max(loop.time() - due, 0.0))
+            self.note(loop.time() - due)
