@@ -1,9 +1,8 @@
 """The benchmark's tables: means over seeds with their 95 % confidence intervals, in markdown."""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
-from statistics import mean, stdev
 
+from benchmarks.intervals import cell
 from ollama_coordinator.scheduler import POLICIES
 from ollama_coordinator.simulation import Summary
 
@@ -20,8 +19,6 @@ SCENARIOS = (
 )
 SCENARIO_LOAD = 0.7
 SCENARIO_POLICIES = ("predicted", "loaded-first", "least-connections")
-
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 Results = dict[Run, Summary]
 Column = tuple[str, Callable[[Summary], float], str]
@@ -116,13 +113,6 @@ def _table(rows: list[tuple[str, list[Summary]]]) -> str:
     lines = ["| policy | " + " | ".join(title for title, _, _ in COLUMNS) + " |"]
     lines.append("|---|" + "---:|" * len(COLUMNS))
     for name, summaries in rows:
-        cells = [_cell([value(one) for one in summaries], form) for _, value, form in COLUMNS]
+        cells = [cell([value(one) for one in summaries], form) for _, value, form in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(values: list[float], form: str) -> str:
-    if len(values) < 2:
-        return format(values[0], form)
-    half = T_95.get(len(values), 2.0) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):{form}} ± {half:{form}}"

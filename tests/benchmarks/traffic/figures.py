@@ -1,17 +1,15 @@
 """From what clients saw to figures, and from the figures of several seeds to a table."""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
-from statistics import mean, stdev
 
 from msgspec import Struct
 
+from benchmarks.intervals import cell
 from ollama_coordinator.scheduler import Lane
 from ollama_coordinator.simulation.summary import IN_TIME_SECONDS, percentile
 
 from .clients import PATIENCE_SECONDS, Told
 
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 VALID_LAG_SECONDS = 0.05
 
 
@@ -92,14 +90,7 @@ def table(results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
         "|---|" + "---:|" * len(COLUMNS),
     ]
     for name, runs in results:
-        cells = [_cell([value(one) for one in runs], form) for _, value, form in COLUMNS]
+        cells = [cell([value(one) for one in runs], form) for _, value, form in COLUMNS]
         mark = "" if all(one.is_valid for one in runs) else " (INVALID: lag)"
         lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(values: Sequence[float], form: str) -> str:
-    if len(values) < 2:
-        return format(values[0], form)
-    half = T_95.get(len(values), 2.0) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):{form}} ± {half:{form}}"
