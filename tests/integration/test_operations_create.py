@@ -258,11 +258,38 @@ async def test_where_a_number_is_enough_the_agents_that_have_the_file_are_chosen
         await coordinator.session.post(f"{having.url}/api/blobs/{DIGEST}", data=BLOB)
         assert await _head(coordinator) == 404
         await coordinator.register(having, "having")
-        assert await _head(coordinator) == 200
-        assert await _head(coordinator, "?placement=2") == 404
+        status, answer = await _made(coordinator, query="?placement=2")
+        assert (status, "does not have blob" in answer["error"]) == (400, True)
         assert await _made(coordinator) == (200, {"status": "success"})
         assert names(having) == ["mine:latest"]
         assert "mine:latest" not in names(ollama)
+
+
+@pytest.mark.spec("SURFACE-42")
+@pytest.mark.parametrize("placement", ["all", "1", "label:old"])
+async def test_an_agent_that_would_be_left_with_an_old_model_has_to_have_the_file(
+    placement: str,
+) -> None:
+    async with (
+        running(pull_placement=placement) as coordinator,
+        StandIn([]) as having,
+        StandIn([Model("mine")]) as old,
+    ):
+        await coordinator.session.post(f"{having.url}/api/blobs/{DIGEST}", data=BLOB)
+        for name, agent in (("having", having), ("old", old)):
+            agent_id = await coordinator.register(agent, name)
+            settings = {"labels": ["old"], "draining": agent is old}
+            url = f"{coordinator.url}/api/agents/{agent_id}"
+            await coordinator.session.patch(url, json=settings)
+        status, answer = await _made(coordinator)
+        assert (status, "agent old does not have" in answer["error"]) == (400, True)
+        assert names(having) == []
+        assert await _head(coordinator) == 404
+        assert await _upload(coordinator) == 201
+        assert await _made(coordinator) == (200, {"status": "success"})
+        assert old.models.uploaded == {DIGEST: len(BLOB)}
+        models = (await coordinator.get("/api/models"))["models"]
+        assert [model["conflict"] for model in models] == [False]
 
 
 @pytest.mark.spec("SURFACE-42")

@@ -86,14 +86,22 @@ class Asking:
         others = [agent.name for agent in self.routable()]
         return HoldersUnavailable(name, self.why_not(holders), others)
 
-    async def ask(self, agent: AgentState, method: str, path: str, body: bytes = b"") -> Answer:
+    async def ask(
+        self,
+        agent: AgentState,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        seconds: float = ANSWER_SECONDS,
+    ) -> Answer:
         """One agent's answer.
 
         Raises:
             Unreachable: it gave none.
         """
         status, answer = await self._upstreams.fetch(
-            method, agent.url + path, seconds=ANSWER_SECONDS, body=body
+            method, agent.url + path, seconds=seconds, body=body
         )
         return Answer(agent, status, answer)
 
@@ -121,13 +129,19 @@ class Asking:
         return refused
 
     async def each(
-        self, agents: Iterable[AgentState], method: str, path: str, body: bytes = b""
+        self,
+        agents: Iterable[AgentState],
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        seconds: float = ANSWER_SECONDS,
     ) -> list[Answer | Unreachable]:
         """Every agent's answer, or why there is none, in their order."""
 
         async def one(agent: AgentState) -> Answer | Unreachable:
             try:
-                return await self.ask(agent, method, path, body)
+                return await self.ask(agent, method, path, body, seconds=seconds)
             except Unreachable as exc:
                 return Unreachable(f"agent {agent.name}: {exc}")
 

@@ -77,8 +77,8 @@ class TransferApi:
         placement = placement_of(request, self._choosing.default)
         found = await self._choosing.for_create(name, source, placement)
         absent = [digest for digest in deed.blobs if self._spool.size(digest) is None]
-        if absent and found.spare:
-            found = await self._blobs.preferring(found, absent, deed.key)
+        if absent:
+            found = await self._blobs.arrange(found, absent, deed.key)
         return self._told(request, deed, placement, found, stream=stream)
 
     def _told(

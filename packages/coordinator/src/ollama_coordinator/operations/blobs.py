@@ -1,12 +1,13 @@
 """Files that need not be uploaded, since the agents on which a model is created have them already.
 
 One Ollama keeps a file as long as a model is made of it, and says so when it is asked. Here the
-agents keep it, and the fleet has it only where *every* agent that needs it does: no agent gives a
-file away again. So they are asked, each time; nothing is remembered that could be wrong.
+agents keep it, and the fleet has it only where *every* agent that may need it does: no agent gives
+a file away again, and what the model will be called, so who has one of that name, is told after
+the upload. So they are asked, each time; nothing is remembered that could be wrong.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 
 from ollama_coordinator.asking import Answer, Asking
@@ -14,7 +15,8 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
 
 from .choosing import Choosing
-from .placement import Placement, Places, Rule
+from .placement import Placement, Places
+from .types import Lacking
 
 AT_ONCE = 32
 PATIENCE_SECONDS = 2.0
@@ -33,47 +35,58 @@ class Blobs:
 
         Of agents that are away it counts what they last reported.
         """
-        meant = self._choosing.meant(placement)
+        meant = self._choosing.concerned(placement)
         there = self._asking.reachable(meant)
-        if placement.rule is Rule.COUNT:
-            return bool(there) and await self._enough(digest, there, placement.count)
-        lack = any(agent not in there and not _reported(agent, digest) for agent in meant)
-        return bool(there) and not lack and await self._enough(digest, there, len(there))
+        ids = {agent.id for agent in there}
+        lack = any(agent.id not in ids and not _reported(agent, digest) for agent in meant)
+        return bool(there) and not lack and await self._everywhere(digest, there)
 
-    async def _enough(self, digest: str, agents: Sequence[AgentState], wanted: int) -> bool:
-        """Whether at least so many of the agents have it; asks no more of them than it must."""
-        wanted = min(wanted, len(agents))
-        held, left = 0, len(agents)
+    async def _everywhere(self, digest: str, agents: Iterable[AgentState]) -> bool:
+        """Whether all of the agents have it; asks no more of them than it must."""
         rest = iter(agents)
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while held < wanted <= held + left:
-                    asked = list(islice(rest, AT_ONCE))
-                    left -= len(asked)
-                    held += len(await self._holders(digest, asked))
+                while asked := list(islice(rest, AT_ONCE)):
+                    said = await self._ask(digest, asked)
+                    if len(said) < len(asked) or not all(said.values()):
+                        return False
         except TimeoutError:
             return False
-        return held >= wanted
+        return True
 
-    async def _holders(self, digest: str, agents: Iterable[AgentState]) -> set[AgentId]:
-        answers = await self._asking.each(agents, "HEAD", f"/api/blobs/{digest}")
-        given = (answer for answer in answers if isinstance(answer, Answer))
-        return {answer.agent.id for answer in given if answer.status == 200}
+    async def _ask(self, digest: str, agents: Iterable[AgentState]) -> dict[AgentId, bool]:
+        """Which agents have it and which do not; those that do not say are not among them."""
+        path = f"/api/blobs/{digest}"
+        answers = await self._asking.each(agents, "HEAD", path, seconds=PATIENCE_SECONDS)
+        given = [answer for answer in answers if isinstance(answer, Answer)]
+        return {answer.agent.id: answer.status == 200 for answer in given if answer.status < 500}
 
-    async def preferring(self, found: Places, digests: Iterable[str], key: str) -> Places:
-        """The same number of places, on agents that have the files as far as there are any.
+    async def arrange(self, found: Places, digests: Iterable[str], key: str) -> Places:
+        """The same number of places, on agents that have files that cannot be handed over.
 
         An agent that has a model of this name stays chosen: it would be left with the old one.
+
+        Raises:
+            Lacking: one of them has not got a file, and no other can take its place.
         """
-        having = {agent.id for agent in (*found.chosen, *found.spare)}
+        everybody = [*found.chosen, *found.spare]
+        having = {agent.id for agent in everybody}
+        lacking: dict[AgentId, str] = {}
         for digest in digests:
-            everybody = [agent for agent in (*found.chosen, *found.spare) if agent.id in having]
-            having &= await self._holders(digest, everybody)
+            asked = [agent for agent in everybody if agent.id in having]
+            said = await self._ask(digest, self._asking.reachable(asked))
+            having = {agent_id for agent_id, has in said.items() if has}
+            lacking |= {agent_id: digest for agent_id, has in said.items() if not has}
         bound = [a for a in found.chosen if a.id in having or key in a.inventory.available]
-        others = [a for a in (*found.chosen, *found.spare) if a not in bound]
+        kept = {agent.id for agent in bound}
+        others = [agent for agent in everybody if agent.id not in kept]
         others.sort(key=lambda agent: agent.id not in having)
         missing = len(found.chosen) - len(bound)
-        return Places([*bound, *others[:missing]], others[missing:])
+        chosen = [*bound, *others[:missing]]
+        for agent in chosen:
+            if agent.id in lacking:
+                raise Lacking(agent.name, lacking[agent.id])
+        return Places(chosen, others[missing:])
 
 
 def _reported(agent: AgentState, digest: str) -> bool:

@@ -38,11 +38,12 @@ class Choosing:
         self._check(found.chosen, placement)
         return found
 
-    def meant(self, placement: Placement) -> Sequence[AgentState]:
-        """The agents that may have to build a model; of a number, all from which it is chosen."""
-        everybody = list(self._registry)
-        found = places(placement, everybody, (), self._asking.reachable(everybody))
-        return [*found.chosen, *found.spare]
+    def concerned(self, placement: Placement) -> list[AgentState]:
+        """The agents that may have to build a model whose name is not known yet.
+
+        Those that drain, and those beyond a number, may have one of that name already.
+        """
+        return [agent for agent in self._registry if placement.concerns(agent)]
 
     async def for_create(self, name: str, source: str, placement: Placement) -> Places:
         """The agents that build a model: those that have what it is made from.

@@ -11,7 +11,7 @@ from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks
 
 from .progress import Line
 from .spool import Spool
-from .types import Deed, Kind, Refused
+from .types import Deed, Kind, Lacking, Refused
 
 JSON = [("content-type", "application/json")]
 QUICK = (Kind.COPY, Kind.DELETE, Kind.UNLOAD)
@@ -65,8 +65,7 @@ class Remote:
                 return
         size = self._spool.size(digest)
         if size is None:
-            text = f"agent {agent.name} does not have blob {digest}, nor does the coordinator"
-            raise Refused(400, f"{text}; upload it (POST /api/blobs/{digest}) and create again")
+            raise Lacking(agent.name, digest)
         headers = [("content-type", "application/octet-stream"), ("content-length", str(size))]
         body = self._spool.read(digest)
         async with self._upstreams.open("POST", url, headers=headers, stream=body) as response:

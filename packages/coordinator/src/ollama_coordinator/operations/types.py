@@ -2,6 +2,7 @@
 
 OperationError
 ├── Refused           an agent's Ollama answered that it cannot
+│   └── Lacking       it has no file of which the model is made
 ├── NoAgentForModel   the placement leaves no agent
 └── UnknownOperation  no operation has this id
 """
@@ -25,6 +26,14 @@ class Refused(OperationError):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class Lacking(Refused):
+    """An agent is to make a model of a file that neither it nor the coordinator has."""
+
+    def __init__(self, agent_name: str, digest: str) -> None:
+        text = f"agent {agent_name} does not have blob {digest}, nor does the coordinator"
+        super().__init__(400, f"{text}; upload it (POST /api/blobs/{digest}) and create again")
 
 
 class NoAgentForModel(OperationError):
