@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from ollama_coordinator.api.cloud import SIGNED_IN_SECONDS
 from ollama_coordinator.scheduler import POLICIES
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
@@ -131,6 +132,58 @@ async def test_an_agent_that_fails_is_stood_in_for(coordinator: Running) -> None
             assert (await ask(coordinator, "/api/chat"))[0] == 200
         assert second.seen.count("/api/chat") == 4
         await coordinator.until(coordinator.at_rest)
+
+
+@pytest.mark.spec("SURFACE-43")
+async def test_an_account_is_believed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        running(agent_timeout=1e6) as coordinator,
+        signed_in() as first,
+        signed_in() as other,
+    ):
+        await coordinator.register(first, "first")
+        await coordinator.register(other, "other")
+        for _ in range(2):
+            assert (await ask(coordinator, "/api/chat"))[0] == 200
+        assert first.seen.count("/api/me") + other.seen.count("/api/me") == 2
+        later = coordinator.parts.clock.now() + SIGNED_IN_SECONDS
+        monkeypatch.setattr(coordinator.parts.clock, "now", lambda: later)
+        first.settings.signed_in_as = None
+        for _ in range(4):
+            assert (await ask(coordinator, "/api/chat"))[0] == 200
+        assert first.seen.count("/api/me") + other.seen.count("/api/me") == 4
+
+
+@pytest.mark.spec("SURFACE-43")
+@pytest.mark.parametrize("path", ["/api/chat", "/api/show"])
+async def test_an_account_that_is_signed_out_is_asked_for_again(
+    coordinator: Running, path: str
+) -> None:
+    async with signed_in() as first, signed_in() as second:
+        await coordinator.register(first, "first")
+        await coordinator.register(second, "second")
+        assert (await ask(coordinator, path))[0] == 200
+        had = max((first, second), key=lambda agent: agent.seen.count(path))
+        had.settings.signed_in_as = None
+        while (await ask(coordinator, path))[0] != 401:
+            pass
+        for _ in range(4):
+            assert (await ask(coordinator, path))[0] == 200
+
+
+@pytest.mark.spec("SURFACE-43")
+@pytest.mark.parametrize("silent", ["/api/me", "/api/status"])
+async def test_an_agent_that_says_nothing_of_the_cloud_is_waited_for_once(
+    coordinator: Running, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.api.cloud.WORD_SECONDS", 0.1)
+    async with signed_out() as first, signed_in() as second:
+        await coordinator.register(first, "first")
+        await coordinator.register(second, "second")
+        with first.faults.hang(paths=(silent,)):
+            for _ in range(3):
+                assert (await ask(coordinator, "/api/chat"))[0] == 200
+        assert first.seen.count(silent) == 1
 
 
 @pytest.mark.spec("SURFACE-43")

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from ollama_coordinator.asking import Answer, Asking
 from ollama_coordinator.upstream import Unreachable
 
-from .cloud import Cloud, CloudDisabled, Clouds, CloudStatus
+from .cloud import Cloud, Clouds, CloudStatus
 from .wire import JSON, HttpError, own_body, reply
 
 
@@ -38,11 +38,9 @@ class AccountApi:
     async def web(self, request: Request) -> Response:
         """`POST /api/experimental/web_search` and `web_fetch`: by an agent with the cloud on."""
         body = await own_body(request)
-        able = await self._clouds.able()
-        if not able:
-            what = "search" if request.url.path.endswith("search") else "fetch"
-            raise CloudDisabled(f"web {what} is unavailable")
-        return _passed_on(await self._asking.first(able, "POST", request.url.path, body))
+        path = request.url.path
+        what = f"web {'search' if path.endswith('search') else 'fetch'} is"
+        return _passed_on(await self._clouds.ask("POST", path, body, what=what))
 
     async def recommendations(self, request: Request) -> Response:
         """`GET /api/experimental/model-recommendations`: any agent's, else none."""

@@ -24,6 +24,9 @@ FRESH_SECONDS = 30.0
 SIGNED_IN_SECONDS = 300.0
 """How long an account is believed to be signed in: each question goes to ollama.com."""
 
+WORD_SECONDS = 3.0
+"""How long a word on the cloud is waited for; an agent that gives none has none for a while."""
+
 AT_ONCE = 8
 """Agents asked for their account at the same time; the first that has one ends the search."""
 
@@ -64,7 +67,7 @@ class Clouds:
         self._asking = asking
         self._registry = registry
         self._clock = clock
-        self._settings: dict[AgentId, tuple[float, Cloud]] = {}
+        self._settings: dict[AgentId, tuple[float, Cloud | None]] = {}
         self._accounts: dict[AgentId, tuple[float, bool]] = {}
 
     def designated(self) -> list[AgentState]:
@@ -72,15 +75,17 @@ class Clouds:
         return [agent for agent in self._asking.routable() if CLOUD_LABEL in agent.settings.labels]
 
     async def settings(self, agents: Iterable[AgentState]) -> dict[AgentId, Cloud]:
-        """What agents say of their cloud setting; those that do not answer say nothing."""
+        """What agents say of their cloud setting, or said last; some have never said anything."""
         now, wanted = self._clock.now(), list(agents)
         self._settings = {who: kept for who, kept in self._settings.items() if self._knows(who)}
         stale = self._stale(wanted, self._settings, now)
-        for answer in await self._asking.each(stale, "GET", "/api/status"):
-            if isinstance(answer, Answer):
-                self._settings[answer.agent.id] = (now + FRESH_SECONDS, _read(answer))
-        known = {agent.id for agent in wanted} & self._settings.keys()
-        return {agent_id: self._settings[agent_id][1] for agent_id in sorted(known)}
+        answers = await self._asking.each(stale, "GET", "/api/status", seconds=WORD_SECONDS)
+        for agent, answer in zip(stale, answers, strict=True):
+            _, last = self._settings.get(agent.id, (NEVER, None))
+            word = _read(answer) if isinstance(answer, Answer) else last
+            self._settings[agent.id] = (now + FRESH_SECONDS, word)
+        said = {id: self._settings[id][1] for agent in wanted if (id := agent.id) in self._settings}
+        return {id: cloud for id, cloud in sorted(said.items()) if cloud is not None}
 
     async def able(self) -> list[AgentState]:
         """The agents to ask, those that are signed in where there are any; none: it is disabled."""
@@ -94,17 +99,38 @@ class Clouds:
         now = self._clock.now()
         self._accounts = {who: kept for who, kept in self._accounts.items() if self._knows(who)}
         stale = self._stale(agents, self._accounts, now) if len(agents) > 1 else []
-        while stale and not self._with_account(agents):
+        while stale and not self._with_account(agents, now):
             asked, stale = stale[:AT_ONCE], stale[AT_ONCE:]
-            for answer in await self._asking.each(asked, "POST", "/api/me"):
-                if isinstance(answer, Answer):
-                    signed_in = answer.status == 200
-                    until = now + (SIGNED_IN_SECONDS if signed_in else FRESH_SECONDS)
-                    self._accounts[answer.agent.id] = (until, signed_in)
-        return self._with_account(agents)
+            answers = await self._asking.each(asked, "POST", "/api/me", seconds=WORD_SECONDS)
+            for agent, answer in zip(asked, answers, strict=True):
+                signed_in = isinstance(answer, Answer) and answer.status == 200
+                until = now + (SIGNED_IN_SECONDS if signed_in else FRESH_SECONDS)
+                self._accounts[agent.id] = (until, signed_in)
+        return self._with_account(agents, now)
 
-    def _with_account(self, agents: Iterable[AgentState]) -> list[AgentState]:
-        return [agent for agent in agents if self._accounts.get(agent.id, (0.0, False))[1]]
+    def _with_account(self, agents: Iterable[AgentState], now: float) -> list[AgentState]:
+        none = (NEVER, False)
+        known = [(agent, *self._accounts.get(agent.id, none)) for agent in agents]
+        return [agent for agent, until, signed_in in known if signed_in and until > now]
+
+    def note(self, agent_id: AgentId, status: int) -> None:
+        """An agent answered what only ollama.com can; after a 401 its account is in doubt."""
+        if status == 401:
+            self._accounts.pop(agent_id, None)
+
+    async def ask(self, method: str, path: str, body: bytes = b"", *, what: str) -> Answer:
+        """What ollama.com answers one of the agents that may ask it.
+
+        Raises:
+            CloudDisabled: none may; `what` is told to be unavailable.
+            Unreachable: none answered.
+        """
+        able = await self.able()
+        if not able:
+            raise CloudDisabled(f"{what} unavailable")
+        answer = await self._asking.first(able, method, path, body)
+        self.note(answer.agent.id, answer.status)
+        return answer
 
     @staticmethod
     def _stale(agents: Iterable[AgentState], kept: Kept, now: float) -> list[AgentState]:

@@ -162,6 +162,8 @@ class Proxy:
                     body=call.body,
                 ) as response,
             ):
+                if call.request.model.endswith(OF_THE_CLOUD):
+                    self._clouds.note(held.agent.id, response.status)
                 return await relay.run(response)
         except UpstreamError as exc:
             return await relay.broken(exc)

@@ -12,7 +12,7 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
 
-from .cloud import CloudDisabled, Clouds
+from .cloud import Clouds
 from .gojson import read_fields
 from .wire import JSON, HttpError, own_body
 
@@ -92,10 +92,9 @@ def _question(key: str, holder: AgentState, body: bytes) -> Question:
 class ShowApi:
     """The handler of `/api/show`, and what ollama.com tells of its models."""
 
-    def __init__(self, shows: Shows, clouds: Clouds, asking: Asking) -> None:
+    def __init__(self, shows: Shows, clouds: Clouds) -> None:
         self._shows = shows
         self._clouds = clouds
-        self._asking = asking
 
     async def show(self, request: Request) -> Response:
         """`POST /api/show`: 404 with the canonical name, as Ollama says it."""
@@ -119,7 +118,4 @@ class ShowApi:
         Raises:
             CloudDisabled: no agent may ask.
         """
-        able = await self._clouds.able()
-        if not able:
-            raise CloudDisabled("remote model details are unavailable")
-        return await self._asking.first(able, method, path, body)
+        return await self._clouds.ask(method, path, body, what="remote model details are")

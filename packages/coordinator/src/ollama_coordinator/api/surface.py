@@ -54,7 +54,7 @@ class Surface:
         self.fitting = Fitting(registry, shows, clock, larger_context=config.larger_context)
         self.unloading = Unloading(self.asking, registry, dispatch)
         self.clouds = Clouds(self.asking, registry, clock)
-        self.show = ShowApi(shows, self.clouds, self.asking)
+        self.show = ShowApi(shows, self.clouds)
         self._account = AccountApi(self.asking, self.clouds)
         self._spool = Spool(spool_folder(config.database_url), _bytes(config.max_spool_gibibytes))
         self._patience = Patience(config.pull_patience)
