@@ -163,10 +163,33 @@ def test_copies_find_themselves_again_wherever_they_are_then(registry: Registry)
 
 
 @pytest.mark.spec("FLEET-26")
+def test_a_machine_that_crashed_stays_itself_at_another_address(registry: Registry) -> None:
+    agent = register(registry, copy(HERE, "r1", "r0")).agent
+    registry.update_settings(agent.id, AgentSettings(draining=True))
+    again = register(registry, copy(THERE, "r2", "r1"), now=1.0)
+    assert (again.created, again.agent, agent.settings.draining) == (False, agent, True)
+    registry.heartbeat(structs.replace(report(agent), instance_id="r2"), 2.0)
+    assert registry.conflict(agent, 2.0) is None
+
+
+@pytest.mark.spec("FLEET-26")
 def test_an_image_of_a_running_machine_takes_nothing_from_it(registry: Registry) -> None:
     original = register(registry, copy(HERE, "r1", "r0")).agent
-    assert register(registry, copy(THERE, "s1", "r1"), now=1.0).created
+    # It might be the same machine after a crash, until the first one reports again.
+    assert register(registry, copy(THERE, "s1", "r1"), now=1.0).agent is original
+    with pytest.raises(UnknownAgent):
+        registry.heartbeat(structs.replace(report(original), instance_id="r1"), 2.0)
     assert register(registry, copy(HERE, "r1", "r0"), now=2.0).agent is original
+    with pytest.raises(UnknownAgent):
+        registry.heartbeat(structs.replace(report(original), instance_id="s1"), 3.0)
+    clone = register(registry, copy(THERE, "s1", "r1"), now=3.0)
+    assert clone.created
+    assert f"gpu at {HERE}" in (registry.conflict(clone.agent, 4.0) or "")
+    for now in (5.0, 6.0):
+        assert register(registry, copy(HERE, "r1", "r0"), now=now).agent is original
+        assert register(registry, copy(THERE, "s1", "r1"), now=now).agent is clone.agent
+    assert register(registry, copy(ELSEWHERE, "s2", "s1"), now=7.0).agent is clone.agent
+    assert register(registry, copy(ELSEWHERE, "r2", "r1"), now=7.0).agent is original
 
 
 @pytest.mark.spec("FLEET-26")

@@ -36,6 +36,10 @@ def find(
     the name and port decide otherwise. What a *living* agent uses elsewhere is that of a clone of
     an image or of a namesake, who gets an id of its own.
 
+    The run before is believed to be over, although it was heard a moment ago: a machine that comes
+    back after a crash may have another address. Should it report again, both live: it takes its
+    place back, and the later one, that of a clone, gets an id of its own.
+
     Raises:
         TwoMachines: both live and nothing tells them apart.
     """
@@ -50,8 +54,10 @@ def find(
 
     before = request.previous_instance_id
     for agent in same_port:
-        known = agent.registration.instance_id
-        if before is not None and known == before and not is_elsewhere(agent):
+        known, clashes = agent.registration, instance in agent.replaced and is_elsewhere(agent)
+        if clashes and known.previous_instance_id == instance:
+            return agent
+        if before is not None and known.instance_id == before and not clashes:
             return _checked(agent, request, lives)
     found = _by_name_and_id(request, same_port, is_elsewhere)
     return None if found is None else _checked(found, request, lives)
