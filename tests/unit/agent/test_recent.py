@@ -12,6 +12,12 @@ def record(text: str, level: int = logging.INFO, **extra: object) -> logging.Log
     return logging.makeLogRecord({"msg": text, "levelno": level, "levelname": "INFO", **extra})
 
 
+async def sent(logs: Logs, *, after: int) -> list[str] | None:
+    """The server's lines in a report that arrives."""
+    async with logs.news(after) as report:
+        return report.server
+
+
 @pytest.mark.spec("AGENT-44")
 def test_the_last_lines_are_kept_with_their_facts() -> None:
     recent = Recent()
@@ -30,13 +36,33 @@ def test_the_last_lines_are_kept_with_their_facts() -> None:
 async def test_the_servers_lines_are_sent_when_there_are_new_ones(tmp_path: Path) -> None:
     file = tmp_path / "ollama.log"
     logs = Logs(Recent(), file)
-    assert (await logs.news(0)).server is None
+    assert await sent(logs, after=0) is None
     file.write_text("one\ntwo\n")
-    assert (await logs.news(7)).server == ["one", "two"]
-    assert (await logs.news(7)).server is None
-    assert (await logs.news(0)).server == ["one", "two"]
+    assert await sent(logs, after=7) == ["one", "two"]
+    assert await sent(logs, after=7) is None
+    assert await sent(logs, after=0) == ["one", "two"]
     file.write_text("one\ntwo\nthree\n")
-    assert (await logs.news(7)).server == ["one", "two", "three"]
+    assert await sent(logs, after=7) == ["one", "two", "three"]
+
+
+@pytest.mark.spec("AGENT-44")
+async def test_what_is_lost_on_the_way_is_sent_again(tmp_path: Path) -> None:
+    file = tmp_path / "ollama.log"
+    file.write_text("last words\n")
+    logs = Logs(Recent(), file)
+    with pytest.raises(ConnectionError):
+        async with logs.news(7):
+            raise ConnectionError
+    assert await sent(logs, after=7) == ["last words"]
+
+
+@pytest.mark.spec("AGENT-44")
+def test_a_record_that_cannot_be_written_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    recent = Recent()
+    recent.handle(record("%d files", args=("three",)))
+    recent.handle(record("next"))
+    assert [line.text for line in recent.after(0)] == ["next"]
 
 
 @pytest.mark.spec("AGENT-44")

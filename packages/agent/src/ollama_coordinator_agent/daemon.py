@@ -151,7 +151,8 @@ class Daemon:
     async def _send_log(self, agent_id: AgentId, after: int) -> None:
         """Send what is wanted of the log; trouble with it does no harm to the heartbeats."""
         try:
-            await self._client.send_log(agent_id, await self._logs.news(after))
+            async with self._logs.news(after) as report:
+                await self._client.send_log(agent_id, report)
         except Forgotten:
             raise
         except CoordinatorError as exc:

@@ -7,6 +7,8 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,9 +31,13 @@ class Recent(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Remember one record; logging serialises the calls."""
+        try:
+            text = self.format(record)[:LINE_CHARACTERS]
+        except Exception:  # noqa: BLE001
+            self.handleError(record)  # as every handler: who logs is not told
+            return
         self._number += 1
         at = datetime.fromtimestamp(record.created, UTC)
-        text = self.format(record)[:LINE_CHARACTERS]
         self._lines.append(LogLine(self._number, at, record.levelname.lower(), text))
 
     def after(self, number: int) -> list[LogLine]:
@@ -47,17 +53,19 @@ class Logs:
         self._server_file = server_file
         self._sent: object = None
 
-    async def news(self, after: int) -> LogReport:
+    @asynccontextmanager
+    async def news(self, after: int) -> AsyncIterator[LogReport]:
         """The lines after a number, and the server's last ones if there are new ones.
 
-        `after` is 0 for a coordinator that has nothing yet.
+        `after` is 0 for a coordinator that has nothing yet. The server's lines count as sent once
+        the block ends in order.
         """
         stamp = await asyncio.to_thread(_stamp, self._server_file)
         server = None
         if stamp is not None and (after == 0 or stamp != self._sent):
             server = await asyncio.to_thread(tail, self._server_file)
+        yield LogReport(lines=self._recent.after(after), server=server)
         self._sent = stamp
-        return LogReport(lines=self._recent.after(after), server=server)
 
 
 def tail(file: Path) -> list[str]:
