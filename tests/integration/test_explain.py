@@ -1,10 +1,12 @@
 """Why a request goes where it goes, told over HTTP and on the command line."""
 
 import asyncio
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
+from ollama_coordinator.api.wire import OWN_BODY_LIMIT
 from support import programs
 from support.coordinator import Running, running
 from support.ollama import Hardware, StandIn
@@ -44,6 +46,28 @@ async def test_explain_tells_every_candidate_and_sends_nothing(
     assert told["spare"]["refused"] == "its Ollama does not answer"
     assert ollama.seen.count("/api/chat") == 0
     assert coordinator.at_rest()
+
+
+@pytest.mark.spec("OPERATION-20")
+async def test_explain_reads_no_more_than_other_routes_of_its_kind(coordinator: Running) -> None:
+    body = BytesIO(b'{"model":"llama3.2","prompt":"' + b"x" * OWN_BODY_LIMIT + b'"}')
+    url = f"{coordinator.url}/api/explain"
+    async with coordinator.session.post(url, data=body) as response:
+        assert response.status == 413
+
+
+@pytest.mark.spec("OPERATION-20")
+async def test_a_client_that_leaves_explain_is_no_error(
+    coordinator: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = coordinator.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /api/explain HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    assert (await coordinator.post("/api/explain", {"model": "llama3.2"}))[0] == 503
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.spec("OPERATION-20")

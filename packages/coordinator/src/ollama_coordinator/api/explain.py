@@ -13,7 +13,7 @@ from .declared import operation
 from .dialects import Surface
 from .intake import take_in
 from .reading import read_routing
-from .wire import reply
+from .wire import own_body, reply
 
 
 class ChatRequest(Struct, frozen=True):
@@ -41,7 +41,7 @@ class ExplainApi:
     )
     async def explain(self, request: Request) -> Response:
         """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
-        routing = read_routing(self._surface, await request.body())
+        routing = read_routing(self._surface, await own_body(request))
         now = self._clock.now()
         asked = take_in(self._surface, routing, request.scope, now)
         return reply(self._scheduler.predictor.explain(asked, now))
