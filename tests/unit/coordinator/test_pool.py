@@ -94,6 +94,19 @@ async def test_a_request_is_sent_once_more_only(upstreams: Upstreams) -> None:
 
 
 @pytest.mark.spec("PROXY-25")
+async def test_a_request_that_may_have_been_worked_on_is_not_sent_again(
+    upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.pool.STALE_SECONDS", 0.0)
+    agent = Agent()
+    async with agent.listening() as url:
+        assert await ask(upstreams, url) == b"ok"
+        with pytest.raises(Unreachable, match="closed the connection without an answer"):
+            await ask(upstreams, url)
+    assert len(agent.heard) == 2
+
+
+@pytest.mark.spec("PROXY-25")
 async def test_an_agent_that_fails_on_a_new_connection_fails(upstreams: Upstreams) -> None:
     agent = Agent(first=0)
     async with agent.listening() as url:

@@ -1,5 +1,6 @@
 """The connections to the agents: kept from one request to the next, and how they are made."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from types import SimpleNamespace, TracebackType
@@ -11,6 +12,9 @@ from aiohttp.abc import AbstractStreamWriter
 
 CONNECT_SECONDS = 3.0
 """A machine on a network answers a connection within milliseconds or not at all."""
+
+STALE_SECONDS = 1.0
+"""How soon a request fails on a connection that its agent had closed: after a round trip."""
 
 KEEPALIVE_IDLE_SECONDS = 10
 KEEPALIVE_INTERVAL_SECONDS = 5
@@ -41,22 +45,39 @@ class LargeBody(aiohttp.Payload):
 
 
 class _Passage:
-    """How a request went out: `reused` is a connection that had served another one before."""
+    """How a request went out.
+
+    `reused` is a connection that had served another one before; `sent_at` is when the last part
+    of the request went out, on the clock of the event loop.
+    """
 
     def __init__(self) -> None:
         self.reused = False
+        self.sent_at = 0.0
 
     @staticmethod
-    async def note(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+    async def reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
         """Called by aiohttp for each request that gets a kept connection."""
         context.trace_request_ctx.reused = True
+        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
+
+    @staticmethod
+    async def send(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+        """Called by aiohttp for each part of a body."""
+        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
+
+    def is_stale(self, exc: Exception, now: float) -> bool:
+        """Whether the agent most likely closed the connection before it saw the request."""
+        at_once = now - self.sent_at <= STALE_SECONDS
+        return self.reused and at_once and not _began(exc)
 
 
 class Pool:
     """Connections to all agents; open between `async with` only.
 
     A kept connection that its agent closes just when a request goes out says nothing about the
-    agent: where no byte of an answer came, the request is sent once more, on a new connection.
+    agent: where it ends at once and no byte of an answer came, the request is sent once more, on
+    a new connection. One that ends later may have been worked on meanwhile, as in a cold load.
     """
 
     def __init__(self) -> None:
@@ -65,7 +86,8 @@ class Pool:
 
     async def __aenter__(self) -> "Pool":
         noting = aiohttp.TraceConfig()
-        noting.on_connection_reuseconn.append(_Passage.note)
+        noting.on_connection_reuseconn.append(_Passage.reuse)
+        noting.on_request_chunk_sent.append(_Passage.send)
         self._kept = _session(keepalive_timeout=60, trace_configs=[noting])
         self._fresh = _session(force_close=True)
         return self
@@ -106,7 +128,8 @@ class Pool:
                 trace_request_ctx=passage,
             )
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
-            if not passage.reused or stream is not None or _began(exc):
+            now = asyncio.get_running_loop().time()
+            if stream is not None or not passage.is_stale(exc, now):
                 raise
         return await self._fresh.request(
             method, url, headers=headers, data=_payload(body), allow_redirects=False
