@@ -525,3 +525,29 @@ def test_a_sign_of_life_after_the_time_is_over_is_a_change_also_before_anybody_n
     assert registry.changes == changes
     registry.heard(agent, 100.0)
     assert registry.changes > changes
+
+
+ALIKE = {"m:latest": "sha256:1", "copy:latest": "sha256:1"}
+COPY = "registry.ollama.ai/library/copy:latest"
+
+
+@pytest.mark.parametrize("how", ["listed", "missing"])
+def test_what_is_told_of_a_copy_changes_with_the_model_it_is_a_copy_of(
+    registry: Registry, how: str
+) -> None:
+    agent = add(registry, "a")
+    registry.list_models(agent, lists("m:latest", "copy:latest"), ALIKE, 0.0)
+    registry.list_loaded(agent, lists("m:latest"), 0.0)
+    loaded = registry.revision(COPY)
+    assert agent.inventory.is_loaded(COPY)
+    if how == "listed":
+        registry.list_models(agent, lists("copy:latest"), ALIKE, 1.0)
+    else:
+        registry.note_missing(agent, KEY)
+    assert not agent.inventory.is_loaded(COPY)
+    gone = registry.revision(COPY)
+    assert gone != loaded
+    registry.list_models(agent, lists("m:latest", "copy:latest"), ALIKE, 2.0)
+    registry.list_loaded(agent, lists("m:latest"), 2.0)
+    assert agent.inventory.is_loaded(COPY)
+    assert registry.revision(COPY) not in (loaded, gone)

@@ -37,7 +37,11 @@ class Holdings:
             self._by_key[key].add(agent.id)
         for key in gone:
             self._by_key[key].discard(agent.id)
-        self.touch([*changed, *gone])
+        # Whether one name is in memory is told of all names of its weights, by either list.
+        rows = [of.get(key) for key in (*changed, *gone) for of in (before, now)]
+        blobs = {row.blob for row in rows if row is not None and row.blob}
+        alike = [key for key, row in now.items() if row.blob in blobs]
+        self.touch({*changed, *gone, *alike})
 
     def drop(self, agent: AgentState, keys: Iterable[str]) -> None:
         """An agent has these no longer."""

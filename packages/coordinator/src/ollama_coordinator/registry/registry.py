@@ -287,10 +287,11 @@ class Registry:
 
     def note_missing(self, agent: AgentState, key: str) -> None:
         """The agent answered that it does not have a model it was listed with."""
+        alike = agent.inventory.namesakes(key)
         agent.inventory.note_missing(key)
         self._offers.withdraw(key, agent)
         self._holdings.drop(agent, [key])
-        self.changes += 1
+        self._loaded_changed(agent, alike)
 
     def note_unloaded(self, agent: AgentState, key: str) -> None:
         """The agent was asked to drop a model from memory, with every name of the same weights."""
