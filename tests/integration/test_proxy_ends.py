@@ -191,3 +191,15 @@ async def test_a_stream_that_repeats_itself_and_stops_is_passed_as_it_is() -> No
             async with coordinator.stream(path, model="loop") as response:
                 assert b'"error"' not in await response.read()
         assert coordinator.at_rest()
+
+
+@pytest.mark.spec("PROXY-17")
+async def test_a_place_is_given_back_although_its_outcome_cannot_be_noted(
+    coordinator: Running, ollama: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(*_: object) -> None:
+        raise KeyError("a mistake of our own")
+
+    monkeypatch.setattr(coordinator.parts.registry, "succeeded", stumble)
+    await coordinator.chat()
+    await coordinator.until(coordinator.at_rest)

@@ -15,6 +15,7 @@ from ollama_coordinator.registry import (
     TwoMachines,
     UnknownAgent,
 )
+from ollama_coordinator.registry.disks import Disks
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -551,3 +552,32 @@ def test_what_is_told_of_a_copy_changes_with_the_model_it_is_a_copy_of(
     registry.list_loaded(agent, lists("m:latest"), 2.0)
     assert agent.inventory.is_loaded(COPY)
     assert registry.revision(COPY) not in (loaded, gone)
+
+
+CLOUD = "registry.ollama.ai/library/gpt-oss:120b-cloud"
+
+
+def test_a_removed_agent_that_answers_late_of_a_cloud_model_harms_nothing(
+    registry: Registry,
+) -> None:
+    agent = add(registry, "a")
+    registry.offer(CLOUD, "gpt-oss:120b-cloud", [agent.id])
+    registry.remove(agent.id)
+    add(registry, "b")
+    for number in range(101):
+        registry.offer(f"{number}-cloud", f"{number}-cloud", [AgentId("b")])
+    registry.note_missing(agent, CLOUD)
+    assert not agent.inventory.is_loaded(CLOUD)
+
+
+def test_a_machine_id_that_nobody_has_any_more_is_forgotten() -> None:
+    disks = Disks()
+    disks.add("image", AgentId("a"))
+    disks.add("image", AgentId("b"))
+    disks.add(None, AgentId("c"))
+    assert disks.others("image", AgentId("a")) == {"b"}
+    assert disks.others(None, AgentId("c")) == set()
+    disks.discard("image", AgentId("a"))
+    disks.discard("image", AgentId("b"))
+    disks.discard("image", AgentId("b"))
+    assert len(disks) == 0

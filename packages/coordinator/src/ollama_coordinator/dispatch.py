@@ -121,9 +121,11 @@ class Dispatch:
 
     def _settle(self, held: Held) -> None:
         now = self._clock.now()
-        self._note(held.agent, held.lease.request, held.outcome, now)
-        self._settle_quietly(held, now)
-        self.plan()
+        try:
+            self._note(held.agent, held.lease.request, held.outcome, now)
+        finally:
+            self._settle_quietly(held, now)
+            self.plan()
 
     def _settle_quietly(self, held: Held, now: float) -> None:
         del self._held[held.lease.id]

@@ -52,7 +52,9 @@ class Offers:
 
     def withdraw(self, key: str, agent: AgentState) -> None:
         """An agent could not pass the name on after all."""
-        if agent.inventory.offered.pop(key, None) is not None:
+        agent.inventory.offered.pop(key, None)
+        # A removed agent may answer later than its offer was forgotten.
+        if key in self._offered:
             self._offered[key] -= {agent.id}
 
     def of(self, key: str) -> frozenset[AgentId]:

@@ -1,6 +1,5 @@
 """All registered agents: who they are, whether they live, and which models they hold."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 
@@ -12,6 +11,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import machines
 from .agent import AgentSettings, AgentState, cooldown_after
+from .disks import Disks
 from .holdings import Holdings
 from .inventory import AvailableRow
 from .offers import Offers
@@ -43,7 +43,7 @@ class Registry:
         self._agent_timeout = agent_timeout
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
-        self._disks: defaultdict[str | None, set[AgentId]] = defaultdict(set)
+        self._disks = Disks()
         self._online: set[AgentId] = set()
         self._holdings = Holdings(self._agents, self._online)
         self._offers = Offers()
@@ -94,12 +94,12 @@ class Registry:
         if known is None:
             agent = AgentState(new_id, request, registered_at=at, heard_at=now)
             self._agents[new_id] = agent
-            self._disks[request.machine_id].add(new_id)
+            self._disks.add(request.machine_id, new_id)
             self._come(new_id)
             return Registration(agent, created=True)
         before = known.url
-        self._disks[known.registration.machine_id].discard(known.id)
-        self._disks[request.machine_id].add(known.id)
+        self._disks.discard(known.registration.machine_id, known.id)
+        self._disks.add(request.machine_id, known.id)
         machines.renew(known, request)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
@@ -109,7 +109,7 @@ class Registry:
     def restore(self, agent: AgentState, now: float) -> None:
         """Take over an agent from the database, with the time it was last heard."""
         self._agents[agent.id] = agent
-        self._disks[agent.registration.machine_id].add(agent.id)
+        self._disks.add(agent.registration.machine_id, agent.id)
         self._holdings.relist(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
@@ -122,7 +122,7 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
-        self._disks[agent.registration.machine_id].discard(agent.id)
+        self._disks.discard(agent.registration.machine_id, agent.id)
         self._go(agent.id)
         self._holdings.drop(agent, agent.inventory.available)
         del self._agents[agent.id]
@@ -173,12 +173,11 @@ class Registry:
 
     def conflict(self, agent: AgentState, now: float) -> str | None:
         """What is wrong with an agent's identity, if another living one has the same."""
-        machine_id = agent.registration.machine_id
-        alike = () if machine_id is None else self._disks.get(machine_id, ())
-        if len(alike) < 2 or not self.is_online(agent, now):
+        others = self._disks.others(agent.registration.machine_id, agent.id)
+        if not others or not self.is_online(agent, now):
             return None
-        others = (self._agents[agent_id] for agent_id in alike if agent_id != agent.id)
-        return machines.conflict(agent, [one for one in others if self.is_online(one, now)])
+        alike = (self._agents[agent_id] for agent_id in others)
+        return machines.conflict(agent, [one for one in alike if self.is_online(one, now)])
 
     def heard(self, agent: AgentState, now: float) -> None:
         """A sign of life."""
