@@ -21,11 +21,14 @@ class Disks:
 
     def discard(self, machine_id: str | None, agent_id: AgentId) -> None:
         """An agent is gone, or reports another id."""
-        if machine_id in self._agents:
-            self._agents[machine_id].discard(agent_id)
-            if not self._agents[machine_id]:
-                del self._agents[machine_id]
+        if machine_id is None or machine_id not in self._agents:
+            return
+        self._agents[machine_id].discard(agent_id)
+        if not self._agents[machine_id]:
+            del self._agents[machine_id]
 
     def others(self, machine_id: str | None, agent_id: AgentId) -> set[AgentId]:
         """The other agents with the id of this one."""
-        return self._agents[machine_id] - {agent_id} if machine_id in self._agents else set()
+        if machine_id is None or machine_id not in self._agents:
+            return set()
+        return self._agents[machine_id] - {agent_id}
