@@ -167,6 +167,29 @@ async def test_the_history_is_exported_whole(coordinator: Running) -> None:
 
 
 @pytest.mark.spec("DASH-12")
+@pytest.mark.parametrize(
+    ("column", "value", "in_list"),
+    [
+        ("why", b"not packed", False),
+        ("why", '[{"broken', False),
+        ("status", "lost", True),
+        ("finished_ms", "noon", True),
+    ],
+)
+async def test_a_damaged_row_is_told(
+    coordinator: Running, column: str, value: object, *, in_list: bool
+) -> None:
+    request = past(1)
+    await remember(coordinator, [request])
+    sql = f"UPDATE requests SET {column} = ?"  # noqa: S608
+    await coordinator.parts.store.run(lambda db: db.execute(sql, [value]))
+    for path, damaged in ((f"/api/requests/{request.id}", True), ("/api/history", in_list)):
+        async with coordinator.session.get(coordinator.url + path) as response:
+            assert response.status == (503 if damaged else 200)
+            assert ("a row is damaged" in await response.text()) == damaged
+
+
+@pytest.mark.spec("DASH-12")
 async def test_requests_go_on_while_the_database_does_not(
     coordinator: Running, ollama: StandIn
 ) -> None:

@@ -109,9 +109,16 @@ def to_columns(request: Finished, why: str | bytes) -> list[Any]:
 
 
 def why_of(row: dict[str, Any]) -> bytes:
-    """The reasons of a row as JSON."""
-    why = row["why"]
-    return zlib.decompress(why) if isinstance(why, bytes) else str(why).encode()
+    """The reasons of a row as JSON.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        why = zlib.decompress(row["why"]) if isinstance(row["why"], bytes) else row["why"]
+        return bytes(msgspec.json.decode(why, type=msgspec.Raw))
+    except (zlib.error, TypeError) as exc:
+        raise ValueError(f"reasons: {exc}") from exc
 
 
 def packed(why: Any) -> str | bytes:
@@ -121,13 +128,20 @@ def packed(why: Any) -> str | bytes:
 
 
 def from_columns(row: dict[str, Any]) -> Finished:
-    """A request from its row."""
+    """A request from its row.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     values = {name: row[name] for name in Finished.__struct_fields__ if name in row}
     values["status"] = Status(row["status"])
     values["streamed"] = bool(row["streamed"])
-    values["arrived_at"] = _utc(row["arrived_ms"])
-    values["finished_at"] = _utc(row["finished_ms"])
-    return Finished(**values)
+    try:
+        values["arrived_at"] = _utc(row["arrived_ms"])
+        values["finished_at"] = _utc(row["finished_ms"])
+        return Finished(**values)
+    except (TypeError, OverflowError) as exc:
+        raise ValueError(f"times: {exc}") from exc
 
 
 def milliseconds(at: datetime) -> int:

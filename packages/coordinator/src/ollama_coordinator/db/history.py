@@ -107,11 +107,7 @@ class History:
             await self.write(())
         where, values = conditions(wanted, after)
         sql = f"SELECT {SHOWN} FROM requests {where} ORDER BY finished_ms DESC, seq DESC LIMIT ?"  # noqa: S608
-        rows = await self._store.run(lambda db: list(db.query(sql, [*values, limit + 1])))
-        more = len(rows) > limit
-        shown = rows[:limit]
-        cursor = Cursor(shown[-1]["finished_ms"], shown[-1]["seq"]) if more else None
-        return [from_columns(row) for row in shown], cursor
+        return await self._store.run(lambda db: _page(db, sql, [*values, limit + 1]))
 
     async def find(self, request_id: str) -> tuple[Finished, bytes] | None:
         """One request and its reasons as JSON, or `None` when it is not (or no more) kept.
@@ -119,9 +115,7 @@ class History:
         Raises:
             DatabaseError: the database cannot be read.
         """
-        sql = "SELECT * FROM requests WHERE id = ?"
-        rows = await self._store.run(lambda db: list(db.query(sql, [request_id])))
-        return (from_columns(rows[0]), why_of(rows[0])) if rows else None
+        return await self._store.run(lambda db: _find(db, request_id))
 
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.
@@ -178,6 +172,20 @@ def _prune_requests(db: Database, rows: int, oldest_ms: int) -> None:
 def _delete(db: Database, table: str, where: str, *values: Any) -> None:
     with db.atomic():
         db.table(table).delete_where(where, list(values))
+
+
+def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cursor | None]:
+    """The rows, and where to go on where there is the one more that the last value asks for."""
+    rows = list(db.query(sql, values))
+    shown = rows[: values[-1] - 1]
+    last = shown[-1] if len(rows) > len(shown) else None
+    cursor = None if last is None else Cursor(last["finished_ms"], last["seq"])
+    return [from_columns(row) for row in shown], cursor
+
+
+def _find(db: Database, request_id: str) -> tuple[Finished, bytes] | None:
+    rows = list(db.query("SELECT * FROM requests WHERE id = ?", [request_id]))
+    return (from_columns(rows[0]), why_of(rows[0])) if rows else None
 
 
 def _choices(db: Database) -> dict[str, list[str]]:
