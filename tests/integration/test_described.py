@@ -30,6 +30,8 @@ from ollama_coordinator.api import listed
 from ollama_coordinator.api.openapi import document
 from ollama_coordinator.app import create_app
 from ollama_coordinator_common.config import CoordinatorConfig
+from support import deaf
+from support.asgi import connection
 from support.background import Background, background
 from support.coordinator import Running, running
 from support.ollama import StandIn
@@ -150,6 +152,35 @@ def test_an_answer_is_one_that_is_described(
     case.validate_response(response, checks=CHECKED)
     told = described.definition.raw["responses"]
     assert response.status_code < 500 or str(response.status_code) in told, response.text
+
+
+@pytest.mark.spec("SURFACE-41")
+async def test_a_registration_of_two_machines_is_described(coordinator: Running) -> None:
+    machine = {"machine_name": "gpu", "ip_address": "127.0.0.1", "ollama_version": "0.33.0"}
+    disk = {"ollama_port": _unused_port(), "machine_id": "image"}
+    statuses = []
+    for run in ("one", "other", "one"):
+        body = {**machine, **disk, "instance_id": run}
+        status, answer = await coordinator.post("/api/agents", body)
+        statuses.append(status)
+    assert statuses == [201, 200, 409]
+    assert list(answer) == ["error"]
+    told = OPERATIONS["post_api_agents"].definition.raw["responses"]
+    assert set(map(str, statuses)) <= told.keys()
+
+
+@pytest.mark.spec("SURFACE-41")
+@pytest.mark.parametrize("name", [name for name, one in OPERATIONS.items() if one.body])
+async def test_a_body_that_stands_still_is_described(ollama: StandIn, name: str) -> None:
+    one = OPERATIONS[name]
+    async with running(body_timeout=0.05) as coordinator:
+        agent_id = await coordinator.register(ollama)
+        request = deaf.post(one.path.replace("{agent_id}", agent_id), b"{", length=10)
+        async with connection(coordinator.url) as client:
+            client.send(request.replace(b"POST", one.method.upper().encode(), 1))
+            status = (await client.answer()).status
+    assert status == 408
+    assert str(status) in one.definition.raw["responses"]
 
 
 @pytest.mark.spec("SURFACE-41")

@@ -119,7 +119,7 @@ def test_a_declaration_becomes_a_description() -> None:
     told = document([Route("/things/{name:path}", make, methods=["PUT"])])
     made = told["paths"]["/things/{name}"]["put"]
     assert [parameter["name"] for parameter in made["parameters"]] == ["name"]
-    assert list(made["responses"]) == ["200", "202", "204", "400", "404", "413", "default"]
+    assert list(made["responses"]) == ["200", "202", "204", "400", "404", "408", "413", "default"]
     one_of = made["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
     assert [schema["$ref"].rpartition("/")[2] for schema in one_of] == ["One", "Other"]
     assert list(made["responses"]["202"]["content"]) == ["text/plain"]

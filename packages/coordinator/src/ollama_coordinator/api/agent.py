@@ -69,7 +69,7 @@ class AgentsApi:
         "Register a machine, or renew its registration",
         takes=RegisterRequest,
         gives={200: RegisterReply, 201: RegisterReply},
-        errors=(503,),
+        errors=(409, 503),
     )
     async def register(self, request: Request) -> Response:
         """`POST /api/agents`: 201 `registered`, or 200 `updated` for a machine already known."""

@@ -10,8 +10,8 @@ from msgspec import Struct
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
-BODY_ERRORS = (400, 413)
-"""What every route that takes a body may answer to one that is wrong, or too long."""
+BODY_ERRORS = (400, 408, 413)
+"""What every route that takes a body may answer to one that is wrong, stands still, or too long."""
 
 
 class ErrorBody(Struct, frozen=True):

@@ -29,7 +29,8 @@ ABOUT = (
 MEANING = {
     400: "The request is wrong; `error` says where.",
     404: "There is no such thing.",
-    409: "Not as this coordinator was started; `error` says how it would be.",
+    408: "Nothing came of the body for too long.",
+    409: "Not as things are; `error` says what is in the way and what to do.",
     413: "The body is too long.",
     503: "Not now: the database or the agents that are needed cannot be reached.",
 }
