@@ -1,8 +1,9 @@
 """What survives a restart: SQLite behind one thread."""
 
+from .agents import AgentRow
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket
-from .store import AgentRow, DatabaseError, Store
+from .store import DatabaseError, Store
 
 __all__ = [
     "AgentRow",

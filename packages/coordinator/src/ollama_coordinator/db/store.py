@@ -17,13 +17,12 @@ from types import TracebackType
 from typing import TypeVar
 
 import msgspec
-from msgspec import Struct
 from sqlite_utils import Database
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
+from .agents import PUT_AGENT, AgentRow, from_columns, to_columns
 from .migrations import migrations, steps_of_the_future
 
 log = logging.getLogger(__name__)
@@ -40,19 +39,6 @@ class DatabaseError(OllamaCoordinatorError):
     def __init__(self, path: Path | None, cause: Exception) -> None:
         super().__init__(f"database {path or 'in memory'}: {_advice(cause)}")
         self.path = path
-
-
-class AgentRow(Struct, frozen=True):
-    """One agent as it is kept; `settings` and `blobs` are JSON, `tags` Ollama's own list."""
-
-    id: AgentId
-    registration: RegisterRequest
-    registered_at: datetime
-    last_seen: datetime
-    has_left: bool = False
-    settings: bytes = b"{}"
-    tags: bytes = b""
-    blobs: bytes = b"{}"
 
 
 class Store:
@@ -235,7 +221,7 @@ class Store:
         return self._database
 
     def _read_agents(self) -> list[AgentRow]:
-        return [_from_columns(row) for row in self._db.table("agents").rows_where(order_by="rowid")]
+        return [from_columns(row) for row in self._db.table("agents").rows_where(order_by="rowid")]
 
     def _read_document(self, name: str) -> bytes | None:
         rows = list(self._db.table("documents").rows_where("name = ?", [name]))
@@ -248,8 +234,8 @@ class Store:
         documents: dict[str, bytes],
     ) -> None:
         with self._db.atomic():
-            rows = [_to_columns(row) for row in agents.values() if row is not None]
-            self._db.conn.executemany(_PUT_AGENT, rows)
+            rows = [to_columns(row) for row in agents.values() if row is not None]
+            self._db.conn.executemany(PUT_AGENT, rows)
             for removed in (agent_id for agent_id, row in agents.items() if row is None):
                 self._db.table("agents").delete_where("id = ?", [removed])
             for agent_id, at in seen.items():
@@ -260,46 +246,7 @@ class Store:
             self._db.conn.executemany(_PUT_DOCUMENT, named)
 
 
-# Not the library's upsert: it finds out whether SQLite knows ON CONFLICT by creating a table, takes
-# a lock in that moment for a no, and from then on silently drops rows with NOT NULL columns.
-_PUT_AGENT = """
-    INSERT INTO agents (
-        id, registration, registered_at, last_seen, has_left, settings, tags, blobs
-    ) VALUES (
-        :id, :registration, :registered_at, :last_seen, :has_left, :settings, :tags, :blobs
-    )
-    ON CONFLICT (id) DO UPDATE SET
-        registration = excluded.registration, last_seen = excluded.last_seen,
-        has_left = excluded.has_left, settings = excluded.settings,
-        tags = excluded.tags, blobs = excluded.blobs
-"""
 _PUT_DOCUMENT = "INSERT OR REPLACE INTO documents (name, body) VALUES (?, ?)"
-
-
-def _to_columns(row: AgentRow) -> dict[str, object]:
-    return {
-        "id": row.id,
-        "registration": msgspec.json.encode(row.registration).decode(),
-        "registered_at": row.registered_at.isoformat(),
-        "last_seen": row.last_seen.isoformat(),
-        "has_left": int(row.has_left),
-        "settings": row.settings.decode(),
-        "tags": row.tags.decode(),
-        "blobs": row.blobs.decode(),
-    }
-
-
-def _from_columns(row: dict[str, object]) -> AgentRow:
-    return AgentRow(
-        id=AgentId(str(row["id"])),
-        registration=msgspec.json.decode(str(row["registration"]), type=RegisterRequest),
-        registered_at=datetime.fromisoformat(str(row["registered_at"])),
-        last_seen=datetime.fromisoformat(str(row["last_seen"])),
-        has_left=bool(row["has_left"]),
-        settings=str(row["settings"] or "{}").encode(),
-        tags=str(row["tags"] or "").encode(),
-        blobs=str(row["blobs"] or "{}").encode(),
-    )
 
 
 def _advice(cause: Exception) -> str:
