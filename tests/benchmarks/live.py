@@ -88,6 +88,15 @@ def _write_details(path: Path, told: Sequence[Told]) -> None:
     path.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in told))
 
 
+def _command(arguments: Sequence[str]) -> str:
+    """How to do it again; where the details went is of no interest."""
+    words = list(arguments)
+    if "--details" in words:
+        at = words.index("--details")
+        del words[at : at + 2]
+    return shlex.join(["python", "tests/benchmarks/live.py", *words])
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; nothing given compares the policies for half an hour."""
     parser = argparse.ArgumentParser(prog="nox -s live --", description=__doc__)
@@ -119,9 +128,8 @@ def main() -> None:
     results = asyncio.run(compare(systems(options), options, conditions))
     print(table(results))
     if options.write:
-        command = " ".join(["python tests/benchmarks/live.py", *map(shlex.quote, sys.argv[1:])])
         at_once = min(options.at_once, len(results) * len(options.seeds))
-        written = page(command, options.seeds, conditions, at_once, results)
+        written = page(_command(sys.argv[1:]), options.seeds, conditions, at_once, results)
         options.write.write_text(written, encoding="utf-8")
 
 

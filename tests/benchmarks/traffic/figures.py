@@ -94,3 +94,12 @@ def table(results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
         mark = "" if all(one.is_valid for one in runs) else " (INVALID: lag)"
         lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def by_trace(seeds: Sequence[int], results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
+    """Markdown: the 95th percentile of each system on each trace, which all of them share."""
+    lines = ["| system | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"]
+    lines.append("|---|" + "---:|" * len(seeds))
+    for name, runs in results:
+        lines.append(f"| {name} | " + " | ".join(f"{one.p95:.1f}" for one in runs) + " |")
+    return "\n".join(lines)

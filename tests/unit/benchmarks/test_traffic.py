@@ -15,7 +15,7 @@ from benchmarks.simulator.fleet import mixed_fleet
 from benchmarks.simulator.workload import make_trace
 from benchmarks.traffic.clients import Target, Told
 from benchmarks.traffic.dialects import TOKEN, Dialect
-from benchmarks.traffic.figures import figures, table
+from benchmarks.traffic.figures import Figures, by_trace, figures, table
 from benchmarks.traffic.fleet import RunningFleet
 from benchmarks.traffic.machines import LENGTH, stand_in
 from benchmarks.traffic.run import Conditions, run
@@ -115,6 +115,15 @@ def test_what_came_in_the_warm_up_is_not_counted_and_who_got_nothing_waited_long
 def test_a_run_whose_clients_were_late_is_marked() -> None:
     late = figures([], after=0, loads=0, seconds=60, lag_seconds=0.06)
     assert "INVALID" in table([("one", [late])])
+
+
+def test_systems_are_compared_on_each_trace() -> None:
+    def p95(seconds: float) -> Figures:
+        told = Told(TraceRequest(at=0, model="m"), first_token=seconds)
+        return figures([told], after=0, loads=0, seconds=60, lag_seconds=0)
+
+    page = by_trace((1, 2), [("one", [p95(3.0), p95(4.0)]), ("other", [p95(9.0), p95(8.0)])])
+    assert page.splitlines()[2:] == ["| one | 3.0 | 4.0 |", "| other | 9.0 | 8.0 |"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the machines are asked to end by a signal")
