@@ -76,7 +76,7 @@ async def test_what_the_agent_started_ends_with_it_runners_too(
         await coordinator.next_report(lambda report: report.ollama_running)
     start = program.starts[0]
     assert is_gone(start.pid)
-    assert is_gone(start.runner)
+    await eventually(lambda: is_gone(start.runner))  # killed; the system buries it when it can
     assert coordinator.reports[-1].leaving
     assert State(tmp_state(config), config.ollama_port).memory.child is None
 
