@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from urllib.parse import unquote
 
 import aiohttp
@@ -307,11 +308,18 @@ async def chat_along(url: str, models: Sequence[str], show: Show, count: int) ->
             await asyncio.sleep(0.25)
 
 
+def end_once(number: int, frame: FrameType | None) -> None:
+    """End in order; a second request does not interrupt that."""
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the chats")
     arguments = parser.parse_args()
     # A request to stop ends the programs that were started too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_once)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main(arguments.once or not sys.stdin.isatty()))

@@ -16,6 +16,11 @@ function library() {
 
 /** @typedef {{label: string, field: string, tone: string, dash?: boolean, fill?: boolean, perMinute?: boolean}} Series */
 
+/** A single value makes no line, so it is drawn as a point. */
+function isAlone(plot, series) {
+  return plot.data[series].filter((value) => value !== null).length === 1;
+}
+
 class Chart extends HTMLElement {
   /**
    * What to draw; points are the API's, with `at` and the fields.
@@ -104,7 +109,7 @@ class Chart extends HTMLElement {
         dash: one.dash ? [4, 4] : undefined,
         fill: one.fill ? translucent(colour(one.tone)) : undefined,
         spanGaps: true,
-        points: { show: false },
+        points: { size: 6, show: isAlone },
         value: (_, value, __, index) => (index === null ? "" : value === null || value === undefined ? "–" : unit(value)),
       }))],
     };
