@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import platform
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -54,14 +54,28 @@ def serve_command(
     return ServeCommand(binary, environ, config.ollama_port, log_file)
 
 
+PACE, WATCH_PACE, KEEPER_PACE = Pace(), WatchPace(), KeeperPace()
+
+
+@contextmanager
+def _recording() -> Iterator[Recent]:
+    """The last lines of the log, kept as long as the block runs."""
+    recent = Recent()
+    logging.getLogger().addHandler(recent)
+    try:
+        yield recent
+    finally:
+        logging.getLogger().removeHandler(recent)
+
+
 @asynccontextmanager
 async def assembled(
     config: AgentConfig,
     environ: Mapping[str, str],
     *,
-    pace: Pace | None = None,
-    watch_pace: WatchPace | None = None,
-    keeper_pace: KeeperPace | None = None,
+    pace: Pace = PACE,
+    watch_pace: WatchPace = WATCH_PACE,
+    keeper_pace: KeeperPace = KEEPER_PACE,
 ) -> AsyncIterator[Daemon]:
     """A daemon that is ready to run, holding what must be closed afterwards.
 
@@ -74,26 +88,19 @@ async def assembled(
     relay = Relay(host, config.ollama_port, parse_networks(config.relay_allow))
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one(state.lock_file))
-        recent = Recent()
-        logging.getLogger().addHandler(recent)
-        stack.callback(logging.getLogger().removeHandler, recent)
+        recent = stack.enter_context(_recording())
         session = await stack.enter_async_context(aiohttp.ClientSession())
         meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
         stack.enter_context(meter)
         command = serve_command(config, environ, state.log_file)
         watch = Watch(
             Ollama(session, f"http://{netloc(host, config.ollama_port)}"),
-            Keeper(
-                command,
-                state,
-                may_start=config.manage_ollama,
-                pace=keeper_pace or KeeperPace(),
-            ),
+            Keeper(command, state, may_start=config.manage_ollama, pace=keeper_pace),
             environ=environ,
             port=config.ollama_port,
             changed=changed,
             keep_server=config.keep_ollama,
-            pace=watch_pace or WatchPace(),
+            pace=watch_pace,
         )
         yield Daemon(
             config,
@@ -106,5 +113,5 @@ async def assembled(
             logs=Logs(recent, state.log_file),
             machine_name=machine_name(config),
             changed=changed,
-            pace=pace or Pace(),
+            pace=pace,
         )

@@ -86,6 +86,10 @@ class Coordinator:
             self.store,
             self.clock,
         )
+        self._face_clients(Tuning(started, self.store))
+
+    def _face_clients(self, tuning: Tuning) -> None:
+        """The handlers of our own routes: they ask the parts, and no part asks them."""
         logs = AgentLogs()
         self.agent_log = AgentLogApi(self.registry, logs, self.clock)
         self.health = HealthApi(
@@ -108,12 +112,12 @@ class Coordinator:
             self.observation,
             self.store,
             self.clock,
-            Tuning(started, self.store),
+            tuning,
             view=self.agents.view,
             plain_root=self.models.root,
             operations=self.surface.operations,
         )
-        self.console.tuning.apply = self.apply
+        tuning.apply = self.apply
 
     def apply(self, config: CoordinatorConfig) -> None:
         """Work with other settings from now on; no request is lost by it."""

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -21,12 +20,7 @@ class Tasks:
     async def __aenter__(self) -> "Tasks":
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         running = list(self._running)
         for task in running:
             task.cancel()

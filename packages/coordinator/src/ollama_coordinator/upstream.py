@@ -12,7 +12,6 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from types import TracebackType
 
 import aiohttp
 
@@ -58,13 +57,8 @@ class Upstreams:
         await self._pool.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._pool.__aexit__(kind, raised, trace)
+    async def __aexit__(self, *raised: object) -> None:
+        await self._pool.__aexit__(*raised)
 
     @asynccontextmanager
     async def open(

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from secrets import token_hex
-from types import TracebackType
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
@@ -74,13 +73,8 @@ class Operations:
         self._tasks.start(self._caretaker.run())
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._tasks.__aexit__(kind, raised, trace)
+    async def __aexit__(self, *raised: object) -> None:
+        await self._tasks.__aexit__(*raised)
 
     # ── what there is ─────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
-from types import TracebackType
 
 from .types import OperationError
 
@@ -64,12 +63,7 @@ class Spool:
         await asyncio.to_thread(self._open)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         if self._temporary is not None:
             await asyncio.to_thread(self._temporary.cleanup)
 
