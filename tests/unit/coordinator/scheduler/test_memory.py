@@ -139,6 +139,28 @@ def test_a_model_that_starves_behind_busy_ones_gets_a_drain() -> None:
     assert served_at <= 60.0
 
 
+@pytest.mark.spec("SCHED-44")
+def test_an_agent_that_rests_after_a_drain_is_drained_again_later() -> None:
+    world = World(max_queue=1000)
+    models = dict.fromkeys(("busy", "first", "second"), 8 * GB)
+    world.agent("a", models=models, loaded=["busy"], slots=2, memory=12 * GB)
+    leases = [world.send("busy"), world.send("busy")]
+    served = []
+    for name in ("first", "second"):
+        starved = world.submit(name)
+        for _ in range(20):
+            world.submit("busy")
+        until = world.now + 300.0
+        while starved not in [lease.request for lease in leases]:
+            assert world.now < until
+            world.submit("busy")
+            leases += world.end(leases.pop(0), timings=SHORT) if leases else []
+            leases += world.tick(1.0)
+        served.append(world.now)
+    assert served[0] <= 60.0
+    assert served[1] > served[0] + 60.0
+
+
 @pytest.mark.spec("SCHED-45")
 def test_requests_whose_options_would_reload_count_as_a_load() -> None:
     world = World()

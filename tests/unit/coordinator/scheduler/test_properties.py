@@ -22,6 +22,7 @@ from ollama_coordinator.scheduler import (
     SchedulerError,
     Timings,
 )
+from ollama_coordinator.scheduler.predicted import PredictedScheduler
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, World
 
@@ -195,6 +196,10 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert not self.waiting
         assert list(world.scheduler.leases()) == []
         assert world.scheduler.wake_at(world.now) is None
+        if isinstance(world.scheduler, PredictedScheduler):
+            for machine in world.scheduler._mirror.machines.values():
+                assert machine.awaited == 0.0
+                assert all(place.awaited == 0.0 for place in machine.places.values())
 
 
 @pytest.mark.spec("SCHED-80")

@@ -53,7 +53,7 @@ class Chooser:
     def _go(self, line: Line, entry: Entry, hits: Hits, now: float) -> Choice:
         """The best place that is in memory and has a slot."""
         excluded = entry.request.excluded
-        tokens, output = entry.request.prompt_tokens, entry.output
+        tokens, output, courtesy = entry.request.prompt_tokens, entry.output, entry.courtesy
         best: Place | None = None
         best_cost = floor = NO_PLACE
         for place in line.hot:
@@ -63,7 +63,7 @@ class Chooser:
             if excluded and machine.id in excluded:
                 continue
             new = max(tokens - hits.get(place, 0), 0) if hits else tokens
-            cost = run_seconds(place, new, output, now) + self._queueing(place)
+            cost = run_seconds(place, new, output, now, courtesy) + self._queueing(place)
             if machine.trouble:
                 cost += machine.penalty(now)
             if machine.preference != 1.0:
@@ -129,14 +129,14 @@ class Chooser:
             return None
         if machine.id in entry.request.excluded:
             return None
-        run = run_seconds(place, tokens, output, now)
+        run = run_seconds(place, tokens, output, now, entry.courtesy)
         least = place.load + run + machine.penalty(now)
         if least >= below or (room := self._rooms.make(place, now)) is None:
             return None
         leave = UNLOAD_SECONDS if room.victims or place.resident else 0.0
         # Loaded with other options, it is missed itself, as it is.
         missed = room.penalty + (self._rooms.loss(place, now) if place.resident else 0.0)
-        cost = least + leave + missed
+        cost = least + leave + entry.courtesy * missed
         if cost >= below:
             return None
         cost /= machine.preference
@@ -185,7 +185,8 @@ class Chooser:
         if not open_places:
             return None
         place = min(open_places, key=_crowded)
-        run = run_seconds(place, entry.request.prompt_tokens, entry.output, now)
+        tokens, output = entry.request.prompt_tokens, entry.output
+        run = run_seconds(place, tokens, output, now, entry.courtesy)
         return Choice(Action.GO, place, run, 0.0, run)
 
 
@@ -197,7 +198,7 @@ def held_cost(wait: Choice, entry: Entry) -> float:
     """What waiting costs beside a free place: the contended slot is held for the whole answer."""
     if wait.place is None:
         return wait.cost
-    return wait.cost + HELD_WEIGHT * entry.output * wait.place.decode
+    return wait.cost + entry.courtesy * HELD_WEIGHT * entry.output * wait.place.decode
 
 
 def _looked_at(line: Line) -> list[Place]:

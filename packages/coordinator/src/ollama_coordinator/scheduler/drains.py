@@ -13,6 +13,9 @@ SHORTEST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 20.0
 LOADS_TO_WAIT = 6.0
 LONGEST_DRAIN_SECONDS = 60.0
+RETRY_SECONDS = 2.0
+"""Where nothing can be drained now it is not looked for again at once."""
+
 REST_FACTOR = 20.0
 """After a drain an agent serves in peace for this many times what the drain and load took."""
 
@@ -35,13 +38,12 @@ class Drains:
 
     def consider(self, line: Line, now: float) -> Place | None:
         """Start a drain if this line has starved for long enough; where, if so."""
-        if line.hot or line.loading or not line.cold or not line.size:
+        if line.hot or line.loading or not line.cold or not line.size or now < line.drain_at:
             return None
         if any(drain.line is line for drain in self._drains):
             return None
-        waited = now - min(entry.request.arrived_at for entry in (line.at(0),))
         patience = min(LOADS_TO_WAIT * line.quickest_load, LONGEST_WAIT_SECONDS)
-        if waited < max(SHORTEST_WAIT_SECONDS, patience):
+        if line.waited(now) < max(SHORTEST_WAIT_SECONDS, patience):
             return None
         return self._start(line, now)
 
@@ -56,6 +58,7 @@ class Drains:
             for seconds, victims in (found,)
         ]
         if not options:
+            line.drain_at = now + RETRY_SECONDS
             return None
         _, index, victims = min(options)
         place = line.cold[index]

@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
-from .cost import DECODE_WEIGHT
+from .cost import COURTESY, DECODE_WEIGHT
 from .fleet import Action, Choice, Place
 from .types import Request, RequestId
 
@@ -13,9 +13,10 @@ class Candidate(Struct, frozen=True):
     """One agent for one request; all terms in seconds.
 
     `cost` is what is compared: the wait, the load and reading the prompt in full, writing in part
-    (`decode_seconds` is that part), the crowding (how much slower it runs for what runs there, and
-    half of what they lose), how much an evicted model will be missed, and recent failures; all
-    divided by the agent's preference. `None`: it cannot serve it now, and `refused` says why.
+    (`decode_seconds` is that part), the crowding (how much slower it runs for what runs there, half
+    of what they lose, all that those lose who wait there), how much an evicted model will be
+    missed, and recent failures; all divided by the agent's preference. For batch, what others lose
+    counts as many times as `COURTESY` says. `None`: it cannot serve it now, and `refused` says why.
     """
 
     agent_id: AgentId
@@ -85,7 +86,7 @@ def candidate(
         cost=choice.cost,
         wait_seconds=0.0 if loads else choice.wait,
         load_seconds=choice.wait if loads else 0.0,
-        evict_seconds=choice.room.penalty,
+        evict_seconds=COURTESY[request.lane] * choice.room.penalty,
         prefill_seconds=prefill,
         decode_seconds=decode,
         crowding_seconds=max(choice.run - prefill - decode, 0.0),

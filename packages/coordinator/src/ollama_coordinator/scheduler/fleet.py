@@ -31,8 +31,10 @@ class Place:
     """One model on one agent: in memory or not, its slots, its requests, its learned costs.
 
     `ends` is the sum of the predicted ends of what runs here, so that the time left is known
-    without a loop; `crowd` their number summed over time. `prefill` and `decode` are seconds per
-    token, `load` the seconds of a load.
+    without a loop, and `pace` how much slower than alone they were taken to run when these were
+    predicted; `crowd` their number summed over time. `awaited` is how many wait for a slot here:
+    those of its lines, shared among the places that may serve them. `prefill` and `decode` are
+    seconds per token, `load` the seconds of a load.
     """
 
     machine: "Machine"
@@ -53,6 +55,8 @@ class Place:
     draining_until: float = NEVER
     running: "dict[LeaseId, Running]" = field(default_factory=dict)
     ends: float = 0.0
+    pace: float = 1.0
+    awaited: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     load: float = 0.0
@@ -139,6 +143,7 @@ class Machine:
     epoch: int = 0
     full: tuple[int, float, int] = (-1, NEVER, 0)
     offered_at: float = NEVER
+    awaited: float = 0.0
     preference: float = 1.0
     trouble: float = 0.0
     trouble_at: float = 0.0

@@ -4,12 +4,17 @@ from collections.abc import Iterator
 
 from ollama_coordinator_common.types import AgentId
 
-from .cost import stay_seconds
+from .cost import pace
 from .fleet import Action, Choice, Machine, Place, Running, Trial
 from .line import Entry, Line
 from .lines import Lines
 from .mirror import Mirror
 from .types import Lease, LeaseId
+
+PACE_TOLERANCE = 0.01
+
+COMPANY_TO_COME = 1.3
+"""Where others run, more come: the slow-down found at the start grows so much (simulated fleet)."""
 
 LATE_LOAD = 1.1
 """A load is taken to be over a little after its predicted end when nothing was heard of it."""
@@ -24,6 +29,7 @@ class Ledger:
         self._numbers = numbers
         self.loads: list[Place] = []
         self.running: dict[LeaseId, tuple[Running, Line]] = {}
+        self._disturbed: dict[Machine, None] = {}
         self.by_agent: dict[AgentId, int] = {}
 
     def grant(self, line: Line, entry: Entry, choice: Choice, now: float, *, tries: bool) -> Lease:
@@ -43,7 +49,7 @@ class Ledger:
         wait = choice.wait + (LATE_LOAD - 1) * place.load if loads else 0.0
         new = max(request.prompt_tokens - choice.cached, 0)
         run = Running(
-            lease, place, number, now + wait + stay_seconds(place, new, entry.output),
+            lease, place, number, now + wait + _stay(place, new, entry.output),
             loads=loads, tries=tries, rank=len(place.running) + 1, cached=choice.cached,
             output=entry.output, choice=choice,
         )  # fmt: skip
@@ -66,7 +72,7 @@ class Ledger:
         choice = Choice(Action.LOAD if loads else Action.GO, place, wait, wait)
         run = Running(
             lease, place, lease.id,
-            now + wait + stay_seconds(place, lease.request.prompt_tokens, output),
+            now + wait + _stay(place, lease.request.prompt_tokens, output),
             loads=loads, tries=False, rank=1, cached=0, output=output, choice=choice,
             adopted=True,
         )  # fmt: skip
@@ -102,9 +108,11 @@ class Ledger:
         self.running[run.lease.id] = (run, line)
         self.by_agent[machine.id] = self.by_agent.get(machine.id, 0) + 1
         run.crowd = place.count_crowd(now)
+        self._disturbed[machine] = None
         if not place.running:
             machine.active += 1
             machine.epoch += 1
+            place.pace = machine.active
         place.running[run.lease.id] = run
         place.ends += run.ends_at
         place.touched_at = now
@@ -126,6 +134,7 @@ class Ledger:
             del self.by_agent[machine.id]
         crowd = place.count_crowd(now) - run.crowd
         run.company = max(crowd / max(now - run.lease.granted_at, 1e-6) - 1, 0.0)
+        self._disturbed[machine] = None
         del place.running[lease_id]
         place.touched_at = now
         place.ends -= run.ends_at
@@ -139,6 +148,31 @@ class Ledger:
             machine.ends = 0.0
         line.ended(run)
         return run, line
+
+    def repredict(self, now: float) -> None:
+        """Whoever has other company than when its end was predicted ends sooner, or later."""
+        while self._disturbed:
+            machine = self._disturbed.popitem()[0]
+            for place in machine.residents:
+                if place.running:
+                    self._keep_pace(place, now)
+
+    def _keep_pace(self, place: Place, now: float) -> None:
+        slower = pace(place) / place.pace - 1
+        if abs(slower) < PACE_TOLERANCE:
+            return
+        place.pace = pace(place)
+        start = max(now, place.loading_until or now)
+        for lease_id, run in place.running.items():
+            if run.ends_at <= start:
+                continue
+            later = (run.ends_at - start) * slower
+            line = self.running[lease_id][1]
+            line.ended(run)
+            run.ends_at += later
+            line.started(run)
+            place.ends += later
+            place.machine.ends += later
 
     # ── loads ─────────────────────────────────────────────────────────────────────────────────
 
@@ -174,3 +208,9 @@ class Ledger:
         """The agent is gone: what it was loading is not being loaded any more."""
         if machine.loading is not None:
             self.load_failed(machine.loading)
+
+
+def _stay(place: Place, tokens: float, output: float) -> float:
+    """How long a request holds its slot beside what runs there now, and what is to come."""
+    now = place.pace if place.running else place.machine.active + 1
+    return (tokens * place.prefill + output * place.decode) * (1 + COMPANY_TO_COME * (now - 1))

@@ -1,14 +1,18 @@
 """The waiting line of one model with one set of runner options, and who may serve it.
 
 Lanes are sorted by start-time fair queueing between clients over predicted work; the lane whose
-head is due first goes first.
+head is due first goes first. Every other turn an interactive request that can still be in time may
+pass those that are late whatever happens, unless its client is ahead of its share.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .awaited import Awaited
+from .cost import COURTESY
 from .demand import Demand
+from .fair import FairClock, Tag
 from .fleet import Place, Running
 from .types import Lane, Request, RunnerOptions
 
@@ -19,54 +23,35 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
 }
 """How long a request of each lane may wait before it is late."""
 
-OCCUPANCY_GAIN = 0.1
-MOST_TAGS = 1024
+LATE_SECONDS = 10.0
+"""An interactive request that has waited for so long is late whatever happens."""
 
-Tag = tuple[float, float, int]
+OCCUPANCY_GAIN = 0.1
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A waiting request: its place in the order, and what is predicted of it."""
+    """A waiting request: its place in the order, and what is predicted of it.
+
+    `ahead`: its client had asked for its share already. `late`: it lets those pass by turns that
+    can still be in time. `due` is when it goes before other lanes, `courtesy` how much more the
+    seconds of others count.
+    """
 
     request: Request
     tag: Tag
     line: "Line"
     output: float
     work: float
+    ahead: bool = False
     stranded_since: float | None = None
-
+    late: bool = False
     due: float = field(init=False)
-    """When it begins to be late."""
+    courtesy: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.due = self.request.arrived_at + BUDGET_SECONDS[self.request.lane]
-
-
-@dataclass(slots=True)
-class FairClock:
-    """Start-time fair queueing: a client's next request starts where its last one finished."""
-
-    virtual: float = 0.0
-    finished: dict[str, float] = field(default_factory=dict)
-
-    def start(self, client: str, work: float, weight: float) -> float:
-        """The start tag of one more request of this client."""
-        start = max(self.virtual, self.finished.get(client, 0.0))
-        self.finished[client] = start + work / weight
-        return start
-
-    def give_back(self, client: str, work: float) -> None:
-        """A request of this client left without being served; `work` as weighted as it was."""
-        if client in self.finished:
-            self.finished[client] -= work
-
-    def serve(self, start: float) -> None:
-        """The request with this tag is being served; who has caught up needs no memory."""
-        self.virtual = max(self.virtual, start)
-        if len(self.finished) > MOST_TAGS:
-            now = self.virtual
-            self.finished = {client: end for client, end in self.finished.items() if end > now}
+        self.courtesy = COURTESY[self.request.lane]
 
 
 class Line:
@@ -78,6 +63,10 @@ class Line:
         self.demand = demand
         self.clock = FairClock()
         self.lanes: dict[Lane, list[tuple[Tag, Entry]]] = {lane: [] for lane in Lane}
+        self.interactive = self.lanes[Lane.INTERACTIVE]
+        self.late: list[tuple[Tag, Entry]] = []
+        self.late_at = float("inf")
+        self.turn_of_late = False
         self.urgent: list[list[tuple[Tag, Entry]]] = []  # the lanes in use, most urgent first
         self.size = 0
         self.retried = 0
@@ -85,11 +74,13 @@ class Line:
         self.loading: list[Place] = []
         self.cold: list[Place] = []
         self.away: set[Place] = set()  # perhaps: what gets free there is not for this line
+        self.awaited = Awaited()
         self.futile = (0.0, 0.0)
         self.guesses = False  # whether any place has slots that nobody told
         self.turn = 0
         self.could_load: set[Place] = set()
         self.due = float("inf")
+        self.drain_at = float("-inf")
         self.fresh_until = float("-inf")
         self.embeds = False
         self.ends: list[tuple[float, int, Running]] = []
@@ -101,8 +92,10 @@ class Line:
 
     def add(self, entry: Entry) -> None:
         """One more request waits."""
-        lane = self.lanes[entry.request.lane]
+        lane = self._lane(entry)
         insort(lane, (entry.tag, entry))
+        if lane is self.interactive:
+            self.late_at = min(self.late_at, entry.request.arrived_at + LATE_SECONDS)
         self.size += 1
         if lane[0][1] is entry:
             self._sort_lanes()
@@ -110,13 +103,53 @@ class Line:
 
     def remove(self, entry: Entry) -> None:
         """It waits no longer."""
-        lane = self.lanes[entry.request.lane]
+        lane = self._lane(entry)
         index = bisect_left(lane, (entry.tag,))
         del lane[index]
         self.size -= 1
         if not index:
             self._sort_lanes()
         self.retried -= bool(entry.request.excluded)
+        if not self.size:
+            self.tell()
+
+    def _lane(self, entry: Entry) -> list[tuple[Tag, Entry]]:
+        return self.late if entry.late else self.lanes[entry.request.lane]
+
+    def age(self, now: float) -> None:
+        """Part those who are late from those who are not; a retry is never late."""
+        if now < self.late_at:
+            return
+        waiting = [entry for _, entry in self.interactive if not entry.request.excluded]
+        for entry in waiting:
+            if entry.request.arrived_at + LATE_SECONDS <= now:
+                self.remove(entry)
+                entry.late = True
+                self.add(entry)
+        arrived = (entry.request.arrived_at for entry in waiting if not entry.late)
+        self.late_at = min(arrived, default=float("inf")) + LATE_SECONDS
+
+    def take_turn(self, entry: Entry) -> None:
+        """A request is about to be served: after one that passes, one that was passed is next."""
+        if entry.late:
+            self.turn_of_late = False
+        elif entry.request.lane is Lane.INTERACTIVE and self.late and self.late[0][0] < entry.tag:
+            self.turn_of_late = True
+        else:
+            return
+        self._sort_lanes()
+
+    def _may_pass(self, entry: Entry) -> bool:
+        """Whether this one goes before the first of those who are late."""
+        tag, late = self.late[0]
+        if entry.tag < tag:
+            return True
+        own = entry.request.client == late.request.client
+        return not self.turn_of_late and (own or not entry.ahead)
+
+    def tell(self) -> None:
+        """Tell the places that may serve this line how many wait."""
+        self.awaited.tell(len(self.interactive) + len(self.late), self.hot, self.loading)
 
     def only(self, place: Place) -> "Line":
         """The same line, empty, as if its model had this place alone."""
@@ -139,6 +172,7 @@ class Line:
             if place in part:
                 part.remove(place)
                 self.could_load.discard(place)
+                self.awaited.moved = True
                 return True
         return False
 
@@ -148,11 +182,19 @@ class Line:
 
     def _sort_lanes(self) -> None:
         """The head of a lane is another one."""
-        used = [lane for lane in self.lanes.values() if lane]
+        used = [lane for lane in (*self.lanes.values(), self.late) if lane]
         if len(used) > 1:
             used.sort(key=_due_of_head)
+            if self.late and self.interactive:
+                used.remove(self.interactive)
+                passes = self._may_pass(self.interactive[0][1])
+                used.insert(used.index(self.late) + (not passes), self.interactive)
         self.urgent = used
-        self.due = used[0][0][1].due if used else float("inf")
+        self.due = min((lane[0][1].due for lane in used), default=float("inf"))
+
+    def waited(self, now: float) -> float:
+        """How long whoever is next in any lane has waited at most."""
+        return now - min(lane[0][1].request.arrived_at for lane in self.urgent)
 
     def at(self, position: int) -> Entry:
         """The request at this position, from 0."""

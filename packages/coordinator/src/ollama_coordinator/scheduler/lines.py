@@ -110,6 +110,7 @@ class Lines:
 
     def _sort(self, line: Line, places: list[Place], now: float) -> None:
         line.hot, line.loading, line.cold = [], [], []
+        line.awaited.moved = True
         line.futile = (0.0, 0.0)
         line.guesses = any(place.slots.fixed is None for place in places)
         line.away = {
@@ -128,6 +129,7 @@ class Lines:
     def _insert(self, line: Line, place: Place) -> None:
         """Put a place where `_sort` would have put it."""
         part = _part(line, place)
+        line.awaited.moved = True
         if part is line.cold:
             insort(part, place, key=_load_and_id)
             line.could_load.add(place)

@@ -12,6 +12,7 @@ from ollama_coordinator_common.types import AgentId
 
 from . import lessons
 from .affinity import PromptCaches
+from .arrivals import Arrivals
 from .base import Plan, Waiting
 from .choice import Chooser
 from .drains import Drains
@@ -28,7 +29,7 @@ from .options import normal
 from .room import Rooms
 from .serving import BOTH, HEAD, TAIL, Serving
 from .state import Estimate, Learned, estimates, export_learned, import_learned
-from .types import Kind, Lease, LeaseId, Outcome, Request, RequestId, Result
+from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
 from .waits import start_in
 
 TICK_SECONDS = 0.5
@@ -54,11 +55,11 @@ class PredictedScheduler:
     ) -> None:
         self._registry = registry
         self.max_queue = max_queue
-        self._weights = weights or {}
         self._rates, self._caches = Rates(), PromptCaches()
         self._lengths = lengths or Lengths()
         self._mirror = Mirror(registry, self._rates, self._caches)
         self._lines = Lines(self._mirror)
+        self._arrivals = Arrivals(registry, self._lines, self._lengths, weights or {})
         rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
         self._chooser = Chooser(self._caches, rooms)
         self._accounts = Accounts(self._chooser)
@@ -66,7 +67,6 @@ class PredictedScheduler:
         self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
         self._drains = Drains()
         self._serving = Serving(registry, self._lines, self._chooser, self._ledger)
-        self._numbers = count(1)
         self._dirty: dict[Line, int] = {}
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
@@ -76,7 +76,7 @@ class PredictedScheduler:
     def submit(self, request: Request, now: float) -> None:
         """See `Scheduler.submit`."""
         self._sync(now)
-        line = self._line(request, now)
+        line = self._arrivals.line(request, now)
         if request.excluded or not (line.hot or line.cold or line.loading):
             found = eligible(self._registry, request, now)
             if not found.agents and not found.recovering:
@@ -84,39 +84,11 @@ class PredictedScheduler:
         if len(self._serving.entries) >= self.max_queue and not _has_place(line):
             raise self._serving.full(now)
         line.demand.arrived(now)
-        self._enqueue(line, request)
+        self._serving.add(self._arrivals.entry(request, line))
         self._look(line, TAIL)
-
-    def _line(self, request: Request, now: float) -> Line:
-        """The line of a request, made for models that somebody has and for no others."""
-        options = normal(request.options)
-        if (request.model, options) not in self._lines and not self._registry.servers(
-            request.model
-        ):
-            found = eligible(self._registry, request, now)
-            raise unavailable(self._registry, request, found, now)
-        line = self._lines.get(request, options, now)
-        self._lines.refresh(line, now)
-        return line
 
     def _look(self, line: Line, part: int) -> None:
         self._dirty[line] = self._dirty.get(line, 0) | part
-
-    def _enqueue(self, line: Line, request: Request) -> None:
-        number = next(self._numbers)
-        output = self._expected_output(request)
-        work = request.prompt_tokens / 10 + output + 1.0
-        weight = self._weights.get(request.client, 1.0)
-        # A retry was charged when it came first, and goes before those that have waited less.
-        retry = bool(request.excluded)
-        start = line.clock.virtual if retry else line.clock.start(request.client, work, weight)
-        tag = (start, request.arrived_at, number)
-        self._serving.add(Entry(request, tag, line, output, 0.0 if retry else work / weight))
-
-    def _expected_output(self, request: Request) -> float:
-        if request.load_only or request.kind is Kind.EMBED:
-            return 0.0
-        return self._lengths.expected(request.client, request.model, request.output_limit)
 
     def withdraw(self, request_id: RequestId, now: float) -> None:
         """See `Scheduler.withdraw`."""
@@ -177,7 +149,7 @@ class PredictedScheduler:
         if place is None:
             return False
         line = self._lines.get(request, normal(request.options), now)
-        self._ledger.adopt(line, place, lease, self._expected_output(request), now)
+        self._ledger.adopt(line, place, lease, self._arrivals.expected_output(request), now)
         return True
 
     # ── what follows ──────────────────────────────────────────────────────────────────────────
@@ -190,6 +162,7 @@ class PredictedScheduler:
         if not serving.entries:
             self._dirty.clear()
             self._idle.clear()
+            self._ledger.repredict(now)
             return Plan()
         serving.expire(now)
         if now >= self._tick_at:
@@ -199,6 +172,7 @@ class PredictedScheduler:
             serving.serve(line, now, dirty[line])
         while self._idle:
             serving.offer(self._idle.popitem()[0], now)
+        self._ledger.repredict(now)
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()
         serving.refused.clear()
@@ -231,6 +205,7 @@ class PredictedScheduler:
         lines = self._lines.waiting()
         look_again = max(len(lines) / LINES_LOOKED_AT_PER_SECOND, TICK_SECONDS)
         for line in lines:
+            line.age(now)
             stranded = line.retried or not (line.hot or line.cold or line.loading)
             if stranded or now - line.looked_at >= look_again:
                 self._look(line, BOTH)
@@ -291,8 +266,8 @@ class PredictedScheduler:
             ModelNotFound, NoAgentRegistered, HoldersUnavailable: as `submit`.
         """
         self._sync(now)
-        line = self._line(request, now)
-        output = self._expected_output(request)
+        line = self._arrivals.line(request, now)
+        output = self._arrivals.expected_output(request)
         entry = Entry(request, (0.0, 0.0, 0), line, output, 0.0)
         return explain(self._registry, self._mirror, self._chooser, entry, now)
 

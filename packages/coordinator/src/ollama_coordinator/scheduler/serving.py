@@ -101,6 +101,7 @@ class Serving:
             self._serve_tail(line, now)
         if line.size and line.guesses:
             self._try_more(line, now)
+        line.tell()
 
     def _serve_head(self, line: Line, now: float) -> None:
         """Send the first ones until one would rather wait.
@@ -129,8 +130,9 @@ class Serving:
         return True
 
     def _grant(self, entry: Entry, choice: Choice, now: float, *, tries: bool = False) -> None:
-        self._leave(entry)
         line = entry.line
+        line.take_turn(entry)
+        self._leave(entry)
         line.clock.serve(entry.tag[0])
         self.granted.append(self._ledger.grant(line, entry, choice, now, tries=tries))
         self.pace.granted(now)

@@ -1,0 +1,79 @@
+"""What a request costs others: those who run where it goes, and those who wait there."""
+
+import pytest
+
+from ollama_coordinator.scheduler import Lane, Lease, Timings
+from unit.coordinator.scheduler.world import World
+
+FAST = Timings(100, 100, 1.1, 0.0, 0.1, 1.0)
+SLOW = Timings(100, 100, 10.3, 0.0, 0.3, 10.0)
+
+
+def fast_and_slow() -> World:
+    """Two idle agents with model `m`; the fast one serves `x` too, which it has to itself."""
+    world = World()
+    world.agent("fast", models=["m", "x"], loaded=["m", "x"], slots=1)
+    world.agent("slow", models=["m"], loaded=["m"], slots=1)
+    for _ in range(12):
+        for name, other, timings in (("fast", "slow", FAST), ("slow", "fast", SLOW)):
+            lease = world.send("m", prompt_tokens=100, excluded=frozenset({other}))
+            assert lease.agent_id == name
+            world.serve(lease, timings, after=timings.total_seconds or 0.0)
+        world.serve(world.send("x", prompt_tokens=100), FAST, after=1.1)
+    return world
+
+
+def send(world: World, lane: Lane = Lane.INTERACTIVE) -> Lease:
+    return world.send("m", prompt_tokens=100, lane=lane)
+
+
+def test_a_faster_agent_is_worth_the_company_there() -> None:
+    world = fast_and_slow()
+    world.send("x", prompt_tokens=100)
+    assert send(world).agent_id == "fast"
+
+
+@pytest.mark.spec("SCHED-9")
+def test_an_agent_for_which_others_wait_is_left_to_them() -> None:
+    world = fast_and_slow()
+    world.send("x", prompt_tokens=100)
+    waiting = [world.submit("x", prompt_tokens=100) for _ in range(3)]
+    assert world.plan() == []
+    lease = send(world)
+    assert lease.agent_id == "slow"
+    world.end(lease)
+    for request in waiting:
+        world.scheduler.withdraw(request.id, world.now)
+    world.plan()
+    assert send(world).agent_id == "fast"
+
+
+@pytest.mark.spec("SCHED-19")
+def test_batch_keeps_away_from_those_who_wait_for_their_answers() -> None:
+    world = fast_and_slow()
+    world.send("x", prompt_tokens=100)
+    assert send(world, Lane.BATCH).agent_id == "slow"
+
+
+@pytest.mark.spec("SCHED-19")
+def test_batch_has_the_fastest_agent_when_nobody_is_there() -> None:
+    assert send(fast_and_slow(), Lane.BATCH).agent_id == "fast"
+
+
+@pytest.mark.spec("SCHED-58")
+def test_ends_are_predicted_anew_when_company_comes_and_goes() -> None:
+    world = fast_and_slow()
+
+    def start() -> float:
+        (waiting,) = world.scheduler.waiting(world.now)
+        assert waiting.start_in_seconds is not None
+        return waiting.start_in_seconds
+
+    world.send("x", prompt_tokens=100)
+    world.submit("x", prompt_tokens=100)
+    world.plan()
+    alone = start()
+    guest = world.send("m", prompt_tokens=100, excluded=frozenset({"slow"}))
+    assert start() == pytest.approx(2 * alone)
+    world.end(guest)
+    assert start() == pytest.approx(alone)
