@@ -107,6 +107,8 @@ class Chooser:
                 break  # the others take longer
             if machine.loading is not None or place.running:
                 continue
+            if not place.resident and machine.is_full(place.memory_bytes, now):
+                continue
             load = self.load_at(place, entry, best.cost, now)
             if load is not None:
                 best = load

@@ -23,6 +23,7 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
 }
 """How long a request of each lane may wait before it is late."""
 
+AGE_EVERY_SECONDS = 1.0
 LATE_SECONDS = 10.0
 """An interactive request that has waited for so long is late whatever happens."""
 
@@ -65,6 +66,7 @@ class Line:
         self.lanes: dict[Lane, list[tuple[Tag, Entry]]] = {lane: [] for lane in Lane}
         self.interactive = self.lanes[Lane.INTERACTIVE]
         self.late: list[tuple[Tag, Entry]] = []
+        self._parts = (*self.lanes.values(), self.late)
         self.late_at = float("inf")
         self.turn_of_late = False
         self.urgent: list[list[tuple[Tag, Entry]]] = []  # the lanes in use, most urgent first
@@ -126,8 +128,9 @@ class Line:
                 self.remove(entry)
                 entry.late = True
                 self.add(entry)
-        arrived = (entry.request.arrived_at for entry in waiting if not entry.late)
-        self.late_at = min(arrived, default=float("inf")) + LATE_SECONDS
+        arrived = [entry.request.arrived_at for entry in waiting if not entry.late]
+        first = min(arrived, default=float("inf")) + LATE_SECONDS
+        self.late_at = max(first, now + AGE_EVERY_SECONDS)
 
     def take_turn(self, entry: Entry) -> None:
         """A request is about to be served: after one that passes, one that was passed is next."""
@@ -182,15 +185,16 @@ class Line:
 
     def _sort_lanes(self) -> None:
         """The head of a lane is another one."""
-        used = [lane for lane in (*self.lanes.values(), self.late) if lane]
+        used = [part for part in self._parts if part]
+        self.due = used[0][0][1].due if used else float("inf")
         if len(used) > 1:
             used.sort(key=_due_of_head)
+            self.due = used[0][0][1].due
             if self.late and self.interactive:
                 used.remove(self.interactive)
                 passes = self._may_pass(self.interactive[0][1])
                 used.insert(used.index(self.late) + (not passes), self.interactive)
         self.urgent = used
-        self.due = min((lane[0][1].due for lane in used), default=float("inf"))
 
     def waited(self, now: float) -> float:
         """How long whoever is next in any lane has waited at most."""
