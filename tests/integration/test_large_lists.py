@@ -6,8 +6,8 @@ import pytest
 from starlette.requests import Request
 
 from ollama_coordinator import pauses
-from ollama_coordinator.api import models
-from ollama_coordinator.api.fleet_models import FleetModel, fleet_model
+from ollama_coordinator.api.models import models
+from ollama_coordinator.api.models.fleet_models import FleetModel, fleet_model
 from ollama_coordinator.registry import Registry
 from support.coordinator import Running
 

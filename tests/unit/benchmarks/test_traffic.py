@@ -20,8 +20,8 @@ from benchmarks.traffic.fleet import RunningFleet
 from benchmarks.traffic.machines import LENGTH, stand_in
 from benchmarks.traffic.run import Conditions, run
 from benchmarks.traffic.writer import Writer
-from ollama_coordinator.api.dialects import SURFACES
-from ollama_coordinator.api.reading import read_routing
+from ollama_coordinator.api.edge.dialects import SURFACES
+from ollama_coordinator.api.inference.reading import read_routing
 from ollama_coordinator.scheduler import Kind, Lane
 from ollama_coordinator.simulation import TraceRequest
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.dialects import (
+from ollama_coordinator.api.edge.dialects import (
     SURFACES,
     Dialect,
     Ending,

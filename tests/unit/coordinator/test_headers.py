@@ -2,7 +2,7 @@
 
 import pytest
 
-from ollama_coordinator.api.headers import (
+from ollama_coordinator.api.edge.headers import (
     declared_length,
     first,
     served_by,

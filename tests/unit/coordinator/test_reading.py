@@ -9,9 +9,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
-from ollama_coordinator.api.dialects import SURFACES, Dialect, Surface
-from ollama_coordinator.api.reading import TOKENS_PER_IMAGE, Routing, read_body, read_routing
-from ollama_coordinator.api.wire import ClientLeft, HttpError
+from ollama_coordinator.api.edge.dialects import SURFACES, Dialect, Surface
+from ollama_coordinator.api.edge.wire import ClientLeft, HttpError
+from ollama_coordinator.api.inference.reading import (
+    TOKENS_PER_IMAGE,
+    Routing,
+    read_body,
+    read_routing,
+)
 from ollama_coordinator.scheduler import RunnerOptions
 
 BY_PATH = {surface.path: surface for surface in SURFACES}

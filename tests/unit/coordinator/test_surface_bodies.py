@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.audio import read_form
-from ollama_coordinator.api.gojson import read_fields
-from ollama_coordinator.api.splicing import field, spliced
-from ollama_coordinator.api.versions import is_older, lowest
-from ollama_coordinator.api.wire import HttpError
+from ollama_coordinator.api.edge.gojson import read_fields
+from ollama_coordinator.api.edge.splicing import field, spliced
+from ollama_coordinator.api.edge.versions import is_older, lowest
+from ollama_coordinator.api.edge.wire import HttpError
+from ollama_coordinator.api.inference.audio import read_form
 
 GO = "api.ShowRequest"
 

@@ -17,18 +17,18 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import tuning
 from .agent_logs import AgentLogs
 from .api import Handlers, routes
-from .api.agent import AgentsApi
-from .api.agent_log import AgentLogApi
-from .api.cors import Cors
-from .api.dialects import SURFACES
-from .api.explain import ExplainApi
-from .api.health import HealthApi
-from .api.models import ModelsApi
-from .api.patience import Patience
-from .api.proxy import Proxy
-from .api.routing import NearMiss
+from .api.edge.cors import Cors
+from .api.edge.dialects import SURFACES
+from .api.edge.patience import Patience
+from .api.edge.routing import NearMiss
+from .api.edge.wire import error_reply, status_of
+from .api.inference.proxy import Proxy
+from .api.models.models import ModelsApi
+from .api.own.agent import AgentsApi
+from .api.own.agent_log import AgentLogApi
+from .api.own.explain import ExplainApi
+from .api.own.health import HealthApi
 from .api.surface import Surface
-from .api.wire import error_reply, status_of
 from .clock import Clock
 from .console import Console
 from .db import Store

@@ -8,10 +8,10 @@ from starlette.routing import BaseRoute, Route
 
 from ollama_coordinator_common.protocol import AgentView
 
-from .api.dashboard import DashboardApi, DetailsApi, EventsApi, Handler
-from .api.history import HistoryApi
-from .api.requests import RequestsApi
-from .api.settings import SettingsApi
+from .api.own.dashboard import DashboardApi, DetailsApi, EventsApi, Handler
+from .api.own.history import HistoryApi
+from .api.own.requests import RequestsApi
+from .api.own.settings import SettingsApi
 from .clock import Clock
 from .db import Store
 from .dispatch import Dispatch

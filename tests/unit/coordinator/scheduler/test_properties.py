@@ -16,6 +16,7 @@ from ollama_coordinator.scheduler import (
     Lane,
     Lease,
     Outcome,
+    Request,
     RequestId,
     Result,
     RunnerOptions,
@@ -41,7 +42,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.world.agent("a", models=MODELS, loaded=["m"], slots=2, memory=10 * GB)
         self.world.agent("b", models=MODELS, memory=30 * GB)
         self.world.agent("c", models=("m", "n"), slots=1)
-        self.waiting: dict[RequestId, object] = {}
+        self.waiting: dict[RequestId, Request] = {}
         self.leased: dict[int, Lease] = {}
         self.began: set[int] = set()
 

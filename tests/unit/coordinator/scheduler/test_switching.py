@@ -61,6 +61,10 @@ class AnySwitches(AnyInterleaving):
     @invariant()
     def nobody_is_sent_more_than_it_runs(self) -> None:
         """Embeddings have two places more under the policy that predicts, and keep them."""
+        sent = [lease.request for lease in self.leased.values()]
+        for request in (*sent, *self.waiting.values()):
+            if request.kind is Kind.EMBED:
+                self.embedding.add(request.name)
         for name, most in (("a", 2), ("c", 1)):
             for model in MODELS:
                 mine = [
@@ -68,9 +72,6 @@ class AnySwitches(AnyInterleaving):
                     for lease in self.leased.values()
                     if lease.agent_id == name and lease.request.name == model
                 ]
-                embeds = any(lease.request.kind is Kind.EMBED for lease in mine)
-                if embeds:
-                    self.embedding.add(model)
                 assert len(mine) <= (3 if model in self.embedding else most)
 
     @invariant()

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from msgspec import Struct
 from starlette.routing import BaseRoute, Route
 
-from .agent import AgentsApi
-from .agent_log import AgentLogApi
-from .explain import ExplainApi
-from .health import HealthApi
-from .models import ModelsApi
-from .openapi import OpenApi
-from .proxy import Proxy
-from .routing import gathered
+from .edge.routing import gathered
+from .inference.proxy import Proxy
+from .models.models import ModelsApi
+from .own.agent import AgentsApi
+from .own.agent_log import AgentLogApi
+from .own.explain import ExplainApi
+from .own.health import HealthApi
+from .own.openapi import OpenApi
 
 
 class Handlers(Struct, frozen=True):

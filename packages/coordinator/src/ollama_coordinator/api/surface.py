@@ -25,15 +25,15 @@ from ollama_coordinator.registry import Registry
 from ollama_coordinator.upstream import Upstreams
 from ollama_coordinator_common.config import CoordinatorConfig, database_path
 
-from .account import AccountApi
-from .blobs import BlobsApi
-from .changes import ChangesApi
-from .cloud import Clouds
-from .fitting import Fitting
-from .operations import OperationsApi
-from .show import ShowApi, Shows
-from .transfer import TransferApi
-from .unload import Unloading
+from .inference.fitting import Fitting
+from .inference.unload import Unloading
+from .models.account import AccountApi
+from .models.blobs import BlobsApi
+from .models.changes import ChangesApi
+from .models.cloud import Clouds
+from .models.show import ShowApi, Shows
+from .models.transfer import TransferApi
+from .own.operations import OperationsApi
 
 
 class Surface:

@@ -4,13 +4,13 @@ from secrets import token_hex
 
 from starlette.types import Scope
 
+from ollama_coordinator.api.edge.dialects import Surface
+from ollama_coordinator.api.edge.wire import HttpError
 from ollama_coordinator.scheduler import Kind, Lane, Request, RequestId
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import model_key
 
-from .dialects import Surface
 from .reading import Routing
-from .wire import HttpError
 
 
 def client_of(scope: Scope) -> str:

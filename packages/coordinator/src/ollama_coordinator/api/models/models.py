@@ -11,6 +11,10 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import operation
+from ollama_coordinator.api.edge.dialects import Dialect
+from ollama_coordinator.api.edge.versions import UNKNOWN, lowest
+from ollama_coordinator.api.edge.wire import JSON, HttpError, error_reply, reply
 from ollama_coordinator.asking import Answer
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.monitor import Monitor
@@ -26,12 +30,8 @@ from ollama_coordinator.registry import (
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 
-from .declared import operation
-from .dialects import Dialect
 from .fleet_models import FleetModel, fleet_model
 from .lists import KeptList
-from .versions import UNKNOWN, lowest
-from .wire import JSON, HttpError, error_reply, reply
 
 LONG_AGO = datetime.fromtimestamp(0, UTC)
 

@@ -6,15 +6,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.agent_logs import AgentLogs
+from ollama_coordinator.api.edge.declared import operation
+from ollama_coordinator.api.edge.wire import HttpError, decode, log_event, reply
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
-
-from .declared import operation
-from .wire import HttpError, decode, log_event, reply
 
 _report = msgspec.json.Decoder(HealthReport)
 

@@ -9,16 +9,16 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.api.edge.declared import Media, Operation, operation
+from ollama_coordinator.api.edge.departure import until_departure
+from ollama_coordinator.api.edge.wire import ClientLeft, reply
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.feed import Feed, Rows
 from ollama_coordinator.journal import AgentEvent, Observation
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import Estimate
 
-from .declared import Media, Operation, operation
-from .departure import until_departure
 from .files import SECURITY, all_files, send_file
-from .wire import ClientLeft, reply
 
 Handler = Callable[[Request], Awaitable[Response]]
 

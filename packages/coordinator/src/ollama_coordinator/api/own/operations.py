@@ -8,6 +8,10 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import Media, Query, operation
+from ollama_coordinator.api.edge.told import Told
+from ollama_coordinator.api.edge.wire import HttpError, decode, reply
+from ollama_coordinator.api.models.changes import ChangesApi
 from ollama_coordinator.operations import (
     Choosing,
     Deed,
@@ -22,11 +26,6 @@ from ollama_coordinator.operations import deeds as deeds_for
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
-
-from .changes import ChangesApi
-from .declared import Media, Query, operation
-from .told import Told
-from .wire import HttpError, decode, reply
 
 
 class NewOperation(Struct, frozen=True):

@@ -4,6 +4,10 @@ import json
 
 from starlette.requests import Request
 
+from ollama_coordinator.api.edge.gojson import Fields, read_fields
+from ollama_coordinator.api.edge.splicing import spliced
+from ollama_coordinator.api.edge.told import Told
+from ollama_coordinator.api.edge.wire import HttpError, own_body
 from ollama_coordinator.operations import (
     Blobs,
     Choosing,
@@ -17,11 +21,6 @@ from ollama_coordinator.operations import (
 from ollama_coordinator.operations import deeds as deeds_for
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
-
-from .gojson import Fields, read_fields
-from .splicing import spliced
-from .told import Told
-from .wire import HttpError, own_body
 
 PLACEMENT = "x-ollama-coordinator-placement"
 DETACH = "x-ollama-coordinator-detach"

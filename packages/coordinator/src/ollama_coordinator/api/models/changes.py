@@ -3,6 +3,8 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.gojson import read_fields
+from ollama_coordinator.api.edge.wire import HttpError, own_body
 from ollama_coordinator.asking import Asking
 from ollama_coordinator.db import Store
 from ollama_coordinator.operations import Choosing, Operation, Operations, State
@@ -11,9 +13,7 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import model_key
 
-from .gojson import read_fields
 from .transfer import is_name
-from .wire import HttpError, own_body
 
 
 class ChangesApi:

@@ -8,6 +8,12 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.api.edge.compressed import NotDecompressed, plain_body
+from ollama_coordinator.api.edge.departure import until_departure
+from ollama_coordinator.api.edge.dialects import Dialect, Surface
+from ollama_coordinator.api.edge.headers import declared_length, to_ollama
+from ollama_coordinator.api.edge.wire import ClientLeft, HttpError, send_error, send_whole
+from ollama_coordinator.api.models.cloud import CloudDisabled, Clouds
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.journal import Following, Journal
@@ -18,17 +24,11 @@ from ollama_coordinator.upstream import UpstreamError, Upstreams
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import audio
-from .cloud import CloudDisabled, Clouds
-from .compressed import NotDecompressed, plain_body
-from .departure import until_departure
-from .dialects import Dialect, Surface
 from .fitting import Fitting
-from .headers import declared_length, to_ollama
 from .intake import take_in
 from .reading import Routing, read_body, read_routing
 from .relay import Call, Failure, Relay
 from .unload import Unloading
-from .wire import ClientLeft, HttpError, send_error, send_whole
 
 OF_THE_CLOUD = (":cloud", "-cloud")
 """How the routing key of a model ends that ollama.com runs."""

@@ -5,8 +5,9 @@ The form passes as it came; of its fields only the model's name is read here.
 
 from email.message import Message
 
+from ollama_coordinator.api.edge.wire import HttpError
+
 from .reading import Routing
-from .wire import HttpError
 
 PATH = "/v1/audio/transcriptions"
 

@@ -8,11 +8,10 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import operation
+from ollama_coordinator.api.edge.wire import HttpError, decode, reply
 from ollama_coordinator.tuning import SettingView, Tuning
 from ollama_coordinator_common.error import ConfigError
-
-from .declared import operation
-from .wire import HttpError, decode, reply
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,10 @@ import msgspec
 from msgspec import Raw, Struct
 from starlette.types import Message, Receive
 
+from ollama_coordinator.api.edge.dialects import Dialect, Surface
+from ollama_coordinator.api.edge.gojson import read_fields
+from ollama_coordinator.api.edge.wire import ClientLeft, HttpError
 from ollama_coordinator.scheduler import RunnerOptions
-
-from .dialects import Dialect, Surface
-from .gojson import read_fields
-from .wire import ClientLeft, HttpError
 
 BYTES_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 768

@@ -3,11 +3,11 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.wire import JSON, HttpError, own_body, reply
 from ollama_coordinator.asking import Answer, Asking
 from ollama_coordinator.upstream import Unreachable
 
 from .cloud import Cloud, Clouds, CloudStatus
-from .wire import JSON, HttpError, own_body, reply
 
 
 class AccountApi:

@@ -17,8 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from .declared import Either, ErrorBody, Media, Operation, operation, operation_of
-from .wire import JSON
+from ollama_coordinator.api.edge.declared import (
+    Either,
+    ErrorBody,
+    Media,
+    Operation,
+    operation,
+    operation_of,
+)
+from ollama_coordinator.api.edge.wire import JSON
 
 SCHEMA_REF = "#/components/schemas/{name}"
 ABOUT = (

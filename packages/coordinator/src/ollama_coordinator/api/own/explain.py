@@ -6,14 +6,13 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import operation
+from ollama_coordinator.api.edge.dialects import Surface
+from ollama_coordinator.api.edge.wire import own_body, reply
+from ollama_coordinator.api.inference.intake import take_in
+from ollama_coordinator.api.inference.reading import read_routing
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.scheduler import Decision, Estimate, SwitchingScheduler
-
-from .declared import operation
-from .dialects import Surface
-from .intake import take_in
-from .reading import read_routing
-from .wire import own_body, reply
 
 
 class ChatRequest(Struct, frozen=True):

@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from ollama_coordinator.api.edge.wire import HttpError
 from ollama_coordinator.asking import Answer, Asking
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
-
-from .wire import HttpError
 
 CLOUD_LABEL = "cloud"
 FRESH_SECONDS = 30.0

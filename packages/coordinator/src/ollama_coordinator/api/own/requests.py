@@ -7,14 +7,13 @@ from msgspec import Raw, Struct, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import Either, operation
+from ollama_coordinator.api.edge.wire import HttpError, reply
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Attempt, Entry, Journal, Observation, RequestView, State
 from ollama_coordinator.scheduler import Decision, RequestId
-
-from .declared import Either, operation
-from .wire import HttpError, reply
 
 CANCELLED_BY_OPERATOR = "cancelled by the operator of the coordinator"
 

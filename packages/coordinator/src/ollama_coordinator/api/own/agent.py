@@ -9,6 +9,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.declared import operation
+from ollama_coordinator.api.edge.wire import JSON, decode, log_event, reply
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.keeper import Keeper
@@ -22,9 +24,6 @@ from ollama_coordinator_common.protocol import (
     RegisterRequest,
 )
 from ollama_coordinator_common.types import AgentId
-
-from .declared import operation
-from .wire import JSON, decode, log_event, reply
 
 FIRST_LOOK_SECONDS = 1.0
 """How long a registration waits for the first list of models: the next request finds them."""

@@ -7,14 +7,14 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.api.edge.gojson import read_fields
+from ollama_coordinator.api.edge.wire import JSON, HttpError, own_body
 from ollama_coordinator.asking import Answer, Asking
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
 
 from .cloud import Clouds
-from .gojson import read_fields
-from .wire import JSON, HttpError, own_body
 
 KEPT = 256
 KEPT_BYTES = 1024 * 1024

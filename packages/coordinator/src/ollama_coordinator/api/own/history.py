@@ -9,15 +9,14 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from ollama_coordinator.api.edge.declared import Media, Query, operation
+from ollama_coordinator.api.edge.wire import HttpError, reply
 from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
 from ollama_coordinator.journal import Observation, Point
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
-
-from .declared import Media, Query, operation
-from .wire import HttpError, reply
 
 PAGE = 50
 LARGEST_PAGE = 500

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from ollama_coordinator.api.edge.wire import JSON, HttpError, send_whole
 from ollama_coordinator.asking import Answer, Asking
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState, Registry
@@ -12,7 +13,6 @@ from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator.upstream import Unreachable
 
 from .relay import Call
-from .wire import JSON, HttpError, send_whole
 
 MAKE_ROOM_SECONDS = 5.0
 """Ollama answers a request to unload at once."""

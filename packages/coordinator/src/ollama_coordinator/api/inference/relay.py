@@ -10,15 +10,21 @@ import aiohttp
 from msgspec import Struct
 from starlette.types import Send
 
+from ollama_coordinator.api.edge.dialects import (
+    Ending,
+    Surface,
+    error_record,
+    read_ending,
+    swallowed_error,
+)
+from ollama_coordinator.api.edge.headers import RUNNER_HEADER, served_by, to_client
+from ollama_coordinator.api.edge.records import Records
+from ollama_coordinator.api.edge.wire import send_whole
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.scheduler import Outcome, Request, Result
 from ollama_coordinator.upstream import AgentLost, RequestCancelled, UpstreamError, chunks
 
-from .dialects import Ending, Surface, error_record, read_ending, swallowed_error
-from .headers import RUNNER_HEADER, served_by, to_client
-from .records import Records
 from .verdict import cannot_run, retryable
-from .wire import send_whole
 
 log = logging.getLogger(__name__)
 

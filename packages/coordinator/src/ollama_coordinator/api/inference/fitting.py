@@ -12,16 +12,15 @@ from collections.abc import Iterable
 
 from msgspec import Struct, structs
 
+from ollama_coordinator.api.edge.dialects import Dialect, Surface
+from ollama_coordinator.api.edge.splicing import field, spliced
+from ollama_coordinator.api.edge.versions import is_older
+from ollama_coordinator.api.models.show import Shows
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import Request, RunnerOptions
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
-
-from .dialects import Dialect, Surface
-from .show import Shows
-from .splicing import field, spliced
-from .versions import is_older
 
 SINCE = {
     "/v1/responses": "0.14.0",

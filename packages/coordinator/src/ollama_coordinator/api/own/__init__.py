@@ -1,0 +1,1 @@
+"""Our own routes: agents, operations, what was and is, and the dashboard."""
