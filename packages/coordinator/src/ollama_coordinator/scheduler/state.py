@@ -71,18 +71,21 @@ class Learned(Struct, frozen=True):
 
 
 def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
-    """The rows of what is known now."""
+    """The rows of what is known: those of rates and lengths are live, and go on learning.
+
+    There may be a hundred thousand of them, and copies take several times as long.
+    """
     nobody = AgentId("")
     return Learned(
         rates=[
-            *(LearnedRates(agent, model, _copy(m)) for (agent, model), m in rates.pairs.items()),
-            *(LearnedRates(agent, "", _copy(m)) for agent, m in rates.agents.items()),
-            *(LearnedRates(nobody, model, _copy(m)) for model, m in rates.models.items()),
+            *(LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()),
+            *(LearnedRates(agent, "", means) for agent, means in rates.agents.items()),
+            *(LearnedRates(nobody, model, means) for model, means in rates.models.items()),
         ],
-        batch=[LearnedBatch(agent, _one(mean)) for agent, mean in rates.batch.items()],
+        batch=[LearnedBatch(agent, mean) for agent, mean in rates.batch.items()],
         lengths=[
-            *(LearnedLength(model, _one(mean)) for model, mean in lengths.models.items()),
-            *(LearnedLength(m, _one(mean), c) for (c, m), mean in lengths.clients.items()),
+            *(LearnedLength(model, mean) for model, mean in lengths.models.items()),
+            *(LearnedLength(m, mean, c) for (c, m), mean in lengths.clients.items()),
         ],
         slots=[
             LearnedSlots(machine.id, name, place.slots.proven, place.slots.failures)
