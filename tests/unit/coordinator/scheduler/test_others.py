@@ -3,19 +3,19 @@
 import pytest
 
 from ollama_coordinator.scheduler import Lane, Lease, Timings
-from unit.coordinator.scheduler.world import World
+from unit.coordinator.scheduler.world import GB, World
 
 FAST = Timings(100, 100, 1.1, 0.0, 0.1, 1.0)
 SLOW = Timings(100, 100, 10.3, 0.0, 0.3, 10.0)
 
 
-def fast_and_slow() -> World:
+def fast_and_slow(slow: Timings = SLOW) -> World:
     """Two idle agents with model `m`; the fast one serves `x` too, which it has to itself."""
     world = World()
     world.agent("fast", models=["m", "x"], loaded=["m", "x"], slots=1)
     world.agent("slow", models=["m"], loaded=["m"], slots=1)
     for _ in range(12):
-        for name, other, timings in (("fast", "slow", FAST), ("slow", "fast", SLOW)):
+        for name, other, timings in (("fast", "slow", FAST), ("slow", "fast", slow)):
             lease = world.send("m", prompt_tokens=100, excluded=frozenset({other}))
             assert lease.agent_id == name
             world.serve(lease, timings, after=timings.total_seconds or 0.0)
@@ -60,6 +60,16 @@ def test_batch_has_the_fastest_agent_when_nobody_is_there() -> None:
     assert send(fast_and_slow(), Lane.BATCH).agent_id == "fast"
 
 
+@pytest.mark.spec("SCHED-19")
+def test_batch_takes_a_slow_slot_where_others_wait_for_a_fast_one() -> None:
+    world = fast_and_slow(Timings(100, 100, 60.3, 0.0, 0.3, 60.0))
+    assert send(world).agent_id == "fast"
+    chat = world.submit("m", prompt_tokens=100)
+    assert world.plan() == []
+    world.scheduler.withdraw(chat.id, world.now)
+    assert send(world, Lane.BATCH).agent_id == "slow"
+
+
 @pytest.mark.spec("SCHED-58")
 def test_ends_are_predicted_anew_when_company_comes_and_goes() -> None:
     world = fast_and_slow()
@@ -77,3 +87,44 @@ def test_ends_are_predicted_anew_when_company_comes_and_goes() -> None:
     assert start() == pytest.approx(2 * alone)
     world.end(guest)
     assert start() == pytest.approx(alone)
+
+
+def hot_and_cold() -> World:
+    """One agent has `m` in memory and is busy with it, the other must push out `x` for it."""
+    world = World()
+    world.agent("hot", models={"m": 8 * GB}, loaded=["m"], slots=1, memory=12 * GB)
+    both = {"m": 8 * GB, "x": 8 * GB}
+    world.agent("cold", models=both, loaded=["x"], slots=1, memory=12 * GB)
+    for _ in range(6):
+        lease = world.send("m", prompt_tokens=100, excluded=frozenset({"cold"}))
+        world.serve(lease, SLOW, after=10.3)
+    world.tick(10.0)
+    for _ in range(5):
+        world.serve(world.send("x", prompt_tokens=100), FAST, after=1.0)
+    world.send("m", prompt_tokens=100)
+    return world
+
+
+@pytest.mark.spec("SCHED-3")
+@pytest.mark.parametrize("lanes", [[Lane.BATCH] * 3, [Lane.BATCH], []])
+def test_batch_that_rather_waits_keeps_nobody_from_a_load(lanes: list[Lane]) -> None:
+    world = hot_and_cold()
+    for lane in lanes:
+        world.submit("m", prompt_tokens=100, lane=lane)
+    assert world.plan() == []
+    for _ in range(3):
+        world.submit("m", prompt_tokens=100)
+    (lease,) = world.plan()
+    assert lease.agent_id == "cold"
+    assert lease.request.lane is Lane.INTERACTIVE
+
+
+def test_an_agent_that_gets_idle_is_offered_to_interactive_requests_before_batch() -> None:
+    world = hot_and_cold()
+    other = world.send("x", prompt_tokens=100)
+    for lane in (*[Lane.INTERACTIVE] * 3, Lane.BATCH):
+        world.submit("m", prompt_tokens=100, lane=lane)
+    assert world.plan() == []
+    (lease,) = world.end(other)
+    assert lease.agent_id == "cold"
+    assert lease.request.lane is Lane.INTERACTIVE

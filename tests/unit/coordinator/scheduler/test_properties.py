@@ -175,6 +175,18 @@ class AnyInterleaving(RuleBasedStateMachine):
         )
 
     @invariant()
+    def predicted_ends_are_in_order_and_add_up(self) -> None:
+        if not isinstance(self.world.scheduler, PredictedScheduler):
+            return
+        for line in self.world.scheduler._lines._lines.values():
+            assert line.ends == sorted((run.ends_at, run.number, run) for *_, run in line.ends)
+        for machine in self.world.scheduler._mirror.machines.values():
+            ends = [run.ends_at for place in machine.busy for run in place.running.values()]
+            assert machine.ends == pytest.approx(sum(ends))
+            assert machine.running == len(ends)
+            assert machine.active == len(machine.busy)
+
+    @invariant()
     def whoever_waits_is_looked_after(self) -> None:
         wake = self.world.scheduler.wake_at(self.world.now)
         assert (wake is None) == (not self.waiting)

@@ -53,7 +53,7 @@ class Arrivals:
         start = clock.virtual if retry else clock.start(request.client, work, weight)
         tag = (start, request.arrived_at, next(self._numbers))
         charged = 0.0 if retry else work / weight
-        return Entry(request, tag, line, output, charged, ahead=start > clock.virtual)
+        return Entry(request, tag, line, output, charged)
 
     def expected_output(self, request: Request) -> float:
         """The tokens of its answer."""

@@ -1,4 +1,4 @@
-"""How many wait for each place and machine, from what the lines tell them."""
+"""How many interactive requests wait for each place and machine, from what the lines tell them."""
 
 from .fleet import Place
 
@@ -10,7 +10,7 @@ STEP = 256
 
 
 class Awaited:
-    """The places that one line told how many wait in it, an equal share each.
+    """The places that one line told how many wait in it.
 
     `moved`: which places may serve the line has changed since.
     """
@@ -21,7 +21,7 @@ class Awaited:
         self._each = 0.0
 
     def tell(self, waiting: int, hot: list[Place], loading: list[Place]) -> None:
-        """So many wait for these places now."""
+        """So many wait for these places now: an equal share for each."""
         ready, told = len(hot) + len(loading), self._each
         each = round(waiting / ready * STEP) / STEP if ready and waiting else 0.0
         if not self.moved and abs(each - told) <= TOLERANCE * told:

@@ -2,7 +2,7 @@
 
 from .affinity import Hits, PromptCaches
 from .cost import HELD_WEIGHT, NO_PLACE, alone_seconds, run_seconds, stay_seconds
-from .fleet import Action, Choice, Place
+from .fleet import Action, Choice, Place, Room
 from .line import Entry, Line
 from .priors import UNLOAD_SECONDS
 from .room import Rooms
@@ -98,8 +98,9 @@ class Chooser:
         machine with something idle, and such are offered to the lines.
         """
         best = Choice(Action.LOAD, None, below)
+        usual = entry.courtesy == 1.0 and not entry.request.excluded
         futile_below, futile_until = line.futile
-        if now < futile_until and below <= futile_below and not entry.request.excluded:
+        if usual and now < futile_until and below <= futile_below:
             return best
         for place in _looked_at(line):
             machine = place.machine
@@ -107,12 +108,10 @@ class Chooser:
                 break  # the others take longer
             if machine.loading is not None or place.running:
                 continue
-            if not place.resident and machine.is_full(place.memory_bytes, now):
-                continue
             load = self.load_at(place, entry, best.cost, now)
             if load is not None:
                 best = load
-        if best.place is None:
+        if best.place is None and usual:
             line.futile = (below * MUCH_WORSE, now + SEARCH_AGAIN_SECONDS)
         return best
 
@@ -136,9 +135,10 @@ class Chooser:
         if least >= below or (room := self._rooms.make(place, now)) is None:
             return None
         leave = UNLOAD_SECONDS if room.victims or place.resident else 0.0
-        # Loaded with other options, it is missed itself, as it is.
-        missed = room.penalty + (self._rooms.loss(place, now) if place.resident else 0.0)
-        cost = least + leave + entry.courtesy * missed
+        if place.resident:  # loaded with other options, it is missed itself, as it is
+            missed = room.penalty + self._rooms.loss(place, now)
+            room = Room(room.victims, missed, room.doubtful)
+        cost = least + leave + entry.courtesy * room.penalty
         if cost >= below:
             return None
         cost /= machine.preference
@@ -156,7 +156,15 @@ class Chooser:
                     choice = self.choose(line, entry, position, now)
                     if choice.action is not Action.WAIT and choice.place is not None:
                         return position
-        low, high = 1, line.size - 1
+        first = 1
+        for last in line.lasts():
+            if first <= last and (found := self._first_between(line, first, last, now)) is not None:
+                return found
+            first = last + 1
+        return None
+
+    def _first_between(self, line: Line, low: int, high: int, now: float) -> int | None:
+        """The same among the positions of one lane, which weigh alike what they cost others."""
         choice = self.choose(line, line.at(high), high, now)
         if choice.action is Action.WAIT or choice.place is None:
             return None

@@ -42,8 +42,9 @@ class Drains:
             return None
         if any(drain.line is line for drain in self._drains):
             return None
+        waited = now - line.at(0).request.arrived_at
         patience = min(LOADS_TO_WAIT * line.quickest_load, LONGEST_WAIT_SECONDS)
-        if line.waited(now) < max(SHORTEST_WAIT_SECONDS, patience):
+        if waited < max(SHORTEST_WAIT_SECONDS, patience):
             return None
         return self._start(line, now)
 

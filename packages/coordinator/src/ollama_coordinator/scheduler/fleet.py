@@ -32,9 +32,9 @@ class Place:
 
     `ends` is the sum of the predicted ends of what runs here, so that the time left is known
     without a loop, and `pace` how much slower than alone they were taken to run when these were
-    predicted; `crowd` their number summed over time. `awaited` is how many wait for a slot here:
-    those of its lines, shared among the places that may serve them. `prefill` and `decode` are
-    seconds per token, `load` the seconds of a load.
+    predicted; `crowd` their number summed over time. `awaited` is how many people wait for a slot
+    here: those of its lines, shared among the places that may serve them. `prefill` and `decode`
+    are seconds per token, `load` the seconds of a load.
     """
 
     machine: "Machine"
@@ -122,6 +122,7 @@ class Machine:
 
     `epoch` grows when a model comes, goes, or changes between idle and in use.
     `reserved` is the place for which others are drained, `ends` the sum of all predicted ends.
+    `busy` are the `active` places where something runs.
     `full`: in that epoch and until then, there is no room for a model of so many bytes.
     """
 
@@ -136,6 +137,7 @@ class Machine:
     drain_from: float = NEVER
     running: int = 0
     active: int = 0
+    busy: dict[Place, None] = field(default_factory=dict)
     ends: float = 0.0
     has_gpu: bool = True
     batch: float = 0.4

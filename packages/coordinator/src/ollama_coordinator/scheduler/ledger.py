@@ -112,6 +112,7 @@ class Ledger:
         if not place.running:
             machine.active += 1
             machine.epoch += 1
+            machine.busy[place] = None
             place.pace = machine.active
         place.running[run.lease.id] = run
         place.ends += run.ends_at
@@ -143,6 +144,7 @@ class Ledger:
         if not place.running:
             machine.active -= 1
             machine.epoch += 1
+            del machine.busy[place]
             place.ends = 0.0
         if not machine.running:
             machine.ends = 0.0
@@ -150,12 +152,13 @@ class Ledger:
         return run, line
 
     def repredict(self, now: float) -> None:
-        """Whoever has other company than when its end was predicted ends sooner, or later."""
+        """Whoever has other company than when its end was predicted ends sooner, or later.
+
+        After a plan, when most slots that got free have been given away again.
+        """
         while self._disturbed:
-            machine = self._disturbed.popitem()[0]
-            for place in machine.residents:
-                if place.running:
-                    self._keep_pace(place, now)
+            for place in self._disturbed.popitem()[0].busy:
+                self._keep_pace(place, now)
 
     def _keep_pace(self, place: Place, now: float) -> None:
         slower = pace(place) / place.pace - 1

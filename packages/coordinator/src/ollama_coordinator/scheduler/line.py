@@ -1,8 +1,7 @@
 """The waiting line of one model with one set of runner options, and who may serve it.
 
 Lanes are sorted by start-time fair queueing between clients over predicted work; the lane whose
-head is due first goes first. Every other turn an interactive request that can still be in time may
-pass those that are late whatever happens, unless its client is ahead of its share.
+head is due first goes first.
 """
 
 from bisect import bisect_left, insort
@@ -23,10 +22,6 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
 }
 """How long a request of each lane may wait before it is late."""
 
-AGE_EVERY_SECONDS = 1.0
-LATE_SECONDS = 10.0
-"""An interactive request that has waited for so long is late whatever happens."""
-
 OCCUPANCY_GAIN = 0.1
 
 
@@ -34,9 +29,7 @@ OCCUPANCY_GAIN = 0.1
 class Entry:
     """A waiting request: its place in the order, and what is predicted of it.
 
-    `ahead`: its client had asked for its share already. `late`: it lets those pass by turns that
-    can still be in time. `due` is when it goes before other lanes, `courtesy` how much more the
-    seconds of others count.
+    `due` is when it begins to be late, `courtesy` how much more the seconds of others count.
     """
 
     request: Request
@@ -44,9 +37,7 @@ class Entry:
     line: "Line"
     output: float
     work: float
-    ahead: bool = False
     stranded_since: float | None = None
-    late: bool = False
     due: float = field(init=False)
     courtesy: float = field(init=False)
 
@@ -65,10 +56,6 @@ class Line:
         self.clock = FairClock()
         self.lanes: dict[Lane, list[tuple[Tag, Entry]]] = {lane: [] for lane in Lane}
         self.interactive = self.lanes[Lane.INTERACTIVE]
-        self.late: list[tuple[Tag, Entry]] = []
-        self._parts = (*self.lanes.values(), self.late)
-        self.late_at = float("inf")
-        self.turn_of_late = False
         self.urgent: list[list[tuple[Tag, Entry]]] = []  # the lanes in use, most urgent first
         self.size = 0
         self.retried = 0
@@ -94,10 +81,8 @@ class Line:
 
     def add(self, entry: Entry) -> None:
         """One more request waits."""
-        lane = self._lane(entry)
+        lane = self.lanes[entry.request.lane]
         insort(lane, (entry.tag, entry))
-        if lane is self.interactive:
-            self.late_at = min(self.late_at, entry.request.arrived_at + LATE_SECONDS)
         self.size += 1
         if lane[0][1] is entry:
             self._sort_lanes()
@@ -105,7 +90,7 @@ class Line:
 
     def remove(self, entry: Entry) -> None:
         """It waits no longer."""
-        lane = self._lane(entry)
+        lane = self.lanes[entry.request.lane]
         index = bisect_left(lane, (entry.tag,))
         del lane[index]
         self.size -= 1
@@ -115,44 +100,9 @@ class Line:
         if not self.size:
             self.tell()
 
-    def _lane(self, entry: Entry) -> list[tuple[Tag, Entry]]:
-        return self.late if entry.late else self.lanes[entry.request.lane]
-
-    def age(self, now: float) -> None:
-        """Part those who are late from those who are not; a retry is never late."""
-        if now < self.late_at:
-            return
-        waiting = [entry for _, entry in self.interactive if not entry.request.excluded]
-        for entry in waiting:
-            if entry.request.arrived_at + LATE_SECONDS <= now:
-                self.remove(entry)
-                entry.late = True
-                self.add(entry)
-        arrived = [entry.request.arrived_at for entry in waiting if not entry.late]
-        first = min(arrived, default=float("inf")) + LATE_SECONDS
-        self.late_at = max(first, now + AGE_EVERY_SECONDS)
-
-    def take_turn(self, entry: Entry) -> None:
-        """A request is about to be served: after one that passes, one that was passed is next."""
-        if entry.late:
-            self.turn_of_late = False
-        elif entry.request.lane is Lane.INTERACTIVE and self.late and self.late[0][0] < entry.tag:
-            self.turn_of_late = True
-        else:
-            return
-        self._sort_lanes()
-
-    def _may_pass(self, entry: Entry) -> bool:
-        """Whether this one goes before the first of those who are late."""
-        tag, late = self.late[0]
-        if entry.tag < tag:
-            return True
-        own = entry.request.client == late.request.client
-        return not self.turn_of_late and (own or not entry.ahead)
-
     def tell(self) -> None:
-        """Tell the places that may serve this line how many wait."""
-        self.awaited.tell(len(self.interactive) + len(self.late), self.hot, self.loading)
+        """Tell the places that may serve this line how many people wait for them."""
+        self.awaited.tell(len(self.interactive), self.hot, self.loading)
 
     def only(self, place: Place) -> "Line":
         """The same line, empty, as if its model had this place alone."""
@@ -185,20 +135,11 @@ class Line:
 
     def _sort_lanes(self) -> None:
         """The head of a lane is another one."""
-        used = [part for part in self._parts if part]
-        self.due = used[0][0][1].due if used else float("inf")
+        used = [lane for lane in self.lanes.values() if lane]
         if len(used) > 1:
             used.sort(key=_due_of_head)
-            self.due = used[0][0][1].due
-            if self.late and self.interactive:
-                used.remove(self.interactive)
-                passes = self._may_pass(self.interactive[0][1])
-                used.insert(used.index(self.late) + (not passes), self.interactive)
         self.urgent = used
-
-    def waited(self, now: float) -> float:
-        """How long whoever is next in any lane has waited at most."""
-        return now - min(lane[0][1].request.arrived_at for lane in self.urgent)
+        self.due = used[0][0][1].due if used else float("inf")
 
     def at(self, position: int) -> Entry:
         """The request at this position, from 0."""
@@ -207,6 +148,13 @@ class Line:
                 return lane[position][1]
             position -= len(lane)
         raise IndexError(position)
+
+    def lasts(self) -> Iterator[int]:
+        """The position of the last one of each lane, those of the most urgent first."""
+        position = -1
+        for lane in self.urgent:
+            position += len(lane)
+            yield position
 
     def entries(self) -> Iterator[Entry]:
         """All of them, next first."""

@@ -205,7 +205,6 @@ class PredictedScheduler:
         lines = self._lines.waiting()
         look_again = max(len(lines) / LINES_LOOKED_AT_PER_SECOND, TICK_SECONDS)
         for line in lines:
-            line.age(now)
             stranded = line.retried or not (line.hot or line.cold or line.loading)
             if stranded or now - line.looked_at >= look_again:
                 self._look(line, BOTH)

@@ -130,9 +130,8 @@ class Serving:
         return True
 
     def _grant(self, entry: Entry, choice: Choice, now: float, *, tries: bool = False) -> None:
-        line = entry.line
-        line.take_turn(entry)
         self._leave(entry)
+        line = entry.line
         line.clock.serve(entry.tag[0])
         self.granted.append(self._ledger.grant(line, entry, choice, now, tries=tries))
         self.pace.granted(now)
@@ -173,12 +172,14 @@ class Serving:
                 self.serve(line, now)
 
     def _wanted(self, line: Line, machine: Machine, now: float) -> bool:
-        """Whether the one who waits longest would rather have the model loaded there."""
+        """Whether the last one of a lane would rather have the model loaded there."""
         self._lines.refresh(line, now)
         place = machine.places[line.model]
         if place not in line.could_load:
             return False
-        last = line.size - 1
-        entry = line.at(last)
-        wait = wait_for_slot(line, entry, last, None, now)
-        return self._chooser.load_at(place, entry, wait.cost, now) is not None
+        for last in line.lasts():
+            entry = line.at(last)
+            wait = wait_for_slot(line, entry, last, None, now)
+            if self._chooser.load_at(place, entry, wait.cost, now) is not None:
+                return True
+        return False
