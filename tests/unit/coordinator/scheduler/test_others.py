@@ -2,7 +2,9 @@
 
 import pytest
 
-from ollama_coordinator.scheduler import Lane, Lease, Timings
+from ollama_coordinator.scheduler import Lane, Lease, Result, Timings
+from ollama_coordinator.scheduler.fleet import Machine
+from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, World
 
 FAST = Timings(100, 100, 1.1, 0.0, 0.1, 1.0)
@@ -21,6 +23,10 @@ def fast_and_slow(slow: Timings = SLOW) -> World:
             world.serve(lease, timings, after=timings.total_seconds or 0.0)
         world.serve(world.send("x", prompt_tokens=100), FAST, after=1.1)
     return world
+
+
+def machine_of(world: World, name: str) -> Machine:
+    return world.predictor._mirror.machines[AgentId(name)]
 
 
 def send(world: World, lane: Lane = Lane.INTERACTIVE) -> Lease:
@@ -46,6 +52,37 @@ def test_an_agent_for_which_others_wait_is_left_to_them() -> None:
         world.scheduler.withdraw(request.id, world.now)
     world.plan()
     assert send(world).agent_id == "fast"
+
+
+@pytest.mark.spec("SCHED-9")
+def test_who_waited_in_vain_is_counted_no_longer() -> None:
+    world = fast_and_slow()
+    world.send("x", prompt_tokens=100)
+    for seconds in (0.2, 0.2, 0.2, 60.0):
+        world.submit("x", prompt_tokens=100, deadline=world.now + seconds)
+    assert world.plan() == []
+    assert machine_of(world, "fast").awaited == 4.0
+    assert world.plan(after=0.2) == []
+    assert len(world.refused) == 3
+    assert machine_of(world, "fast").awaited == 1.0
+
+
+@pytest.mark.spec("SCHED-9")
+def test_the_waiting_of_an_agent_that_vanished_does_not_come_back_with_it() -> None:
+    world = fast_and_slow()
+    lease = world.send("x", prompt_tokens=100)
+    requests = [world.submit("x", prompt_tokens=100) for _ in range(3)]
+    assert world.plan() == []
+    world.registry.remove(lease.agent_id)
+    world.end(lease, Result.CANCELLED)
+    for request in requests:
+        world.scheduler.withdraw(request.id, world.now)
+    world.plan()
+    world.agent("fast", models=["m", "x"], loaded=["m", "x"], slots=1)
+    world.plan(after=2.0)
+    machine = machine_of(world, "fast")
+    assert machine.awaited == 0.0
+    assert not machine.busy
 
 
 @pytest.mark.spec("SCHED-19")

@@ -22,20 +22,16 @@ COURTESY: Mapping[Lane, float] = {Lane.INTERACTIVE: 1.0, Lane.BATCH: 20.0, Lane.
 OVERLAP = 0.7
 """How much of the slow-down found at the start lasts: others end while a request runs."""
 
+COMPANY_TO_COME = 1.3
+"""How much the slow-down grows by the time the slot is free: where others run, more come.
+
+Measured on the simulated fleet. A choice compares what a request adds, and so goes by `OVERLAP`.
+"""
+
 
 def alone_seconds(place: Place, tokens: float, output: float) -> float:
     """The weighted cost of a request that finds nothing else running."""
     return tokens * place.prefill + DECODE_WEIGHT * output * place.decode
-
-
-def slow_down(place: Place) -> float:
-    """How much slower a request runs here because of what runs here already."""
-    machine = place.machine
-    if not machine.running:
-        return 1.0
-    beside = len(place.running)
-    active = machine.active if beside else machine.active + 1
-    return 1 + OVERLAP * (active * (1 + machine.batch * beside) - 1)
 
 
 def run_seconds(
@@ -54,12 +50,12 @@ def run_seconds(
     beside = len(place.running)
     batch = machine.batch
     if beside:
-        active = machine.active
+        active = len(machine.busy)
         slower = OVERLAP * batch / (1 + batch * (beside - 1))
         others, left = beside, place.ends - beside * now
     else:
-        active = machine.active + 1
-        slower = OVERLAP / machine.active
+        active = len(machine.busy) + 1
+        slower = OVERLAP / (active - 1)
         others, left = machine.running, machine.ends - machine.running * now
     slow_down = 1 + OVERLAP * (active * (1 + batch * beside) - 1)
     run = alone * slow_down
@@ -73,9 +69,10 @@ def run_seconds(
 def pace(place: Place) -> float:
     """By how much what runs at this place now is slower than alone on its machine."""
     machine = place.machine
-    return machine.active * (1 + machine.batch * (len(place.running) - 1))
+    return len(machine.busy) * (1 + machine.batch * (len(place.running) - 1))
 
 
 def stay_seconds(place: Place, tokens: float, output: float) -> float:
-    """How long the request will really hold its slot here."""
-    return (tokens * place.prefill + output * place.decode) * slow_down(place)
+    """How long a request holds its slot beside what runs there now, and what is to come."""
+    now = place.pace if place.running else len(place.machine.busy) + 1
+    return (tokens * place.prefill + output * place.decode) * (1 + COMPANY_TO_COME * (now - 1))

@@ -122,7 +122,7 @@ class Machine:
 
     `epoch` grows when a model comes, goes, or changes between idle and in use.
     `reserved` is the place for which others are drained, `ends` the sum of all predicted ends.
-    `busy` are the `active` places where something runs.
+    `busy` are the places where something runs.
     `full`: in that epoch and until then, there is no room for a model of so many bytes.
     """
 
@@ -136,7 +136,6 @@ class Machine:
     reserved: Place | None = None
     drain_from: float = NEVER
     running: int = 0
-    active: int = 0
     busy: dict[Place, None] = field(default_factory=dict)
     ends: float = 0.0
     has_gpu: bool = True

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ollama_coordinator_common.types import AgentId
 
-from .cost import pace
+from .cost import pace, stay_seconds
 from .fleet import Action, Choice, Machine, Place, Running, Trial
 from .line import Entry, Line
 from .lines import Lines
@@ -12,9 +12,6 @@ from .mirror import Mirror
 from .types import Lease, LeaseId
 
 PACE_TOLERANCE = 0.01
-
-COMPANY_TO_COME = 1.3
-"""Where others run, more come: the slow-down found at the start grows so much (simulated fleet)."""
 
 LATE_LOAD = 1.1
 """A load is taken to be over a little after its predicted end when nothing was heard of it."""
@@ -49,7 +46,7 @@ class Ledger:
         wait = choice.wait + (LATE_LOAD - 1) * place.load if loads else 0.0
         new = max(request.prompt_tokens - choice.cached, 0)
         run = Running(
-            lease, place, number, now + wait + _stay(place, new, entry.output),
+            lease, place, number, now + wait + stay_seconds(place, new, entry.output),
             loads=loads, tries=tries, rank=len(place.running) + 1, cached=choice.cached,
             output=entry.output, choice=choice,
         )  # fmt: skip
@@ -72,7 +69,7 @@ class Ledger:
         choice = Choice(Action.LOAD if loads else Action.GO, place, wait, wait)
         run = Running(
             lease, place, lease.id,
-            now + wait + _stay(place, lease.request.prompt_tokens, output),
+            now + wait + stay_seconds(place, lease.request.prompt_tokens, output),
             loads=loads, tries=False, rank=1, cached=0, output=output, choice=choice,
             adopted=True,
         )  # fmt: skip
@@ -110,10 +107,9 @@ class Ledger:
         run.crowd = place.count_crowd(now)
         self._disturbed[machine] = None
         if not place.running:
-            machine.active += 1
             machine.epoch += 1
             machine.busy[place] = None
-            place.pace = machine.active
+            place.pace = len(machine.busy)
         place.running[run.lease.id] = run
         place.ends += run.ends_at
         place.touched_at = now
@@ -142,7 +138,6 @@ class Ledger:
         machine.running -= 1
         machine.ends -= run.ends_at
         if not place.running:
-            machine.active -= 1
             machine.epoch += 1
             del machine.busy[place]
             place.ends = 0.0
@@ -161,10 +156,11 @@ class Ledger:
                 self._keep_pace(place, now)
 
     def _keep_pace(self, place: Place, now: float) -> None:
-        slower = pace(place) / place.pace - 1
+        found = pace(place)
+        slower = found / place.pace - 1
         if abs(slower) < PACE_TOLERANCE:
             return
-        place.pace = pace(place)
+        place.pace = found
         start = max(now, place.loading_until or now)
         for lease_id, run in place.running.items():
             if run.ends_at <= start:
@@ -211,9 +207,3 @@ class Ledger:
         """The agent is gone: what it was loading is not being loaded any more."""
         if machine.loading is not None:
             self.load_failed(machine.loading)
-
-
-def _stay(place: Place, tokens: float, output: float) -> float:
-    """How long a request holds its slot beside what runs there now, and what is to come."""
-    now = place.pace if place.running else place.machine.active + 1
-    return (tokens * place.prefill + output * place.decode) * (1 + COMPANY_TO_COME * (now - 1))

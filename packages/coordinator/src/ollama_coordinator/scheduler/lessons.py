@@ -73,9 +73,9 @@ class Lessons:
             return
         place, rate = run.place, tokens / seconds
         company = run.company
-        if company < OVERLAP_SHARE and place.machine.active <= 1:
+        if company < OVERLAP_SHARE and len(place.machine.busy) <= 1:
             place.solo += 1
-        elif company > 1 - OVERLAP_SHARE and place.solo > 1 and place.machine.active <= 1:
+        elif company > 1 - OVERLAP_SHARE and place.solo > 1 and len(place.machine.busy) <= 1:
             slowed = 1 / (rate * place.decode) - 1
             self._rates.observe_batch(place.machine.id, slowed / company)
             place.machine.batch = self._rates.batch_factor(place.machine.id)
@@ -85,7 +85,7 @@ class Lessons:
     def _in_force(self, run: Running) -> float:
         """The slow-down while it ran."""
         machine = run.place.machine
-        active = max(machine.active + (not run.place.running), 1)
+        active = max(len(machine.busy) + (not run.place.running), 1)
         return active * (1 + machine.batch * run.company)
 
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:

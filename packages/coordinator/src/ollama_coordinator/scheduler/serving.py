@@ -59,6 +59,7 @@ class Serving:
     def give_up(self, entry: Entry) -> None:
         """A request leaves without having been served; its client's turn is given back."""
         self._leave(entry)
+        entry.line.tell()
         entry.line.clock.give_back(entry.request.client, entry.work)
 
     def _leave(self, entry: Entry) -> None:
