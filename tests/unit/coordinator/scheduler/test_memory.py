@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from ollama_coordinator.scheduler import Result, RunnerOptions, Timings
+from ollama_coordinator.scheduler import Kind, Result, RunnerOptions, Timings
 from ollama_coordinator.scheduler.memory import Fit, Memory
 from ollama_coordinator.scheduler.options import normal, serves
 from ollama_coordinator_common.names import model_key
@@ -235,6 +235,13 @@ def test_two_names_of_one_blob_share_what_is_loaded() -> None:
     assert world.plan() == []
     (other,) = world.end(lease, Result.CANCELLED)
     assert other.request.name == "m"
+    world.submit("m")
+    assert world.plan() == []
+    world.submit("copy", kind=Kind.EMBED)  # what embeds takes two more, under each of its names
+    (embedding,) = world.plan()
+    assert embedding.request.name == "copy"
+    (another,) = world.tick(1.0)
+    assert another.request.name == "m"
 
 
 @pytest.mark.spec("SCHED-57")

@@ -190,6 +190,16 @@ class AnyInterleaving(RuleBasedStateMachine):
             assert all(place.running for place in machine.busy)
 
     @invariant()
+    def no_free_slot_is_overlooked(self) -> None:
+        if not isinstance(self.world.scheduler, PredictedScheduler):
+            return
+        lines = self.world.scheduler._lines
+        for line in lines._lines.values():
+            lines.refresh(line, self.world.now)
+            free = {place for place in line.hot if len(place.running) < place.slots.limit}
+            assert set(line.with_free_slot()) == free
+
+    @invariant()
     def whoever_waits_is_looked_after(self) -> None:
         wake = self.world.scheduler.wake_at(self.world.now)
         assert (wake is None) == (not self.waiting)

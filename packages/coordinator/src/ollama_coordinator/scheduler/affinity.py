@@ -4,38 +4,39 @@ A saving in the estimate, never a pin: an agent's runner remembers about one con
 so the oldest is forgotten here too.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping
 
 MOST_CONVERSATIONS = 64
 LONGEST_CHAIN = 128
 
 Chain = tuple[int, ...]
 
-Hits = dict[Hashable, int] | None
+Hits = Mapping[Hashable, int] | None
 """Prompt tokens expected in the cache, by place."""
 
 
 class PromptCaches:
-    """Prefix hashes, each with the places that saw it: how many tokens, in how many chains."""
+    """Prefix hashes, each with the tokens it has for the places that saw it.
+
+    A prefix that a place holds in several chains is counted once for each further one.
+    """
 
     def __init__(self) -> None:
-        self._index: dict[int, dict[Hashable, tuple[int, int]]] = {}
+        self._index: dict[int, dict[Hashable, int]] = {}
+        self._further: Counter[tuple[int, Hashable]] = Counter()
         self._held: dict[Hashable, OrderedDict[int, Chain]] = {}
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._index) + len(self._further)
 
-    def expected(self, prefix: Chain) -> dict[Hashable, int]:
+    def expected(self, prefix: Chain) -> Mapping[Hashable, int]:
         """The tokens of a prompt with this chain that each place is expected to have."""
         found: dict[Hashable, int] = {}
         for link in reversed(prefix[-LONGEST_CHAIN:]):
             seen = self._index.get(link)
-            if seen and not found:
-                found = {place: tokens for place, (tokens, _) in seen.items()}
-            elif seen and len(seen) > len(found):  # who knows a link knows those before it
-                for place, (tokens, _) in seen.items():
-                    found.setdefault(place, tokens)
+            if seen and len(seen) > len(found):  # who knows a link knows those before it
+                found = {**seen, **found} if found else seen
         return found
 
     def remember(self, place: Hashable, prefix: Chain, tokens: int, slots: int) -> None:
@@ -60,16 +61,19 @@ class PromptCaches:
     def _add(self, place: Hashable, chain: Chain, tokens: int) -> None:
         for index, link in enumerate(chain):
             seen = self._index.setdefault(link, {})
-            known, chains = seen.get(place, (0, 0))
-            seen[place] = (max(known, tokens * (index + 1) // len(chain)), chains + 1)
+            known = seen.get(place)
+            if known is not None:
+                self._further[link, place] += 1
+            seen[place] = max(known or 0, tokens * (index + 1) // len(chain))
 
     def _remove(self, place: Hashable, chain: Chain) -> None:
         for link in chain:
             seen = self._index[link]
-            tokens, chains = seen[place]
-            if chains > 1:
-                seen[place] = (tokens, chains - 1)
-                continue
-            del seen[place]
+            if (further := self._further.get((link, place), 0)) > 1:
+                self._further[link, place] = further - 1
+            elif further:
+                del self._further[link, place]
+            else:
+                del seen[place]
             if not seen:
                 del self._index[link]

@@ -56,9 +56,7 @@ class Chooser:
         tokens, output, courtesy = entry.request.prompt_tokens, entry.output, entry.courtesy
         best: Place | None = None
         best_cost = floor = NO_PLACE
-        for place in line.hot:
-            if len(place.running) >= place.slots.limit:
-                continue
+        for place in line.with_free_slot():
             machine = place.machine
             if excluded and machine.id in excluded:
                 continue
@@ -103,13 +101,9 @@ class Chooser:
         if usual and now < futile_until and below <= futile_below:
             return best
         for place in _looked_at(line):
-            machine = place.machine
-            if place.load / machine.preference >= best.cost:
+            if place.load / place.machine.preference >= best.cost:
                 break  # the others take longer
-            if machine.loading is not None or place.running:
-                continue
-            load = self.load_at(place, entry, best.cost, now)
-            if load is not None:
+            if (load := self.load_at(place, entry, best.cost, now)) is not None:
                 best = load
         if best.place is None and usual:
             line.futile = (below * MUCH_WORSE, now + SEARCH_AGAIN_SECONDS)

@@ -86,13 +86,12 @@ class Place:
 
     def rate(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
-        self.rate_one(rates, Quantity.PREFILL)
-        self.rate_one(rates, Quantity.DECODE)
-        self.rate_one(rates, Quantity.LOAD)
+        for quantity in Quantity:
+            self.rate_one(quantity, rates.factor(quantity, self.machine.id, self.model))
 
-    def rate_one(self, rates: Rates, quantity: Quantity) -> None:
-        """Take over what was learned of one quantity."""
-        rate = self._all_priors()[quantity] * rates.factor(quantity, self.machine.id, self.model)
+    def rate_one(self, quantity: Quantity, factor: float) -> None:
+        """One quantity is so many times its prior."""
+        rate = self._all_priors()[quantity] * factor
         if quantity is Quantity.LOAD:
             self.load = rate
         elif quantity is Quantity.DECODE:
@@ -126,6 +125,7 @@ class Machine:
     `full`: in that epoch and until then, there is no room for a model of so many bytes.
     """
 
+    id: AgentId
     agent: AgentState
     memory: Memory
     routable: bool = False
@@ -153,15 +153,10 @@ class Machine:
     context_length: int | None = None
     usual: Usual = field(default_factory=Usual)
 
-    @property
-    def id(self) -> AgentId:
-        """The agent's id."""
-        return self.agent.id
-
     def is_full(self, memory_bytes: int, now: float) -> bool:
         """Whether it was found a moment ago that nothing of this size can come."""
-        epoch, until, refused = self.full
-        return epoch == self.epoch and now < until and memory_bytes >= refused
+        full = self.full
+        return full[0] == self.epoch and now < full[1] and memory_bytes >= full[2]
 
     def failed(self, now: float) -> None:
         """A request failed here."""
@@ -225,8 +220,7 @@ class Trial:
     beside: tuple[Place, ...]
 
 
-@dataclass(slots=True, eq=False)
-class Running:
+class Running(Struct, eq=False):
     """A lease with what was predicted of it, and what was seen since.
 
     `loads`: it made the agent load the model; `tries`: it was sent beyond the proven slots.

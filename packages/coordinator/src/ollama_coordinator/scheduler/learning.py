@@ -14,6 +14,7 @@ from ollama_coordinator_common.types import AgentId
 from .priors import BATCH_FACTOR, OUTPUT_TOKENS, Quantity
 
 SLOWEST_GAIN = 0.25
+KIN_GAIN = 0.1
 LONGEST_STEP = 1.5
 FIRST_STEP = 6.0
 MOST_CLIENTS = 4096
@@ -26,7 +27,7 @@ class Mean(Struct):
     value: float = 0.0
     samples: int = 0
 
-    def learn(self, seen: float, *, slowest: float = SLOWEST_GAIN) -> None:
+    def learn(self, seen: float, slowest: float = SLOWEST_GAIN) -> None:
         """Move towards `seen`: at once at first, then by a quarter, never by more than a step."""
         samples = self.samples = self.samples + 1
         step = LONGEST_STEP if samples > 1 else FIRST_STEP
@@ -60,30 +61,24 @@ class Rates:
     def factor(self, quantity: Quantity, agent: AgentId, model: str) -> float:
         """What the prior is multiplied by; a pair seen once or twice leans on its kin."""
         own = self.pairs.get((agent, model), UNSEEN)[quantity]
-        value, samples = own.value, own.samples
-        if samples < ENOUGH_SAMPLES:
-            value = (value * samples + self._kin(quantity, agent, model) * 0.5) / (samples + 0.5)
-        return exp(value)
+        of_agent = self.agents.get(agent, UNSEEN)[quantity]
+        of_model = self.models.get(model, UNSEEN)[quantity]
+        return _factor(own, of_agent, of_model)
 
     def leans(self, agent: AgentId, model: str) -> bool:
         """Whether what is known of other pairs changes what is believed of this one."""
         return any(own.samples < ENOUGH_SAMPLES for own in self.pairs.get((agent, model), UNSEEN))
 
-    def _kin(self, quantity: int, agent: AgentId, model: str) -> float:
-        of_agent = self.agents.get(agent, UNSEEN)[quantity]
-        of_model = self.models.get(model, UNSEEN)[quantity]
-        lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
-        return of_agent.value + of_model.value * lean
-
-    def observe(self, quantity: Quantity, agent: AgentId, model: str, ratio: float) -> None:
-        """A measurement was `ratio` times the prior."""
+    def observe(self, quantity: Quantity, agent: AgentId, model: str, ratio: float) -> float:
+        """A measurement was `ratio` times the prior: what `factor` is now."""
         if not 0 < ratio < float("inf"):
-            return
-        seen = log(ratio)
+            return self.factor(quantity, agent, model)
+        own, seen = self.pairs[agent, model][quantity], log(ratio)
         of_agent, of_model = self.agents[agent][quantity], self.models[model][quantity]
-        of_agent.learn(seen - of_model.value, slowest=0.1)
-        of_model.learn(seen - of_agent.value, slowest=0.1)
-        self.pairs[agent, model][quantity].learn(seen)
+        of_agent.learn(seen - of_model.value, KIN_GAIN)
+        of_model.learn(seen - of_agent.value, KIN_GAIN)
+        own.learn(seen)
+        return _factor(own, of_agent, of_model)
 
     def batch_factor(self, agent: AgentId) -> float:
         """How much slower one more request in the same runner makes each of them."""
@@ -95,7 +90,7 @@ class Rates:
     def observe_batch(self, agent: AgentId, factor: float) -> None:
         """A request among others was slowed by `factor` for each of the others."""
         mean = self.batch.setdefault(agent, Mean())
-        mean.learn(min(max(factor, 0.0), 1.5), slowest=0.1)
+        mean.learn(min(max(factor, 0.0), 1.5), KIN_GAIN)
         mean.samples = min(mean.samples, 20)
 
     def forget(self, agent: AgentId) -> None:
@@ -104,6 +99,15 @@ class Rates:
         self.batch.pop(agent, None)
         for pair in [pair for pair in self.pairs if pair[0] == agent]:
             del self.pairs[pair]
+
+
+def _factor(own: Mean, of_agent: Mean, of_model: Mean) -> float:
+    """The ratio of a pair seen often enough; else its kin's counts as half a sample."""
+    if own.samples >= ENOUGH_SAMPLES:
+        return exp(own.value)
+    lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
+    kin = of_agent.value + of_model.value * lean
+    return exp((own.value * own.samples + kin * 0.5) / (own.samples + 0.5))
 
 
 class Lengths:

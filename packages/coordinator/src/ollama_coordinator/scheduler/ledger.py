@@ -144,6 +144,8 @@ class Ledger:
         if not machine.running:
             machine.ends = 0.0
         line.ended(run)
+        for freed in self._lines.of(place.names):
+            freed.freed(place)
         return run, line
 
     def repredict(self, now: float) -> None:

@@ -19,6 +19,7 @@ SHORTEST_STREAM_SECONDS = 0.1
 WAITED_SECONDS = 0.1
 WAITED_SHARE = 0.2
 OVERLAP_SHARE = 0.3
+RERATE_OFTEN = 32
 RERATE_EVERY = 512
 
 
@@ -51,8 +52,9 @@ class Lessons:
             reading = (timings.total_seconds or 0.0) - (timings.load_seconds or 0.0)
             timings = structs.replace(timings, prompt_seconds=max(reading, 0.0))
         self._load(run, timings)
-        self._prefill(run, timings)
-        self._decode(run, timings)
+        slower = _in_force(run)
+        self._prefill(run, timings, slower)
+        self._decode(run, timings, slower)
         self._rerate(place)
 
     def _load(self, run: Running, timings: Timings) -> None:
@@ -60,13 +62,13 @@ class Lessons:
             seconds = max(timings.load_seconds, 0.001)
             self._observe(Quantity.LOAD, run.place, seconds)
 
-    def _prefill(self, run: Running, timings: Timings) -> None:
+    def _prefill(self, run: Running, timings: Timings, slower: float) -> None:
         seconds, tokens = timings.prompt_seconds, timings.prompt_tokens
         new = tokens - run.cached
         if seconds and new > FEWEST_NEW_TOKENS and run.cached < tokens / 2:
-            self._observe(Quantity.PREFILL, run.place, new / seconds * self._in_force(run))
+            self._observe(Quantity.PREFILL, run.place, new / seconds * slower)
 
-    def _decode(self, run: Running, timings: Timings) -> None:
+    def _decode(self, run: Running, timings: Timings, slower: float) -> None:
         """The speed alone, or, where that is known, how much company slowed it."""
         seconds, tokens = timings.output_seconds, timings.output_tokens
         if not seconds or tokens < FEWEST_OUTPUT_TOKENS:
@@ -80,27 +82,29 @@ class Lessons:
             self._rates.observe_batch(place.machine.id, slowed / company)
             place.machine.batch = self._rates.batch_factor(place.machine.id)
             return
-        self._observe(Quantity.DECODE, place, rate * self._in_force(run))
-
-    def _in_force(self, run: Running) -> float:
-        """The slow-down while it ran."""
-        machine = run.place.machine
-        active = max(len(machine.busy) + (not run.place.running), 1)
-        return active * (1 + machine.batch * run.company)
+        self._observe(Quantity.DECODE, place, rate * slower)
 
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:
         ratio = value / place.prior(quantity)
-        self._rates.observe(quantity, place.machine.id, place.model, ratio)
-        place.rate_one(self._rates, quantity)
+        factor = self._rates.observe(quantity, place.machine.id, place.model, ratio)
+        place.rate_one(quantity, factor)
 
     def _rerate(self, place: Place) -> None:
-        """Ever more rarely, the costs of those of the agent's places that lean on their kin."""
+        """The costs of those of the agent's places that lean on their kin, ever more rarely."""
         agent = place.machine.id
         lessons = self._lessons[agent] = self._lessons.get(agent, 0) + 1
-        if lessons & (lessons - 1) == 0 or lessons % RERATE_EVERY == 0:
+        often = lessons <= RERATE_OFTEN and lessons & (lessons - 1) == 0
+        if often or lessons % RERATE_EVERY == 0:
             for other in place.machine.places.values():
                 if self._rates.leans(agent, other.model):
                     other.rate(self._rates)
+
+
+def _in_force(run: Running) -> float:
+    """The slow-down while it ran."""
+    machine = run.place.machine
+    active = max(len(machine.busy) + (not run.place.running), 1)
+    return active * (1 + machine.batch * run.company)
 
 
 def by_wall(run: Running, timings: Timings, now: float) -> Timings:

@@ -6,7 +6,8 @@ head is due first goes first.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from .awaited import Awaited
 from .cost import COURTESY
@@ -25,8 +26,7 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
 OCCUPANCY_GAIN = 0.1
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
+class Entry(Struct, eq=False):
     """A waiting request: its place in the order, and what is predicted of it.
 
     `due` is when it begins to be late, `courtesy` how much more the seconds of others count.
@@ -38,8 +38,8 @@ class Entry:
     output: float
     work: float
     stranded_since: float | None = None
-    due: float = field(init=False)
-    courtesy: float = field(init=False)
+    due: float = 0.0
+    courtesy: float = 1.0
 
     def __post_init__(self) -> None:
         self.due = self.request.arrived_at + BUDGET_SECONDS[self.request.lane]
@@ -62,6 +62,7 @@ class Line:
         self.hot: list[Place] = []
         self.loading: list[Place] = []
         self.cold: list[Place] = []
+        self._open: list[Place] = []  # those of `hot` that may have a free slot
         self.away: set[Place] = set()  # perhaps: what gets free there is not for this line
         self.awaited = Awaited()
         self.futile = (0.0, 0.0)
@@ -110,6 +111,7 @@ class Line:
         alone.hot = [place] if place in self.hot else []
         alone.loading = [place] if place in self.loading else []
         alone.cold = [place] if place in self.cold else []
+        alone.rearranged()
         alone.ends = sorted((run.ends_at, run.number, run) for run in place.running.values())
         alone.occupancy = self.occupancy
         return alone
@@ -125,13 +127,26 @@ class Line:
             if place in part:
                 part.remove(place)
                 self.could_load.discard(place)
-                self.awaited.moved = True
+                self.rearranged()
                 return True
         return False
 
-    def has_free_slot(self) -> bool:
-        """Whether a place that is in memory has one."""
-        return any(len(place.running) < place.slots.limit for place in self.hot)
+    def rearranged(self) -> None:
+        """Which places come into question has changed, or what is known of their slots."""
+        self.awaited.moved = True
+        self._open = list(self.hot)
+
+    def freed(self, place: Place) -> None:
+        """A slot there got free."""
+        if place in self.hot and place not in self._open:
+            self._open.append(place)
+
+    def with_free_slot(self) -> list[Place]:
+        """The places in memory that have one."""
+        found = [place for place in self._open if len(place.running) < place.slots.limit]
+        if not self.guesses:  # where slots are learned, there may be more of them at any time
+            self._open = found
+        return found
 
     def _sort_lanes(self) -> None:
         """The head of a lane is another one."""

@@ -110,7 +110,6 @@ class Lines:
 
     def _sort(self, line: Line, places: list[Place], now: float) -> None:
         line.hot, line.loading, line.cold = [], [], []
-        line.awaited.moved = True
         line.futile = (0.0, 0.0)
         line.guesses = any(place.slots.fixed is None for place in places)
         line.away = {
@@ -121,20 +120,23 @@ class Lines:
         for place in places:
             if line.embeds and not place.slots.extra:
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)
+                for other in self.of(place.names):
+                    other.rearranged()
             if (places_alike := _part(line, place)) is not None:
                 places_alike.append(place)
         line.cold.sort(key=load_seconds)
         line.could_load = set(line.cold)
+        line.rearranged()
 
     def _insert(self, line: Line, place: Place) -> None:
         """Put a place where `_sort` would have put it."""
         part = _part(line, place)
-        line.awaited.moved = True
         if part is line.cold:
             insort(part, place, key=_load_and_id)
             line.could_load.add(place)
         elif part is not None:
             insort(part, place, key=_id)
+        line.rearranged()
 
 
 def _due(line: Line) -> float:
@@ -158,8 +160,8 @@ def _part(line: Line, place: Place) -> list[Place] | None:
 
 
 def _id(place: Place) -> str:
-    return place.machine.agent.id
+    return place.machine.id
 
 
 def _load_and_id(place: Place) -> tuple[float, str]:
-    return load_seconds(place), place.machine.agent.id
+    return load_seconds(place), place.machine.id

@@ -56,7 +56,7 @@ class Mirror:
         return concerned
 
     def _add(self, agent: AgentState) -> Machine:
-        machine = Machine(agent, Memory(), batch=self._rates.batch_factor(agent.id))
+        machine = Machine(agent.id, agent, Memory(), batch=self._rates.batch_factor(agent.id))
         self.machines[agent.id] = machine
         return machine
 

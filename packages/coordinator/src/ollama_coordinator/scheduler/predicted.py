@@ -285,7 +285,7 @@ class PredictedScheduler:
 
 def _has_place(line: Line) -> bool:
     """Whether a request of this line would not have to wait."""
-    return not line.size and line.has_free_slot()
+    return not line.size and bool(line.with_free_slot())
 
 
 def _urgency(line: Line) -> float:

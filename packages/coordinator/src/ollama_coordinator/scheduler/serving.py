@@ -111,7 +111,7 @@ class Serving:
         and whoever is farther back, and is asked, prefers it sooner.
         """
         while line.size and self._send(line, 0, now):
-            if line.size > 1 and not line.has_free_slot():
+            if line.size > 1 and not line.with_free_slot():
                 return
 
     def _serve_tail(self, line: Line, now: float) -> None:
