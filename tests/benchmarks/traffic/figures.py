@@ -1,6 +1,7 @@
 """From what clients saw to figures, and from the figures of several seeds to a table."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from msgspec import Struct
 
@@ -14,8 +15,12 @@ VALID_LAG_SECONDS = 0.05
 
 
 class Figures(Struct, frozen=True):
-    """One system under one trace, its warm-up left out; TTFT in the trace's seconds."""
+    """One system under one trace, its warm-up left out; TTFT in the trace's seconds.
 
+    `times` are those of all interactive requests, in order.
+    """
+
+    times: tuple[float, ...]
     requests: int
     mean: float
     p50: float
@@ -43,6 +48,7 @@ def figures(
     lanes = {lane: _times(counted, lane) for lane in Lane}
     times = lanes[Lane.INTERACTIVE]
     return Figures(
+        times=tuple(times),
         requests=len(counted),
         mean=sum(times) / max(len(times), 1),
         p50=percentile(times, 0.5),
@@ -97,9 +103,14 @@ def table(results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
 
 
 def by_trace(seeds: Sequence[int], results: Sequence[tuple[str, Sequence[Figures]]]) -> str:
-    """Markdown: the 95th percentile of each system on each trace, which all of them share."""
-    lines = ["| system | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"]
-    lines.append("|---|" + "---:|" * len(seeds))
+    """Markdown: the 95th percentile of each system on each trace, which all of them share.
+
+    The last column is that of the requests of all traces taken together.
+    """
+    lines = ["| system | " + " | ".join(f"seed {seed}" for seed in seeds) + " | together |"]
+    lines.append("|---|" + "---:|" * (len(seeds) + 1))
     for name, runs in results:
-        lines.append(f"| {name} | " + " | ".join(f"{one.p95:.1f}" for one in runs) + " |")
+        together = percentile(sorted(chain.from_iterable(one.times for one in runs)), 0.95)
+        cells = [f"{p95:.1f}" for p95 in (*(one.p95 for one in runs), together)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

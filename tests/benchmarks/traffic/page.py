@@ -37,7 +37,8 @@ once, as reverse proxies do; how the others were set up is told in `tests/benchm
 
 {table(results)}
 
-The traces differ more than the systems' luck on one of them: p95 of TTFT, in seconds, by trace.
+The traces differ more than the systems' luck on one of them: p95 of TTFT, in seconds, by trace, \
+and that of the requests of all traces taken together.
 
 {by_trace(seeds, results)}
 """
