@@ -8,7 +8,7 @@ import pytest
 from msgspec import Struct
 
 from ollama_coordinator.db import Store
-from ollama_coordinator.documents import ROWS_AT_ONCE, Document, encoded
+from ollama_coordinator.documents import ROWS_AT_ONCE, Document, encoded, pause
 
 
 class Row(Struct, frozen=True):
@@ -51,6 +51,11 @@ async def test_others_have_their_turn_while_a_long_one_is_encoded() -> None:
         await encoded(Body(rows=rows(20 * ROWS_AT_ONCE)))
         over.set()
     assert turns >= 20
+
+
+def test_a_long_one_is_written_more_seldom() -> None:
+    assert pause(10.0, 0) == pause(10.0, 1_000_000) == 10.0
+    assert pause(10.0, 20_000_000) == 100.0
 
 
 @pytest.mark.spec("OPERATION-22")

@@ -14,6 +14,9 @@ from .db import Store
 log = logging.getLogger(__name__)
 
 KEEP_SECONDS = 10.0
+BYTES_PER_SECOND = 200_000
+"""A long document is written more seldom, so that no more goes to the disk on average."""
+
 ROWS_AT_ONCE = 1000
 """So many take about half a millisecond to encode."""
 
@@ -23,7 +26,7 @@ T = TypeVar("T", bound=Struct)
 class Document(Generic[T]):
     """Writes what `give` returns behind, and hands it to `take` at the next start.
 
-    It is asked for `every` so many seconds and at the end. The lists it returns must not change
+    It is asked for `every` so many seconds, a long one more seldom, and at the end. The lists it returns must not change
     afterwards; rows in them may, and each is written as it is when its turn comes. `kind` is its
     type; another version's form is left alone until it is written anew.
     """
@@ -75,13 +78,18 @@ class Document(Generic[T]):
 
     async def _keep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._every)
+            await asyncio.sleep(pause(self._every, len(self._kept)))
             self._note(await encoded(self._give()))
 
     def _note(self, body: bytes) -> None:
         if body != self._kept:
             self._kept = body
             self._store.note_document(self._name, body)
+
+
+def pause(every: float, size: int) -> float:
+    """The seconds until a document of which so many bytes were written last is written again."""
+    return max(every, size / BYTES_PER_SECOND)
 
 
 async def encoded(document: Struct) -> bytes:
