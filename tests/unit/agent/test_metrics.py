@@ -9,7 +9,7 @@ import psutil
 import pynvml  # type: ignore[import-untyped]
 import pytest
 
-from ollama_coordinator_agent.metrics import Meter, Nvidia, connections_to
+from ollama_coordinator_agent.metrics import Meter, Nvidia, built_in, connections_to
 from ollama_coordinator_common.types import Gpu
 
 
@@ -81,6 +81,12 @@ def test_without_a_driver_there_are_no_gpus_and_it_is_rarely_asked(driver: Simpl
     assert driver.inits == 1
     driver.is_there = True
     assert len(nvidia.read()) == 1
+
+
+def test_apples_processors_have_a_gpu_that_no_driver_tells_of() -> None:
+    (gpu,) = built_in("Darwin", "arm64")
+    assert (gpu.name, gpu.memory_total_bytes) == ("Apple GPU", None)
+    assert built_in("Darwin", "x86_64") == built_in("Linux", "arm64") == []
 
 
 @pytest.mark.spec("AGENT-36")

@@ -1,6 +1,7 @@
 """CPU, memory, disk and GPU readings, taken in one thread; no network, no asyncio."""
 
 import logging
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class Meter:
             memory_percent=memory.percent,
             memory_total_bytes=memory.total,
             disk_free_bytes=_free_bytes(self._disk),
-            gpus=self._gpus.read(),
+            gpus=self._gpus.read() or built_in(platform.system(), platform.machine()),
             connections=connections_to(self._ollama_port),
         )
 
@@ -114,6 +115,14 @@ class Nvidia:
             self._is_open = False
             self._skip = self.RETRY_AFTER_READINGS
             return []
+
+
+def built_in(system: str, processor: str) -> list[Gpu]:
+    """The GPU of Apple's own processors, which shares the machine's memory; nothing is read of it.
+
+    `system` and `processor` are those that `platform` tells.
+    """
+    return [Gpu(name="Apple GPU")] if (system, processor) == ("Darwin", "arm64") else []
 
 
 def _gpu(index: int) -> Gpu:

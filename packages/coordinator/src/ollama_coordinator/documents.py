@@ -26,9 +26,9 @@ T = TypeVar("T", bound=Struct)
 class Document(Generic[T]):
     """Writes what `give` returns behind, and hands it to `take` at the next start.
 
-    It is asked for `every` so many seconds, a long one more seldom, and at the end. The lists it returns must not change
-    afterwards; rows in them may, and each is written as it is when its turn comes. `kind` is its
-    type; another version's form is left alone until it is written anew.
+    It is asked for `every` so many seconds, a long one more seldom, and at the end. The lists it
+    returns must not change afterwards; rows in them may, and each is written as it is when its turn
+    comes. `kind` is its type; another version's form is left alone until it is written anew.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from random import Random
 
 import msgspec
 import pytest
+from msgspec import UNSET, Raw, structs
 
 from ollama_coordinator.scheduler import Kind, Timings
 from ollama_coordinator.scheduler.affinity import PromptCaches
@@ -110,13 +111,14 @@ def test_a_changed_speed_is_learned_within_a_dozen_requests() -> None:
 def test_a_pair_never_seen_is_judged_by_its_agent_and_its_model() -> None:
     rates = Rates()
     for _ in range(10):
-        rates.observe(Quantity.DECODE, A, "one", 0.25)
-    assert rates.factor(Quantity.DECODE, A, "two") == pytest.approx(0.25, rel=0.3)
+        rates.observe(Quantity.DECODE, A, "one", 10.0, prior=40.0)
+    assert rates.rate(Quantity.DECODE, A, "two", prior=80.0) == pytest.approx(20.0, rel=0.3)
     for agent in ("b", "c", "d"):
         for _ in range(10):
-            rates.observe(Quantity.DECODE, AgentId(agent), "mixture", 3.0)
-            rates.observe(Quantity.DECODE, AgentId(agent), "plain", 1.0)
-    assert rates.factor(Quantity.DECODE, A, "mixture") > rates.factor(Quantity.DECODE, A, "plain")
+            rates.observe(Quantity.DECODE, AgentId(agent), "mixture", 120.0, prior=40.0)
+            rates.observe(Quantity.DECODE, AgentId(agent), "plain", 40.0, prior=40.0)
+    mixture, plain = (rates.rate(Quantity.DECODE, A, one, 40.0) for one in ("mixture", "plain"))
+    assert mixture > plain
 
 
 @pytest.mark.spec("SCHED-54")
@@ -162,6 +164,48 @@ def test_what_was_learned_survives_a_restart() -> None:
         estimate(world).decode_tokens_per_second
     )
     assert fresh.scheduler.export_state() == world.scheduler.export_state()
+
+
+@pytest.mark.spec("SCHED-56")
+def test_what_was_learned_means_the_same_before_the_first_report() -> None:
+    """Models are known from the database first; the report that tells of no GPU comes later."""
+    world = World()
+    agent = world.agent("a", slots=1)
+    assert agent.report is not None
+    without_gpu = structs.replace(agent.report, memory_total_bytes=16 * GB)
+    world.registry.heartbeat(without_gpu, world.now)
+    for _ in range(6):
+        world.serve(world.send(), Timings(400, 100, 60.0, 0.0, 40.0, 20.0), after=60.0)
+    learned = estimate(world)
+    assert learned.decode_tokens_per_second == pytest.approx(5.0, rel=0.1)
+    fresh = World()
+    fresh.scheduler.import_state(world.scheduler.export_state())
+    restored = fresh.agent("a", slots=1)
+    restored.report = None
+    fresh.plan()
+    assert structs.replace(estimate(fresh), slots_told=True) == learned
+    fresh.registry.heartbeat(structs.replace(without_gpu, tags=UNSET, ps=UNSET), fresh.now)
+    fresh.plan()
+    assert estimate(fresh) == learned
+
+
+@pytest.mark.spec("SCHED-53")
+def test_a_machine_without_gpu_is_believed_slow_until_a_model_is_seen_in_one() -> None:
+    world = World()
+    agent = world.agent("a", slots=1)
+    world.plan()
+    fast = estimate(world).decode_tokens_per_second
+    report = agent.report
+    assert report is not None
+    report = structs.replace(report, memory_total_bytes=16 * GB, tags=UNSET)
+    world.registry.heartbeat(report, world.now)
+    world.plan(after=1.0)
+    assert estimate(world).decode_tokens_per_second == pytest.approx(fast / 5)
+    row = {"name": "m", "digest": "m", "size": 4 * GB, "size_vram": 4 * GB}
+    listed = Raw(msgspec.json.encode({"models": [row]}))
+    world.registry.heartbeat(structs.replace(report, ps=listed), world.now)
+    world.plan(after=1.0)
+    assert estimate(world).decode_tokens_per_second == pytest.approx(fast)
 
 
 @pytest.mark.spec("SCHED-57")

@@ -1,12 +1,15 @@
 """What fits, who leaves, who makes way."""
 
+import msgspec
 import pytest
-from msgspec import structs
+from msgspec import UNSET, Raw, structs
 
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Kind, Result, RunnerOptions, Timings
 from ollama_coordinator.scheduler.memory import Fit, Memory
 from ollama_coordinator.scheduler.options import normal, serves
 from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.protocol import HealthReport
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, World
 
@@ -263,3 +266,66 @@ def test_prompts_are_forgotten_with_the_model_that_read_them() -> None:
         assert len(caches) == 0
         if name == "deleted":
             world.registry.remove(AgentId(name))
+
+
+def _listed(agent: AgentState, sizes: dict[str, int]) -> HealthReport:
+    """The agent's next report, with these models in memory at these sizes."""
+    assert agent.report is not None
+    rows = [{"name": name, "digest": name, "size": size} for name, size in sizes.items()]
+    body = Raw(msgspec.json.encode({"models": rows}))
+    return structs.replace(agent.report, tags=UNSET, ps=body)
+
+
+@pytest.mark.spec("SCHED-42")
+def test_what_was_never_in_memory_there_takes_as_much_more_than_its_weights_as_what_was() -> None:
+    world = World()
+    agent = world.agent("a", models={"seen": 4 * GB, "new": 4 * GB}, memory=16 * GB, slots=1)
+    world.registry.heartbeat(_listed(agent, {"seen": 8 * GB}), world.now)
+    lease = world.send("new")
+    assert lease.unload == (model_key("seen"),)
+
+
+@pytest.mark.spec("SCHED-49")
+def test_a_load_that_waits_there_for_room_keeps_others_away() -> None:
+    world = World()
+    models = {"busy": 4 * GB, "blocked": 4 * GB, "small": 1 * GB}
+    agent = world.agent("a", models=models, loaded=["busy"], memory=16 * GB, slots=1)
+    world.began(world.send("busy"))
+    blocked = world.send("blocked")
+    world.tick(8.0)
+    world.registry.heartbeat(_listed(agent, {"busy": 4 * GB}), world.now)
+    world.submit("small")
+    world.submit("blocked")
+    assert world.plan() == []
+    assert world.tick(30.0) == []
+    world.began(blocked)  # somebody has left, and so did what waited behind it
+    (small,) = world.plan()
+    assert small.request.name == "small"
+
+
+@pytest.mark.spec("SCHED-49")
+def test_a_load_that_is_listed_is_over_before_its_first_byte() -> None:
+    world = World()
+    models = {"slow": 4 * GB, "small": 1 * GB}
+    agent = world.agent("a", models=models, memory=16 * GB, slots=1)
+    world.send("slow", prompt_tokens=100_000)
+    world.tick(8.0)
+    world.registry.heartbeat(_listed(agent, {"slow": 4 * GB}), world.now)
+    world.submit("small")
+    assert len(world.plan()) == 1
+
+
+@pytest.mark.spec("SCHED-49")
+def test_what_ended_and_left_at_once_is_not_taken_to_be_in_memory() -> None:
+    """The list that says so is so young that it could as well be older than the request."""
+    world = World()
+    agent = world.agent("a", models=["m"], loaded=["m"], slots=1)
+    lease = world.send("m")
+    world.now += 5.0
+    world.end(lease)
+    world.registry.heartbeat(_listed(agent, {}), world.now + 0.1)
+    world.plan(after=0.2)
+    assert world.scheduler.explain(world.request("m"), world.now).action == "go"
+    world.registry.heartbeat(_listed(agent, {}), world.now + 10.0)
+    world.plan(after=10.0)
+    assert world.scheduler.explain(world.request("m"), world.now).action == "load"

@@ -154,7 +154,7 @@ def test_what_was_learned_is_kept_while_another_policy_is_in_force() -> None:
     for _ in range(5):
         world.serve(world.send(prompt_tokens=400), SPOKEN, after=5.0)
     learned = switching(world).export_state()
-    assert learned.rates
+    assert learned.pairs
     before = world.scheduler.estimates()
     switch(world, COUNTING)
     assert switching(world).export_state() == learned
@@ -177,7 +177,7 @@ def test_what_an_earlier_process_learned_waits_for_a_policy_that_predicts() -> N
     fresh.import_state(learned)
     assert fresh.export_state() == learned
     fresh.switch(PREDICTED, 0.0)
-    assert fresh.export_state().rates == learned.rates
+    assert fresh.export_state().pairs == learned.pairs
 
 
 @pytest.mark.spec("SCHED-61")

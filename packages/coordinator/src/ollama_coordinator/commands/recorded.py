@@ -95,7 +95,7 @@ def _machine(agent: Row, estimates: Sequence[Row], models: Mapping[str, Row]) ->
         prefill_tokens_per_second=_typical(learned, sizes, "prefill_tokens_per_second"),
         decode_tokens_per_second=_typical(learned, sizes, "decode_tokens_per_second"),
         load_bytes_per_second=_load_rate(learned, sizes),
-        has_gpu=bool(video),
+        has_gpu=bool(agent["gpus"]),
     )
 
 

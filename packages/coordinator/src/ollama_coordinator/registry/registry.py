@@ -156,8 +156,7 @@ class Registry:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now)
         if report.ps is not UNSET:
             self.list_loaded(agent, bytes(report.ps), now)
-        runner = agent.report.runner if agent.report is not None else None
-        if (agent.ollama_running, runner) != (report.ollama_running, report.runner):
+        if agent.report is None or _lasting(agent.report) != _lasting(report):
             self.changes += 1
         if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
             agent.registration = structs.replace(
@@ -280,6 +279,7 @@ class Registry:
         """
         before = list(agent.inventory.loaded)
         changed = agent.inventory.read_ps(ps)
+        agent.inventory.sampled_at = now
         if changed:
             self._loaded_changed(agent, [*before, *agent.inventory.loaded])
         return changed
@@ -351,3 +351,9 @@ class Registry:
             agent.status(now, self.agent_timeout) is AgentStatus.ONLINE
             and agent.out_of_rotation() is None
         )
+
+
+def _lasting(report: HealthReport) -> tuple[object, ...]:
+    """What a report tells that is not another thing in every one of them."""
+    memory = [gpu.memory_total_bytes for gpu in report.gpus]
+    return report.ollama_running, report.runner, report.memory_total_bytes, memory

@@ -34,7 +34,8 @@ class Place:
     without a loop, and `pace` how much slower than alone they were taken to run when these were
     predicted; `crowd` their number summed over time. `awaited` is how many people wait for a slot
     here: those of its lines, shared among the places that may serve them. `prefill` and `decode`
-    are seconds per token, `load` the seconds of a load.
+    are seconds per token, `load` the seconds of a load. `measured`: its `memory_bytes` were seen.
+    `blocked`: its load was taken to be over, and then found to wait there.
     """
 
     machine: "Machine"
@@ -43,9 +44,12 @@ class Place:
     disk_bytes: int
     memory_bytes: int
     slots: Slots
+    measured: bool = False
     names: set[str] = field(default_factory=set)
     resident: bool = False
     loading_until: float | None = None
+    loading_since: float = NEVER
+    blocked: bool = False
     options: RunnerOptions | None = None
     context: int | None = None
     loaded_at: float = NEVER
@@ -64,20 +68,18 @@ class Place:
     occupancy: float | None = None
     crowd: float = 0.0
     crowd_at: float = 0.0
-    priors: "tuple[tuple[int, int | None], tuple[float, float, float]] | None" = None
+    priors: "tuple[tuple[int, int | None, bool], tuple[float, float, float]] | None" = None
     room: "tuple[int, float, Room] | None" = None
 
     def prior(self, quantity: Quantity) -> float:
         """What is believed before anything was measured."""
-        return self._all_priors()[quantity]
-
-    def _all_priors(self) -> tuple[float, float, float]:
-        known_for = (self.memory_bytes, self.machine.memory.total)
+        machine = self.machine
+        known_for = (self.memory_bytes, machine.memory.total, machine.has_gpu)
         if self.priors is None or self.priors[0] != known_for:
             slower = 1 + SPILL_FACTOR * self._spilled()
-            values = [prior(one, self.disk_bytes, has_gpu=self.machine.has_gpu) for one in Quantity]
+            values = [prior(one, self.disk_bytes, has_gpu=machine.has_gpu) for one in Quantity]
             self.priors = (known_for, (values[0] / slower, values[1] / slower, values[2]))
-        return self.priors[1]
+        return self.priors[1][quantity]
 
     def _spilled(self) -> float:
         """The share of the model that the GPU has no memory for."""
@@ -87,11 +89,11 @@ class Place:
     def rate(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
         for quantity in Quantity:
-            self.rate_one(quantity, rates.factor(quantity, self.machine.id, self.model))
+            believed = self.prior(quantity)
+            self.rate_one(quantity, rates.rate(quantity, self.machine.id, self.model, believed))
 
-    def rate_one(self, quantity: Quantity, factor: float) -> None:
-        """One quantity is so many times its prior."""
-        rate = self._all_priors()[quantity] * factor
+    def rate_one(self, quantity: Quantity, rate: float) -> None:
+        """What is believed of one quantity, in tokens per second, of a load in seconds."""
         if quantity is Quantity.LOAD:
             self.load = rate
         elif quantity is Quantity.DECODE:
@@ -123,6 +125,9 @@ class Machine:
     `reserved` is the place for which others are drained, `ends` the sum of all predicted ends.
     `busy` are the places where something runs.
     `full`: in that epoch and until then, there is no room for a model of so many bytes.
+    `has_gpu` until it is known better; `used_gpu`: a model was seen in the memory of one.
+    `sized`: whether its memory is known. `unsettled`: what was listed is another thing than what
+    happened a moment before, and a later list will tell.
     """
 
     id: AgentId
@@ -139,6 +144,9 @@ class Machine:
     busy: dict[Place, None] = field(default_factory=dict)
     ends: float = 0.0
     has_gpu: bool = True
+    used_gpu: bool = False
+    sized: bool = False
+    unsettled: bool = False
     batch: float = 0.4
     used_bytes: int = 0
     epoch: int = 0

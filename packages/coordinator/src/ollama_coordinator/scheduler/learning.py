@@ -1,7 +1,7 @@
 """Rates and output lengths, learned from what ended: decaying means that outliers hardly move.
 
-Rates are kept as the logarithm of their ratio to the prior, for each (agent, model) and, to judge
-pairs never seen, for each agent and each model.
+Of each (agent, model) the logarithm of the rate itself is kept: what is believed before may change.
+To judge pairs never seen, its ratio to that is kept for each agent and each model.
 """
 
 from collections import OrderedDict, defaultdict
@@ -50,7 +50,7 @@ UNSEEN = _unseen()
 
 
 class Rates:
-    """How far each agent, each model and each pair of them is from the prior."""
+    """What is known of each pair of agent and model, and how far their kin is from the prior."""
 
     def __init__(self) -> None:
         self.pairs: defaultdict[tuple[AgentId, str], Means] = defaultdict(_unseen)
@@ -58,27 +58,32 @@ class Rates:
         self.models: defaultdict[str, Means] = defaultdict(_unseen)
         self.batch: dict[AgentId, Mean] = {}
 
-    def factor(self, quantity: Quantity, agent: AgentId, model: str) -> float:
-        """What the prior is multiplied by; a pair seen once or twice leans on its kin."""
+    def rate(self, quantity: Quantity, agent: AgentId, model: str, prior: float) -> float:
+        """What is believed; a pair seen once or twice leans on the prior and on its kin."""
         own = self.pairs.get((agent, model), UNSEEN)[quantity]
         of_agent = self.agents.get(agent, UNSEEN)[quantity]
         of_model = self.models.get(model, UNSEEN)[quantity]
-        return _factor(own, of_agent, of_model)
+        return _rate(own, of_agent, of_model, prior)
 
     def leans(self, agent: AgentId, model: str) -> bool:
         """Whether what is known of other pairs changes what is believed of this one."""
         return any(own.samples < ENOUGH_SAMPLES for own in self.pairs.get((agent, model), UNSEEN))
 
-    def observe(self, quantity: Quantity, agent: AgentId, model: str, ratio: float) -> float:
-        """A measurement was `ratio` times the prior: what `factor` is now."""
-        if not 0 < ratio < float("inf"):
-            return self.factor(quantity, agent, model)
-        own, seen = self.pairs[agent, model][quantity], log(ratio)
+    def observe(
+        self, quantity: Quantity, agent: AgentId, model: str, seen: float, prior: float
+    ) -> float:
+        """So much was measured where `prior` was believed at first: what `rate` is now."""
+        if not 0 < seen < float("inf"):
+            return self.rate(quantity, agent, model, prior)
+        own, believed = self.pairs[agent, model][quantity], log(prior)
         of_agent, of_model = self.agents[agent][quantity], self.models[model][quantity]
-        of_agent.learn(seen - of_model.value, KIN_GAIN)
-        of_model.learn(seen - of_agent.value, KIN_GAIN)
-        own.learn(seen)
-        return _factor(own, of_agent, of_model)
+        away = log(seen) - believed
+        of_agent.learn(away - of_model.value, KIN_GAIN)
+        of_model.learn(away - of_agent.value, KIN_GAIN)
+        if not own.samples:
+            own.value = believed
+        own.learn(believed + away)
+        return _rate(own, of_agent, of_model, prior)
 
     def batch_factor(self, agent: AgentId) -> float:
         """How much slower one more request in the same runner makes each of them."""
@@ -101,12 +106,12 @@ class Rates:
             del self.pairs[pair]
 
 
-def _factor(own: Mean, of_agent: Mean, of_model: Mean) -> float:
-    """The ratio of a pair seen often enough; else its kin's counts as half a sample."""
+def _rate(own: Mean, of_agent: Mean, of_model: Mean, prior: float) -> float:
+    """That of a pair seen often enough; else what its kin tells counts as half a sample."""
     if own.samples >= ENOUGH_SAMPLES:
         return exp(own.value)
     lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
-    kin = of_agent.value + of_model.value * lean
+    kin = log(prior) + of_agent.value + of_model.value * lean
     return exp((own.value * own.samples + kin * 0.5) / (own.samples + 0.5))
 
 

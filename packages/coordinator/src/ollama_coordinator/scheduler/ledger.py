@@ -8,13 +8,15 @@ from .cost import pace, stay_seconds
 from .fleet import Action, Choice, Machine, Place, Running, Trial
 from .line import Entry, Line
 from .lines import Lines
-from .mirror import Mirror
+from .mirror import FRESH_SECONDS, Mirror
 from .types import Lease, LeaseId
 
 PACE_TOLERANCE = 0.01
 
 LATE_LOAD = 1.1
 """A load is taken to be over a little after its predicted end when nothing was heard of it."""
+
+SHORTEST_DELAY_SECONDS = 1.0
 
 
 class Ledger:
@@ -25,6 +27,7 @@ class Ledger:
         self._lines = lines
         self._numbers = numbers
         self.loads: list[Place] = []
+        self._unheard: dict[Place, float] = {}  # since when what was being loaded should be there
         self.running: dict[LeaseId, tuple[Running, Line]] = {}
         self._disturbed: dict[Machine, None] = {}
         self.by_agent: dict[AgentId, int] = {}
@@ -94,6 +97,7 @@ class Ledger:
         if machine.reserved is place:
             machine.reserved = None
         place.options = line.options
+        place.loading_since, place.blocked = now, False
         place.loading_until = now + choice.wait * LATE_LOAD
         place.loaded_at = place.loading_until
         self._mirror.occupy(place)
@@ -198,14 +202,64 @@ class Ledger:
     def _end_load(self, place: Place) -> None:
         if place in self.loads:
             self.loads.remove(place)
-        if place.machine.loading is place:
-            place.machine.loading = None
+        self._unheard.pop(place, None)
+        machine = place.machine
+        if machine.loading is place:
+            machine.loading = next((one for one in self.loads if one.machine is machine), None)
 
-    def due_loads(self, now: float) -> list[Place]:
-        """Loads that should be over by now."""
-        return [place for place in self.loads if (place.loading_until or 0.0) <= now]
+    def over_loads(self, now: float) -> list[Place]:
+        """End the loads that should be over by now: these."""
+        due = [place for place in self.loads if (place.loading_until or 0.0) <= now]
+        over = [place for place in due if not place.blocked or _is_listed(place)]
+        for place in due:
+            if place in over:
+                due_at = place.loading_until or now
+                self.loaded(place, now)
+                self._unheard[place] = due_at
+            else:
+                self._put_off(place, now)
+        return over
+
+    def heard(self, place: Place) -> None:
+        """A request was answered there: its model is in memory."""
+        self._unheard.pop(place, None)
+
+    def blocked_loads(self, now: float) -> list[Place]:
+        """Loads that were taken to be over and are not: their agents do not list the models.
+
+        Ollama waits for a model in use to leave when there is no room, and all later loads wait
+        behind that one: none are sent there until it is done.
+        """
+        found = []
+        for place, due_at in list(self._unheard.items()):
+            sampled = place.machine.agent.inventory.sampled_at or 0.0
+            if not place.running or not place.resident:
+                del self._unheard[place]
+            elif sampled > due_at + FRESH_SECONDS:
+                del self._unheard[place]
+                if not _is_listed(place):
+                    self._take_back(place, now)
+                    found.append(place)
+        return found
+
+    def _take_back(self, place: Place, now: float) -> None:
+        place.resident, place.blocked = False, True
+        self._put_off(place, now)
+        self.loads.append(place)
+        machine = place.machine
+        machine.loading = machine.loading or place
+        machine.epoch += 1
+        self._lines.moved(place)
+
+    def _put_off(self, place: Place, now: float) -> None:
+        more = (now - place.loading_since) / 4
+        place.loading_until = now + max(more, SHORTEST_DELAY_SECONDS)
 
     def lost(self, machine: Machine) -> None:
         """The agent is gone: what it was loading is not being loaded any more."""
-        if machine.loading is not None:
-            self.load_failed(machine.loading)
+        for place in [one for one in self.loads if one.machine is machine]:
+            self.load_failed(place)
+
+
+def _is_listed(place: Place) -> bool:
+    return place.machine.agent.inventory.is_loaded(place.model)

@@ -85,9 +85,9 @@ class Lessons:
         self._observe(Quantity.DECODE, place, rate * slower)
 
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:
-        ratio = value / place.prior(quantity)
-        factor = self._rates.observe(quantity, place.machine.id, place.model, ratio)
-        place.rate_one(quantity, factor)
+        believed = place.prior(quantity)
+        rate = self._rates.observe(quantity, place.machine.id, place.model, value, believed)
+        place.rate_one(quantity, rate)
 
     def _rerate(self, place: Place) -> None:
         """The costs of those of the agent's places that lean on their kin, ever more rarely."""

@@ -97,7 +97,7 @@ class Memory:
         gpu_bytes = sum(gpu.memory_total_bytes or 0 for gpu in report.gpus)
         if gpu_bytes:
             self.total = gpu_bytes - _foreign_bytes(agent)
-        elif report.memory_total_bytes and not report.gpus:
+        elif report.memory_total_bytes:
             self.total = int(report.memory_total_bytes * MEMORY_SHARE_WITHOUT_GPU)
         runner = report.runner
         if runner is not None and runner.max_loaded_models is not None:

@@ -1,7 +1,8 @@
 """The registry's agents as machines and places, kept up to date with what it learns of them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from statistics import median
 
 from ollama_coordinator.registry import AgentState, AvailableRow, Registry
 from ollama_coordinator_common.types import AgentId, AgentStatus
@@ -16,6 +17,7 @@ FRESH_SECONDS = 1.0
 """What happened this short before a list of loaded models was read is not in it yet."""
 
 RECHECK_SECONDS = 0.25
+HEAVIEST = 2.0
 REMOTE_SLOTS = 64
 
 
@@ -50,9 +52,10 @@ class Mirror:
             machine.routable = False
             concerned.update(machine.places)
             self._rates.forget(machine.id)
-        expiry = self._registry.next_expiry()
-        later = float("inf") if expiry is None else expiry
-        self._check_at = max(later, now + RECHECK_SECONDS)
+        self._check_at = now + RECHECK_SECONDS
+        if not any(machine.unsettled for machine in self.machines.values()):
+            expiry = self._registry.next_expiry()
+            self._check_at = max(self._check_at, float("inf") if expiry is None else expiry)
         return concerned
 
     def _add(self, agent: AgentState) -> Machine:
@@ -66,10 +69,10 @@ class Mirror:
         inventory = agent.inventory
         seen = (
             routable, agent.settings, agent.report and agent.report.runner, inventory.available,
-            len(inventory.available), inventory.ps, tuple(inventory.loaded),
+            len(inventory.available), inventory.ps, tuple(inventory.loaded), _lacks_gpu(agent),
             tuple(agent.model_cooldowns.items()), tuple(inventory.offered),
         )  # fmt: skip
-        if seen == machine.seen:
+        if seen == machine.seen and not machine.unsettled:
             return
         listed = not machine.seen or machine.seen[3] is not inventory.available
         listed = listed or machine.seen[4] != len(inventory.available)
@@ -81,6 +84,7 @@ class Mirror:
         self._in_rotation(machine, routable=routable, now=now)
         if listed:
             self._list(machine, concerned)
+        self._judge(machine)
         self._configure(machine)
         self._reconcile(machine, now)
         concerned.update(machine.places)
@@ -99,8 +103,6 @@ class Mirror:
 
     def _list(self, machine: Machine, concerned: set[str]) -> None:
         """The models on disk changed."""
-        report = machine.agent.report
-        machine.has_gpu = not (report and report.memory_total_bytes and not report.gpus)
         known, machine.places = machine.places, {}
         by_weights = {place.weights: place for place in known.values()}
         for key, row in machine.agent.inventory.servable.items():
@@ -117,6 +119,21 @@ class Mirror:
         for name in known.keys() - machine.places.keys():
             known[name].names.discard(name)
             concerned.add(name)
+
+    def _judge(self, machine: Machine) -> None:
+        """What kind of machine it is: what is believed of models not measured there depends on it.
+
+        The first report tells, long after models are known from the database; of a GPU whose maker
+        the agent cannot ask, a model in its memory does.
+        """
+        loaded = machine.agent.inventory.loaded.values()
+        machine.used_gpu = machine.used_gpu or any(row.model.size_vram for row in loaded)
+        has_gpu = machine.used_gpu or not _lacks_gpu(machine.agent)
+        sized = machine.memory.total is not None
+        if (has_gpu, sized) != (machine.has_gpu, machine.sized):
+            machine.has_gpu, machine.sized = has_gpu, sized
+            for place in machine.places.values():
+                place.rate(self._rates)
 
     def _place(self, machine: Machine, key: str, row: AvailableRow) -> Place:
         size = row.model.size
@@ -164,16 +181,22 @@ class Mirror:
         for key, place in machine.places.items():
             row = inventory.loaded.get(key)
             if row is not None and row.model.size:
-                place.memory_bytes = row.model.size
+                place.memory_bytes, place.measured = row.model.size, True
                 place.context = row.model.context_length
+        _size(machine.places.values())
         self._judge_trial(machine, sampled)
+        machine.unsettled = False
         for key, place in machine.places.items():
-            if max(place.touched_at, place.unloaded_at) > sampled - FRESH_SECONDS:
+            listed = inventory.is_loaded(key)
+            comes = listed and not place.resident and place.loading_until is None
+            leaves = not listed and place.resident and not place.running
+            if not comes and (not leaves or place.slots.fixed == REMOTE_SLOTS):
                 continue
-            if inventory.is_loaded(key):
-                if not place.resident and place.loading_until is None:
-                    self.settle(place, now, options_known=False)
-            elif place.resident and not place.running and place.slots.fixed != REMOTE_SLOTS:
+            if max(place.touched_at, place.unloaded_at) > sampled - FRESH_SECONDS:
+                machine.unsettled = True
+            elif comes:
+                self.settle(place, now, options_known=False)
+            else:
                 self.vacate(place)
         self._changed(machine)
 
@@ -241,6 +264,26 @@ class Mirror:
     def replicas(self, model: str) -> int:
         """How many machines have the model in memory; `model` is a place's first name."""
         return self._replicas[model]
+
+
+def _size(places: Collection[Place]) -> None:
+    """What was never in memory there takes as much more than its weights as what was.
+
+    How much that is depends on the agent's context length and slots.
+    """
+    seen = [one.memory_bytes / predicted_bytes(one.disk_bytes) for one in places if one.measured]
+    if not seen:
+        return
+    heavier = min(max(median(seen), 1.0), HEAVIEST)
+    for place in places:
+        if not place.measured:
+            place.memory_bytes = int(predicted_bytes(place.disk_bytes) * heavier)
+
+
+def _lacks_gpu(agent: AgentState) -> bool:
+    """Whether its report has no GPU; which those of some makers are not in."""
+    report = agent.report
+    return report is not None and bool(report.memory_total_bytes) and not report.gpus
 
 
 def _embeds(row: AvailableRow) -> bool:

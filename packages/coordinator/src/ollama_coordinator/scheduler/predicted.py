@@ -105,7 +105,8 @@ class PredictedScheduler:
         run, line = known
         place, slots = run.place, run.place.slots.limit
         lessons.began(run, now)
-        loaded = run.loads and place.machine.loading is place
+        loaded = run.loads and place.loading_until is not None
+        self._ledger.heard(place)
         if loaded:
             self._ledger.loaded(place, now)
             self._idle[place.machine] = None
@@ -119,7 +120,9 @@ class PredictedScheduler:
         place, machine = run.place, run.place.machine
         served = outcome.result is Result.SERVED
         lessons.ended(run, outcome.result, outcome.timings, now)
-        if run.loads and machine.loading is place:
+        if served:
+            self._ledger.heard(place)
+        if run.loads and place.loading_until is not None:
             if served:
                 self._ledger.loaded(place, now)
             else:
@@ -190,10 +193,11 @@ class PredictedScheduler:
                 self._ledger.lost(machine)
 
     def _advance(self, now: float) -> None:
-        """Loads that should be over are."""
-        for place in self._ledger.due_loads(now):
-            self._ledger.loaded(place, now)
+        """Loads that should be over are, save for those that are found to wait there."""
+        over = self._ledger.over_loads(now)
+        for place in over:
             self._idle[place.machine] = None
+        for place in (*over, *self._ledger.blocked_loads(now)):
             for line in self._lines.of(place.names):
                 self._look(line, BOTH)
 

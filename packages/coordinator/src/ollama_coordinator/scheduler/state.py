@@ -11,9 +11,20 @@ Triple = tuple[Mean, Mean, Mean]
 
 
 class LearnedRates(Struct, frozen=True):
-    """A pair of agent and model, or one of them where the other is empty.
+    """A pair of agent and model: logarithms of tokens per second read and written, and of a load.
 
-    `value` of each mean is the logarithm of its ratio to the prior; prefill, decode, load.
+    The last one is of seconds.
+    """
+
+    agent_id: AgentId
+    model: str
+    means: Triple
+
+
+class LearnedKin(Struct, frozen=True):
+    """An agent, or a model: logarithms of the ratios of the same to what is believed at first.
+
+    The other one of the two is empty.
     """
 
     agent_id: AgentId
@@ -64,7 +75,8 @@ class Estimate(Struct, frozen=True):
 class Learned(Struct, frozen=True):
     """Everything that a scheduler learned."""
 
-    rates: list[LearnedRates] = []
+    pairs: list[LearnedRates] = []
+    kin: list[LearnedKin] = []
     batch: list[LearnedBatch] = []
     lengths: list[LearnedLength] = []
     slots: list[LearnedSlots] = []
@@ -77,10 +89,10 @@ def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
     """
     nobody = AgentId("")
     return Learned(
-        rates=[
-            *(LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()),
-            *(LearnedRates(agent, "", means) for agent, means in rates.agents.items()),
-            *(LearnedRates(nobody, model, means) for model, means in rates.models.items()),
+        pairs=[LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()],
+        kin=[
+            *(LearnedKin(agent, "", means) for agent, means in rates.agents.items()),
+            *(LearnedKin(nobody, model, means) for model, means in rates.models.items()),
         ],
         batch=[LearnedBatch(agent, mean) for agent, mean in rates.batch.items()],
         lengths=[
@@ -98,13 +110,13 @@ def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
 
 def import_learned(learned: Learned, mirror: Mirror, rates: Rates, lengths: Lengths) -> None:
     """Take over the rows; they replace what is known of the same pairs."""
-    for row in learned.rates:
-        if row.agent_id and row.model:
-            rates.pairs[row.agent_id, row.model] = _copy(row.means)
-        elif row.agent_id:
-            rates.agents[row.agent_id] = _copy(row.means)
+    for row in learned.pairs:
+        rates.pairs[row.agent_id, row.model] = _copy(row.means)
+    for kin in learned.kin:
+        if kin.agent_id:
+            rates.agents[kin.agent_id] = _copy(kin.means)
         else:
-            rates.models[row.model] = _copy(row.means)
+            rates.models[kin.model] = _copy(kin.means)
     for batch in learned.batch:
         rates.batch[batch.agent_id] = _one(batch.mean)
     for length in learned.lengths:

@@ -39,7 +39,7 @@ export function poolOf(agent) {
   const parts = sizes.map((row) => ({ key: row.name, label: model(row.name), bytes: row.bytes, share: row.bytes / total, tone: hue(row.name) }));
   if (other > total * 0.004) parts.push({ key: "\u0000other", label: "other", bytes: other, share: other / total, tone: "" });
   const names = [...new Set(gpus.map((gpu) => gpu.name))];
-  const title = onGpu ? `${gpus.length > 1 ? `${gpus.length} × ` : ""}${names.join(", ")}` : "Main memory (no GPU reported)";
+  const title = onGpu ? `${gpus.length > 1 ? `${gpus.length} × ` : ""}${names.join(", ")}` : agent.gpus.length ? "Main memory, which the GPU shares" : "Main memory (no GPU reported)";
   return { title, total, used, parts };
 }
 
