@@ -90,6 +90,54 @@ async def test_an_agent_that_was_killed_and_comes_back_gets_its_share(
 
 
 @pytest.mark.spec("FLEET-14")
+async def test_a_crash_is_one_failure_however_many_requests_it_ends() -> None:
+    async def rest(coordinator: Running) -> bytes:
+        async with coordinator.stream() as response:
+            return await response.read()
+
+    async with running() as coordinator, StandIn(slots=8) as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        await coordinator.heartbeat(agent.id, runner={"num_parallel": 8})
+        ollama.hold(after=1)
+        asked = [asyncio.create_task(rest(coordinator)) for _ in range(8)]
+        await coordinator.until(
+            lambda: sum(one.records for one in coordinator.parts.dispatch.held()) == 8
+        )
+        await ollama.kill()
+        assert all(b'"error"' in answer for answer in await asyncio.gather(*asked))
+        assert agent.cooldown is not None
+        assert agent.cooldown.failures <= 3  # itself, and the probes since
+
+
+@pytest.mark.spec("FLEET-13")
+async def test_an_ollama_without_agent_lives_as_long_as_it_answers() -> None:
+    async with running(agent_timeout=1.0, health_check_interval=0.1) as coordinator:
+        async with StandIn() as ollama:
+            agent = coordinator.agent(await coordinator.register(ollama))
+            registered_at = agent.heard_at
+
+            def is_online() -> bool:
+                return coordinator.parts.registry.is_online(agent, coordinator.parts.clock.now())
+
+            await coordinator.until(lambda: agent.heard_at > registered_at + 1.5)
+            assert is_online()
+            await ollama.kill()
+            await coordinator.until(lambda: not is_online())
+            await ollama.start()
+            await coordinator.until(lambda: is_online() and agent.out_of_rotation() is None)
+            assert (await coordinator.chat())[0] == 200
+
+
+@pytest.mark.spec("FLEET-17")
+async def test_slow_lists_are_no_sign_of_death(coordinator: Running, ollama: StandIn) -> None:
+    agent = coordinator.agent(named(coordinator, "first"))
+    ollama.faults.hang(paths=["/api/tags"])
+    async with asyncio.timeout(1.5):
+        await coordinator.parts.monitor._probe(agent, doubted=True)
+    assert not agent.resting
+
+
+@pytest.mark.spec("FLEET-14")
 async def test_a_refused_agent_is_asked_again_by_probes_only(
     coordinator: Running, ollama: StandIn, spare: StandIn
 ) -> None:

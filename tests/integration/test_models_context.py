@@ -1,5 +1,6 @@
 """Contexts: a larger one in memory serves a smaller request."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -113,3 +114,14 @@ async def test_the_setting_leaves_every_body_alone() -> None:
         await _chat(coordinator, num_ctx=8192)
         assert await _chat(coordinator, num_ctx=4096) is None
         assert ollama.seen.reloads == 1
+
+
+@pytest.mark.spec("FLEET-16")
+async def test_nobody_waits_for_an_agent_that_hangs_to_learn_of_a_context(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    ollama.faults.hang(paths=["/api/show"])
+    spare.faults.hang(paths=["/api/show"])
+    async with asyncio.timeout(5):
+        await _chat(coordinator)

@@ -125,6 +125,21 @@ async def test_an_error_that_ollama_swallows_is_told(coordinator: Running, ollam
     assert "first" in told_error("/v1/chat/completions", body.strip().rpartition(b"\n\n")[2])
 
 
+@pytest.mark.spec("PROXY-9")
+async def test_an_error_of_the_answers_own_in_a_stream_is_not_the_agents(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    ollama.faults.error_line("error parsing tool call: raw='{'", after=3)
+    async with coordinator.stream() as response:
+        request_id = response.headers["X-Ollama-Coordinator-Request"]
+        lines = (await response.read()).splitlines()
+    assert "parsing tool call" in json.loads(lines[-1])["error"]
+    await coordinator.until(coordinator.at_rest)
+    assert next(iter(coordinator.parts.registry)).model_cooldowns == {}
+    record = await coordinator.get(f"/api/requests/{request_id}")
+    assert (record["status"], "parsing" in record["error"]) == ("failed", True)
+
+
 @pytest.mark.spec("PROXY-14")
 async def test_done_is_passed_on_when_the_agent_sent_it(
     coordinator: Running, ollama: StandIn

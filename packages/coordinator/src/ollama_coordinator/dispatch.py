@@ -122,7 +122,7 @@ class Dispatch:
     def _settle(self, held: Held) -> None:
         now = self._clock.now()
         try:
-            self._note(held.agent, held.lease.request, held.outcome, now)
+            self._note(held.agent, held.lease, held.outcome, now)
         finally:
             self._settle_quietly(held, now)
             self.plan()
@@ -146,16 +146,16 @@ class Dispatch:
                 return True
         return False
 
-    def _note(self, agent: AgentState, request: Request, outcome: Outcome, now: float) -> None:
+    def _note(self, agent: AgentState, lease: Lease, outcome: Outcome, now: float) -> None:
         """What an attempt taught about its agent."""
-        model = request.model
+        model, began = lease.request.model, lease.granted_at
         match outcome.result:
-            case Result.SERVED:
-                self._registry.succeeded(agent, model, request.options.num_ctx)
+            case Result.SERVED | Result.ERRORED:
+                self._registry.succeeded(agent, model, lease.request.options.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
-                self.take_out(agent, outcome.reason)
+                self.take_out(agent, outcome.reason, began)
             case Result.BUSY | Result.MODEL_FAILED:
-                self._registry.fail_model(agent, model, outcome.reason, now)
+                self._registry.fail_model(agent, model, outcome.reason, now, began=began)
                 log.warning("model failed on agent", extra=_facts(agent, model, outcome.reason))
             case Result.MODEL_MISSING:
                 self._registry.note_missing(agent, model)
@@ -163,11 +163,15 @@ class Dispatch:
             case Result.CANCELLED:
                 pass
 
-    def take_out(self, agent: AgentState, reason: str) -> None:
-        """An agent does not answer: out of rotation until a probe succeeds."""
-        if not agent.resting:
+    def take_out(self, agent: AgentState, reason: str, began: float | None = None) -> None:
+        """An agent does not answer: out of rotation until a probe succeeds.
+
+        `began` is when what it does not answer was sent, if before.
+        """
+        was_resting, now = agent.resting, self._clock.now()
+        self._registry.fail(agent, reason, now, began=began)
+        if agent.resting and not was_resting:
             log.warning("agent out of rotation", extra=_facts(agent, None, reason))
-        self._registry.fail(agent, reason, self._clock.now())
         self.on_failure(agent)
 
     def plan(self) -> None:

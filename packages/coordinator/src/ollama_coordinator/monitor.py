@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 2.0
 """Ollama answers `/api/version` within milliseconds, also while it loads or computes."""
 
+LISTS_SECONDS = 10.0
+"""Its lists are read from the disk, which a load may keep busy: slow ones are no sign of death."""
+
 SILENCE_SECONDS = 5.0
 """An attempt without a byte for so long makes its agent be probed; silence alone is no failure."""
 
@@ -123,12 +126,13 @@ class Monitor:
     # ── probing ───────────────────────────────────────────────────────────────────────────────
 
     def _wants_probe(self, agent: AgentState, silent: set[AgentId], now: float) -> bool:
+        lives = agent.is_bare or self._registry.is_online(agent, now)
         if agent.resting and agent.cooldown is not None:
-            return now >= agent.cooldown.until and self._registry.is_online(agent, now)
+            return lives and now >= agent.cooldown.until
         if agent.id in silent:
             failures, asked_at = self._silent.get(agent.id, (0, -inf))
             return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
-        if agent.brings_inventory or not self._registry.is_online(agent, now):
+        if agent.brings_inventory or not lives:
             return False
         # A model was loaded: which others had to leave for it is for its Ollama to say.
         interval = min(AFTER_LOAD_SECONDS if agent.inventory.is_inferred else inf, self.interval)
@@ -149,11 +153,13 @@ class Monitor:
         """Ask an Ollama for a sign of life, and for its models where nobody brings them."""
         try:
             await self._ask_version(agent)
-            if not agent.brings_inventory:
+            if not (agent.brings_inventory or doubted):
                 await self._ask_models(agent)
         except Unreachable as exc:
             self._not_answering(agent, str(exc), doubted=doubted)
             return
+        if agent.is_bare:
+            self._registry.heard(agent, self._clock.now())
         self._silent.pop(agent.id, None)
         if doubted:
             self._silent[agent.id] = (0, self._clock.now())
@@ -216,10 +222,12 @@ class Monitor:
         if not stale:
             return
         asked = [asyncio.ensure_future(self._ask_models(agent)) for agent in stale]
-        _, late = await asyncio.wait(asked, timeout=seconds)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        try:
+            await asyncio.wait(asked, timeout=seconds)
+        finally:  # also when whoever wanted to know has left
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     def _is_stale(self, agent: AgentState, now: float, older_than: float) -> bool:
         asked_at = self._asked_at.get(agent.id, -inf)
@@ -235,7 +243,7 @@ class Monitor:
         bodies = []
         for path in ("/api/tags", "/api/ps"):
             status, body = await self._upstreams.fetch(
-                "GET", agent.url + path, seconds=PROBE_SECONDS
+                "GET", agent.url + path, seconds=LISTS_SECONDS
             )
             if status != 200:
                 raise Unreachable(f"answers {path} with status {status}")

@@ -26,21 +26,30 @@ class AgentSettings(Struct, frozen=True):
 class Cooldown(Struct, frozen=True):
     """An agent, or one model of it, is left alone until a probe or a request succeeds.
 
-    `until` is the earliest time of the next try (monotonic seconds).
+    `since` is when it last failed, `until` the earliest time of the next try (monotonic seconds).
     """
 
     failures: int
+    since: float
     until: float
     reason: str
 
 
-def cooldown_after(previous: Cooldown | None, reason: str, now: float, *, first: float) -> Cooldown:
-    """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s."""
+def cooldown_after(
+    previous: Cooldown | None, reason: str, now: float, *, first: float, began: float | None = None
+) -> Cooldown:
+    """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s.
+
+    What `began` before the last failure failed with it: a crash is one failure, however many
+    requests it ends.
+    """
+    if previous is not None and began is not None and began <= previous.since:
+        return previous
     failures = previous.failures + 1 if previous else 1
     # A probe fails thousands of times in a night; a float has room for 1023 doublings.
     doubled = 2.0 ** min(failures - 2, 10)
     wait = first if failures == 1 else min(doubled, LONGEST_COOLDOWN_SECONDS)
-    return Cooldown(failures=failures, until=now + wait, reason=reason)
+    return Cooldown(failures=failures, since=now, until=now + wait, reason=reason)
 
 
 @dataclass(slots=True)
@@ -81,6 +90,11 @@ class AgentState:
     def ollama_running(self) -> bool:
         """Whether the agent says that its Ollama answers; one that says nothing is believed to."""
         return self.report is None or self.report.ollama_running
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is an Ollama that no agent speaks for: it lives as long as it answers."""
+        return self.report is None and self.registration.instance_id is None and not self.left
 
     @property
     def brings_inventory(self) -> bool:

@@ -219,16 +219,24 @@ class Registry:
 
     # ── what was met on the way ───────────────────────────────────────────────────────────────
 
-    def fail(self, agent: AgentState, reason: str, now: float) -> None:
-        """Take an agent out of rotation until a probe succeeds; the first may come at once."""
-        agent.cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0)
-        agent.resting = True
-        self.changes += 1
+    def fail(
+        self, agent: AgentState, reason: str, now: float, *, began: float | None = None
+    ) -> None:
+        """Take an agent out of rotation until a probe succeeds; the first may come at once.
 
-    def fail_model(self, agent: AgentState, key: str, reason: str, now: float) -> None:
+        `began` is when what failed was sent there, if before.
+        """
+        cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0, began=began)
+        if cooldown is not agent.cooldown:
+            agent.cooldown, agent.resting = cooldown, True
+            self.changes += 1
+
+    def fail_model(
+        self, agent: AgentState, key: str, reason: str, now: float, *, began: float | None = None
+    ) -> None:
         """One model does not run on this agent: others are asked first for a while."""
         previous = agent.model_cooldowns.get(key)
-        agent.model_cooldowns[key] = cooldown_after(previous, reason, now, first=1.0)
+        agent.model_cooldowns[key] = cooldown_after(previous, reason, now, first=1.0, began=began)
         self.changes += 1
 
     def probed(self, agent: AgentState) -> None:

@@ -118,7 +118,7 @@ class PredictedScheduler:
         """See `Scheduler.end`."""
         run, line = self._ledger.finish(lease_id, now)
         place, machine = run.place, run.place.machine
-        served = outcome.result is Result.SERVED
+        served = outcome.result in (Result.SERVED, Result.ERRORED)
         lessons.ended(run, outcome.result, outcome.timings, now)
         if served:
             self._ledger.heard(place)

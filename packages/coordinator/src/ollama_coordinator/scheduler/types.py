@@ -109,6 +109,8 @@ class Result(Enum):
 
     SERVED = "served"
     """Answered, also with an error of the client's own making."""
+    ERRORED = "errored"
+    """Answered, with an error at the end that says nothing against the agent."""
     CANCELLED = "cancelled"
     """The client left."""
     UNREACHABLE = "unreachable"

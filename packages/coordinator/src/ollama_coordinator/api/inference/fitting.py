@@ -8,6 +8,7 @@ is the one change that is ever made to a body, and only that number differs. A r
 context among the model's own parameters.
 """
 
+import asyncio
 from collections.abc import Iterable
 
 from msgspec import Struct, structs
@@ -21,6 +22,9 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import Request, RunnerOptions
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
+
+SHOW_SECONDS = 1.0
+"""Nobody waits longer to learn of a parameter."""
 
 SINCE = {
     "/v1/responses": "0.14.0",
@@ -115,10 +119,11 @@ class Fitting:
                 yield agent
 
     async def _has_own(self, name: str) -> bool:
-        """Whether the model's own parameters set a context; assumed where nobody tells."""
+        """Whether the model's own parameters set a context; assumed where nobody tells soon."""
         try:
-            return await self._shows.context_parameter(name) is not None
-        except OllamaCoordinatorError:
+            async with asyncio.timeout(SHOW_SECONDS):
+                return await self._shows.context_parameter(name) is not None
+        except (OllamaCoordinatorError, TimeoutError):
             return True
 
 

@@ -200,7 +200,8 @@ class Relay:
 
     def _settle(self, ending: Ending) -> None:
         if ending.error is not None:
-            self._held.outcome = Outcome(Result.MODEL_FAILED, ending.error)
+            result = Result.MODEL_FAILED if cannot_run(ending.error) else Result.ERRORED
+            self._held.outcome = Outcome(result, ending.error)
         else:
             self._held.outcome = Outcome(Result.SERVED, timings=ending.timings)
 
