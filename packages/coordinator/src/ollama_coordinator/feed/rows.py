@@ -17,6 +17,7 @@ from ollama_coordinator.operations import Operations
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler.state import Estimate
 from ollama_coordinator_common.protocol import AgentView
+from ollama_coordinator_common.types import AgentId
 
 Row = dict[str, Any]
 
@@ -30,8 +31,8 @@ OPERATIONS_SHOWN = 12
 class Estimating(Protocol):
     """A scheduler that predicts."""
 
-    def estimates(self) -> list[Estimate]:
-        """What is predicted of every model on every agent."""
+    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
+        """What is predicted of a model on an agent."""
 
 
 class Rows:
@@ -122,16 +123,22 @@ class Rows:
         return sum(estimate.slots if estimate else told for estimate in learned) or told
 
     def _estimate(self, now: float) -> None:
+        """Of what is in memory only: there may be a hundred thousand models on disks."""
         scheduler = self._dispatch.scheduler
         due = now - self._estimated_at >= ESTIMATES_SECONDS
         if due and isinstance(scheduler, Estimating):
             self._estimated_at = now
-            self._estimates = {(one.agent_id, one.model): one for one in scheduler.estimates()}
+            self._estimates = {
+                (agent.id, key): found
+                for agent in self._registry
+                for key in agent.inventory.loaded
+                if (found := scheduler.estimate(agent.id, key)) is not None
+            }
 
-    def estimate(self, agent_id: str, key: str) -> Estimate | None:
+    def estimate(self, agent_id: AgentId, key: str) -> Estimate | None:
         """What is predicted of a model on an agent."""
-        self._estimate(self._clock.now())
-        return self._estimates.get((agent_id, key))
+        scheduler = self._dispatch.scheduler
+        return scheduler.estimate(agent_id, key) if isinstance(scheduler, Estimating) else None
 
     def sparks(self) -> dict[str, Any]:
         """The sparklines so far: tokens per second, the newest last."""

@@ -131,7 +131,7 @@ class Chooser:
         leave = UNLOAD_SECONDS if room.victims or place.resident else 0.0
         if place.resident:  # loaded with other options, it is missed itself, as it is
             missed = room.penalty + self._rooms.loss(place, now)
-            room = Room(room.victims, missed, room.doubtful)
+            room = Room(room.victims, missed)
         cost = least + leave + entry.courtesy * room.penalty
         if cost >= below:
             return None

@@ -148,7 +148,6 @@ class Machine:
     sized: bool = False
     unsettled: bool = False
     batch: float = 0.4
-    used_bytes: int = 0
     epoch: int = 0
     full: tuple[int, float, int] = (-1, NEVER, 0)
     offered_at: float = NEVER
@@ -189,11 +188,10 @@ class Machine:
 
 
 class Room(Struct, frozen=True):
-    """What has to leave so that a model fits; `doubtful`: perhaps nothing has to."""
+    """What has to leave so that a model fits, and what that costs in seconds."""
 
     victims: tuple[Place, ...] = ()
     penalty: float = 0.0
-    doubtful: bool = False
 
 
 NOTHING_LEAVES = Room()

@@ -68,8 +68,14 @@ class ImmediateScheduler:
         """See `Scheduler.plan`."""
         granted: list[Lease] = []
         refused: list[tuple[RequestId, SchedulerError]] = []
+        none_free: set[str] = set()  # models that nobody has a place for now, nor in this plan
         for request in list(self._waiting.values()):
+            usual = not (request.excluded or request.deadline)
+            if usual and request.model in none_free:
+                continue
             decided = self._decide(request, now)
+            if usual and decided is None:
+                none_free.add(request.model)
             if isinstance(decided, Lease):
                 granted.append(decided)
             elif decided is not None:

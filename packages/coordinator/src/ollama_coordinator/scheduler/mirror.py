@@ -198,7 +198,7 @@ class Mirror:
                 self.settle(place, now, options_known=False)
             else:
                 self.vacate(place)
-        self._changed(machine)
+        machine.epoch += 1
 
     def _judge_trial(self, machine: Machine, sampled: float) -> None:
         """A list that was read after a load tells whether the other models are still there."""
@@ -229,7 +229,7 @@ class Mirror:
         if place not in machine.residents:
             machine.residents[place] = None
             self._replicas[place.model] += 1
-        self._changed(machine)
+        machine.epoch += 1
 
     def vacate(self, place: Place) -> None:
         """The model is no longer in memory, nor are the prompts it had read."""
@@ -240,11 +240,7 @@ class Mirror:
         if place in machine.residents:
             del machine.residents[place]
             self._replicas[place.model] -= 1
-        self._changed(machine)
-
-    def _changed(self, machine: Machine) -> None:
         machine.epoch += 1
-        machine.used_bytes = sum(place.memory_bytes for place in machine.residents)
 
     def relearn(self) -> None:
         """What was known of agents and models has been replaced."""

@@ -28,7 +28,7 @@ from .mirror import Mirror
 from .options import normal
 from .room import Rooms
 from .serving import BOTH, HEAD, TAIL, Serving
-from .state import Estimate, Learned, estimates, export_learned, import_learned
+from .state import Estimate, Learned, estimate, estimates, export_learned, import_learned
 from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
 from .waits import start_in
 
@@ -277,6 +277,10 @@ class PredictedScheduler:
     def estimates(self) -> list[Estimate]:
         """What is predicted of every model on every agent, for people."""
         return estimates(self._mirror, self._rates)
+
+    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
+        """What is predicted of one model on one agent, if it has it."""
+        return estimate(self._mirror, self._rates, agent_id, model)
 
     def export_state(self) -> Learned:
         """What was learned, to be kept over a restart."""

@@ -62,9 +62,9 @@ class Rooms:
     ) -> Room | None:
         """Ollama decides; half of what the cheapest loss would cost, or of the wait for one."""
         if idle:
-            return Room(penalty=DOUBT * idle[0][0], doubtful=True)
+            return Room(penalty=DOUBT * idle[0][0])
         wait = min(other.remaining(now) for other in others)
-        return Room(penalty=DOUBT * wait, doubtful=True)
+        return Room(penalty=DOUBT * wait)
 
     def _evict(
         self, place: Place, others: list[Place], idle: list[tuple[float, int]]

@@ -4,6 +4,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
+from .fleet import Place
 from .learning import Lengths, Mean, Rates
 from .mirror import Mirror
 
@@ -132,19 +133,30 @@ def import_learned(learned: Learned, mirror: Mirror, rates: Rates, lengths: Leng
 def estimates(mirror: Mirror, rates: Rates) -> list[Estimate]:
     """What is predicted of every model on every agent."""
     return [
-        Estimate(
-            agent_id=machine.id,
-            model=name,
-            load_seconds=place.load,
-            prefill_tokens_per_second=1 / place.prefill,
-            decode_tokens_per_second=1 / place.decode,
-            slots=place.slots.count,
-            slots_told=place.slots.fixed is not None,
-            samples=_samples(rates.pairs.get((machine.id, place.model))),
-        )
+        _estimate(name, place, rates)
         for machine in mirror.machines.values()
         for name, place in machine.places.items()
     ]
+
+
+def estimate(mirror: Mirror, rates: Rates, agent_id: AgentId, model: str) -> Estimate | None:
+    """What is predicted of this model on this agent; `None` if it does not have it."""
+    machine = mirror.machines.get(agent_id)
+    place = machine.places.get(model) if machine is not None else None
+    return None if place is None else _estimate(model, place, rates)
+
+
+def _estimate(name: str, place: Place, rates: Rates) -> Estimate:
+    return Estimate(
+        agent_id=place.machine.id,
+        model=name,
+        load_seconds=place.load,
+        prefill_tokens_per_second=1 / place.prefill,
+        decode_tokens_per_second=1 / place.decode,
+        slots=place.slots.count,
+        slots_told=place.slots.fixed is not None,
+        samples=_samples(rates.pairs.get((place.machine.id, place.model))),
+    )
 
 
 def _samples(means: Triple | None) -> tuple[int, int, int]:

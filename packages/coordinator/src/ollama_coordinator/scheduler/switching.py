@@ -192,6 +192,13 @@ class SwitchingScheduler:
             return []
         return self._current.estimates()
 
+    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
+        """What is predicted of one model on one agent, if it has it and the policy predicts."""
+        current = self._current
+        return (
+            current.estimate(agent_id, model) if isinstance(current, PredictedScheduler) else None
+        )
+
     def export_state(self) -> Learned:
         """What was learned, also under an earlier policy."""
         if not isinstance(self._current, PredictedScheduler):
