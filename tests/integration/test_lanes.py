@@ -11,8 +11,11 @@ from support.ollama import StandIn
 CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}], "stream": False}
 
 
-async def ask(coordinator: Running, lane: str | None) -> tuple[int, str]:
-    headers = {} if lane is None else {"X-Ollama-Coordinator-Lane": lane}
+async def ask(
+    coordinator: Running, lane: str | None = None, wait: str | None = None
+) -> tuple[int, str]:
+    told = {"X-Ollama-Coordinator-Lane": lane, "X-Ollama-Coordinator-Max-Wait": wait}
+    headers = {name: value for name, value in told.items() if value is not None}
     url = f"{coordinator.url}/api/chat"
     async with coordinator.session.post(url, json=CHAT, headers=headers) as response:
         return response.status, await response.text()
@@ -57,3 +60,30 @@ async def test_a_lane_that_is_none_is_told(coordinator: Running, ollama: StandIn
     status, text = await ask(coordinator, "express")
     assert status == 400
     assert "interactive or batch" in text
+
+
+@pytest.mark.spec("PROXY-26")
+async def test_who_waits_no_longer_is_told_so_and_served_when_there_is_a_place(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    agent_id = (await coordinator.get("/api/agents"))[0]["id"]
+    await coordinator.heartbeat(agent_id, runner={"num_parallel": 1})
+    assert (await ask(coordinator, wait="0"))[0] == 200
+    ollama.hold()
+    first = asyncio.create_task(ask(coordinator))
+    await ollama.seen.wait_for(lambda seen: seen.held == 1)
+    status, text = await ask(coordinator, wait="0.1")
+    assert (status, "server busy" in text) == (503, True)
+    assert not list(coordinator.parts.scheduler.waiting(coordinator.parts.clock.now()))
+    ollama.release()
+    assert (await first)[0] == 200
+
+
+@pytest.mark.spec("PROXY-26")
+@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", ""])
+async def test_a_wait_that_is_no_number_of_seconds_is_told(
+    coordinator: Running, ollama: StandIn, wait: str
+) -> None:
+    status, text = await ask(coordinator, wait=wait)
+    assert status == 400
+    assert "number of seconds" in text

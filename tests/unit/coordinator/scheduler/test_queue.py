@@ -8,9 +8,9 @@ from unit.coordinator.scheduler.world import World
 TWO_SECONDS = Timings(100, 100, 2.0, 0.0, 0.1, 1.9)
 
 
-def busy_world(max_queue: int = 100) -> World:
+def busy_world(max_queue: int = 100, policy: str | None = None) -> World:
     """One agent with one slot, taken."""
-    world = World(max_queue=max_queue)
+    world = World(max_queue=max_queue, policy=policy)
     world.agent("a", loaded=["m"], slots=1)
     world.send()
     return world
@@ -101,8 +101,9 @@ def test_a_clients_weight_is_its_share() -> None:
 
 
 @pytest.mark.spec("SCHED-14")
-def test_a_deadline_ends_the_wait() -> None:
-    world = busy_world()
+@pytest.mark.parametrize("policy", ["predicted", "least-connections"])
+def test_a_deadline_ends_the_wait(policy: str) -> None:
+    world = busy_world(policy=policy)
     request = world.submit(deadline=world.now + 3.0)
     assert world.scheduler.wake_at(world.now) is not None
     world.tick(2.9)

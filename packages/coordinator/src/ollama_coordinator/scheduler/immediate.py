@@ -93,6 +93,8 @@ class ImmediateScheduler:
         late = request.deadline is not None and now >= request.deadline
         waited = now - request.arrived_at
         hopeless = not found.recovering or waited >= RECOVERY_SECONDS
+        if late and found.agents:
+            return QueueFull(RETRY_AFTER_SECONDS)
         if late or (not found.agents and hopeless):
             return unavailable(self._registry, request, found, now)
         return None

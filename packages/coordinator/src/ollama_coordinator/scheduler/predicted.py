@@ -167,7 +167,6 @@ class PredictedScheduler:
             self._idle.clear()
             self._ledger.repredict(now)
             return Plan()
-        serving.expire(now)
         if now >= self._tick_at:
             self._tick(now)
         dirty, self._dirty = self._dirty, {}
@@ -175,6 +174,7 @@ class PredictedScheduler:
             serving.serve(line, now, dirty[line])
         while self._idle:
             serving.offer(self._idle.popitem()[0], now)
+        serving.expire(now)  # last: who waits for nothing is served by what is free
         self._ledger.repredict(now)
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()

@@ -1,5 +1,6 @@
 """From what was read of a request to what the scheduler decides on."""
 
+from math import inf
 from secrets import token_hex
 
 from starlette.types import Scope
@@ -20,6 +21,7 @@ def client_of(scope: Scope) -> str:
 
 
 LANE = b"x-ollama-coordinator-lane"
+MAX_WAIT = b"x-ollama-coordinator-max-wait"
 
 
 def lane_of(surface: Surface, scope: Scope) -> Lane:
@@ -30,10 +32,32 @@ def lane_of(surface: Surface, scope: Scope) -> Lane:
     """
     if surface.kind is Kind.EMBED:
         return Lane.EMBEDDING
-    wanted = next((value for name, value in scope["headers"] if name == LANE), b"interactive")
+    wanted = _header(scope, LANE) or b"interactive"
     if wanted not in (b"interactive", b"batch"):
         raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
     return Lane(wanted.decode())
+
+
+def deadline_of(scope: Scope, now: float) -> float | None:
+    """Until when it waits for a place, if its client says for how many seconds it does.
+
+    Raises:
+        HttpError: the header is no number of seconds.
+    """
+    wanted = _header(scope, MAX_WAIT)
+    if wanted is None:
+        return None
+    try:
+        seconds = float(wanted)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise HttpError(400, "X-Ollama-Coordinator-Max-Wait: give a number of seconds, 0 or more")
+    return now + seconds
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
+    return next((value for name, value in scope["headers"] if name == wanted), None)
 
 
 def take_in(surface: Surface, routing: Routing, scope: Scope, now: float) -> Request:
@@ -56,6 +80,7 @@ def take_in(surface: Surface, routing: Routing, scope: Scope, now: float) -> Req
         output_limit=routing.output_limit,
         options=routing.options,
         load_only=routing.load_only,
+        deadline=deadline_of(scope, now),
     )
 
 
