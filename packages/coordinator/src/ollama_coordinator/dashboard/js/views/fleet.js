@@ -104,7 +104,7 @@ class FleetView extends View {
     this.nothing.append(empty("fleet", "No machine yet",
       h("p", null, "On each machine that has Ollama, run this in a copy of the project. It registers here by itself and shows up on this page within seconds."),
       howToAddAnAgent(),
-      h("p", null, "An Ollama without our agent can be added too: POST its address to /api/agents.")));
+      h("p", null, "An Ollama without our agent can be added too: POST its machine_name, ip_address, ollama_version and ollama_port to /api/agents.")));
   }
 }
 
