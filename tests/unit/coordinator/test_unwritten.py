@@ -1,5 +1,6 @@
 """Finished requests that the database does not take: what they may cost, and that they remain."""
 
+import asyncio
 import random
 import tracemalloc
 from datetime import timedelta
@@ -9,11 +10,12 @@ import msgspec
 import pytest
 from sqlite_utils import Database
 
-from ollama_coordinator.db import History, Store
+from ollama_coordinator.db import Filter, History, Store, StoredBucket
 from ollama_coordinator.journal import Attempt
 from ollama_coordinator.scheduler import RequestId
 from ollama_coordinator.scheduler.explain import Candidate, Decision
 from ollama_coordinator_common.types import AgentId
+from support.coordinator import Running
 from support.past import NOON, past
 
 CANDIDATES = 50
@@ -68,3 +70,69 @@ async def test_full_accounts_are_small_while_the_database_fails(tmp_path: Path) 
         found = await history.find(past(7).id)
         assert found is not None
         assert msgspec.json.decode(found[1], type=list[Attempt]) == account(7)
+
+
+async def kept(history: History) -> list[str]:
+    """The ids in the database, oldest first."""
+    page, _ = await history.page(Filter(), limit=100)
+    return [request.id for request in reversed(page)]
+
+
+@pytest.mark.spec("DASH-12")
+async def test_the_newest_remain_when_the_database_fails_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.UNWRITTEN_AT_MOST", 4)
+    async with Store(tmp_path / "fleet.db") as store:
+        unwritten = History(store)
+        await store.run(break_writing)
+        for number in range(4):
+            unwritten.note(past(number), None)
+        failing = asyncio.create_task(unwritten.write(()))
+        await asyncio.sleep(0)
+        for number in range(4, 6):
+            unwritten.note(past(number), None)
+        assert not await failing
+        await store.run(mend)
+        assert await kept(unwritten) == [past(number).id for number in range(2, 6)]
+
+
+SLOW = """
+    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)
+    SELECT max(i) FROM n
+"""
+
+
+@pytest.mark.spec("DASH-7")
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: bool) -> None:
+    async with Store(tmp_path / "fleet.db") as store:
+        unwritten = History(store)
+        unwritten.note(past(1), None)
+        unwritten.note(past(2), None)
+        before = None if begun else asyncio.create_task(store.run(lambda db: db.execute(SLOW)))
+        await asyncio.sleep(0)
+        bucket = StoredBucket(10, 0, "", b"{}")
+        writing = asyncio.create_task(unwritten.write([bucket]))
+        await asyncio.sleep(0.1 if begun else 0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        unwritten.note(past(3), None)
+        assert await unwritten.write(())
+        if before is not None:
+            await before
+        assert await kept(unwritten) == [past(number).id for number in (1, 2, 3)]
+
+
+@pytest.mark.spec("DASH-12")
+async def test_numbers_whose_write_is_cancelled_are_written_later(coordinator: Running) -> None:
+    observation, store = coordinator.parts.observation, coordinator.parts.store
+    observation.series.fresh("someone").readings += 1
+    busy = asyncio.create_task(store.run(lambda db: db.execute(SLOW)))
+    await asyncio.sleep(0)
+    writing = asyncio.create_task(observation.sampler.write(everything=True))
+    await asyncio.sleep(0)
+    writing.cancel()
+    await asyncio.gather(busy, writing, return_exceptions=True)
+    rows = observation.series.take_changed(fleet_only=False)
+    assert [row.name for row in rows].count("someone") == 2

@@ -77,7 +77,10 @@ COLUMNS = (
     "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
     "why",
 )  # fmt: skip
-INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+INSERT = f"""
+    INSERT INTO requests ({", ".join(COLUMNS)}) SELECT {", ".join("?" * len(COLUMNS))}
+    WHERE NOT EXISTS (SELECT 1 FROM requests WHERE id = ?1)
+"""  # noqa: S608
 SHOWN = ", ".join(["seq", *COLUMNS[:-1]])
 
 

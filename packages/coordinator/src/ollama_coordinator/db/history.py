@@ -4,6 +4,7 @@ Prompts and answers are never kept. Pages go by key (`Cursor`), so that the last
 thousand rows costs as much as the first.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -59,15 +60,19 @@ class History:
         self._unwritten.append((request, packed(why)))
 
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
-        """Write what was noted and these buckets; what cannot be written stays noted."""
+        """Write what was noted and these buckets; a request that cannot be written stays noted."""
         if not self._unwritten and not buckets:
             return True
         batch = list(self._unwritten)
         self._unwritten.clear()
         try:
             await self._store.run(lambda db: _write(db, batch, buckets))
-        except DatabaseError:
-            self._unwritten.extendleft(reversed(batch))
+        except (DatabaseError, asyncio.CancelledError) as exc:
+            # A cancelled write may not have begun; what is written twice is in there once.
+            newer, self._unwritten = self._unwritten, deque(batch, maxlen=UNWRITTEN_AT_MOST)
+            self._unwritten.extend(newer)
+            if not isinstance(exc, DatabaseError):
+                raise
             return False
         return True
 

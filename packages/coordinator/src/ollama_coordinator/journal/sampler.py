@@ -133,8 +133,12 @@ class Sampler:
         self._series.fold(self._at())
         rows = self._series.take_changed(fleet_only=not due)
         stored = [StoredBucket(r.tier, r.start, r.name, encode(r.bucket)) for r in rows]
-        if not await self._history.write(stored):
-            self._series.put_back(rows)
+        written = False
+        try:
+            written = await self._history.write(stored)
+        finally:
+            if not written:
+                self._series.put_back(rows)
 
     def _at(self) -> float:
         return self._clock.utc(self._clock.now()).timestamp()
