@@ -104,6 +104,27 @@ async def test_a_copy_is_made_up_for_by_an_agent_that_was_away(
 
 
 @pytest.mark.spec("SURFACE-23")
+async def test_an_agent_that_was_away_makes_the_newest_of_several_copies(
+    coordinator: Running,
+) -> None:
+    models = [Model("a", digest="a" * 64), Model("b", digest="b" * 64)]
+    async with StandIn(models) as here, StandIn(models) as away:
+        await coordinator.register(here, "here")
+        agent_id = await coordinator.register(away, "away")
+        await coordinator.heartbeat(agent_id, leaving=True)
+        for source in ("a", "b"):
+            ends = {"source": source, "destination": "m"}
+            async with coordinator.session.post(
+                f"{coordinator.url}/api/copy", json=ends
+            ) as response:
+                assert response.status == 200
+        await coordinator.heartbeat(agent_id)
+        await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+        copies = [ollama.models.find("m") for ollama in (here, away)]
+        assert [copy.digest for copy in copies if copy is not None] == ["b" * 64] * 2
+
+
+@pytest.mark.spec("SURFACE-23")
 async def test_a_pull_makes_a_delete_that_is_still_owed_void(coordinator: Running) -> None:
     registry = [Model("llama3.2")]
     async with StandIn(registry=registry) as here, StandIn(registry=registry) as away:
@@ -136,6 +157,25 @@ async def test_a_model_is_loaded_on_several_agents_and_unloaded_on_all(
     view = await _ended(coordinator, {"kind": "unload", "model": "llama3.2"})
     assert [target["state"] for target in view["targets"]] == ["done", "done"]
     assert [ollama.loaded, spare.loaded] == [[], []]
+
+
+@pytest.mark.spec("SURFACE-27")
+async def test_an_agent_that_drains_loads_only_where_no_other_can(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    ids = {agent.name: agent.id for agent in coordinator.parts.registry}
+    load = {"kind": "load", "model": "llama3.2", "placement": "2"}
+
+    async def drain(name: str) -> None:
+        url = f"{coordinator.url}/api/agents/{ids[name]}"
+        await coordinator.session.patch(url, json={"draining": True})
+
+    await drain("first")
+    assert (await _ended(coordinator, load))["state"] == "done"
+    assert [ollama.loaded, spare.loaded] == [[], ["llama3.2:latest"]]
+    await drain("spare")
+    assert (await _ended(coordinator, load))["state"] == "done"
+    assert [ollama.loaded, spare.loaded] == [["llama3.2:latest"]] * 2
 
 
 @pytest.mark.spec("SURFACE-27")

@@ -225,7 +225,7 @@ async def test_a_file_that_a_model_was_made_of_is_there(
     assert await _head(coordinator) == 404
     assert await _upload(coordinator) == 201
     assert await _made(coordinator) == (200, {"status": "success"})
-    assert coordinator.parts.surface.spooled_bytes == 0
+    assert await _head(coordinator, "?placement=label:nobody") == 404
     assert await _head(coordinator) == 200
     assert await _upload(coordinator, b"not read") == 200
     assert await _made(coordinator, "again") == (200, {"status": "success"})
@@ -336,3 +336,88 @@ async def test_a_digest_is_compared_as_it_was_written(coordinator: Running) -> N
         assert response.status == 400
         told = f'digest mismatch, expected "{written}", got "{DIGEST}"'
         assert await response.json() == {"error": told}
+
+
+async def _create(coordinator: Running, system: str, query: str = "", **more: Any) -> Any:
+    body = {"model": "mine", "from": "llama3.2", "system": system, "stream": False, **more}
+    return await coordinator.post(f"/api/create{query}", body)
+
+
+def _systems(*agents: StandIn) -> list[str | None]:
+    """What each agent's `mine` is told; `None` where there is none."""
+    models = [agent.models.find("mine") for agent in agents]
+    return [None if model is None else model.system for model in models]
+
+
+@pytest.mark.spec("SURFACE-23")
+async def test_an_agent_that_was_away_makes_the_newest_of_several_models(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    away = next(agent.id for agent in coordinator.parts.registry if agent.name == "spare")
+    await coordinator.heartbeat(away, leaving=True)
+    for system in ("old", "new"):
+        assert await _create(coordinator, system) == (200, {"status": "success"})
+    await coordinator.heartbeat(away)
+    await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+    assert _systems(ollama, spare) == ["new", "new"]
+    assert spare.seen.count("/api/create") == 1
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_where_a_number_is_enough_a_model_is_made_where_requests_go(
+    ollama: StandIn, spare: StandIn
+) -> None:
+    async with running(pull_placement="1") as coordinator:
+        for agent in (ollama, spare):
+            await coordinator.register(agent)
+        draining, other = sorted(agent.id for agent in coordinator.parts.registry)
+        await _set(coordinator, draining, draining=True)
+        assert await _create(coordinator, "brief") == (200, {"status": "success"})
+        assert (await coordinator.chat("mine"))[0] == 200
+        await _set(coordinator, other, draining=True)
+        status, answer = await _create(coordinator, "long")
+        assert (status, answer) == (200, {"status": "success"})
+        assert sorted(_systems(ollama, spare), key=str) == [None, "long"]
+
+
+@pytest.mark.spec("SURFACE-25")
+@pytest.mark.parametrize("placement", ["1", "all"])
+async def test_where_everybody_drains_nothing_new_is_made(
+    coordinator: Running, ollama: StandIn, placement: str
+) -> None:
+    agent = next(iter(coordinator.parts.registry))
+    await _set(coordinator, agent.id, draining=True)
+    async with StandIn([]) as without:
+        await coordinator.register(without, "without")
+        status, answer = await _create(coordinator, "brief", f"?placement={placement}")
+        assert (status, "(first: draining)" in answer["error"]) == (503, True)
+
+
+@pytest.mark.spec("SURFACE-25")
+async def test_a_number_updates_the_agents_that_have_the_model_already(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    assert await _create(coordinator, "old") == (200, {"status": "success"})
+    assert await _create(coordinator, "new", "?placement=1") == (200, {"status": "success"})
+    assert _systems(ollama, spare) == ["new", "new"]
+
+
+@pytest.mark.spec("SURFACE-24")
+async def test_a_file_stays_as_long_as_another_model_is_made_of_it(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    assert await _upload(coordinator) == 201
+    with spare.faults.hang(paths=("/api/blobs/*",)):
+        waiting = asyncio.create_task(_made(coordinator, "second", "?placement=agents:spare"))
+        await spare.seen.wait_for(lambda seen: seen.faulted == 1)
+        made = await _made(coordinator, "first", "?placement=agents:first")
+        assert made == (200, {"status": "success"})
+    assert await waiting == (200, {"status": "success"})
+    assert _sent(ollama, spare) == [1, 1]
+    assert await _head(coordinator, "?placement=label:nobody") == 404
+
+
+async def _set(coordinator: Running, agent_id: str, **settings: Any) -> None:
+    url = f"{coordinator.url}/api/agents/{agent_id}"
+    async with coordinator.session.patch(url, json=settings) as response:
+        assert response.status == 200

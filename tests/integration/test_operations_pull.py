@@ -124,6 +124,43 @@ async def test_several_pulls_of_one_model_are_one() -> None:
         assert [ollama.seen.count("/api/pull") for ollama in ollamas] == [1, 1]
 
 
+@pytest.mark.spec("SURFACE-18")
+async def test_a_pull_that_was_cancelled_is_not_joined() -> None:
+    async with fleet(2) as (coordinator, ollamas):
+        _stall(ollamas)
+        operations = coordinator.parts.surface.operations
+        _, started = await coordinator.post("/api/operations", {"kind": "pull", **PULL})
+        await _all_stalled(ollamas)
+        for ollama in ollamas:
+            ollama.faults.clear()
+        cancelled = operations.get(started["id"])
+        operations.cancel(cancelled)
+        assert not cancelled.is_over
+        again = operations.start(cancelled.deed, list(coordinator.parts.registry), detached=True)
+        await again.feed.over()
+        assert (cancelled.state.value, again.state.value) == ("cancelled", "done")
+        assert [names(ollama) for ollama in ollamas] == [["tiny:latest"]] * 2
+
+
+@pytest.mark.spec("SURFACE-18")
+async def test_the_end_of_a_cancelled_pull_does_not_touch_the_one_begun_anew() -> None:
+    async with fleet(2) as (coordinator, ollamas):
+        ollamas[0].faults.error_line("no space left on device", after=1, paths=["/api/pull"])
+        _stall(ollamas[1:])
+        operations = coordinator.parts.surface.operations
+        _, started = await coordinator.post("/api/operations", {"kind": "pull", **PULL})
+        cancelled = operations.get(started["id"])
+        await coordinator.until(
+            lambda: "failed" in {target.state.value for target in cancelled.targets.values()}
+        )
+        await _all_stalled(ollamas[1:])
+        operations.cancel(cancelled)
+        operations.start(cancelled.deed, list(coordinator.parts.registry), detached=True)
+        await cancelled.feed.over()
+        owing = {coordinator.agent(pending.agent_id).name for pending in operations.pending()}
+        assert "agent-1" in owing
+
+
 @pytest.mark.spec("SURFACE-19")
 async def test_a_pull_that_nobody_waits_for_ends_on_every_agent() -> None:
     async with fleet(2) as (coordinator, ollamas):

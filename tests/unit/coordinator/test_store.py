@@ -120,6 +120,31 @@ async def test_the_newest_of_several_notes_wins(path: Path) -> None:
         assert await opened.document("rates") == b"2"
 
 
+async def test_a_document_given_as_a_function_is_asked_for_when_it_is_written(path: Path) -> None:
+    asked: list[int] = []
+    debts = [1]
+
+    def body() -> bytes:
+        asked.append(len(debts))
+        return str(debts).encode()
+
+    async with Store(path) as opened:
+        for number in range(1000):
+            debts.append(number)
+            opened.note_document("debts", body)
+        await opened.run(fail)
+        await opened.flush()
+        assert asked == [1001]
+        await opened.run(mend)
+        await opened.flush()
+        assert await opened.document("debts") == str(debts).encode()
+        debts.clear()
+        opened.note_document("debts", body)
+    assert asked == [1001, 0]
+    async with Store(path) as again:
+        assert await again.document("debts") == b"[]"
+
+
 async def test_a_removal_beats_a_save_that_waits(path: Path) -> None:
     async with Store(path) as opened:
         opened.note_agent(row())

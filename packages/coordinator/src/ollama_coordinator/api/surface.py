@@ -94,11 +94,6 @@ class Surface:
         async with self._spool, self.operations:
             yield
 
-    @property
-    def spooled_bytes(self) -> int:
-        """What uploaded files take here."""
-        return self._spool.used_bytes
-
     def routes(self) -> list[BaseRoute]:
         """The routes of all this."""
         account = self._account

@@ -49,7 +49,7 @@ class Store:
         self._database: Database | None = None
         self._agents: dict[AgentId, AgentRow | None] = {}
         self._seen: dict[AgentId, datetime] = {}
-        self._documents: dict[str, bytes] = {}
+        self._documents: dict[str, bytes | Callable[[], bytes]] = {}
         self._flusher: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
         self.problem: str | None = None
@@ -115,8 +115,8 @@ class Store:
         """
         return await self._run(lambda: self._read_document(name))
 
-    def note_document(self, name: str, body: bytes) -> None:
-        """Write a document behind."""
+    def note_document(self, name: str, body: bytes | Callable[[], bytes]) -> None:
+        """Write a document behind; one that is given as a function, as it is by then."""
         self._documents[name] = body
 
     async def run(self, work: Callable[[Database], T]) -> T:
@@ -147,7 +147,11 @@ class Store:
     async def _flush(self) -> None:
         if not self._agents and not self._seen and not self._documents:
             return
-        agents, seen, documents = self._agents, self._seen, self._documents
+        documents = {
+            name: body if isinstance(body, bytes) else body()
+            for name, body in self._documents.items()
+        }
+        agents, seen = self._agents, self._seen
         self._agents, self._seen, self._documents = {}, {}, {}
         try:
             await self._run(lambda: self._write(agents, seen, documents))
@@ -155,7 +159,7 @@ class Store:
             # A cancelled write may not have begun; what is written twice is the same twice.
             self._agents = agents | self._agents
             self._seen = seen | self._seen
-            self._documents = documents | self._documents
+            self._documents = {**documents, **self._documents}
             if not isinstance(exc, DatabaseError):
                 raise
             self._tell(str(exc))

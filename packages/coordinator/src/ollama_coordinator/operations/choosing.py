@@ -46,7 +46,9 @@ class Choosing:
         return [agent for agent in self._registry if placement.concerns(agent)]
 
     async def for_create(self, name: str, source: str, placement: Placement) -> Places:
-        """The agents that build a model: those that have what it is made from.
+        """The agents that build a model: of those that have what it is made from.
+
+        They are chosen as for a pull: with them, those that have a model of this name already.
 
         Raises:
             InvalidModelName: the source cannot be a name.
@@ -59,12 +61,10 @@ class Choosing:
         except ModelNotFound:
             return self.for_pull(name, placement)  # an agent pulls what it lacks by itself
         holders = self._registry.holders(model_key(source))
-        meant = [agent for agent in holders if placement.concerns(agent)]
-        if placement.rule is Rule.COUNT:
-            reachable = self._asking.reachable(meant)
-            return Places(reachable[: placement.count], reachable[placement.count :])
-        self._check(meant, placement)
-        return Places(meant)
+        reachable = self._asking.reachable(holders)
+        found = places(placement, holders, self.copies(model_key(name)), reachable)
+        self._check(found.chosen, placement, holders)
+        return found
 
     async def for_push(self, name: str) -> AgentState:
         """The one agent that pushes; where nobody has the model, anyone says so.
@@ -83,22 +83,32 @@ class Choosing:
     async def for_load(self, name: str, placement: Placement) -> list[AgentState]:
         """The agents that bring a model into memory; those that have it there count.
 
+        Those that drain get no requests: they are asked where nobody else can be.
+
         Raises:
             ModelNotFound: no agent has it on disk.
             HoldersUnavailable: those that have it are away.
+            NoAgentForModel: the placement means none that has it.
         """
         key = model_key(name)
         holders = [a for a in await self._asking.holders(name) if placement.concerns(a)]
+        holders = [agent for agent in holders if not agent.settings.draining] or holders
         holders.sort(key=lambda agent: (not agent.inventory.is_loaded(key), agent.id))
         count = placement.count if placement.rule is Rule.COUNT else len(holders)
         if not holders:
             raise NoAgentForModel(f"placement {placement.text} leaves no agent that has the model")
         return holders[:count]
 
-    def _check(self, agents: Sequence[AgentState], placement: Placement) -> None:
+    def _check(
+        self,
+        agents: Sequence[AgentState],
+        placement: Placement,
+        others: Sequence[AgentState] = (),
+    ) -> None:
+        """Raise unless one of them can be asked; where there are none, tell of the others."""
         if self._asking.reachable(agents):
             return
-        away = self._asking.why_not(agents or list(self._registry))
+        away = self._asking.why_not(agents or others or list(self._registry))
         told = "; ".join(f"{name}: {reason}" for name, reason in sorted(away.items()))
         raise NoAgentForModel(
             f"no agent that placement {placement.text} means can be reached "

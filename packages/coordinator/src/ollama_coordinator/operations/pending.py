@@ -11,13 +11,17 @@ DOCUMENT = "pending-operations"
 
 _pending = msgspec.json.Decoder(list[Pending])
 
+MAKING = (Kind.PULL, Kind.CREATE, Kind.COPY)
+"""Each puts a content of its own under the name, so that only the last of them counts."""
+
 UNDONE_BY = {
-    Kind.PULL: (Kind.DELETE,),
-    Kind.CREATE: (Kind.DELETE,),
-    Kind.COPY: (Kind.DELETE,),
-    Kind.DELETE: (Kind.PULL, Kind.CREATE, Kind.COPY, Kind.LOAD, Kind.UNLOAD),
-    Kind.LOAD: (Kind.UNLOAD,),
-    Kind.UNLOAD: (Kind.LOAD,),
+    Kind.PULL: (*MAKING, Kind.DELETE),
+    Kind.CREATE: (*MAKING, Kind.DELETE),
+    Kind.COPY: (*MAKING, Kind.DELETE),
+    Kind.DELETE: (*MAKING, Kind.DELETE, Kind.LOAD, Kind.UNLOAD),
+    Kind.LOAD: (Kind.LOAD, Kind.UNLOAD),
+    Kind.UNLOAD: (Kind.LOAD, Kind.UNLOAD),
+    Kind.PUSH: (Kind.PUSH,),
 }
 """Which older debts a newer deed on the same model makes void."""
 
@@ -37,7 +41,7 @@ class Debts:
         """
         body = await self._store.document(DOCUMENT)
         for pending in _pending.decode(body) if body else ():
-            self._owed[_key(pending.agent_id, pending.deed)] = pending
+            self.add(pending)
 
     def all(self) -> list[Pending]:
         """Everything that is owed."""
@@ -48,30 +52,36 @@ class Debts:
         return [pending for pending in self._owed.values() if pending.agent_id == agent_id]
 
     def add(self, pending: Pending) -> None:
-        """An agent is to do something when it is back."""
+        """An agent is to do something when it is back; what it owes already keeps its place."""
         self.void(pending.agent_id, pending.deed)
         self._owed.setdefault(_key(pending.agent_id, pending.deed), pending)
-        self._write()
+        self._changed()
 
     def void(self, agent_id: AgentId, deed: Deed) -> None:
-        """A deed that is newer than what is owed makes some of that senseless."""
-        kinds = UNDONE_BY.get(deed.kind, ())
-        gone = [self._owed.pop((agent_id, kind, deed.key), None) for kind in kinds]
-        if any(gone):
-            self._write()
+        """A deed that is newer than what is owed makes some of that senseless, but not itself."""
+        for kind in UNDONE_BY[deed.kind]:
+            known = self._owed.get((agent_id, kind, deed.key))
+            if known is not None and known.deed != deed:
+                self._drop(known)
 
     def settle(self, agent_id: AgentId, deed: Deed) -> None:
-        """It was done, or cannot be done."""
-        if self._owed.pop(_key(agent_id, deed), None) is not None:
-            self._write()
+        """It was done, or cannot be done; a newer one of its kind is owed still."""
+        known = self._owed.get(_key(agent_id, deed))
+        if known is not None and known.deed == deed:
+            self._drop(known)
 
     def forget(self, agent_id: AgentId) -> None:
         """The agent was removed."""
         for pending in self.of(agent_id):
-            self.settle(agent_id, pending.deed)
+            self._drop(pending)
 
-    def _write(self) -> None:
-        self._store.note_document(DOCUMENT, msgspec.json.encode(self.all()))
+    def _drop(self, pending: Pending) -> None:
+        del self._owed[_key(pending.agent_id, pending.deed)]
+        self._changed()
+
+    def _changed(self) -> None:
+        # An operation on a thousand agents changes it a thousand times at once.
+        self._store.note_document(DOCUMENT, lambda: msgspec.json.encode(self.all()))
 
 
 def _key(agent_id: AgentId, deed: Deed) -> tuple[AgentId, Kind, str]:

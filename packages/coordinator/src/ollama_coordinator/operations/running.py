@@ -152,7 +152,7 @@ class Operations:
             return None
         for operation in self._running.values():
             same = (operation.kind, operation.deed.key) == (deed.kind, deed.key)
-            if same and not operation.is_over:
+            if same and not operation.cancelled and not operation.is_over:
                 return operation
         return None
 
@@ -205,6 +205,8 @@ class Operations:
 
     def _write_off(self, operation: Operation) -> None:
         """What Ollama refused where it was asked, agents that are away need not try either."""
+        if operation.cancelled:
+            return  # nothing of it is owed any more, and the same may have begun anew
         targets = operation.targets.values()
         failed = any(target.state is State.FAILED for target in targets)
         if failed and not any(target.state is State.DONE for target in targets):
@@ -215,7 +217,9 @@ class Operations:
         """Files that a model was created from are on the agents now."""
         if operation.state is not State.DONE:
             return
-        wanted = {digest for pending in self._debts.all() for digest in pending.deed.blobs}
+        wanted_by = [pending.deed for pending in self._debts.all()]
+        wanted_by += [other.deed for other in self._running.values()]
+        wanted = {digest for deed in wanted_by for digest in deed.blobs}
         for digest in set(operation.deed.blobs) - wanted:
             self._spool.drop(digest)
 

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 import re
-import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -162,10 +161,6 @@ class Spool:
         if self._sizes.pop(digest, None) is not None:
             self._file(digest).unlink(missing_ok=True)
             log.info("uploaded file dropped", extra={"digest": digest})
-
-    def free_bytes(self) -> int:
-        """What the disk has left."""
-        return shutil.disk_usage(self._folder).free
 
 
 def _check(asked: str, found: str) -> None:

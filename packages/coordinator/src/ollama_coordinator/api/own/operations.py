@@ -71,14 +71,17 @@ class OperationsApi:
         self._registry = registry
 
     @operation(
-        "Start an operation on a model; it goes on whether anybody listens or not",
+        "Start an operation on a model; a delete is answered when it has ended",
         takes=NewOperation,
         gives={202: OperationView},
         errors=(404, 503),
         relays=True,
     )
     async def start(self, request: Request) -> Response:
-        """`POST /api/operations`: 202 at once; it goes on whether anybody listens or not."""
+        """`POST /api/operations`: 202 once it is under way; it goes on whether anybody listens.
+
+        A delete is waited for: 202 when it has ended, an error where an agent could not.
+        """
         wanted = await decode(_new, request)
         ModelName.parse(wanted.model)
         return reply((await self._start(wanted)).view(), 202)
