@@ -205,6 +205,14 @@ async def test_a_host_that_cannot_be_one_is_unreachable(upstreams: Upstreams, ho
         await whole(upstreams, f"http://{host}:1")
 
 
+async def test_a_connection_that_does_not_come_about_makes_one_think_of_a_firewall(
+    upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "_pool", Failing(aiohttp.ConnectionTimeoutError()))
+    with pytest.raises(Unreachable, match="no connection within 3 s; does a firewall"):
+        await upstreams.fetch("GET", "http://gpu-1:11434/", seconds=5)
+
+
 async def test_a_redirect_and_a_compressed_body_pass_as_they_are(upstreams: Upstreams) -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Encoding: gzip\r\nContent-Length: 3"
     async with answering(answer + b"\r\n\r\nabc") as url:
@@ -222,7 +230,7 @@ async def test_a_small_request_has_a_time_limit(upstreams: Upstreams) -> None:
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        with pytest.raises(Unreachable, match=r"no answer within 0\.01 s"):
+        with pytest.raises(Unreachable, match=r"no answer within 0\.01 s; .* firewall"):
             await upstreams.fetch("GET", url, seconds=0.01)
         forever.set()
 

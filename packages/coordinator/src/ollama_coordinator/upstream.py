@@ -102,7 +102,8 @@ class Upstreams:
             async with asyncio.timeout(seconds), self.open(method, url, body=body) as response:
                 return response.status, b"".join([chunk async for chunk in chunks(response)])
         except TimeoutError as exc:
-            raise Unreachable(f"no answer within {seconds:g} s") from exc
+            advice = "is its Ollama stuck, or a firewall in the way?"
+            raise Unreachable(f"no answer within {seconds:g} s; {advice}") from exc
         except Cut as exc:
             raise Unreachable(str(exc)) from exc
 
@@ -159,7 +160,8 @@ _RESET = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
 def _reason(exc: Exception) -> str:
     """What an operator understands of a transport error."""
     if isinstance(exc, aiohttp.ConnectionTimeoutError | aiohttp.ServerTimeoutError):
-        return f"no connection within {CONNECT_SECONDS:g} s"
+        advice = "does a firewall on that machine let this port in?"
+        return f"no connection within {CONNECT_SECONDS:g} s; {advice}"
     if isinstance(exc, aiohttp.InvalidURL | UnicodeError):
         return f"has no address that can be reached: {exc}"
     if isinstance(exc, aiohttp.ClientResponseError):
