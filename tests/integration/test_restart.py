@@ -35,6 +35,18 @@ async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(tmp_p
             assert await coordinator.heartbeat(agent_id) == 200
 
 
+@pytest.mark.spec("OPERATION-3")
+async def test_the_log_tells_which_file_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the program starts in the folder that this one is in
+    port = programs.free_port()
+    url = "sqlite://coordinator.db"
+    async with programs.coordinator(tmp_path, port, DATABASE_URL=url) as (_, program):
+        await program.says("coordinator listens")
+        await program.says(f"database={tmp_path / 'coordinator.db'}")
+
+
 @pytest.mark.spec("FLEET-20")
 async def test_an_agent_silent_for_long_is_back_when_its_ollama_answers(tmp_path: Path) -> None:
     database = tmp_path / "c.db"

@@ -17,7 +17,7 @@ from types import FrameType
 from hypercorn.config import Config
 from starlette.applications import Starlette
 
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from ollama_coordinator_common.error import ConfigError
 
 from .app import Coordinator, create_app
@@ -154,7 +154,12 @@ async def _serve(
 
     log.info(
         "coordinator listens",
-        extra={"host": config.host, "port": config.port, "connections": allowed.connections},
+        extra={
+            "host": config.host,
+            "port": config.port,
+            "connections": allowed.connections,
+            "database": _kept_in(config.database_url),
+        },
     )
     serving = asyncio.create_task(serve(app, server, asked, http=config.http, door=door))
     ending = asyncio.create_task(_end_in_order(coordinator, stop, door))
@@ -171,6 +176,12 @@ async def _serve(
         serving.cancel()
         ending.cancel()
         await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
+
+
+def _kept_in(database_url: str) -> str:
+    """Where the database is, whatever folder the program was started in."""
+    path = database_path(database_url)
+    return "in memory" if path is None else str(path.absolute())
 
 
 def collect_seldom() -> None:

@@ -68,7 +68,7 @@ OPTIONS = (
         "database_url",
         "sqlite://coordinator.db",
         "URL",
-        "The SQLite file that keeps the agents and what was learned of them.",
+        "The SQLite file for agents and what was learned; sqlite://FILE is in the working folder.",
     ),
     Option(
         "HEALTH_CHECK_INTERVAL",
