@@ -21,6 +21,7 @@ def loop_of(name: str) -> Callable[[], AbstractEventLoop] | None:
     except ImportError as exc:
         if name == "auto":
             return None
-        expected = "install ollama-coordinator[fast], where uvloop exists; or give auto"
+        command = "uv tool install './packages/coordinator[fast]'"
+        expected = f"in a clone, run {command} (not on Windows); or give auto"
         raise ConfigError("COORDINATOR_LOOP", name, expected) from exc
     return uvloop.new_event_loop

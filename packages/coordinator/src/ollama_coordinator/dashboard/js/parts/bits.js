@@ -40,7 +40,7 @@ export function empty(name, title, ...content) {
 
 /** The very commands that add a machine to this coordinator, in a copy of the project. */
 export function howToAddAnAgent() {
-  return command(`pip install ./packages/agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
+  return command(`uv tool install ./packages/agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
 }
 
 /** A labelled value for lists of facts; `set` changes it. */
