@@ -1,6 +1,7 @@
 """What README and the specifications say is what the programs do."""
 
 import json
+import plistlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ import typer
 from starlette.routing import BaseRoute, Route
 
 from ollama_coordinator import main as coordinator
+from ollama_coordinator import server
 from ollama_coordinator.app import create_app
+from ollama_coordinator.tuning import SETTINGS
 from ollama_coordinator_agent import main as agent
 from ollama_coordinator_common import protocol
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator_common.config import CoordinatorConfig, database_path
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -28,15 +31,15 @@ PROGRAMS = {"Coordinator": coordinator.app, "Agent": agent.app}
 # ── settings ──────────────────────────────────────────────────────────────────────────────────
 
 
-def section(title: str) -> str:
-    """The text under a heading of README, up to the next heading."""
-    _, _, rest = README.partition(f"\n### {title}\n")
-    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
+def section(title: str, text: str = README) -> str:
+    """The text under a heading, up to the next heading."""
+    _, _, rest = text.partition(f"\n### {title}\n")
+    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def documented(title: str) -> dict[str, str]:
+def documented(title: str, text: str = README) -> dict[str, str]:
     """Variables and defaults of a table: the first two columns, in backticks."""
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? ?\|", section(title), re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? ?\|", section(title, text), re.MULTILINE)
     return dict(rows)
 
 
@@ -72,10 +75,76 @@ def test_a_command_reads_no_variable_that_no_table_has(title: str) -> None:
         assert options(command).keys() <= known, command.name
 
 
-def test_the_japanese_readme_gives_the_same_defaults() -> None:
-    told = dict(re.findall(r"`([A-Z_]+)`\s*（`([^`]*)`", JAPANESE))
-    assert told
-    assert told.items() <= (documented("Coordinator") | documented("Agent")).items()
+@pytest.mark.parametrize("text", [README, JAPANESE], ids=["English", "Japanese"])
+def test_the_settings_that_cannot_be_changed_while_it_runs_are_named(text: str) -> None:
+    [paragraph] = [part for part in text.split("\n\n") if "`PATCH /api/settings`" in part]
+    changed_later = {setting.variable for setting in SETTINGS if not setting.fixed}
+    named = set(re.findall(r"`([A-Z_]+)`", paragraph))
+    assert named == documented("Coordinator").keys() - changed_later
+
+
+# ── Japanese ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("english", "japanese"), [("Coordinator", "コーディネーター"), ("Agent", "エージェント")]
+)
+def test_the_japanese_readme_has_the_same_settings_and_defaults(
+    english: str, japanese: str
+) -> None:
+    assert documented(japanese, JAPANESE) == documented(english)
+
+
+def test_the_japanese_readme_has_the_same_headings_routes_and_rows() -> None:
+    for pattern in (r"^#+(?= )", ROUTE.pattern, r"^\| `[^`]+` \|"):
+        found = [re.findall(pattern, text, re.MULTILINE) for text in (README, JAPANESE)]
+        assert found[0]
+        assert found[0] == found[1], pattern
+
+
+def test_the_japanese_readme_has_the_same_commands_and_files() -> None:
+    blocks = [fenced(text) for text in (README, JAPANESE.replace("こんにちは", "Hello!"))]
+    assert blocks[0]
+    assert blocks[0] == blocks[1]
+
+
+# ── files to copy ─────────────────────────────────────────────────────────────────────────────
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    """The blocks of a document with their languages, without remarks."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(language, re.sub(r" *# .*", "", block)) for language, block in found]
+
+
+def block(language: str) -> str:
+    """The one block in a language."""
+    [found] = [text for of, text in fenced(README) if of == language]
+    return found
+
+
+def test_the_services_set_what_the_programs_read() -> None:
+    lines = re.findall(r"^Environment=(.*)$", block("ini"), re.MULTILINE)
+    given = dict(pair.split("=", 1) for line in lines for pair in line.split())
+    assert given.keys() <= (documented("Coordinator") | documented("Agent")).keys()
+    database = database_path(given["DATABASE_URL"])
+    assert database is not None
+    assert database.as_posix() == "/var/lib/ollama-coordinator/coordinator.db"
+
+
+def test_the_service_is_given_the_time_that_an_orderly_end_takes() -> None:
+    found = re.search(r"^TimeoutStopSec=(\d+)$", block("ini"), re.MULTILINE)
+    assert found
+    ending = server.LAST_WORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
+    assert int(found[1]) > CoordinatorConfig().drain_timeout + ending
+
+
+def test_the_property_list_is_one() -> None:
+    facts = plistlib.loads(block("xml").encode())
+    program, *given = facts["ProgramArguments"]
+    assert Path(program).name == facts["Label"] == "ollama-coordinator-agent"
+    assert given == ["--coordinator-url", "http://coordinator:8080"]
+    assert f'"{" ".join(given)}"' in block("powershell")
 
 
 # ── routes ────────────────────────────────────────────────────────────────────────────────────
@@ -108,6 +177,25 @@ def test_every_route_in_readmes_table_exists(table: set[tuple[str, str]]) -> Non
     told = {(method, anonymous(path)) for method, path in ROUTE.findall(api.split("\n## ")[0])}
     assert told
     assert told - table == set()
+
+
+OTHERS = ("/healthz", "/readyz", "/api/openapi.json", "/api/signout", "/api/user/")
+"""Paths that the section on proxies does not name, and that no client needs."""
+
+
+def test_a_proxy_lets_clients_through_but_to_nothing_that_is_for_others(
+    table: set[tuple[str, str]],
+) -> None:
+    found = re.search(r"^location ~ (\S+) \{", block("nginx"), re.MULTILINE)
+    assert found
+    paths = {path for _, path in table}
+    passed = {path for path in paths if re.search(found[1], path)}
+    named, _, _ = section("Behind a proxy").partition("```")
+    words = re.findall(r"`([^`]+)`", named)
+    kept = tuple(word if word.startswith("/") else f"/api/{word}" for word in words)
+    assert {path for path in passed if path.startswith(kept)} == set()
+    assert {path for path in paths - passed if not path.startswith((*kept, *OTHERS))} == set()
+    assert [word for word in kept if not any(path.startswith(word) for path in paths)] == []
 
 
 def test_the_first_versions_routes_are_in_readmes_table() -> None:
