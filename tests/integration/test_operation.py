@@ -103,12 +103,15 @@ async def test_health_counts_what_there_is() -> None:
         health = await coordinator.get("/healthz")
         counted = {key: health[key] for key in ("agents", "agents_online", "in_flight", "waiting")}
         assert counted == {"agents": 1, "agents_online": 1, "in_flight": 1, "waiting": 0}
+        queued = asyncio.create_task(coordinator.chat())
+        await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 1)
+        assert (await coordinator.get("/healthz"))["waiting"] == 1
         assert (await coordinator.get("/readyz"))["status"] == "ok"
         coordinator.parts.health.stopping = True
         async with coordinator.session.get(f"{coordinator.url}/readyz") as response:
             assert response.status == 503
         ollama.release()
-        await asked
+        await asyncio.gather(asked, queued)
 
 
 async def register(url: str, ollama: StandIn) -> None:

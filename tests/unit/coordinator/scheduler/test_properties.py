@@ -152,6 +152,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         line = {one.request.id for one in self.world.scheduler.waiting(self.world.now)}
         assert line == self.waiting.keys()
+        assert self.world.scheduler.waiting_count() == len(line)
         # Until the next plan, one more of each line may be in it: who has a free place.
         assert len(line) <= 12 + len(MODELS) * len(CONTEXTS)
 

@@ -105,6 +105,7 @@ def test_a_switch_loses_nobody_and_keeps_the_order(policy: str) -> None:
         assert world.scheduler.in_flight(AgentId("a")) == 1
         line = world.scheduler.waiting(world.now)
         assert [one.request.id for one in line] == [request.id for request in waiting]
+        assert world.scheduler.waiting_count() == len(line)
     ids = {running.id}
     lease = running
     for expected in waiting:

@@ -79,3 +79,6 @@ class Scheduler(Protocol):
 
     def waiting(self, now: float) -> list[Waiting]:
         """The waiting line, next first."""
+
+    def waiting_count(self) -> int:
+        """How long the waiting line is; nothing is predicted for it."""

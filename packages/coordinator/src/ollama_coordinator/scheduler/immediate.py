@@ -147,3 +147,7 @@ class ImmediateScheduler:
             seen[request.model] += 1
             line.append(Waiting(request, seen[request.model], None))
         return line
+
+    def waiting_count(self) -> int:
+        """See `Scheduler.waiting_count`."""
+        return len(self._waiting)

@@ -249,6 +249,10 @@ class PredictedScheduler:
         line_up.sort(key=_due)
         return [waiting for _, waiting in line_up]
 
+    def waiting_count(self) -> int:
+        """See `Scheduler.waiting_count`."""
+        return len(self._serving.entries)
+
     def decision(self, lease_id: LeaseId) -> Decision | None:
         """Why a lease that has not ended went where it is."""
         known = self._ledger.running.get(lease_id)

@@ -146,6 +146,10 @@ class SwitchingScheduler:
         """See `Scheduler.waiting`."""
         return self._current.waiting(now)
 
+    def waiting_count(self) -> int:
+        """See `Scheduler.waiting_count`."""
+        return self._current.waiting_count()
+
     def adopt(self, lease: Lease, now: float) -> bool:
         """See `Scheduler.adopt`."""
         return self._current.adopt(lease, now)

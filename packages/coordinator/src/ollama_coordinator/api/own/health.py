@@ -91,6 +91,6 @@ class HealthApi:
             agents=len(self._registry),
             agents_online=sum(self._registry.is_online(agent, now) for agent in self._registry),
             in_flight=len(list(self._dispatch.scheduler.leases())),
-            waiting=len(self._dispatch.scheduler.waiting(now)),
+            waiting=self._dispatch.scheduler.waiting_count(),
             database=self._store.problem or "ok",
         )
