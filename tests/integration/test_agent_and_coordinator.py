@@ -17,7 +17,11 @@ from support.ollama import Model, StandIn
 
 @asynccontextmanager
 async def agent(
-    folder: Path, coordinator_url: str, ollama: StandIn, **environment: str
+    folder: Path,
+    coordinator_url: str,
+    ollama: StandIn,
+    command: str = "run",
+    **environment: str,
 ) -> AsyncIterator[programs.Program]:
     settings = {
         "COORDINATOR_URL": coordinator_url,
@@ -28,7 +32,7 @@ async def agent(
         **environment,
     }
     program = programs.command("ollama-coordinator-agent")
-    async with programs.program(folder / "agent.log", program, "run", **settings) as started:
+    async with programs.program(folder / f"{command}.log", program, command, **settings) as started:
         yield started
 
 
@@ -77,8 +81,36 @@ async def test_an_agent_that_was_forgotten_registers_again(tmp_path: Path) -> No
             assert again["machine_name"] == "real"
 
 
+@pytest.mark.spec("AGENT-4")
+@pytest.mark.spec("FLEET-28")
+async def test_a_machine_that_the_coordinator_cannot_reach_learns_it(tmp_path: Path) -> None:
+    elsewhere = {"AGENT_IP_ADDRESS": "127.0.0.2", "AGENT_RELAY": "never", "COLUMNS": "200"}
+    async with running() as coordinator, StandIn() as ollama:
+        async with agent(tmp_path, coordinator.url, ollama, **elsewhere) as program:
+            seen = await view(coordinator, lambda agent: agent["out_of_rotation"] is not None)
+            said = f"but it sends no requests to http://127.0.0.2:{ollama.port}: "
+            assert seen["ollama_running"]
+            await program.says(f"connected, {said}")
+            async with agent(tmp_path, coordinator.url, ollama, "status", **elsewhere) as status:
+                assert await status.ended() == 1
+                assert f"reachable, {said}" in " ".join(status.output.split())
+
+
+@pytest.mark.spec("AGENT-4")
+async def test_a_machine_that_drains_is_as_its_operator_wants_it(tmp_path: Path) -> None:
+    async with running() as coordinator, StandIn() as ollama:
+        async with agent(tmp_path, coordinator.url, ollama):
+            seen = await view(coordinator, lambda agent: agent["cpu_usage"] is not None)
+            url = f"{coordinator.url}/api/agents/{seen['id']}"
+            async with coordinator.session.patch(url, json={"draining": True}) as response:
+                assert response.status == 200
+            async with agent(tmp_path, coordinator.url, ollama, "status") as status:
+                assert await status.ended() == 0, status.output
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a second loopback address")
 @pytest.mark.spec("FLEET-26")
+@pytest.mark.spec("FLEET-28")
 async def test_copies_of_one_disk_are_two_agents_and_told(tmp_path: Path) -> None:
     async with running() as coordinator, StandIn() as here:
         async with agent(tmp_path, coordinator.url, here) as program:
@@ -106,6 +138,10 @@ async def test_copies_of_one_disk_are_two_agents_and_told(tmp_path: Path) -> Non
                 assert all("same machine id" in row["conflict"] for row in rows)
                 for _ in range(4):
                     assert (await coordinator.chat())[0] == 200
+                await second.says("connected, but this machine (127.0.0.2) has the same machine id")
+                async with agent(tmp_path, coordinator.url, here, "status") as status:
+                    assert await status.ended() == 1
+                    assert "same machine id" in " ".join(status.output.split())
                 second.send(programs.TERMINATE)
                 assert await second.ended() == 0
             kept = await coordinator.get(f"/api/agents/{first['id']}")

@@ -78,7 +78,30 @@ async def test_a_coordinator_that_restarts_gets_heartbeats_again(
         registered = len(coordinator.registrations)
         await coordinator.next_report(lambda report: True)
     assert len(coordinator.registrations) == registered
-    assert caplog.text.count("takes reports again") == 1 or "takes reports" not in caplog.text
+    assert caplog.text.count("all is well with the coordinator again") <= 1
+
+
+@pytest.mark.spec("AGENT-45")
+async def test_what_the_coordinator_has_against_a_machine_is_logged_and_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    problem = "it sends no requests to http://192.0.2.1:11434: no connection within 3 s"
+    async with (
+        Coordinator() as coordinator,
+        StandIn() as ollama,
+        running(config_of(coordinator, ollama, tmp_path)) as daemon,
+    ):
+        coordinator.problem = problem
+        await eventually(
+            lambda: daemon.snapshot().coordinator_trouble == f"connected, but {problem}"
+        )
+        told = len(coordinator.reports)
+        await coordinator.until(lambda seen: len(seen.reports) > told + 3)
+        assert caplog.text.count(problem) == 1
+        coordinator.problem = None
+        await eventually(lambda: daemon.snapshot().coordinator_trouble is None)
+    assert caplog.text.count("all is well with the coordinator again") == 1
 
 
 @pytest.mark.spec("AGENT-8")

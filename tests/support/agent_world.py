@@ -50,6 +50,7 @@ class Coordinator:
         self.answer: web.Response | None = None
         self.is_mute = False
         self.log_status: int | None = None
+        self.problem: str | None = None
         self.logs: list[LogReport] = []
         self._prefix = prefix
         self._port = free_port()
@@ -130,7 +131,8 @@ class Coordinator:
         if report.agent_id not in self.known:
             return web.json_response({"error": "no such agent"}, status=404)
         wanted = {} if self.log_status is None else {"log_after": 0}
-        return web.json_response({"status": "ok", **wanted})
+        problem = {} if self.problem is None else {"problem": self.problem}
+        return web.json_response({"status": "ok", **wanted, **problem})
 
     async def _log(self, request: web.Request) -> web.StreamResponse:
         report = msgspec.json.decode(await request.read(), type=LogReport)

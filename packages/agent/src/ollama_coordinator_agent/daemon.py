@@ -12,7 +12,12 @@ import uuid
 from msgspec import UNSET, Raw, Struct
 
 from ollama_coordinator_common.config import AgentConfig
-from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS, HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import (
+    HEARTBEAT_SECONDS,
+    HealthReply,
+    HealthReport,
+    RegisterRequest,
+)
 from ollama_coordinator_common.types import AgentId
 
 from . import __version__
@@ -145,7 +150,7 @@ class Daemon:
                 self._tell(exc)
                 next_at = loop.time() + self._delay_after(exc)
             else:
-                self._all_is_well()
+                self._taken(reply)
             await self._wait_for_news(next_at)
 
     async def _send_log(self, agent_id: AgentId, after: int) -> None:
@@ -178,17 +183,24 @@ class Daemon:
             log.info("said goodbye to the coordinator")
 
     def _tell(self, exc: CoordinatorError) -> None:
-        """Log a trouble once, and again at growing intervals while it lasts."""
+        """Note why the coordinator did not take what was sent."""
         self.trouble = str(exc)
-        if self._reminder.due(self.trouble, asyncio.get_running_loop().time()):
-            log.warning(f"{self.trouble} (it is tried again)")
+        self._remind(f"{self.trouble} (it is tried again)")
 
-    def _all_is_well(self) -> None:
-        self.trouble = None
+    def _remind(self, trouble: str) -> None:
+        """Log a trouble once, and again at growing intervals while it lasts."""
+        if self._reminder.due(trouble, asyncio.get_running_loop().time()):
+            log.warning(trouble)
+
+    def _taken(self, reply: HealthReply) -> None:
+        """A report was taken; what the coordinator says against this machine is a trouble too."""
         self._is_proven = True
         self._backoff.reset()
-        if self._reminder.over():
-            log.info("the coordinator takes reports again", extra={"url": self._client.url})
+        self.trouble = None if reply.problem is UNSET else f"connected, but {reply.problem}"
+        if self.trouble is not None:
+            self._remind(self.trouble)
+        elif self._reminder.over():
+            log.info("all is well with the coordinator again", extra={"url": self._client.url})
 
     def _delay_after(self, exc: CoordinatorError) -> float:
         """A refusal stays one until an operator acts: it is tried again slowly."""

@@ -87,7 +87,9 @@ async def _look_at_coordinator(client: CoordinatorClient, agent_id: str | None) 
         return "reachable, but this machine is not registered; start `ollama-coordinator-agent run`"
     if ours.status is AgentStatus.OFFLINE:
         return "reachable, but it sees this machine offline; is the agent running?"
-    return None
+    if ours.out_of_rotation is not None:
+        return f"reachable, but it sends no requests to {ours.url}: {ours.out_of_rotation}"
+    return f"reachable, but {ours.conflict}" if ours.conflict else None
 
 
 async def _own_address(config: AgentConfig) -> str | None:

@@ -103,10 +103,12 @@ class HealthReply(Struct, frozen=True):
     """The coordinator's answer to a heartbeat.
 
     `log_after`: somebody looks at the agent's log, and lines with greater numbers are wanted.
+    `problem`: why the agent gets no requests, or with whom it is mixed up, for its operator.
     """
 
     status: str = "ok"
     log_after: int | UnsetType = UNSET
+    problem: str | UnsetType = UNSET
 
 
 class LogLine(Struct, frozen=True):

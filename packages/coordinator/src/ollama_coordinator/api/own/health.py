@@ -1,7 +1,7 @@
 """`POST /api/health`, the agents' heartbeats; `/healthz` and `/readyz` for those who run us."""
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,7 +12,7 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.keeper import Keeper
-from ollama_coordinator.registry import Registry
+from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
 _report = msgspec.json.Decoder(HealthReport)
@@ -72,7 +72,17 @@ class HealthApi:
             self._keeper.keep_seen(agent)
         self._dispatch.plan()
         log_after = self._logs.wanted_after(agent.id, now)
-        return reply(HealthReply() if log_after is None else HealthReply(log_after=log_after))
+        answer = HealthReply(
+            log_after=UNSET if log_after is None else log_after,
+            problem=self._problem(agent, now) or UNSET,
+        )
+        return reply(answer)
+
+    def _problem(self, agent: AgentState, now: float) -> str | None:
+        """What keeps requests from an agent, or mixes it up with another, and it cannot see."""
+        if agent.ollama_running and (reason := agent.out_of_rotation()) is not None:
+            return f"it sends no requests to {agent.url}: {reason}"
+        return self._registry.conflict(agent, now)
 
     @operation("Whether the coordinator works", gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:
