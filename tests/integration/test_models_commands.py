@@ -65,6 +65,31 @@ async def test_load_ps_show_unload(fleet: tuple[Running, list[StandIn]]) -> None
 
 
 @pytest.mark.spec("SURFACE-29")
+async def test_show_tells_who_has_a_model_and_has_it_in_memory() -> None:
+    async with (
+        running() as coordinator,
+        StandIn([Model("m", digest="a" * 64)]) as one,
+        StandIn([Model("m", digest="a" * 64)]) as two,
+        StandIn([Model("m", digest="b" * 64)]) as stranger,
+        StandIn() as none,
+    ):
+        for name, ollama in (("one", one), ("two", two), ("[odd]", stranger), ("none", none)):
+            await coordinator.register(ollama, name)
+        await coordinator.chat("m")
+        loaded_on = "one" if one.loaded else "two"
+        shown = await _run(coordinator, "models", "show", "M:latest")
+    assert shown.exit_code == 0, shown.output
+    lines = [line.strip().split(maxsplit=2) for line in shown.output.splitlines()]
+    listed = lines[lines.index(["AGENT", "IN", "MEMORY"]) + 1 :]
+    assert sorted(listed) == sorted(
+        [
+            ["[odd]", "no", "other content, gets no requests"],
+            *([name, "yes" if name == loaded_on else "no"] for name in ("one", "two")),
+        ]
+    )
+
+
+@pytest.mark.spec("SURFACE-29")
 async def test_errors_are_one_sentence(fleet: tuple[Running, list[StandIn]]) -> None:
     coordinator, _ = fleet
     for arguments in (

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ollama_coordinator_common.names import ModelName
+
 from .client import Client, NoAnswer, connected, finished
-from .showing import Bars, loaded_table, models_table, targets_table
+from .showing import Bars, holders_table, loaded_table, models_table, targets_table
 
 app = typer.Typer(
     add_completion=False,
@@ -132,6 +134,10 @@ def show(model: Model, coordinator: Coordinator = DEFAULT) -> None:
             capabilities = ", ".join(shown.get("capabilities") or ())
             console.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
             console.print(shown.get("parameters", ""), highlight=False, markup=False)
+            models = (await client.json("GET", "/api/models"))["models"]
+            key = ModelName.parse(model).key
+            same = [one for one in models if ModelName.parse(one["name"]).key == key]
+            console.print(holders_table(same, await _names(client)))
 
     finished(work())
 

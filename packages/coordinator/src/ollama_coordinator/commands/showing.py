@@ -35,6 +35,18 @@ def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) 
     return made
 
 
+def holders_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> Table:
+    """Who has a model, and where it is in memory."""
+    made = table("AGENT", "IN MEMORY", "")
+    for model in models:
+        for content in model["contents"]:
+            other = "" if content["is_preferred"] else "other content, gets no requests"
+            for agent_id in content["holders"]:
+                loaded = "yes" if agent_id in model["loaded_on"] else "no"
+                made.add_row(_named([agent_id], names), loaded, Text(other, "red"))
+    return made
+
+
 def loaded_table(
     rows: Iterable[Mapping[str, Any]], where: Mapping[str, Iterable[str]], names: Mapping[str, str]
 ) -> Table:
