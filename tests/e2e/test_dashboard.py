@@ -15,6 +15,7 @@ pytest.importorskip("playwright")
 
 from playwright.async_api import Route, expect
 
+from ollama_coordinator.own_address import own_address
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running
 from support.demo import free_port
@@ -48,8 +49,15 @@ async def beat(coordinator: Running, agent: str, **more: Any) -> None:
 async def test_an_empty_fleet_says_what_to_type(coordinator: Running, visit: Visit) -> None:
     await visit.page.goto(coordinator.url)
     await expect(visit.page).to_have_url(f"{coordinator.url}/dashboard")
-    command = f"COORDINATOR_URL={coordinator.url} ollama-coordinator-agent run"
+    # The page's own address, 127.0.0.1, would lead another machine to itself.
+    host = own_address(coordinator.parts.config.host) or "THIS-HOST"
+    url = f"http://{host}:{coordinator.url.rpartition(':')[2]}"
+    command = f"ollama-coordinator-agent run --coordinator-url {url}"
     await expect(visit.page.locator("main pre")).to_contain_text(command)
+    await visit.open("settings")
+    shown = visit.page.locator("main pre")
+    await expect(shown.first).to_contain_text(command)
+    await expect(shown.last).to_contain_text(f"OLLAMA_HOST={url}")
 
 
 async def test_every_view_shows_without_complaint(

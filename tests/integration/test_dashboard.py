@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,51 @@ def test_the_first_views_modules_are_fetched_at_once() -> None:
     first = imports("js/app.js") | imports("js/views/fleet.js")
     named = re.findall(r'(?:src|modulepreload" href)="/dashboard/([^"]+)"', read("index.html"))
     assert sorted(named) == sorted(first)
+
+
+URLS = """
+for (const [page, address] of [
+  ["http://localhost:8080/", "192.0.2.7"],
+  ["http://127.0.0.1:8080/dashboard", "192.0.2.7"],
+  ["http://[::1]:8080/", "[2001:db8::7]"],
+  ["http://localhost/", "192.0.2.7"],
+  ["http://localhost:8080/", undefined],
+  ["http://gpu-1:8080/", "192.0.2.7"],
+  ["https://coordinator.example/", undefined],
+]) console.log(urlForOthers(new URL(page), address))
+"""
+
+
+@pytest.mark.spec("DASH-35")
+async def test_a_page_on_loopback_shows_the_address_that_others_need() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no Node.js here")
+    process = await asyncio.create_subprocess_exec(
+        *(node, "--input-type=module", "-"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(20):
+        said, _ = await process.communicate((read("js/parts/address.js") + URLS).encode())
+    assert said.decode().split() == [
+        "http://192.0.2.7:8080",
+        "http://192.0.2.7:8080",
+        "http://[2001:db8::7]:8080",
+        "http://192.0.2.7",
+        "http://THIS-HOST:8080",
+        "http://gpu-1:8080",
+        "https://coordinator.example",
+    ]
+
+
+@pytest.mark.spec("DASH-35")
+@pytest.mark.parametrize(("bound", "told"), [("127.0.0.1", None), ("192.0.2.7", "192.0.2.7")])
+async def test_the_page_is_told_where_others_reach_the_coordinator(
+    bound: str, told: str | None
+) -> None:
+    async with running(host=bound) as coordinator, viewing(coordinator.url) as viewer:
+        assert viewer.state["coordinator"].get("address") == told
 
 
 @pytest.mark.spec("DASH-27")

@@ -18,6 +18,7 @@ from .dispatch import Dispatch
 from .feed import Feed, Picture, Rows
 from .journal import Observation
 from .operations import Operations
+from .own_address import own_address
 from .registry import AgentState, Registry
 from .tuning import Tuning
 
@@ -47,6 +48,7 @@ class Console:
             store,
             clock,
             policy=lambda: tuning.config.policy,
+            address=lambda: own_address(tuning.config.host),
             operations=operations,
         )
         self.feed = Feed(picture.draw)

@@ -27,6 +27,7 @@ class Picture:
         clock: Clock,
         *,
         policy: Callable[[], str],
+        address: Callable[[], str | None],
         operations: Operations,
     ) -> None:
         self._rows = rows
@@ -35,6 +36,7 @@ class Picture:
         self._store = store
         self._clock = clock
         self._policy = policy
+        self._address = address
         self._operations = operations
         self._version = version("ollama-coordinator")
         self._started_at = clock.utc(clock.now())
@@ -59,6 +61,8 @@ class Picture:
             "started_at": self._started_at.isoformat(),
             "policy": self._policy(),
         }
+        if (address := self._address()) is not None:
+            row["address"] = address
         if self._store.problem:
             row["problem"] = self._store.problem
         return row

@@ -2,6 +2,8 @@
 
 import { h, icon, setText } from "../dom.js";
 import { REQUEST_STATES, STATES } from "../format.js";
+import { store } from "../store.js";
+import { UNKNOWN, urlForOthers } from "./address.js";
 import { toast } from "./toast.js";
 
 /** A state as a pill with a shape, a colour and a word. */
@@ -38,9 +40,17 @@ export function empty(name, title, ...content) {
   return h("div.empty", null, icon(name), h("h2", null, title), ...content);
 }
 
+/** A command with the coordinator's URL in it, to type on any machine; below it, what is left to do. */
+export function commandWithUrl(text) {
+  const url = urlForOthers(location, store.state.coordinator.address);
+  if (!url.includes(UNKNOWN)) return [command(text(url))];
+  const hint = `Put an address of the coordinator's machine for ${UNKNOWN}, one on which it listens (COORDINATOR_HOST).`;
+  return [command(text(url)), h("p.muted.small", null, hint)];
+}
+
 /** The very commands that add a machine to this coordinator, in a copy of the project. */
 export function howToAddAnAgent() {
-  return command(`uv tool install ./packages/agent\nCOORDINATOR_URL=${location.origin} ollama-coordinator-agent run`);
+  return commandWithUrl((url) => `uv tool install ./packages/agent\nollama-coordinator-agent run --coordinator-url ${url}`);
 }
 
 /** A labelled value for lists of facts; `set` changes it. */
