@@ -110,7 +110,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Start a coordinator with three agents, chat through it, and leave it running to try."""
+    """Start a coordinator with three agents to try; `-- --own` takes this machine's own Ollama."""
     install_workspace(session, "demo")
     session.run("python", "-m", "support.demo", *session.posargs, env={"PYTHONPATH": "tests"})
 

@@ -1,8 +1,8 @@
 """The demonstration: a coordinator, three agents, chats by a real client, and who served what.
 
-Everything runs as its own process, by the commands an operator would type. Where this machine has
-an Ollama with a model, its agent offers that one; else three stand-ins of unlike speed take its
-place. `python -m support.demo --once` ends by itself; otherwise it stays until Ctrl-C.
+Everything runs as its own process, by the commands an operator would type, and is reached from
+this machine only. The agents offer stand-ins for Ollama, of unlike speed; with `--own` a single one
+offers this machine's Ollama. `--once` ends by itself; otherwise it stays until Ctrl-C.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import unquote
 
 import aiohttp
@@ -33,11 +34,12 @@ from rich.text import Text
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 OWN_OLLAMA = "http://127.0.0.1:11434"
+OWN_SECONDS = 10.0
 
 
 @dataclass
 class Machine:
-    """One machine of the demonstration; `ollama`: its stand-in's options, none for a real one."""
+    """One machine of the demonstration; `ollama`: its stand-in's options, none for its own."""
 
     name: str
     port: int
@@ -169,6 +171,7 @@ async def fleet(folder: Path, url: str, machines: list[Machine]) -> AsyncIterato
             folder / "coordinator.log",
             program("ollama-coordinator"),
             "serve",
+            COORDINATOR_HOST="127.0.0.1",
             COORDINATOR_PORT=port,
             COORDINATOR_DRAIN_TIMEOUT="1",
             DATABASE_URL=database,
@@ -234,24 +237,40 @@ async def ask(url: str, chat: Chat) -> None:
     await client._client.aclose()
 
 
-async def own_model() -> str | None:
-    """The smallest model of the Ollama on this machine, if there is one."""
+async def own_model(url: str = OWN_OLLAMA) -> str | None:
+    """The smallest model of an Ollama that chats and runs there, not on ollama.com; if any does."""
+    timeout = aiohttp.ClientTimeout(total=OWN_SECONDS)
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session,
-            session.get(f"{OWN_OLLAMA}/api/tags") as response,
-        ):
-            models = (await response.json(content_type=None))["models"]
+        async with aiohttp.ClientSession(url, timeout=timeout) as session:
+            async with session.get("/api/tags") as response:
+                models = (await response.json(content_type=None))["models"] or []
+            for model in sorted(models, key=lambda model: model["size"]):
+                here = not model.get("remote_host")
+                if here and "completion" in await _capabilities(session, model):
+                    return str(model["name"])
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
         return None
-    smallest = min(models, key=lambda model: model["size"], default=None)
-    return str(smallest["name"]) if smallest else None
+    return None
 
 
-async def plan() -> tuple[list[Machine], Sequence[str], str]:
+async def _capabilities(session: aiohttp.ClientSession, model: dict[str, Any]) -> list[str]:
+    """What a model can do; the lists of Ollama before 0.30 do not tell."""
+    if "capabilities" in model:
+        return list(model["capabilities"])
+    async with session.post("/api/show", json={"model": model["name"]}) as response:
+        shown = await response.json(content_type=None)
+    return list(shown.get("capabilities") or [])
+
+
+async def plan(*, own: bool) -> tuple[list[Machine], Sequence[str], str]:
     """The machines, the models to ask, and a sentence that says what they are."""
-    model = await own_model()
-    if model is not None:
+    if own:
+        model = await own_model()
+        if model is None:
+            raise SystemExit(
+                f"no Ollama with a model that can chat answers at {OWN_OLLAMA}; start it and pull"
+                " one, or leave --own out"
+            )
         port = int(OWN_OLLAMA.rpartition(":")[2])
         return [Machine("this-machine", port)], (model,), f"the Ollama of this machine, {model}"
     machines = [
@@ -275,10 +294,10 @@ def by_hand(url: str, model: str) -> Text:
     return Text("\n".join(lines), "cyan")
 
 
-async def main(once: bool) -> None:
+async def main(*, once: bool, own: bool) -> None:
     """Show it."""
     console = Console()
-    machines, models, what = await plan()
+    machines, models, what = await plan(own=own)
     url = f"http://localhost:{free_port(8080)}"
     with tempfile.TemporaryDirectory(prefix="ollama-coordinator-") as folder:
         async with fleet(Path(folder), url, machines):
@@ -318,8 +337,10 @@ def end_once(number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the chats")
+    parser.add_argument("--own", action="store_true", help="with the Ollama of this machine")
     arguments = parser.parse_args()
     # A request to stop ends the programs that were started too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, end_once)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.once or not sys.stdin.isatty()))
+        once = arguments.once or not sys.stdin.isatty()
+        asyncio.run(main(once=once, own=arguments.own))

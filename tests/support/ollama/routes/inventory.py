@@ -93,9 +93,17 @@ def _on_disk(model: Model) -> dict[str, Any]:
         "modified_at": local_time(model.modified_at),
         "size": model.size_bytes,
         "digest": model.digest,
+        **_remote(model),
         "details": {**model.details, **lengths},
         "capabilities": list(model.capabilities),
     }
+
+
+def _remote(model: Model) -> dict[str, Any]:
+    """What only a stub has: where it runs."""
+    if not model.remote:
+        return {}
+    return {"remote_model": model.name, "remote_host": "https://ollama.com:443"}
 
 
 def _in_memory(exchange: Exchange, runner: Runner) -> dict[str, Any]:
@@ -126,6 +134,7 @@ def _shown(model: Model, *, verbose: bool) -> dict[str, Any]:
         **{key: value for key, value in optional.items() if value},
         "modelfile": model.modelfile,
         "template": model.template,
+        **_remote(model),
         "details": model.details,
         "model_info": model.info(verbose=verbose),
         "capabilities": list(model.capabilities),
