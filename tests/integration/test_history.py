@@ -182,7 +182,7 @@ async def test_a_damaged_row_is_told(
     request = past(1)
     await remember(coordinator, [request])
     sql = f"UPDATE requests SET {column} = ?"  # noqa: S608
-    await coordinator.parts.store.run(lambda db: db.execute(sql, [value]))
+    await coordinator.parts.store.run(lambda db: list(db.execute(sql, [value])))
     for path, damaged in ((f"/api/requests/{request.id}", True), ("/api/history", in_list)):
         async with coordinator.session.get(coordinator.url + path) as response:
             assert response.status == (503 if damaged else 200)
@@ -194,10 +194,10 @@ async def test_requests_go_on_while_the_database_does_not(
     coordinator: Running, ollama: StandIn
 ) -> None:
     store = coordinator.parts.store
-    await store.run(lambda db: db.execute("ALTER TABLE requests RENAME TO elsewhere"))
+    await store.run(lambda db: list(db.execute("ALTER TABLE requests RENAME TO elsewhere")))
     assert (await coordinator.chat())[0] == 200
     assert not await coordinator.parts.observation.history.write(())
-    await store.run(lambda db: db.execute("ALTER TABLE elsewhere RENAME TO requests"))
+    await store.run(lambda db: list(db.execute("ALTER TABLE elsewhere RENAME TO requests")))
     assert len(await everything(coordinator)) == 1
 
 

@@ -168,7 +168,7 @@ async def test_two_stores_share_a_file(path: Path) -> None:
 
 async def test_a_write_that_is_cancelled_is_not_forgotten(path: Path) -> None:
     async with Store(path) as opened:
-        busy = asyncio.create_task(opened.run(lambda db: db.execute(SLOW)))
+        busy = asyncio.create_task(opened.run(lambda db: list(db.execute(SLOW))))
         saving = asyncio.create_task(opened.save_agent(row()))
         await asyncio.sleep(0)
         saving.cancel()
@@ -394,7 +394,7 @@ async def test_a_write_that_failed_does_not_come_back_over_a_newer_one(path: Pat
 @pytest.mark.spec("OPERATION-6")
 async def test_another_process_that_holds_the_file_does_not_stop_the_fleet(path: Path) -> None:
     async with Store(path) as opened:
-        await opened.run(lambda db: db.execute("PRAGMA busy_timeout = 1"))
+        await opened.run(lambda db: list(db.execute("PRAGMA busy_timeout = 1")))
         with locked(path):
             await opened.save_agent(row())
             assert opened.problem is not None

@@ -110,7 +110,9 @@ async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: b
         unwritten = History(store)
         unwritten.note(past(1), None)
         unwritten.note(past(2), None)
-        before = None if begun else asyncio.create_task(store.run(lambda db: db.execute(SLOW)))
+        before = (
+            None if begun else asyncio.create_task(store.run(lambda db: list(db.execute(SLOW))))
+        )
         await asyncio.sleep(0)
         bucket = StoredBucket(10, 0, "", b"{}")
         writing = asyncio.create_task(unwritten.write([bucket]))
@@ -128,7 +130,7 @@ async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: b
 async def test_numbers_whose_write_is_cancelled_are_written_later(coordinator: Running) -> None:
     observation, store = coordinator.parts.observation, coordinator.parts.store
     observation.series.fresh("someone").readings += 1
-    busy = asyncio.create_task(store.run(lambda db: db.execute(SLOW)))
+    busy = asyncio.create_task(store.run(lambda db: list(db.execute(SLOW))))
     await asyncio.sleep(0)
     writing = asyncio.create_task(observation.sampler.write(everything=True))
     await asyncio.sleep(0)
