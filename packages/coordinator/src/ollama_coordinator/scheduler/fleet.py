@@ -126,8 +126,8 @@ class Machine:
     `busy` are the places where something runs.
     `full`: in that epoch and until then, there is no room for a model of so many bytes.
     `has_gpu` until it is known better; `used_gpu`: a model was seen in the memory of one.
-    `sized`: whether its memory is known. `unsettled`: what was listed is another thing than what
-    happened a moment before, and a later list will tell.
+    `sized`: whether its memory is known. `unsettled`: when the list was read that is another thing
+    than what happened a moment before; a later one will tell.
     """
 
     id: AgentId
@@ -146,7 +146,7 @@ class Machine:
     has_gpu: bool = True
     used_gpu: bool = False
     sized: bool = False
-    unsettled: bool = False
+    unsettled: float | None = None
     batch: float = 0.4
     epoch: int = 0
     full: tuple[int, float, int] = (-1, NEVER, 0)

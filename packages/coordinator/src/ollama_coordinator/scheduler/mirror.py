@@ -53,7 +53,7 @@ class Mirror:
             concerned.update(machine.places)
             self._rates.forget(machine.id)
         self._check_at = now + RECHECK_SECONDS
-        if not any(machine.unsettled for machine in self.machines.values()):
+        if all(machine.unsettled is None for machine in self.machines.values()):
             expiry = self._registry.next_expiry()
             self._check_at = max(self._check_at, float("inf") if expiry is None else expiry)
         return concerned
@@ -72,7 +72,8 @@ class Mirror:
             len(inventory.available), inventory.ps, tuple(inventory.loaded), _lacks_gpu(agent),
             tuple(agent.model_cooldowns.items()), tuple(inventory.offered),
         )  # fmt: skip
-        if seen == machine.seen and not machine.unsettled:
+        settled = machine.unsettled in (None, inventory.sampled_at)
+        if seen == machine.seen and settled:
             return
         listed = not machine.seen or machine.seen[3] is not inventory.available
         listed = listed or machine.seen[4] != len(inventory.available)
@@ -185,7 +186,7 @@ class Mirror:
                 place.context = row.model.context_length
         _size(machine.places.values())
         self._judge_trial(machine, sampled)
-        machine.unsettled = False
+        machine.unsettled = None
         for key, place in machine.places.items():
             listed = inventory.is_loaded(key)
             comes = listed and not place.resident and place.loading_until is None
@@ -193,7 +194,7 @@ class Mirror:
             if not comes and (not leaves or place.slots.fixed == REMOTE_SLOTS):
                 continue
             if max(place.touched_at, place.unloaded_at) > sampled - FRESH_SECONDS:
-                machine.unsettled = True
+                machine.unsettled = inventory.sampled_at
             elif comes:
                 self.settle(place, now, options_known=False)
             else:
