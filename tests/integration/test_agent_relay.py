@@ -300,3 +300,15 @@ async def test_a_relay_port_that_is_taken_is_told(
             await coordinator.until(lambda seen: bool(seen.registrations))
     assert coordinator.registrations[-1].relay_port is None
     assert "AGENT_RELAY_PORT" in caplog.text
+
+
+def test_no_token_waits_for_more() -> None:
+    relay = Relay("127.0.0.1", free_port())
+    port = relay.listen(0)
+    listener = relay._listener
+    assert listener is not None
+    with listener, socket.create_connection(("127.0.0.1", port)):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

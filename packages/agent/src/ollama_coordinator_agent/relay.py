@@ -143,10 +143,14 @@ def parse_networks(texts: Iterable[str]) -> list[Network]:
 
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(
+        listener = socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
         )
-    return socket.create_server(("", port), backlog=BACKLOG)
+    else:
+        listener = socket.create_server(("", port), backlog=BACKLOG)
+    # Inherited by accepted connections, on which asyncio does not set it: no token waits for more.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 async def _join(near: Streams, far: Streams) -> None:
