@@ -86,6 +86,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def trace(session: nox.Session) -> None:
+    """Count the modules and functions that a warm streamed chat passes; `-- --list` names them."""
+    install_workspace(session, "test")
+    session.run("python", "tests/benchmarks/request_trace.py", *session.posargs)
+
+
+@nox.session(default=False)
 def simulate(session: nox.Session) -> None:
     """Compare the scheduling policies on a simulated fleet; `-- --quick` for a short run."""
     install_workspace(session, "test")
