@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ollama_coordinator.api.edge.wire import OWN_BODY_LIMIT
+from ollama_coordinator.api.http.errors import OWN_BODY_LIMIT
 from support import programs
 from support.coordinator import Running, running
 from support.ollama import Hardware, StandIn

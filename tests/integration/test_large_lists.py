@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from starlette.requests import Request
 
-from ollama_coordinator import pauses
+from ollama_coordinator import aio
 from ollama_coordinator.api.models import models
 from ollama_coordinator.api.models.fleet_models import FleetModel, fleet_model
 from ollama_coordinator.registry import Registry
@@ -37,7 +37,7 @@ async def test_others_run_while_a_list_is_made(
     coordinator: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await agents(coordinator, 3, *(f"m{number}" for number in range(50)))
-    monkeypatch.setattr(pauses, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(aio, "SLICE_SECONDS", 0.0)
     request = Request({"type": "http"})
     parts = coordinator.parts
     for make in (parts.models.tags, parts.models.fleet, parts.models.ps, parts.agents.list):

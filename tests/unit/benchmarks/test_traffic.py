@@ -20,8 +20,8 @@ from benchmarks.traffic.fleet import RunningFleet
 from benchmarks.traffic.machines import LENGTH, stand_in
 from benchmarks.traffic.run import Conditions, run
 from benchmarks.traffic.writer import Writer
-from ollama_coordinator.api.edge.dialects import SURFACES
-from ollama_coordinator.api.inference.reading import read_routing
+from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
+from ollama_coordinator.api.inference.request import read_routing
 from ollama_coordinator.scheduler import Kind, Lane
 from ollama_coordinator.simulation import TraceRequest
 
@@ -32,7 +32,7 @@ LONGEST_TURN = max(TRACE, key=lambda request: len(request.prefix))
 @pytest.mark.parametrize("request_", TRACE[:40], ids=lambda request: request.kind.value)
 def test_a_prompt_has_as_many_tokens_as_the_trace_says(request_: TraceRequest) -> None:
     path, body = Writer(TRACE, Dialect.OLLAMA).ask(request_)
-    surface = next(one for one in SURFACES if one.path == path)
+    surface = next(one for one in INFERENCE_ROUTES if one.path == path)
     routing = read_routing(surface, msgspec.json.encode(body))
     per_message = 3
     most = per_message * (2 * len(request_.prefix) + 1)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.edge.dialects import (
-    SURFACES,
+from ollama_coordinator.api.http.dialects import (
+    INFERENCE_ROUTES,
     Dialect,
     Ending,
-    Surface,
+    InferenceRoute,
     error_body,
     error_record,
     read_ending,
@@ -20,14 +20,16 @@ from ollama_coordinator.api.edge.dialects import (
 )
 from ollama_coordinator.scheduler import Timings
 
-BY_PATH = {surface.path: surface for surface in SURFACES}
+BY_PATH = {surface.path: surface for surface in INFERENCE_ROUTES}
 CHAT = BY_PATH["/api/chat"]
 OPENAI = BY_PATH["/v1/chat/completions"]
 COMPLETIONS = BY_PATH["/v1/completions"]
 RESPONSES = BY_PATH["/v1/responses"]
 ANTHROPIC = BY_PATH["/v1/messages"]
 
-each_surface = pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.path)
+each_surface = pytest.mark.parametrize(
+    "surface", INFERENCE_ROUTES, ids=lambda surface: surface.path
+)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────
@@ -82,7 +84,7 @@ def event(record: bytes) -> tuple[str | None, Any]:
 
 
 @each_surface
-def test_an_error_record_is_one_whole_record(surface: Surface) -> None:
+def test_an_error_record_is_one_whole_record(surface: InferenceRoute) -> None:
     record = error_record(surface, "agent gpu-1:\nbroken")
     separator = surface.dialect.separator
     assert record.endswith(separator)
@@ -210,7 +212,7 @@ def test_anthropic_tells_its_tokens_before_it_stops() -> None:
 )
 @pytest.mark.parametrize("records", [0, 1])
 def test_an_ending_that_cannot_be_read_tells_nothing(
-    surface: Surface, last: bytes, records: int
+    surface: InferenceRoute, last: bytes, records: int
 ) -> None:
     ending = read_ending(surface, last, records)
     assert ending.error is None
@@ -226,9 +228,9 @@ PIECES = st.lists(
 ).map(b"".join)  # fmt: skip
 
 
-@given(st.sampled_from(SURFACES), PIECES, st.integers(0, 5))
+@given(st.sampled_from(INFERENCE_ROUTES), PIECES, st.integers(0, 5))
 def test_nothing_an_agent_sends_makes_reading_fail(
-    surface: Surface, last: bytes, records: int
+    surface: InferenceRoute, last: bytes, records: int
 ) -> None:
     assert isinstance(read_ending(surface, last, records), Ending)
     assert swallowed_error(surface, last) in (True, False)
@@ -289,12 +291,12 @@ def test_an_end_with_something_to_say_is_none(last: bytes) -> None:
 
 
 @pytest.mark.parametrize("surface", [CHAT, RESPONSES, ANTHROPIC], ids=lambda s: s.path)
-def test_only_two_routes_swallow_errors_in_this_way(surface: Surface) -> None:
+def test_only_two_routes_swallow_errors_in_this_way(surface: InferenceRoute) -> None:
     assert not swallowed_error(surface, EMPTY)
 
 
 def test_every_route_of_the_table_is_there_once() -> None:
-    assert len(BY_PATH) == len(SURFACES)
+    assert len(BY_PATH) == len(INFERENCE_ROUTES)
     assert {path for path in BY_PATH if path.startswith("/api/")} == {
         "/api/chat", "/api/generate", "/api/embed", "/api/embeddings",
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ollama_coordinator.api.edge.headers import (
+from ollama_coordinator.api.http.headers import (
     declared_length,
     first,
     served_by,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from ollama_coordinator.interrupt import Interrupt
+from ollama_coordinator.aio import Interrupt
 
 
 class Lost(Exception):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ollama_coordinator.loops import loop_of
+from ollama_coordinator.aio import loop_of
 from ollama_coordinator_common.error import ConfigError
 
 

@@ -16,16 +16,17 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import tuning
 from .agent_logs import AgentLogs
+from .agent_store import AgentStore
 from .api import Handlers, routes
-from .api.edge.cors import Cors
-from .api.edge.dialects import SURFACES
-from .api.edge.patience import Patience
-from .api.edge.routing import NearMiss
-from .api.edge.wire import error_reply, status_of
+from .api.http.body_timeout import Patience
+from .api.http.cors import Cors
+from .api.http.dialects import INFERENCE_ROUTES
+from .api.http.errors import error_reply, status_of
+from .api.http.routing import NearMiss
 from .api.inference.proxy import Proxy
 from .api.models.models import ModelsApi
-from .api.own.agent import AgentsApi
 from .api.own.agent_log import AgentLogApi
+from .api.own.agents import AgentsApi
 from .api.own.explain import ExplainApi
 from .api.own.health import HealthApi
 from .api.surface import Surface
@@ -33,12 +34,11 @@ from .clock import Clock
 from .console import Console
 from .db import Store
 from .dispatch import Dispatch
-from .documents import Document
 from .http1 import Door
 from .journal import Kept, Limits, Observation
-from .keeper import Keeper
 from .monitor import Monitor
 from .registry import Registry
+from .saved_state import SavedState
 from .scheduler import Learned, SwitchingScheduler
 from .tuning import Started, Tuning
 from .upstream import Upstreams
@@ -68,7 +68,7 @@ class Coordinator:
             Limits(config.history_rows, config.history_days),
             status_of=status_of,
         )
-        self.keeper = Keeper(self.registry, self.store, self.clock)
+        self.keeper = AgentStore(self.registry, self.store, self.clock)
         self.monitor = Monitor(
             self.registry,
             self.dispatch,
@@ -154,18 +154,18 @@ class Coordinator:
             finally:
                 self.stop_serving("the coordinator is shutting down")
 
-    def _documents(self) -> list[Document[Any]]:
+    def _documents(self) -> list[SavedState[Any]]:
         """What is kept over a restart, in documents."""
         scheduler, pulses = self.scheduler, self.observation.sampler.pulses
         return [
-            Document(
+            SavedState(
                 "learned",
                 Learned,
                 self.store,
                 give=scheduler.export_state,
                 take=scheduler.import_state,
             ),
-            Document(
+            SavedState(
                 "sparklines",
                 Kept,
                 self.store,
@@ -210,12 +210,12 @@ class Coordinator:
                 clouds=self.surface.clouds,
                 body_limit=lambda: self.config.max_body_bytes,
             )
-            for surface in SURFACES
+            for surface in INFERENCE_ROUTES
         ]
         return Handlers(
             agents=self.agents,
             agent_log=self.agent_log,
-            explain=ExplainApi(self.scheduler, SURFACES[0], self.clock),
+            explain=ExplainApi(self.scheduler, INFERENCE_ROUTES[0], self.clock),
             health=self.health,
             models=self.models,
             proxies=proxies,

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 
 from ollama_coordinator_common.types import AgentId
 
+from .aio import Interrupt
 from .clock import Clock
-from .interrupt import Interrupt
 from .registry import AgentState, Registry
 from .scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
 from .upstream import AgentLost, RequestCancelled

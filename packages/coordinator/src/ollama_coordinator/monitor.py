@@ -15,9 +15,9 @@ import msgspec
 
 from ollama_coordinator_common.types import AgentId
 
+from .agent_store import AgentStore
 from .clock import Clock
 from .dispatch import Dispatch, Held
-from .keeper import Keeper
 from .registry import AgentState, Registry
 from .upstream import Unreachable, Upstreams
 
@@ -54,7 +54,7 @@ class Monitor:
         registry: Registry,
         dispatch: Dispatch,
         upstreams: Upstreams,
-        keeper: Keeper,
+        keeper: AgentStore,
         clock: Clock,
         *,
         interval: float,

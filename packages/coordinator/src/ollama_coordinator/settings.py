@@ -21,8 +21,8 @@ from ollama_coordinator_common.commandline import (
 from ollama_coordinator_common.config import CoordinatorConfig
 from ollama_coordinator_common.error import ConfigError
 
+from .aio import LOOPS, loop_of
 from .http1 import CHOICES as HTTP_CHOICES
-from .loops import LOOPS, loop_of
 from .operations import Placement, WrongPlacement
 from .scheduler import POLICIES
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from msgspec import Struct
 from starlette.routing import BaseRoute, Route
 
-from .edge.routing import gathered
+from .http.routing import gathered
 from .inference.proxy import Proxy
 from .models.models import ModelsApi
-from .own.agent import AgentsApi
 from .own.agent_log import AgentLogApi
+from .own.agents import AgentsApi
 from .own.explain import ExplainApi
 from .own.health import HealthApi
 from .own.openapi import OpenApi

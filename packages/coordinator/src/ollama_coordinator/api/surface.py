@@ -6,7 +6,7 @@ from pathlib import Path
 
 from starlette.routing import BaseRoute, Route
 
-from ollama_coordinator.asking import Asking
+from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
@@ -25,7 +25,7 @@ from ollama_coordinator.registry import Registry
 from ollama_coordinator.upstream import Upstreams
 from ollama_coordinator_common.config import CoordinatorConfig, database_path
 
-from .inference.fitting import Fitting
+from .inference.context_fit import Fitting
 from .inference.unload import Unloading
 from .models.account import AccountApi
 from .models.blobs import BlobsApi
@@ -49,7 +49,7 @@ class Surface:
         store: Store,
         clock: Clock,
     ) -> None:
-        self.asking = Asking(registry, monitor, upstreams, clock)
+        self.asking = AgentQueries(registry, monitor, upstreams, clock)
         shows = Shows(self.asking, registry)
         self.fitting = Fitting(registry, shows, clock, larger_context=config.larger_context)
         self.unloading = Unloading(self.asking, registry, dispatch)

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterable
 from itertools import islice
 
-from ollama_coordinator.asking import Answer, Asking
+from ollama_coordinator.agent_queries import AgentQueries, Answer
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
 
@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 2.0
 class Blobs:
     """Asks agents for files by their digest."""
 
-    def __init__(self, asking: Asking, choosing: Choosing) -> None:
+    def __init__(self, asking: AgentQueries, choosing: Choosing) -> None:
         self._asking = asking
         self._choosing = choosing
 

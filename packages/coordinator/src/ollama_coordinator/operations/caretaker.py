@@ -4,10 +4,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
+from ollama_coordinator.aio import OwnedTasks
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator.tasks import Tasks
 from ollama_coordinator.upstream import AgentLost
 
 from .operation import Operation, Target
@@ -34,7 +34,7 @@ class Caretaker:
         monitor: Monitor,
         debts: Debts,
         clock: Clock,
-        tasks: Tasks,
+        tasks: OwnedTasks,
         *,
         running: Callable[[], Iterable[Operation]],
         resume: Callable[[Pending, AgentState], None],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ollama_coordinator.asking import Asking
+from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import model_key
@@ -17,7 +17,7 @@ PUSH_LABEL = "push"
 class Choosing:
     """Applies placements to the fleet as it is now; `default` is the operator's setting."""
 
-    def __init__(self, registry: Registry, asking: Asking, default: Placement) -> None:
+    def __init__(self, registry: Registry, asking: AgentQueries, default: Placement) -> None:
         self._registry = registry
         self._asking = asking
         self.default = default

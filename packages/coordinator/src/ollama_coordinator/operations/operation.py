@@ -5,7 +5,7 @@ from datetime import datetime
 
 from msgspec import structs
 
-from ollama_coordinator.interrupt import Interrupt
+from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import AgentOperation

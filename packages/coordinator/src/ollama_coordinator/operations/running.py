@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from secrets import token_hex
 
+from ollama_coordinator.aio import OwnedTasks
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator.tasks import Tasks
 from ollama_coordinator_common.protocol import AgentOperation
 from ollama_coordinator_common.types import AgentId
 
@@ -49,7 +49,7 @@ class Operations:
         self._spool = spool
         self._debts = debts
         self._worker = Worker(registry, dispatch, monitor, remote, debts, clock, patience)
-        self._tasks = Tasks()
+        self._tasks = OwnedTasks()
         self._caretaker = Caretaker(
             registry,
             monitor,

@@ -5,9 +5,9 @@ import logging
 
 from msgspec import Struct
 
+from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.interrupt import Interrupt
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.upstream import UpstreamError

@@ -1,4 +1,4 @@
-"""Why a request cannot be served; `api/edge/wire.py` knows what that means in HTTP.
+"""Why a request cannot be served; `api/http/errors.py` knows what that means in HTTP.
 
 SchedulerError
 ├── ModelNotFound        no agent of the fleet has the model

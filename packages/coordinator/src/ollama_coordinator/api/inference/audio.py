@@ -5,9 +5,9 @@ The form passes as it came; of its fields only the model's name is read here.
 
 from email.message import Message
 
-from ollama_coordinator.api.edge.wire import HttpError
+from ollama_coordinator.api.http.errors import HttpError
 
-from .reading import Routing
+from .request import Routing
 
 PATH = "/v1/audio/transcriptions"
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.api.edge.compressed import NotDecompressed, plain_body
-from ollama_coordinator.api.edge.departure import until_departure
-from ollama_coordinator.api.edge.dialects import Dialect, Surface
-from ollama_coordinator.api.edge.headers import declared_length, to_ollama
-from ollama_coordinator.api.edge.wire import ClientLeft, HttpError, send_error, send_whole
+from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
+from ollama_coordinator.api.http.disconnect import until_disconnect
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
+from ollama_coordinator.api.http.headers import declared_length, to_ollama
+from ollama_coordinator.api.http.zstd import NotDecompressed, plain_body
 from ollama_coordinator.api.models.cloud import CloudDisabled, Clouds
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch, Held
@@ -24,10 +24,9 @@ from ollama_coordinator.upstream import UpstreamError, Upstreams
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import audio
-from .fitting import Fitting
-from .intake import take_in
-from .reading import Routing, read_body, read_routing
+from .context_fit import Fitting
 from .relay import Call, Failure, Relay
+from .request import Routing, read_body, read_routing, take_in
 from .unload import Unloading
 
 OF_THE_CLOUD = (":cloud", "-cloud")
@@ -39,7 +38,7 @@ class Proxy:
 
     def __init__(
         self,
-        surface: Surface,
+        surface: InferenceRoute,
         registry: Registry,
         dispatch: Dispatch,
         monitor: Monitor,
@@ -74,7 +73,7 @@ class Proxy:
         try:
             declared = declared_length(dict(scope["headers"]))
             body = await read_body(receive, self._body_limit(), declared)
-            async with until_departure(receive):
+            async with until_disconnect(receive):
                 call = await self._read(scope, body, send)
                 if call.unloads:
                     await self._unloading.everywhere(call)

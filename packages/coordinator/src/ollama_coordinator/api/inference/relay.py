@@ -10,21 +10,21 @@ import aiohttp
 from msgspec import Struct
 from starlette.types import Send
 
-from ollama_coordinator.api.edge.dialects import (
+from ollama_coordinator.api.http.dialects import (
     Ending,
-    Surface,
+    InferenceRoute,
     error_record,
     read_ending,
     swallowed_error,
 )
-from ollama_coordinator.api.edge.headers import RUNNER_HEADER, served_by, to_client
-from ollama_coordinator.api.edge.records import Records
-from ollama_coordinator.api.edge.wire import send_whole
+from ollama_coordinator.api.http.errors import send_whole
+from ollama_coordinator.api.http.headers import RUNNER_HEADER, served_by, to_client
+from ollama_coordinator.api.http.records import Records
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.scheduler import Outcome, Request, Result
 from ollama_coordinator.upstream import AgentLost, RequestCancelled, UpstreamError, chunks
 
-from .verdict import cannot_run, retryable
+from .retry_rule import cannot_run, retryable
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Call(Struct, frozen=True):
     `unloads`: it only asks to drop the model from memory. `note`: what was done to it, if anything.
     """
 
-    surface: Surface
+    surface: InferenceRoute
     request: Request
     headers: list[tuple[str, str]]
     body: bytes

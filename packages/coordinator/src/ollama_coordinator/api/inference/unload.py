@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from ollama_coordinator.api.edge.wire import JSON, HttpError, send_whole
-from ollama_coordinator.asking import Answer, Asking
+from ollama_coordinator.agent_queries import AgentQueries, Answer
+from ollama_coordinator.api.http.errors import JSON, HttpError, send_whole
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
@@ -21,7 +21,7 @@ MAKE_ROOM_SECONDS = 5.0
 class Unloading:
     """Passes a request to unload to every agent that has the model in memory."""
 
-    def __init__(self, asking: Asking, registry: Registry, dispatch: Dispatch) -> None:
+    def __init__(self, asking: AgentQueries, registry: Registry, dispatch: Dispatch) -> None:
         self._asking = asking
         self._registry = registry
         self._dispatch = dispatch

@@ -3,8 +3,8 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.wire import JSON, HttpError, own_body, reply
-from ollama_coordinator.asking import Answer, Asking
+from ollama_coordinator.agent_queries import AgentQueries, Answer
+from ollama_coordinator.api.http.errors import JSON, HttpError, own_body, reply
 from ollama_coordinator.upstream import Unreachable
 
 from .cloud import Cloud, Clouds, CloudStatus
@@ -13,7 +13,7 @@ from .cloud import Cloud, Clouds, CloudStatus
 class AccountApi:
     """The handlers of the routes that lead to ollama.com."""
 
-    def __init__(self, asking: Asking, clouds: Clouds) -> None:
+    def __init__(self, asking: AgentQueries, clouds: Clouds) -> None:
         self._asking = asking
         self._clouds = clouds
 

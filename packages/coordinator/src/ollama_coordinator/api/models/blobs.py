@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.api.edge.wire import ClientLeft
+from ollama_coordinator.api.http.errors import ClientLeft
 from ollama_coordinator.operations import Blobs, Choosing, Spool, digest_of
 
 from .transfer import placement_of

@@ -3,9 +3,9 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.gojson import read_fields
-from ollama_coordinator.api.edge.wire import HttpError, own_body
-from ollama_coordinator.asking import Asking
+from ollama_coordinator.agent_queries import AgentQueries
+from ollama_coordinator.api.http.errors import HttpError, own_body
+from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.db import Store
 from ollama_coordinator.operations import Choosing, Operation, Operations, State
 from ollama_coordinator.operations import deeds as deeds_for
@@ -23,7 +23,7 @@ class ChangesApi:
         self,
         operations: Operations,
         choosing: Choosing,
-        asking: Asking,
+        asking: AgentQueries,
         registry: Registry,
         store: Store,
     ) -> None:

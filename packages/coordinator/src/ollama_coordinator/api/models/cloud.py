@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from ollama_coordinator.api.edge.wire import HttpError
-from ollama_coordinator.asking import Answer, Asking
+from ollama_coordinator.agent_queries import AgentQueries, Answer
+from ollama_coordinator.api.http.errors import HttpError
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
@@ -62,7 +62,7 @@ _status = msgspec.json.Decoder(CloudStatus)
 class Clouds:
     """Knows which agents may use the cloud, and which of them are signed in."""
 
-    def __init__(self, asking: Asking, registry: Registry, clock: Clock) -> None:
+    def __init__(self, asking: AgentQueries, registry: Registry, clock: Clock) -> None:
         self._asking = asking
         self._registry = registry
         self._clock = clock

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-from ollama_coordinator.pauses import Pauses
+from ollama_coordinator.aio import Slices
 from ollama_coordinator.registry import Registry
 
 Row = TypeVar("Row")
@@ -47,12 +47,12 @@ class KeptList(Generic[Row]):
         return self._bodies
 
     async def _remake(self) -> None:
-        pauses = Pauses()
+        slices = Slices()
         rows: dict[str, tuple[int, Row]] = {}
         for key in self._registry.models():
             known = self._rows.get(key)
             if known is None or known[0] != self._registry.revision(key):
-                await pauses.now_and_then()
+                await slices.pause()
                 revision = self._registry.revision(key)
                 row = self._make(self._registry, key)
                 known = None if row is None else (revision, row)

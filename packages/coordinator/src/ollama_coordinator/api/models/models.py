@@ -11,14 +11,14 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.dialects import Dialect
-from ollama_coordinator.api.edge.versions import UNKNOWN, lowest
-from ollama_coordinator.api.edge.wire import JSON, HttpError, error_reply, reply
-from ollama_coordinator.asking import Answer
+from ollama_coordinator.agent_queries import Answer
+from ollama_coordinator.aio import Slices
+from ollama_coordinator.api.http.dialects import Dialect
+from ollama_coordinator.api.http.errors import JSON, HttpError, error_reply, reply
+from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.versions import UNKNOWN, lowest
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.pauses import Pauses
 from ollama_coordinator.registry import (
     AgentState,
     AvailableRow,
@@ -74,19 +74,19 @@ class ModelsApi:
 
     async def ps(self, request: Request) -> Response:
         """`GET /api/ps`: one row per model in memory anywhere, latest expiry first."""
-        pauses = Pauses()
+        slices = Slices()
         await self._monitor.refresh(self._registry, older_than=1.0, seconds=1.0)
         now = self._clock.now()
         rows: defaultdict[tuple[str, str], list[LoadedRow]] = defaultdict(list)
         for agent in list(self._registry):
-            await pauses.now_and_then()
+            await slices.pause()
             if self._registry.is_online(agent, now):
                 for row in agent.inventory.loaded.values():
                     if row.raw is not None:
                         rows[row.key, row.model.digest].append(row)
         merged = []
         for same in rows.values():
-            await pauses.now_and_then()
+            await slices.pause()
             merged.append(_merge(same))
         merged.sort(key=lambda row: row[0], reverse=True)
         body = b'{"models":[' + b",".join(raw for _, raw in merged) + b"]}"

@@ -7,9 +7,9 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.gojson import read_fields
-from ollama_coordinator.api.edge.wire import JSON, HttpError, own_body
-from ollama_coordinator.asking import Answer, Asking
+from ollama_coordinator.agent_queries import AgentQueries, Answer
+from ollama_coordinator.api.http.errors import JSON, HttpError, own_body
+from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
@@ -37,7 +37,7 @@ _shown = msgspec.json.Decoder(_Shown)
 class Shows:
     """Asks one of the holders, and remembers the answer as long as the content is the same."""
 
-    def __init__(self, asking: Asking, registry: Registry) -> None:
+    def __init__(self, asking: AgentQueries, registry: Registry) -> None:
         self._asking = asking
         self._registry = registry
         self._kept: OrderedDict[Question, bytes] = OrderedDict()

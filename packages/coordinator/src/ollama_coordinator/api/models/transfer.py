@@ -4,10 +4,10 @@ import json
 
 from starlette.requests import Request
 
-from ollama_coordinator.api.edge.gojson import Fields, read_fields
-from ollama_coordinator.api.edge.splicing import spliced
-from ollama_coordinator.api.edge.told import Told
-from ollama_coordinator.api.edge.wire import HttpError, own_body
+from ollama_coordinator.api.http.errors import HttpError, own_body
+from ollama_coordinator.api.http.gojson import Fields, read_fields
+from ollama_coordinator.api.http.json_edit import spliced
+from ollama_coordinator.api.http.progress_response import Told
 from ollama_coordinator.operations import (
     Blobs,
     Choosing,

@@ -5,8 +5,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.agent_logs import AgentLogs, LogView
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.wire import decode, reply
+from ollama_coordinator.api.http.errors import decode, reply
+from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.protocol import LogReport

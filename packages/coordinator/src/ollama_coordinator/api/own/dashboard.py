@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.api.edge.declared import Media, Operation, operation
-from ollama_coordinator.api.edge.departure import until_departure
-from ollama_coordinator.api.edge.wire import ClientLeft, reply
+from ollama_coordinator.api.http.disconnect import until_disconnect
+from ollama_coordinator.api.http.errors import ClientLeft, reply
+from ollama_coordinator.api.http.openapi import Media, Operation, operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.feed import Feed, Rows
 from ollama_coordinator.journal import AgentEvent, Observation
@@ -71,7 +71,7 @@ class EventsApi:
         last_id = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
         headers = [(name.encode(), value.encode()) for name, value in EVENT_HEADERS.items()]
         try:
-            async with until_departure(receive):
+            async with until_disconnect(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if scope["method"] != "HEAD":
                     await self._send_all(last_id, send)

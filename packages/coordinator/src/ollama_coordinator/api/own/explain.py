@@ -6,11 +6,10 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.dialects import Surface
-from ollama_coordinator.api.edge.wire import own_body, reply
-from ollama_coordinator.api.inference.intake import take_in
-from ollama_coordinator.api.inference.reading import read_routing
+from ollama_coordinator.api.http.dialects import InferenceRoute
+from ollama_coordinator.api.http.errors import own_body, reply
+from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.inference.request import read_routing, take_in
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.scheduler import Decision, Estimate, SwitchingScheduler
 
@@ -27,7 +26,9 @@ class ChatRequest(Struct, frozen=True):
 class ExplainApi:
     """The handlers that tell what the scheduler thinks."""
 
-    def __init__(self, scheduler: SwitchingScheduler, surface: Surface, clock: Clock) -> None:
+    def __init__(
+        self, scheduler: SwitchingScheduler, surface: InferenceRoute, clock: Clock
+    ) -> None:
         self._scheduler = scheduler
         self._surface = surface
         self._clock = clock

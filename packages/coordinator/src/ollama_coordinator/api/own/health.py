@@ -6,12 +6,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.agent_logs import AgentLogs
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.wire import HttpError, decode, log_event, reply
+from ollama_coordinator.agent_store import AgentStore
+from ollama_coordinator.api.http.errors import HttpError, decode, log_event, reply
+from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
@@ -36,7 +36,7 @@ class HealthApi:
         self,
         registry: Registry,
         dispatch: Dispatch,
-        keeper: Keeper,
+        keeper: AgentStore,
         store: Store,
         clock: Clock,
         logs: AgentLogs,

@@ -9,8 +9,8 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ollama_coordinator.api.edge.declared import Media, Query, operation
-from ollama_coordinator.api.edge.wire import HttpError, reply
+from ollama_coordinator.api.http.errors import HttpError, reply
+from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
 from ollama_coordinator.journal import Observation, Point
 from ollama_coordinator.registry import Registry

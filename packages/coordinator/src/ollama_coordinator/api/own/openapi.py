@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ollama_coordinator.api.edge.declared import (
+from ollama_coordinator.api.http.errors import JSON
+from ollama_coordinator.api.http.openapi import (
     Either,
     ErrorBody,
     Media,
@@ -25,7 +26,6 @@ from ollama_coordinator.api.edge.declared import (
     operation,
     operation_of,
 )
-from ollama_coordinator.api.edge.wire import JSON
 
 SCHEMA_REF = "#/components/schemas/{name}"
 ABOUT = (

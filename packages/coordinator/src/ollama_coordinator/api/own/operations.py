@@ -8,9 +8,9 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import Media, Query, operation
-from ollama_coordinator.api.edge.told import Told
-from ollama_coordinator.api.edge.wire import HttpError, decode, reply
+from ollama_coordinator.api.http.errors import HttpError, decode, reply
+from ollama_coordinator.api.http.openapi import Media, Query, operation
+from ollama_coordinator.api.http.progress_response import Told
 from ollama_coordinator.api.models.changes import ChangesApi
 from ollama_coordinator.operations import (
     Choosing,

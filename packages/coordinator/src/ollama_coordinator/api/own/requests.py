@@ -7,8 +7,8 @@ from msgspec import Raw, Struct, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import Either, operation
-from ollama_coordinator.api.edge.wire import HttpError, reply
+from ollama_coordinator.api.http.errors import HttpError, reply
+from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished
 from ollama_coordinator.dispatch import Dispatch

@@ -8,8 +8,8 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.wire import HttpError, decode, reply
+from ollama_coordinator.api.http.errors import HttpError, decode, reply
+from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.tuning import SettingView, Tuning
 from ollama_coordinator_common.error import ConfigError
 

@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 1000
 T = TypeVar("T", bound=Struct)
 
 
-class Document(Generic[T]):
+class SavedState(Generic[T]):
     """Writes what `give` returns behind, and hands it to `take` at the next start.
 
     It is asked for `every` so many seconds, a long one more seldom, and at the end. The lists it

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.types import Message
 
 import ollama_coordinator
-from ollama_coordinator.api.edge.dialects import Dialect
-from ollama_coordinator.api.edge.wire import (
+from ollama_coordinator.api.http.dialects import Dialect
+from ollama_coordinator.api.http.errors import (
     JSON,
     OWN_BODY_LIMIT,
     STATUS,

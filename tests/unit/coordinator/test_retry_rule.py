@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.inference.verdict import CANNOT_RUN, cannot_run, error_text, retryable
+from ollama_coordinator.api.inference.retry_rule import (
+    CANNOT_RUN,
+    cannot_run,
+    error_text,
+    retryable,
+)
 from ollama_coordinator.scheduler import Result
 
 

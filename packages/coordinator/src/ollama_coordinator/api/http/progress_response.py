@@ -6,9 +6,9 @@ from starlette.types import Receive, Scope, Send
 from ollama_coordinator.operations import Operation, Operations
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .departure import until_departure
 from .dialects import Dialect, error_body
-from .wire import ClientLeft, send_error, send_whole
+from .disconnect import until_disconnect
+from .errors import ClientLeft, send_error, send_whole
 
 NDJSON = b"application/x-ndjson"
 
@@ -25,7 +25,7 @@ class Told:
         """Answer."""
         try:
             async with (
-                until_departure(receive),
+                until_disconnect(receive),
                 self._operations.followed(self._operation),
             ):
                 await (self._tell(send) if self._stream else self._tell_end(send))

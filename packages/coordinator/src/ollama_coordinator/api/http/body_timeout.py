@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.http1.door import VISIT, Visit
 
-from .wire import ClientLeft, HttpError
+from .errors import ClientLeft, HttpError
 
 
 class Patience:

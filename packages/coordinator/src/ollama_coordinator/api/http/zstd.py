@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import zstandard
 
-from .dialects import Surface
-from .wire import HttpError
+from .dialects import InferenceRoute
+from .errors import HttpError
 
 ROUTES = frozenset(
     f"/v1/{route}"
@@ -24,7 +24,7 @@ class NotDecompressed(HttpError):
     """A compressed body cannot be read; told in the native shape on every route, as Ollama does."""
 
 
-async def plain_body(surface: Surface, headers: Mapping[bytes, bytes], body: bytes) -> bytes:
+async def plain_body(surface: InferenceRoute, headers: Mapping[bytes, bytes], body: bytes) -> bytes:
     """The body as JSON text, decompressed where the route allows it.
 
     Raises:

@@ -31,7 +31,7 @@ class Answer(Struct, frozen=True):
     body: bytes
 
 
-class Asking:
+class AgentQueries:
     """Asks agents outside the request path."""
 
     def __init__(

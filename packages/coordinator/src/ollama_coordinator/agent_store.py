@@ -9,7 +9,7 @@ from .db import AgentRow, Store
 from .registry import AgentSettings, AgentState, Registry
 
 
-class Keeper:
+class AgentStore:
     """Translates between agents as the registry and as the database know them."""
 
     def __init__(self, registry: Registry, store: Store, clock: Clock) -> None:

@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
-from ollama_coordinator.interrupt import Interrupt
+from ollama_coordinator.aio import Interrupt
 
-from .wire import ClientLeft
+from .errors import ClientLeft
 
 
 @asynccontextmanager
-async def until_departure(receive: Receive) -> AsyncIterator[None]:
+async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
     """Run a block that ends with `ClientLeft` when the client closes its connection.
 
     The body must have been read to its end before.

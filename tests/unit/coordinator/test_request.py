@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
-from ollama_coordinator.api.edge.dialects import SURFACES, Dialect, Surface
-from ollama_coordinator.api.edge.wire import ClientLeft, HttpError
-from ollama_coordinator.api.inference.reading import (
+from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES, Dialect, InferenceRoute
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError
+from ollama_coordinator.api.inference.request import (
     TOKENS_PER_IMAGE,
     Routing,
     read_body,
@@ -19,20 +19,20 @@ from ollama_coordinator.api.inference.reading import (
 )
 from ollama_coordinator.scheduler import RunnerOptions
 
-BY_PATH = {surface.path: surface for surface in SURFACES}
+BY_PATH = {surface.path: surface for surface in INFERENCE_ROUTES}
 CHAT = BY_PATH["/api/chat"]
 GENERATE = BY_PATH["/api/generate"]
 EMBED = BY_PATH["/api/embed"]
 OPENAI = BY_PATH["/v1/chat/completions"]
-NATIVE = [surface for surface in SURFACES if surface.dialect is Dialect.NATIVE]
+NATIVE = [surface for surface in INFERENCE_ROUTES if surface.dialect is Dialect.NATIVE]
 
 
-def routing(body: Any, surface: Surface = CHAT) -> Routing:
+def routing(body: Any, surface: InferenceRoute = CHAT) -> Routing:
     encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
     return read_routing(surface, encoded)
 
 
-def refused(body: bytes, surface: Surface = CHAT) -> tuple[int, str]:
+def refused(body: bytes, surface: InferenceRoute = CHAT) -> tuple[int, str]:
     with pytest.raises(HttpError) as caught:
         read_routing(surface, body)
     return caught.value.status, str(caught.value)
@@ -66,9 +66,11 @@ def test_the_name_stays_as_the_client_wrote_it() -> None:
     assert routing({"model": "Library/Qwen3:4B"}).name == "Library/Qwen3:4B"
 
 
-@pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.path)
+@pytest.mark.parametrize("surface", INFERENCE_ROUTES, ids=lambda surface: surface.path)
 @pytest.mark.parametrize("body", [b"{}", b"null", b'{"model":""}', b'{"model":null}', b'{"n":1}'])
-def test_a_request_without_a_name_gets_its_routes_answer(surface: Surface, body: bytes) -> None:
+def test_a_request_without_a_name_gets_its_routes_answer(
+    surface: InferenceRoute, body: bytes
+) -> None:
     assert refused(body, surface) == surface.nameless
 
 
@@ -148,9 +150,9 @@ FIELDS = st.sampled_from(
 )  # fmt: skip
 
 
-@given(st.dictionaries(FIELDS, ODD), st.sampled_from(SURFACES), st.booleans())
+@given(st.dictionaries(FIELDS, ODD), st.sampled_from(INFERENCE_ROUTES), st.booleans())
 def test_no_other_field_matters_whatever_it_holds(
-    odd: dict[str, Any], surface: Surface, slow: bool
+    odd: dict[str, Any], surface: InferenceRoute, slow: bool
 ) -> None:
     assert routing({**odd, "Model" if slow else "model": "m"}, surface).name == "m"
 
@@ -265,7 +267,7 @@ def test_shift_is_read_where_it_is_said(shift: Any, read: bool | None) -> None:
         b'{"Model":"m","Messages":[]}',
     ],
 )
-def test_a_request_with_nothing_to_say_only_loads(surface: Surface, body: bytes) -> None:
+def test_a_request_with_nothing_to_say_only_loads(surface: InferenceRoute, body: bytes) -> None:
     read = routing(body, surface)
     assert read.load_only
     assert not read.unload_only

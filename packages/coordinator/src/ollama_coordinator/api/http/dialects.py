@@ -28,7 +28,7 @@ class Dialect(Enum):
         return b"\n" if self is Dialect.NATIVE else b"\n\n"
 
 
-class Surface(Struct, frozen=True):
+class InferenceRoute(Struct, frozen=True):
     """One inference route: its dialect, what it asks of a model, and Ollama's texts for its name.
 
     `missing` is the 404 for an unknown model; `nameless` the status and text without a name;
@@ -47,9 +47,9 @@ class Surface(Struct, frozen=True):
 _TRY_PULLING = 'model "{name}" not found, try pulling it first'
 _NO_NAME = (404, "model '' not found")
 
-SURFACES = (
-    Surface("/api/chat", Dialect.NATIVE, Kind.CHAT),
-    Surface(
+INFERENCE_ROUTES = (
+    InferenceRoute("/api/chat", Dialect.NATIVE, Kind.CHAT),
+    InferenceRoute(
         "/api/generate",
         Dialect.NATIVE,
         Kind.GENERATE,
@@ -57,7 +57,7 @@ SURFACES = (
         go_type="api.GenerateRequest",
         checks_names=False,
     ),
-    Surface(
+    InferenceRoute(
         "/api/embed",
         Dialect.NATIVE,
         Kind.EMBED,
@@ -66,20 +66,20 @@ SURFACES = (
         go_type="api.EmbedRequest",
         checks_names=False,
     ),
-    Surface(
+    InferenceRoute(
         "/api/embeddings",
         Dialect.NATIVE,
         Kind.EMBED,
         _TRY_PULLING,
         go_type="api.EmbeddingRequest",
     ),
-    Surface(
+    InferenceRoute(
         "/v1/chat/completions",
         Dialect.OPENAI,
         Kind.CHAT,
         go_type="openai.ChatCompletionRequest",
     ),
-    Surface(
+    InferenceRoute(
         "/v1/completions",
         Dialect.OPENAI,
         Kind.GENERATE,
@@ -87,7 +87,7 @@ SURFACES = (
         go_type="openai.CompletionRequest",
         checks_names=False,
     ),
-    Surface(
+    InferenceRoute(
         "/v1/embeddings",
         Dialect.OPENAI,
         Kind.EMBED,
@@ -96,9 +96,11 @@ SURFACES = (
         go_type="openai.EmbedRequest",
         checks_names=False,
     ),
-    Surface("/v1/responses", Dialect.OPENAI, Kind.CHAT, go_type="openai.ResponsesRequest"),
-    Surface("/v1/messages", Dialect.ANTHROPIC, Kind.CHAT, go_type="anthropic.MessagesRequest"),
-    Surface("/v1/audio/transcriptions", Dialect.OPENAI, Kind.GENERATE),
+    InferenceRoute("/v1/responses", Dialect.OPENAI, Kind.CHAT, go_type="openai.ResponsesRequest"),
+    InferenceRoute(
+        "/v1/messages", Dialect.ANTHROPIC, Kind.CHAT, go_type="anthropic.MessagesRequest"
+    ),
+    InferenceRoute("/v1/audio/transcriptions", Dialect.OPENAI, Kind.GENERATE),
 )
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
@@ -132,7 +134,7 @@ def error_body(dialect: Dialect, status: int, message: str) -> bytes:
     )
 
 
-def error_record(surface: Surface, message: str) -> bytes:
+def error_record(surface: InferenceRoute, message: str) -> bytes:
     """The record that tells a client in the middle of a stream that its answer ends here."""
     if surface.dialect is Dialect.NATIVE:
         return msgspec.json.encode({"error": message}) + b"\n"
@@ -182,7 +184,7 @@ _counted = msgspec.json.Decoder(_Counted)
 _DATA = re.compile(rb"^data: (\{.*\})\s*$", re.MULTILINE)
 
 
-def read_ending(surface: Surface, last: bytes, records: int) -> Ending:
+def read_ending(surface: InferenceRoute, last: bytes, records: int) -> Ending:
     """Read the last records of an answer, or a whole one that was not streamed.
 
     Never raises: what cannot be read tells nothing. `records` is how many were streamed, an
@@ -232,7 +234,7 @@ _EMPTY_CHUNK = re.compile(
 )
 
 
-def swallowed_error(surface: Surface, last: bytes) -> bool:
+def swallowed_error(surface: InferenceRoute, last: bytes) -> bool:
     """Whether Ollama swallowed an error at the end of a `/v1` stream.
 
     It turns the error line into a chunk with nothing in it and ends without `data: [DONE]`. A

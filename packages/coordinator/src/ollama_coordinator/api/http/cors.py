@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import send_whole
 from .headers import first
-from .wire import send_whole
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -9,13 +9,13 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.edge.declared import operation
-from ollama_coordinator.api.edge.wire import JSON, decode, log_event, reply
+from ollama_coordinator.agent_store import AgentStore
+from ollama_coordinator.aio import Slices
+from ollama_coordinator.api.http.errors import JSON, decode, log_event, reply
+from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.pauses import Pauses
 from ollama_coordinator.registry import AgentSettings, AgentState, Registry
 from ollama_coordinator_common.protocol import (
     AgentOperation,
@@ -52,7 +52,7 @@ class AgentsApi:
         registry: Registry,
         dispatch: Dispatch,
         monitor: Monitor,
-        keeper: Keeper,
+        keeper: AgentStore,
         clock: Clock,
         *,
         operations: Callable[[AgentId], list[AgentOperation]] = lambda agent_id: [],
@@ -87,9 +87,9 @@ class AgentsApi:
     @operation("Every agent, by name", gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:
         """`GET /api/agents`: every agent, living or not, by name."""
-        pauses, rows = Pauses(), []
+        slices, rows = Slices(), []
         for agent in sorted(self._registry, key=lambda agent: (agent.name, agent.id)):
-            await pauses.now_and_then()
+            await slices.pause()
             rows.append(msgspec.json.encode(self.view(agent)))
         return Response(b"[" + b",".join(rows) + b"]", media_type=JSON)
 

@@ -7,7 +7,7 @@ ignored, invalid UTF-8 and lone surrogates become U+FFFD. Texts are those of Go'
 import json
 from typing import Any, NoReturn
 
-from .wire import HttpError
+from .errors import HttpError
 
 KINDS = {
     str: "string",

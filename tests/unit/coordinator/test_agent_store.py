@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ollama_coordinator.agent_store import AgentStore
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store
-from ollama_coordinator.keeper import Keeper
 from ollama_coordinator.registry import AgentSettings, AgentState, Registry
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
@@ -37,7 +37,7 @@ class Process:
     def __init__(self, store: Store, now: float = 1000.0) -> None:
         self.clock = SetClock(now)
         self.registry = Registry(60.0)
-        self.keeper = Keeper(self.registry, store, self.clock)
+        self.keeper = AgentStore(self.registry, store, self.clock)
 
     def register(self, name: str = "gpu-1") -> AgentState:
         request = RegisterRequest(name, "10.0.0.1", "0.33.0", 11434, f"id of {name}")

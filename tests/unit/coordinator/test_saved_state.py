@@ -8,7 +8,7 @@ import pytest
 from msgspec import Struct
 
 from ollama_coordinator.db import Store
-from ollama_coordinator.documents import ROWS_AT_ONCE, Document, encoded, pause
+from ollama_coordinator.saved_state import ROWS_AT_ONCE, SavedState, encoded, pause
 
 
 class Row(Struct, frozen=True):
@@ -70,8 +70,8 @@ async def test_it_is_asked_for_at_its_pace_and_at_the_end(tmp_path: Path) -> Non
             again.set()
         return Body(len(given))
 
-    def document(store: Store, every: float) -> Document[Body]:
-        return Document("body", Body, store, give=give, take=taken.append, every=every)
+    def document(store: Store, every: float) -> SavedState[Body]:
+        return SavedState("body", Body, store, give=give, take=taken.append, every=every)
 
     async with Store(tmp_path / "c.db") as store:
         async with document(store, every=0.01).running():

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 from msgspec import Struct, structs
 
-from ollama_coordinator.api.edge.dialects import Dialect, Surface
-from ollama_coordinator.api.edge.splicing import field, spliced
-from ollama_coordinator.api.edge.versions import is_older
+from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
+from ollama_coordinator.api.http.json_edit import field, spliced
+from ollama_coordinator.api.http.versions import is_older
 from ollama_coordinator.api.models.show import Shows
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState, Registry
@@ -54,7 +54,7 @@ class Fitting:
         self.larger_context = larger_context
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
-    async def fit(self, surface: Surface, request: Request, body: bytes) -> Fitted:
+    async def fit(self, surface: InferenceRoute, request: Request, body: bytes) -> Fitted:
         """The request less the agents that cannot serve it, on a context that is in memory."""
         unfit = self._registry.strangers(request.model) | self._too_old(surface, request)
         if unfit:
@@ -72,7 +72,7 @@ class Fitting:
         note = f"num_ctx={context}; wanted={wanted}"
         return Fitted(structs.replace(request, options=options), raised, note)
 
-    def _too_old(self, surface: Surface, request: Request) -> frozenset[AgentId]:
+    def _too_old(self, surface: InferenceRoute, request: Request) -> frozenset[AgentId]:
         """None if all of them are: then the client hears what an old Ollama says."""
         since = SINCE.get(surface.path)
         if since is None:

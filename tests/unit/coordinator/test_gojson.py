@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.edge.gojson import read_fields
-from ollama_coordinator.api.edge.splicing import field, spliced
-from ollama_coordinator.api.edge.versions import is_older, lowest
-from ollama_coordinator.api.edge.wire import HttpError
+from ollama_coordinator.api.http.errors import HttpError
+from ollama_coordinator.api.http.gojson import read_fields
+from ollama_coordinator.api.http.json_edit import field, spliced
+from ollama_coordinator.api.http.versions import is_older, lowest
 from ollama_coordinator.api.inference.audio import read_form
 
 GO = "api.ShowRequest"

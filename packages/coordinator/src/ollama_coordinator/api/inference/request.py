@@ -7,16 +7,20 @@ name is read leniently: whether it is right is for Ollama to say.
 
 import json
 import re
+from math import inf
+from secrets import token_hex
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
-from ollama_coordinator.api.edge.dialects import Dialect, Surface
-from ollama_coordinator.api.edge.gojson import read_fields
-from ollama_coordinator.api.edge.wire import ClientLeft, HttpError
-from ollama_coordinator.scheduler import RunnerOptions
+from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError
+from ollama_coordinator.api.http.gojson import read_fields
+from ollama_coordinator.scheduler import Kind, Lane, Request, RequestId, RunnerOptions
+from ollama_coordinator_common.error import InvalidModelName
+from ollama_coordinator_common.names import model_key
 
 BYTES_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 768
@@ -116,7 +120,7 @@ _limits = msgspec.json.Decoder(_Limits)
 _integer = msgspec.json.Decoder(int | None)
 
 
-def read_routing(surface: Surface, body: bytes) -> Routing:
+def read_routing(surface: InferenceRoute, body: bytes) -> Routing:
     """Read the model's name and what the estimates need.
 
     Raises:
@@ -208,7 +212,7 @@ def _read_plainly(body: bytes) -> _Fields | None:
     return _Fields(model, **{name: given[name] for name in _RAW if name in given})
 
 
-def _read_as_go_does(surface: Surface, body: bytes) -> _Fields:
+def _read_as_go_does(surface: InferenceRoute, body: bytes) -> _Fields:
     """The slow path, for what the fast one cannot read or finds no name in."""
     native = surface.dialect is Dialect.NATIVE
     fields = read_fields(body, surface.go_type, "missing request body" if native else "EOF")
@@ -218,3 +222,85 @@ def _read_as_go_does(surface: Surface, body: bytes) -> _Fields:
         if name != "model" and name in fields.values
     }
     return _Fields(model=fields.text("model"), **known)
+
+
+# ── for the scheduler ─────────────────────────────────────────────────────────────────────────
+
+
+def client_of(scope: Scope) -> str:
+    """Who asks, for fairness between clients: the address they ask from."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+LANE = b"x-ollama-coordinator-lane"
+MAX_WAIT = b"x-ollama-coordinator-max-wait"
+
+
+def lane_of(surface: InferenceRoute, scope: Scope) -> Lane:
+    """How urgent it is: embeddings have a lane of their own; `batch` is for who says so.
+
+    Raises:
+        HttpError: the header names no lane.
+    """
+    if surface.kind is Kind.EMBED:
+        return Lane.EMBEDDING
+    wanted = _header(scope, LANE) or b"interactive"
+    if wanted not in (b"interactive", b"batch"):
+        raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
+    return Lane(wanted.decode())
+
+
+def deadline_of(scope: Scope, now: float) -> float | None:
+    """Until when it waits for a place, if its client says for how many seconds it does.
+
+    Raises:
+        HttpError: the header is no number of seconds.
+    """
+    wanted = _header(scope, MAX_WAIT)
+    if wanted is None:
+        return None
+    try:
+        seconds = float(wanted)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise HttpError(400, "X-Ollama-Coordinator-Max-Wait: give a number of seconds, 0 or more")
+    return now + seconds
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
+    return next((value for name, value in scope["headers"] if name == wanted), None)
+
+
+def take_in(surface: InferenceRoute, routing: Routing, scope: Scope, now: float) -> Request:
+    """The request as the scheduler sees it.
+
+    Raises:
+        InvalidModelName: the model's name cannot be one, and the route says so.
+        HttpError: the same on a route that only says that there is no such model; a wrong header.
+    """
+    return Request(
+        id=RequestId(token_hex(8)),
+        model=_key(surface, routing.name),
+        name=routing.name,
+        arrived_at=now,
+        kind=surface.kind,
+        lane=lane_of(surface, scope),
+        client=client_of(scope),
+        prompt_tokens=routing.prompt_tokens,
+        prefix=routing.prefix,
+        output_limit=routing.output_limit,
+        options=routing.options,
+        load_only=routing.load_only,
+        deadline=deadline_of(scope, now),
+    )
+
+
+def _key(surface: InferenceRoute, name: str) -> str:
+    try:
+        return model_key(name)
+    except InvalidModelName as exc:
+        if surface.checks_names:
+            raise
+        raise HttpError(404, surface.missing.format(name=name)) from exc

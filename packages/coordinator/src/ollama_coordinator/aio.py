@@ -1,0 +1,133 @@
+"""What asyncio lacks: interrupting a block, tasks with an owner, long work in slices, the loop."""
+
+import asyncio
+import logging
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Coroutine
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+from ollama_coordinator_common.error import ConfigError
+
+log = logging.getLogger(__name__)
+
+SLICE_SECONDS = 0.002
+"""How long computing may hold up the streams of everybody else."""
+
+LOOPS = ("auto", "asyncio", "uvloop")
+
+
+class Interrupt:
+    """`async with interrupt:` runs a block that `fire(exception)` ends with that exception.
+
+    It works as `asyncio.timeout` does: the task is cancelled, and the cancellation becomes the
+    exception when it leaves the block. A cancellation from elsewhere stays one. Firing before
+    the block starts ends it at its first step; firing after its end does nothing. Code inside of
+    the block sees a cancellation with the exception's text.
+    """
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[object] | None = None
+        self._cancelling = 0
+        self._exception: Exception | None = None
+        self._over = False
+
+    def fire(self, exception: Exception) -> None:
+        """End the block with `exception`; only the first call counts."""
+        if self._exception is not None or self._over:
+            return
+        self._exception = exception
+        if self._task is not None:
+            self._task.cancel(str(exception) or None)
+
+    async def __aenter__(self) -> "Interrupt":
+        if self._exception is not None:
+            raise self._exception
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("an Interrupt needs a running task")
+        self._task = task
+        self._cancelling = task.cancelling()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over = True
+        if self._exception is None or self._task is None:
+            return
+        from_elsewhere = self._task.uncancel() > self._cancelling
+        if kind is asyncio.CancelledError and not from_elsewhere:
+            raise self._exception from raised
+
+
+class OwnedTasks:
+    """`async with OwnedTasks() as tasks:` cancels on leaving every task that still runs.
+
+    Unlike in a `TaskGroup`, the failure of one task ends no other: its error is logged.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def __aenter__(self) -> "OwnedTasks":
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` in a task of its own."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task failed", exc_info=error)
+
+
+class Slices:
+    """A long computation in the event loop, in slices: `await slices.pause()` often.
+
+    Every `SLICE_SECONDS` the other tasks run; shared state may have changed afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._since = perf_counter()
+
+    async def pause(self) -> None:
+        """Let other tasks run, if this slice is over."""
+        if perf_counter() - self._since >= SLICE_SECONDS:
+            await asyncio.sleep(0)
+            self._since = perf_counter()
+
+
+def loop_of(name: str) -> Callable[[], AbstractEventLoop] | None:
+    """The factory of an event loop of this name; `None` for asyncio's own.
+
+    uvloop is an extra, since it does not exist on Windows.
+
+    Raises:
+        ConfigError: uvloop is wanted, and not installed.
+    """
+    if name == "asyncio":
+        return None
+    try:
+        import uvloop
+    except ImportError as exc:
+        if name == "auto":
+            return None
+        command = "uv tool install './packages/coordinator[fast]'"
+        expected = f"in a clone, run {command} (not on Windows); or give auto"
+        raise ConfigError("COORDINATOR_LOOP", name, expected) from exc
+    return uvloop.new_event_loop
