@@ -86,9 +86,9 @@ function buildStrip() {
     const value = h("b", null, "–");
     return { value, element: h("div.stat", { title }, value, h("span", null, label)) };
   };
-  const online = stat("online", "Agents that may get requests, of all");
-  const flight = stat("in flight", "Requests on an agent, of the places that the loaded models have");
-  const waiting = stat("waiting", "Requests that wait for a place");
+  const online = stat("online", "Agents in rotation, of all agents");
+  const flight = stat("in flight", "Requests on an agent, and the slots of all loaded models");
+  const waiting = stat("waiting", "Requests in the queue");
   const speed = stat("tokens/s", "Tokens written in the whole fleet, in the last 5 seconds");
   const spark = document.createElement("oc-spark");
   spark.setAttribute("label", "Tokens per second in the last minutes");

@@ -30,7 +30,7 @@ export async function edit(agent) {
 }
 
 export async function remove(agent) {
-  const sure = await confirmed(`Remove ${agent.name}?`, "It is forgotten with its settings. Its running requests end by themselves. If its agent still runs, it registers again within seconds.", "Remove");
+  const sure = await confirmed(`Remove ${agent.name}?`, "The coordinator forgets it and its settings. Its running requests go on. If its agent still runs, it registers again within seconds.", "Remove");
   if (!sure) return null;
   return act(() => call("DELETE", address(agent.id)), `${agent.name} removed`);
 }

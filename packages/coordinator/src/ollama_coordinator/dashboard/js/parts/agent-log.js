@@ -15,7 +15,7 @@ export function agentLog(signal, agent) {
   const lines = h("ol.events.log");
   const server = h("pre.log", { tabindex: "0" });
   const state = h("p.muted.small", { role: "status" });
-  const serverTitle = h("h3", { hidden: true }, "What its ollama serve wrote");
+  const serverTitle = h("h3", { hidden: true }, "Log of its ollama serve");
   const box = h("details.card.stack", null, h("summary", null, "The agent's own log"), state, lines, serverTitle, server);
   let last = 0;
   let asking = false;
@@ -24,11 +24,11 @@ export function agentLog(signal, agent) {
     if (asking || !box.open || document.hidden || signal.aborted) return;
     asking = true;
     try {
-      const told = await get(path(["api", "agents", agent, "log"]));
-      setText(state, stateText(told));
-      last = showLines(lines, told.lines, last);
-      serverTitle.hidden = server.hidden = !told.server;
-      showServer(server, (told.server ?? []).join("\n"));
+      const reply = await get(path(["api", "agents", agent, "log"]));
+      setText(state, stateText(reply));
+      last = showLines(lines, reply.lines, last);
+      serverTitle.hidden = server.hidden = !reply.server;
+      showServer(server, (reply.server ?? []).join("\n"));
     } catch (error) {
       setText(state, error.message);
     } finally {
@@ -42,10 +42,10 @@ export function agentLog(signal, agent) {
   return box;
 }
 
-function stateText(told) {
-  if (!told.sends) return "There is no agent of ours on that machine, so there is no log to show.";
-  if (told.told_at) return `The last ${told.lines.length} lines. Last sent at ${time(told.told_at)}; new ones follow while this is open.`;
-  if (told.asked_seconds > LONG_SECONDS) return "The agent does not send it. It is away, or older than this coordinator.";
+function stateText(reply) {
+  if (!reply.sends) return "There is no agent of ours on that machine, so there is no log to show.";
+  if (reply.told_at) return `The last ${reply.lines.length} lines. Last sent at ${time(reply.told_at)}; new ones follow while this is open.`;
+  if (reply.asked_seconds > LONG_SECONDS) return "The agent does not send it. It is away, or older than this coordinator.";
   return "Asked. The agent sends it with its next heartbeat, within ten seconds.";
 }
 

@@ -77,12 +77,12 @@ class Chart extends HTMLElement {
   }
 
   _describe(series, data, unit) {
-    const told = series.map(({ label }, index) => {
+    const summary = series.map(({ label }, index) => {
       const values = data[index + 1].filter((value) => value !== null);
       return values.length ? `${label} between ${unit(Math.min(...values))} and ${unit(Math.max(...values))}` : `${label} without data`;
     });
     this.plot.setAttribute("role", "img");
-    this.plot.setAttribute("aria-label", `${this.options.title}: ${told.join(", ")}`);
+    this.plot.setAttribute("aria-label", `${this.options.title}: ${summary.join(", ")}`);
   }
 
   _width() {

@@ -2,8 +2,8 @@
 
 /** A chat as `curl` would send it. Images are left out: they would fill the screen. */
 export function curl(body) {
-  const told = JSON.stringify(withoutImages(body), null, 2).replaceAll("'", "'\\''");
-  return `curl ${location.origin}/api/chat -d '${told}'`;
+  const json = JSON.stringify(withoutImages(body), null, 2).replaceAll("'", "'\\''");
+  return `curl ${location.origin}/api/chat -d '${json}'`;
 }
 
 /** The same with Ollama's Python library. */

@@ -33,7 +33,7 @@ function content(request) {
   if (request.error) parts.push(h("p.notice.bad", null, request.error));
   const attempts = request.attempts ?? [];
   if (attempts.length) parts.push(h("h2", null, attempts.length > 1 ? `${attempts.length} attempts` : "Why this agent"));
-  else parts.push(h("p.muted", null, request.state === "waiting" ? "It has no place yet; see what would be decided now." : "It never got a place on an agent."));
+  else parts.push(h("p.muted", null, request.state === "waiting" ? "It has no lease yet; this is what would be decided now." : "It never got a lease on an agent."));
   for (const attempt of attempts) parts.push(attemptPart(attempt, attempts.length > 1));
   if (request.now) parts.push(h("h2", null, "If it were decided now"), h("p.muted.small", null, sentence(request.now)), candidates(request.now));
   return parts;
@@ -61,7 +61,7 @@ function attemptPart(attempt, several) {
   else parts.push(h("p.muted", null, `${attempt.agent} was chosen by a policy that counts and does not predict.`));
   const refused = Object.entries(attempt.refused ?? {});
   if (refused.length) {
-    parts.push(h("h3", null, "Had the model and could not take it"),
+    parts.push(h("h3", null, "Holders that could not take it"),
       h("ul.refusals", null, refused.map(([agent, reason]) => h("li", null, h("b", null, agent), h("span.muted", null, `: ${reason}`)))));
   }
   return h("div.stack", null, parts);
@@ -74,7 +74,7 @@ function sentence(decision) {
 
 function candidates(decision, chosen = decision.chosen) {
   const known = decision.candidates ?? [];
-  if (!known.length) return h("p.muted", null, "No other agent came into question.");
+  if (!known.length) return h("p.muted", null, "No other agent could serve it.");
   const most = Math.max(...known.map((one) => one.cost ?? 0), 0.001);
   const seen = new Set();
   const rows = known.map((one) => {
@@ -97,11 +97,11 @@ function candidate(one, chosen, most) {
   const terms = TERMS.filter(([field]) => one[field] > 0.0005);
   const bar = h("div.cost", { "aria-hidden": "true" }, terms.map(([field, label]) =>
     h("i", { title: `${label}: ${seconds(one[field])}`, style: { width: `${(100 * one[field]) / most / (one.preference || 1)}%`, "--tone": TONES.get(field) } })));
-  const told = one.refused ?? (terms.map(([field, label]) => `${label} ${seconds(one[field])}`).join(", ") || "nothing to wait for");
+  const details = one.refused ?? (terms.map(([field, label]) => `${label} ${seconds(one[field])}`).join(", ") || "nothing to wait for");
   const extras = [one.cached_tokens && `${count(one.cached_tokens)} prompt tokens cached`, one.preference && one.preference !== 1 && `preference ${one.preference}`, one.unload?.length && `unloads ${one.unload.map(shortModel).join(", ")}`];
   return h(chosen ? "li.chosen" : "li", null,
     h("div.row", null, h("b.clip", null, one.agent), h("span.muted.small.grow.nowrap", null, one.refused ? "refused" : ACTIONS[one.action] ?? one.action), chosen ? h("span.pill.good", null, "chosen") : null, h("span.num", null, one.cost === null || one.cost === undefined ? "–" : seconds(one.cost))),
-    one.refused ? null : bar, h("p.muted.small", null, [told, ...extras.filter(Boolean)].join(" · ")));
+    one.refused ? null : bar, h("p.muted.small", null, [details, ...extras.filter(Boolean)].join(" · ")));
 }
 
 function shortModel(key) {

@@ -14,7 +14,7 @@ import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
 
 const REFRESH_MS = 5000;
-const FACTS = ["Address", "Coordinator's way", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Busy by its own count", "Preference", "Notes"];
+const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Notes"];
 
 class AgentView extends View {
   build() {
@@ -41,7 +41,7 @@ class AgentView extends View {
       h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
       h("h2.section", null, "Last requests", h("a.small.more", { href: `#/history?agent=${encodeURIComponent(this.argument)}` }, "All of them")),
       box(["Ended", "Model", "Result", "Agent", "Client", "Waited", "First token", "Prompt", "Tokens", "Tokens/s", "Took"], this.requests),
-      h("h2.section", null, "What the coordinator noted about it"), this.events, agentLog(this.stopping.signal, this.argument));
+      h("h2.section", null, "Events"), this.events, agentLog(this.stopping.signal, this.argument));
     this.gone = h("div", { hidden: true }, empty("offline", "This agent is not registered", h("p", null, "It was removed, or the address is wrong."), h("a.button", { href: "#/fleet" }, "To the fleet")));
     this.append(h("p.small", null, h("a", { href: "#/fleet" }, "← Fleet")), head, this.gone, this.content);
     const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
@@ -70,14 +70,14 @@ class AgentView extends View {
     this.labels.replaceChildren(...agent.labels.map((label) => h("span.tag", null, label)));
     this.bars.update(agent);
     this.slots.update(agent);
-    const told = {
-      Address: `${agent.ip_address}:${agent.ollama_port}`, "Coordinator's way": agent.relay ? `${agent.url} (the agent's relay)` : null,
+    const values = {
+      Address: `${agent.ip_address}:${agent.ollama_port}`, "Reached at": agent.relay ? `${agent.url} (the agent's relay)` : null,
       Ollama: agent.ollama_version, Agent: agent.agent_version ?? "none, bare Ollama", Platform: agent.platform,
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
-      "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Busy by its own count": agent.active_requests === undefined ? null : count(agent.active_requests),
+      "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),
       Preference: agent.preference === 1 ? null : String(agent.preference), Notes: agent.notes,
     };
-    for (const [label, text] of Object.entries(told)) this.facts[label].set(text);
+    for (const [label, text] of Object.entries(values)) this.facts[label].set(text);
   }
 
   async load() {

@@ -102,9 +102,9 @@ class FleetView extends View {
     if (count) return this.nothing.replaceChildren();
     if (this.nothing.firstElementChild) return;
     this.nothing.append(empty("fleet", "No machine yet",
-      h("p", null, "On each machine that has Ollama, run this in a copy of the project. It registers here by itself and shows up on this page within seconds."),
+      h("p", null, "On each machine that has Ollama, run this in a copy of the project. It registers by itself and appears on this page within seconds."),
       howToAddAnAgent(),
-      h("p", null, "An Ollama without our agent can be added too: POST its machine_name, ip_address, ollama_version and ollama_port to /api/agents.")));
+      h("p", null, "An Ollama without an agent can be added too: POST its machine_name, ip_address, ollama_version and ollama_port to /api/agents.")));
   }
 }
 

@@ -74,7 +74,7 @@ class HistoryView extends View {
     this.body.replaceChildren(...page.requests.map(historyRow));
     this.table.hidden = !page.requests.length;
     const filtered = Object.values(this.filters).some(Boolean);
-    this.nothing.replaceChildren(...(page.requests.length ? [] : [empty("history", filtered ? "No request matches" : "Nothing has finished yet", h("p", null, filtered ? "Loosen a filter." : "Every request is listed here when it ends. What was asked and answered is never kept."))]));
+    this.nothing.replaceChildren(...(page.requests.length ? [] : [empty("history", filtered ? "No request matches" : "Nothing has finished yet", h("p", null, filtered ? "Change or clear a filter." : "Every request is listed here when it ends. Texts of requests and answers are never kept."))]));
   }
 }
 

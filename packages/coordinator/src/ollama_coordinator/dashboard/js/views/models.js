@@ -166,7 +166,7 @@ async function replicate(row) {
 }
 
 async function load(row) {
-  const choices = [["1", "One agent"], ["2", "Two agents"], ["all", "Every agent that has it"], ...row.holders.map((id) => [`agents:${id}`, nameOf(id)])];
+  const choices = [["1", "One agent"], ["2", "Two agents"], ["all", "Every holder"], ...row.holders.map((id) => [`agents:${id}`, nameOf(id)])];
   const values = await asked(`Load ${model(row.name)} into memory`, [{ name: "placement", label: "On", kind: "select", value: "1", choices }], "Load");
   if (values) await start({ kind: "load", model: row.name, placement: values.placement });
 }
@@ -177,8 +177,8 @@ async function remove(row) {
 }
 
 async function explainConflict(row) {
-  const told = row.contents.map((one) => `${one.digest.replace("sha256:", "").slice(0, 12)} (${bytes(one.size)}${one.is_preferred ? ", used" : ", not used"}): ${one.holders.map(nameOf).join(", ")}`).join(" — ");
-  const sure = await confirmed(`${model(row.name)} is not the same everywhere`, `Requests go only to the content that most agents have. ${told}. Pulling it again gives every agent the same.`, "Pull it again");
+  const contents = row.contents.map((one) => `${one.digest.replace("sha256:", "").slice(0, 12)} (${bytes(one.size)}${one.is_preferred ? ", used" : ", not used"}): ${one.holders.map(nameOf).join(", ")}`).join(" — ");
+  const sure = await confirmed(`${model(row.name)} is not the same everywhere`, `Requests go only to the content that most agents have. ${contents}. Pulling it again gives every agent the same.`, "Pull it again");
   if (sure) await start({ kind: "pull", model: row.name, placement: "all" });
 }
 

@@ -46,7 +46,7 @@ class NowView extends View {
   tellNothing(some) {
     if (some) return this.nothing.replaceChildren();
     if (this.nothing.firstElementChild) return;
-    this.nothing.append(empty("now", "Nothing runs and nothing waits", h("p", null, "Requests show up here the moment they arrive. Try one: "), h("a.button", { href: "#/try" }, "Ask a model")));
+    this.nothing.append(empty("now", "Nothing runs and nothing waits", h("p", null, "Requests appear here when they arrive. Try one: "), h("a.button", { href: "#/try" }, "Ask a model")));
   }
 
   wanted(one) {
@@ -88,8 +88,8 @@ function livingRow(request) {
     state.update(now.state);
     setText(agent, now.agent ?? (now.attempts ? `tried ${now.attempts}` : ""));
     const waiting = now.state === "waiting" && now.position;
-    const told = waiting ? `#${now.position}${now.starts_at ? ", starts in " : ""}` : "";
-    if (line.data !== told) line.data = told;
+    const text = waiting ? `#${now.position}${now.starts_at ? ", starts in " : ""}` : "";
+    if (line.data !== text) line.data = text;
     setAttr(starts, "until", waiting ? now.starts_at ?? null : null);
     if (!waiting) setText(starts, "");
     setText(tokens, now.tokens ? count(now.tokens) : "");

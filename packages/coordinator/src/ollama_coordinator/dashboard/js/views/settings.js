@@ -41,7 +41,7 @@ class SettingsView extends View {
     const save = h("button.primary", { type: "submit" }, "Save");
     this.form.replaceChildren(h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Settings of the coordinator"),
       h("thead", null, h("tr", null, ["Setting", "Value", "From", "Variable"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows))),
-      h("div.row", null, save, h("span.muted.small", null, "Changes count at once and lose no request.")));
+      h("div.row", null, save, h("span.muted.small", null, "Changes apply at once, and no request is lost.")));
   }
 
   row(setting) {

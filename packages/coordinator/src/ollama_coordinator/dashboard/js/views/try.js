@@ -31,7 +31,7 @@ class TryView extends View {
     this.form = "curl";
     const compose = h("form.compose", { onsubmit: (event) => { event.preventDefault(); this.ask(); } }, this.thumbs, h("div.row", null, this.input, this.file, this.attach, this.send, this.stop));
     this.append(this.head("Try it", this.select, h("button.end", { onclick: () => this.clear() }, "New chat")), this.log, compose,
-      h("details.card.lines", { open: innerWidth > 1000 }, h("summary", null, "The same from elsewhere"), segmented("Language", [["curl", "curl"], ["python", "Python"]], "curl", (form) => { this.form = form; this.snippet(); }), this.lines));
+      h("details.card.lines", { open: innerWidth > 1000 }, h("summary", null, "The same request elsewhere"), segmented("Language", [["curl", "curl"], ["python", "Python"]], "curl", (form) => { this.form = form; this.snippet(); }), this.lines));
     this.stopping.signal.addEventListener("abort", () => this.asking?.abort());
     this.clear();
     this.load();
@@ -45,7 +45,7 @@ class TryView extends View {
       const wanted = this.query.get("model") ?? localStorage.getItem("try-model") ?? this.warm(chats);
       this.select.replaceChildren(...chats.map((row) => h("option", { value: row.name, selected: row.name === wanted }, model(row.name))));
       this.select.disabled = this.send.disabled = !chats.length;
-      if (!chats.length) this.log.replaceChildren(empty("try", "No model to talk to", h("p", null, "Pull one first."), h("a.button", { href: "#/models" }, "To the models")));
+      if (!chats.length) this.log.replaceChildren(empty("try", "No model to talk to", h("p", null, "Pull one first."), h("a.button", { href: "#/models" }, "Open the models")));
       this.chosen(false);
     } catch (error) {
       toast(error.message, "bad");
@@ -70,7 +70,7 @@ class TryView extends View {
   clear() {
     this.asking?.abort();
     this.messages = [];
-    this.log.replaceChildren(empty("try", "Ask a model of the fleet", h("p", null, "The coordinator chooses the agent, as for any other client. Nothing of this chat is kept.")));
+    this.log.replaceChildren(empty("try", "Ask a model of the fleet", h("p", null, "The coordinator chooses the agent, as for any other client. The coordinator keeps nothing of this chat.")));
     this.snippet();
   }
 
@@ -184,8 +184,8 @@ class Answer {
     const facts = [["first token", seconds(first)], ["loading", last.load_duration > 1e8 && seconds(last.load_duration / NANOSECONDS)],
       ["prompt", last.prompt_eval_count && `${count(last.prompt_eval_count)} tokens`], ["written", last.eval_count && `${count(last.eval_count)} tokens`],
       ["speed", last.eval_duration && `${rate(last.eval_count / (last.eval_duration / NANOSECONDS))} tokens/s`], ["took", seconds(last.total_duration / NANOSECONDS)]];
-    const told = facts.filter(([, value]) => value).map(([label, value]) => `${label} ${value}`).join(" · ");
-    this.meta.replaceChildren(agent ? `Served by ${agent} · ` : "", told, " ", request ? h("button.ghost.small", { onclick: () => openWhy(request) }, "Why there?") : "");
+    const details = facts.filter(([, value]) => value).map(([label, value]) => `${label} ${value}`).join(" · ");
+    this.meta.replaceChildren(agent ? `Served by ${agent} · ` : "", details, " ", request ? h("button.ghost.small", { onclick: () => openWhy(request) }, "Why there?") : "");
   }
 
   broke(error) {
