@@ -58,7 +58,7 @@ class Store {
   }
 
   /**
-   * Hear of changes, at most once a frame: `listener(changed)` with section → set of ids (agents only).
+   * Calls `listener(changed)` for changes, at most once a frame, with section → set of ids (agents only).
    * @returns {() => void} stops it
    */
   subscribe(listener) {
@@ -68,7 +68,7 @@ class Store {
 
   _note(section, ids) {
     const known = this._changed.get(section) ?? new Set();
-    // A page in the background is told nothing for hours; who asks for single ids asks for agents.
+    // A page in the background gets no frame for hours; only listeners for agents read single ids.
     if (section === "agents") for (const id of ids) known.add(id);
     this._changed.set(section, known);
     if (!this._frame) this._frame = requestAnimationFrame(() => this._tell());
