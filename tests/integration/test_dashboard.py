@@ -306,9 +306,9 @@ async def test_sparklines_go_on_after_a_restart(tmp_path: Path) -> None:
             agent = await coordinator.register(ollama, "first")
             assert (await coordinator.chat())[0] == 200
             observation = coordinator.parts.observation
-            observation.sampler.pulses.number = 0
+            observation.sampler.sparklines.number = 0
             observation.sampler.sample(observation.journal)
-            before = observation.sampler.pulses.agents[AgentId(agent)][-1]
+            before = observation.sampler.sparklines.agents[AgentId(agent)][-1]
             assert before > 0
         async with running(database_url=database) as coordinator:
             async with viewing(coordinator.url) as viewer:

@@ -233,7 +233,7 @@ async def test_statistics_sample_the_queue_and_the_machines() -> None:
         journal = coordinator.parts.observation.journal
         await coordinator.until(lambda: journal.waiting() == 1)
         sampler = coordinator.parts.observation.sampler
-        sampler.pulses.number = 0
+        sampler.sparklines.number = 0
         sampler.sample(journal)
         fleet = (await coordinator.get("/api/statistics?minutes=15"))["points"][-1]
         mine = (await coordinator.get(f"/api/statistics?minutes=15&agent={agent}"))["points"][-1]

@@ -134,7 +134,7 @@ async def test_a_pull_makes_a_delete_that_is_still_owed_void(coordinator: Runnin
         assert (await _delete(coordinator, LLAMA))[0] == 200
         status, _ = await coordinator.post("/api/pull", {**LLAMA, "stream": False})
         assert status == 200
-        assert [p.deed.kind.value for p in coordinator.parts.surface.operations.pending()] == [
+        assert [p.command.kind.value for p in coordinator.parts.surface.operations.pending()] == [
             "pull"
         ]
         await coordinator.heartbeat(agent_id)

@@ -136,7 +136,7 @@ async def test_a_pull_that_was_cancelled_is_not_joined() -> None:
         cancelled = operations.get(started["id"])
         operations.cancel(cancelled)
         assert not cancelled.is_over
-        again = operations.start(cancelled.deed, list(coordinator.parts.registry), detached=True)
+        again = operations.start(cancelled.command, list(coordinator.parts.registry), detached=True)
         await again.feed.over()
         assert (cancelled.state.value, again.state.value) == ("cancelled", "done")
         assert [names(ollama) for ollama in ollamas] == [["tiny:latest"]] * 2
@@ -155,7 +155,7 @@ async def test_the_end_of_a_cancelled_pull_does_not_touch_the_one_begun_anew() -
         )
         await _all_stalled(ollamas[1:])
         operations.cancel(cancelled)
-        operations.start(cancelled.deed, list(coordinator.parts.registry), detached=True)
+        operations.start(cancelled.command, list(coordinator.parts.registry), detached=True)
         await cancelled.feed.over()
         owing = {coordinator.agent(pending.agent_id).name for pending in operations.pending()}
         assert "agent-1" in owing

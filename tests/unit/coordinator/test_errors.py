@@ -28,7 +28,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.commands.client import NoAnswer
 from ollama_coordinator.db import DatabaseError
-from ollama_coordinator.operations import Refused, SpoolError
+from ollama_coordinator.operations import Refused, UploadError
 from ollama_coordinator.registry import UnknownAgent
 from ollama_coordinator.scheduler import (
     HoldersUnavailable,
@@ -52,7 +52,7 @@ NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     ConfigError: "ends the program before it serves",
     NoAnswer: "is for the command line that asks a coordinator",
 }
-BRINGS_ITS_OWN = (HttpError, Refused, SpoolError)
+BRINGS_ITS_OWN = (HttpError, Refused, UploadError)
 
 
 def modules(package: Any) -> Iterator[str]:

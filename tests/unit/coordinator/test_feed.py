@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ollama_coordinator.feed import feed as module
-from ollama_coordinator.feed.feed import Feed, Sketch, difference
+from ollama_coordinator.feed.feed import Feed, Snapshot, difference
 from support.viewer import merge
 
 VALUES = st.recursive(
@@ -35,9 +35,9 @@ class World:
         self.state: dict[str, Any] = {"count": 0}
         self.drawn = 0
 
-    def draw(self) -> Sketch:
+    def take(self) -> Snapshot:
         self.drawn += 1
-        return Sketch(datetime.now(UTC), dict(self.state), dict)
+        return Snapshot(datetime.now(UTC), dict(self.state), dict)
 
 
 def kinds(data: bytes) -> list[str]:
@@ -47,7 +47,7 @@ def kinds(data: bytes) -> list[str]:
 @pytest.mark.spec("DASH-20")
 async def test_nothing_is_drawn_while_nobody_looks() -> None:
     world = World()
-    feed = Feed(world.draw)
+    feed = Feed(world.take)
     assert world.drawn == 0
     async with aclosing(feed.follow(None)) as events:
         await anext(events)
@@ -59,7 +59,7 @@ async def test_nothing_is_drawn_while_nobody_looks() -> None:
 @pytest.mark.spec("DASH-20")
 async def test_a_difference_is_drawn_once_for_all_viewers() -> None:
     world = World()
-    feed = Feed(world.draw)
+    feed = Feed(world.take)
     viewers = [feed.follow(None) for _ in range(20)]
     for viewer in viewers:
         await anext(viewer)
@@ -78,7 +78,7 @@ async def test_a_difference_is_drawn_once_for_all_viewers() -> None:
 @pytest.mark.spec("DASH-20")
 async def test_a_viewer_that_does_not_read_gets_a_snapshot_and_costs_nothing() -> None:
     world = World()
-    feed = Feed(world.draw)
+    feed = Feed(world.take)
     async with aclosing(feed.follow(None)) as slow:
         await anext(slow)
         await anext(slow)
@@ -94,7 +94,7 @@ async def test_a_viewer_that_does_not_read_gets_a_snapshot_and_costs_nothing() -
 @pytest.mark.spec("DASH-20")
 async def test_what_is_remembered_is_bounded_in_bytes_too() -> None:
     world = World()
-    feed = Feed(world.draw)
+    feed = Feed(world.take)
     for count in range(12):
         world.state["count"] = str(count) * (1024 * 1024)
         feed.tick()
@@ -104,6 +104,6 @@ async def test_what_is_remembered_is_bounded_in_bytes_too() -> None:
 @pytest.mark.spec("DASH-22")
 async def test_a_quiet_line_has_a_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
-    async with aclosing(Feed(World().draw).follow(None)) as events:
+    async with aclosing(Feed(World().take).follow(None)) as events:
         told = [kinds(await anext(events)) for _ in range(3)]
     assert told == [[], ["snapshot"], ["beat"]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.operations.feed import Feed
+from ollama_coordinator.operations.operation import ProgressFeed
 from ollama_coordinator.operations.progress import Progress
 from ollama_coordinator_common.types import AgentId
 
@@ -91,7 +91,7 @@ def test_a_line_in_another_form_does_no_harm(line: dict[str, Any]) -> None:
 
 @pytest.mark.spec("SURFACE-18")
 async def test_who_comes_late_or_reads_slowly_gets_where_things_stand() -> None:
-    feed = Feed()
+    feed = ProgressFeed()
     feed.tell([{"status": "pulling manifest"}])
     following = feed.follow()
     assert await anext(following) == b'{"status":"pulling manifest"}\n'

@@ -15,7 +15,7 @@ from ollama_coordinator.registry import (
     TwoMachines,
     UnknownAgent,
 )
-from ollama_coordinator.registry.disks import Disks
+from ollama_coordinator.registry.agent_match import MachineIds
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -571,7 +571,7 @@ def test_a_removed_agent_that_answers_late_of_a_cloud_model_harms_nothing(
 
 
 def test_a_machine_id_that_nobody_has_any_more_is_forgotten() -> None:
-    disks = Disks()
+    disks = MachineIds()
     disks.add("image", AgentId("a"))
     disks.add("image", AgentId("b"))
     disks.add(None, AgentId("c"))

@@ -35,7 +35,7 @@ from .console import Console
 from .db import Store
 from .dispatch import Dispatch
 from .http1 import Door
-from .journal import Kept, Limits, Observation
+from .journal import Limits, Observation, SavedSparklines
 from .monitor import Monitor
 from .registry import Registry
 from .saved_state import SavedState
@@ -113,7 +113,6 @@ class Coordinator:
             self.store,
             self.clock,
             tuning,
-            view=self.agents.view,
             plain_root=self.models.root,
             operations=self.surface.operations,
         )
@@ -156,7 +155,7 @@ class Coordinator:
 
     def _documents(self) -> list[SavedState[Any]]:
         """What is kept over a restart, in documents."""
-        scheduler, pulses = self.scheduler, self.observation.sampler.pulses
+        scheduler, sparklines = self.scheduler, self.observation.sampler.sparklines
         return [
             SavedState(
                 "learned",
@@ -167,10 +166,10 @@ class Coordinator:
             ),
             SavedState(
                 "sparklines",
-                Kept,
+                SavedSparklines,
                 self.store,
-                give=pulses.export,
-                take=lambda kept: pulses.restore(
+                give=sparklines.export,
+                take=lambda kept: sparklines.restore(
                     kept,
                     self.clock.utc(self.clock.now()).timestamp(),
                     {agent.id for agent in self.registry},

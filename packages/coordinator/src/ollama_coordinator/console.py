@@ -1,12 +1,10 @@
 """What operators look at and steer with, put together: the dashboard, its stream, its API."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.routing import BaseRoute, Route
-
-from ollama_coordinator_common.protocol import AgentView
 
 from .api.own.dashboard import DashboardApi, DetailsApi, EventsApi, Handler
 from .api.own.history import HistoryApi
@@ -15,11 +13,11 @@ from .api.own.settings import SettingsApi
 from .clock import Clock
 from .db import Store
 from .dispatch import Dispatch
-from .feed import Feed, Picture, Rows
+from .feed import Feed, Rows, Snapshots
 from .journal import Observation
 from .operations import Operations
 from .own_address import own_address
-from .registry import AgentState, Registry
+from .registry import Registry
 from .tuning import Tuning
 
 
@@ -35,13 +33,12 @@ class Console:
         clock: Clock,
         tuning: Tuning,
         *,
-        view: Callable[[AgentState], AgentView],
         plain_root: Handler,
         operations: Operations,
     ) -> None:
         self.tuning = tuning
-        rows = Rows(registry, observation, clock, dispatch, view)
-        picture = Picture(
+        rows = Rows(registry, observation, clock, dispatch)
+        snapshots = Snapshots(
             rows,
             dispatch,
             observation,
@@ -51,7 +48,7 @@ class Console:
             address=lambda: own_address(tuning.config.host),
             operations=operations,
         )
-        self.feed = Feed(picture.draw)
+        self.feed = Feed(snapshots.take)
         self._dashboard = DashboardApi(plain_root)
         self._events = EventsApi(self.feed)
         self._details = DetailsApi(registry, observation, rows, clock)

@@ -13,13 +13,13 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.operations import (
     Blobs,
-    Choosing,
-    Debts,
+    Deferred,
     Operations,
     Patience,
     Placement,
     Remote,
-    Spool,
+    TargetChooser,
+    Uploads,
 )
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.upstream import Upstreams
@@ -56,33 +56,35 @@ class Surface:
         self.clouds = Clouds(self.asking, registry, clock)
         self.show = ShowApi(shows, self.clouds)
         self._account = AccountApi(self.asking, self.clouds)
-        self._spool = Spool(spool_folder(config.database_url), _bytes(config.max_spool_gibibytes))
+        self._uploads = Uploads(
+            spool_folder(config.database_url), _bytes(config.max_spool_gibibytes)
+        )
         self._patience = Patience(config.pull_patience)
-        remote = Remote(upstreams, self._spool)
+        remote = Remote(upstreams, self._uploads)
         self.operations = Operations(
             registry,
             dispatch,
             monitor,
             remote,
-            self._spool,
-            Debts(store),
+            self._uploads,
+            Deferred(store),
             clock,
             self._patience,
         )
-        choosing = Choosing(registry, self.asking, Placement.parse(config.pull_placement))
-        blobs = Blobs(self.asking, choosing)
-        self._transfer = TransferApi(self.operations, choosing, self._spool, blobs)
-        self._changes = ChangesApi(self.operations, choosing, self.asking, registry, store)
-        self._blobs = BlobsApi(self._spool, blobs, choosing)
-        self._own = OperationsApi(self.operations, choosing, self._changes, registry)
-        self._choosing = choosing
+        targets = TargetChooser(registry, self.asking, Placement.parse(config.pull_placement))
+        blobs = Blobs(self.asking, targets)
+        self._transfer = TransferApi(self.operations, targets, self._uploads, blobs)
+        self._changes = ChangesApi(self.operations, targets, self.asking, registry, store)
+        self._blobs = BlobsApi(self._uploads, blobs, targets)
+        self._own = OperationsApi(self.operations, targets, self._changes, registry)
+        self._targets = targets
 
     def apply(self, config: CoordinatorConfig) -> None:
         """Work with other settings from now on."""
         self.fitting.larger_context = config.larger_context
         self._patience.return_seconds = config.pull_patience
-        self._choosing.default = Placement.parse(config.pull_placement)
-        self._spool.limit_bytes = _bytes(config.max_spool_gibibytes)
+        self._targets.default = Placement.parse(config.pull_placement)
+        self._uploads.limit_bytes = _bytes(config.max_spool_gibibytes)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -91,7 +93,7 @@ class Surface:
         Raises:
             DatabaseError: what agents owe cannot be read.
         """
-        async with self._spool, self.operations:
+        async with self._uploads, self.operations:
             yield
 
     def routes(self) -> list[BaseRoute]:

@@ -1,7 +1,7 @@
 """The live picture of the fleet for everyone who looks at the dashboard."""
 
 from .feed import Feed
-from .picture import Picture
 from .rows import Rows
+from .snapshot import Snapshots
 
-__all__ = ["Feed", "Picture", "Rows"]
+__all__ = ["Feed", "Rows", "Snapshots"]

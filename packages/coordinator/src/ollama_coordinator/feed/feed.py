@@ -27,7 +27,7 @@ RETRY_MILLISECONDS = 1000
 State = dict[str, Any]
 
 
-class Sketch(Struct, frozen=True):
+class Snapshot(Struct, frozen=True):
     """What a picture is made of: `state` is compared with the last one, `extra` is for new viewers.
 
     `now` is the coordinator's clock at that moment.
@@ -41,7 +41,7 @@ class Sketch(Struct, frozen=True):
 class Feed:
     """`run` is its loop; `follow` is one viewer."""
 
-    def __init__(self, draw: Callable[[], Sketch]) -> None:
+    def __init__(self, draw: Callable[[], Snapshot]) -> None:
         self._draw = draw
         self._epoch = token_hex(4)
         self._number = 0

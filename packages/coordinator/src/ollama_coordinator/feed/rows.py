@@ -3,7 +3,6 @@
 A row has no nulls and nothing that changes by itself as time goes by: the page counts seconds.
 """
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,6 @@ from ollama_coordinator.journal import Observation, RequestView
 from ollama_coordinator.operations import Operations
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler.state import Estimate
-from ollama_coordinator_common.protocol import AgentView
 from ollama_coordinator_common.types import AgentId
 
 Row = dict[str, Any]
@@ -36,7 +34,7 @@ class Estimating(Protocol):
 
 
 class Rows:
-    """Builds rows; `view` is how the API shows an agent."""
+    """Builds rows."""
 
     def __init__(
         self,
@@ -44,13 +42,11 @@ class Rows:
         observation: Observation,
         clock: Clock,
         dispatch: Dispatch,
-        view: Callable[[AgentState], AgentView],
     ) -> None:
         self._registry = registry
         self._observation = observation
         self._clock = clock
         self._dispatch = dispatch
-        self._view = view
         self._estimates: dict[tuple[str, str], Estimate] = {}
         self._estimated_at = float("-inf")
         self._finished: dict[str, Row] = {}
@@ -78,12 +74,16 @@ class Rows:
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
             tuple(agent.inventory.loaded), len(agent.inventory.available),
             self._dispatch.in_flight(agent.id), sampler.standing.get(agent.id),
-            sampler.pulses.number, self._estimated_at,
+            sampler.sparklines.number, self._estimated_at,
         )  # fmt: skip
 
     def agent(self, agent: AgentState) -> Row:
         """One agent: its view without the list of what is on its disk, and what it does."""
-        row = _plain(self._view(agent))
+        clock, in_flight = self._clock, self._dispatch.in_flight(agent.id)
+        last_seen = clock.utc(agent.heard_at)
+        row = _plain(
+            self._registry.view(agent, clock.now(), last_seen=last_seen, in_flight=in_flight)
+        )
         row.pop("operations", None)
         standing = self._observation.sampler.standing.get(agent.id)
         row["models"] = len(agent.inventory.available)
@@ -94,9 +94,9 @@ class Rows:
         row["preference"] = agent.settings.preference
         row["loaded_models"] = self._loaded(agent)
         row["slots"] = self._slots(agent)
-        pulses = self._observation.sampler.pulses
-        points = pulses.agents.get(agent.id)
-        row["pulse"] = [pulses.number, points[-1] if points else 0]
+        sparklines = self._observation.sampler.sparklines
+        points = sparklines.agents.get(agent.id)
+        row["pulse"] = [sparklines.number, points[-1] if points else 0]
         return row
 
     def _loaded(self, agent: AgentState) -> list[Row]:
@@ -142,11 +142,11 @@ class Rows:
 
     def sparks(self) -> dict[str, Any]:
         """The sparklines so far: tokens per second, the newest last."""
-        pulses = self._observation.sampler.pulses
+        sparklines = self._observation.sampler.sparklines
         return {
             "sparks": {
-                "fleet": list(pulses.fleet),
-                "agents": {key: list(points) for key, points in pulses.agents.items()},
+                "fleet": list(sparklines.fleet),
+                "agents": {key: list(points) for key, points in sparklines.agents.items()},
             }
         }
 

@@ -1,13 +1,11 @@
 """What happens in the fleet, for people: each request's life, the numbers over time, the events."""
 
-from .buckets import Bucket, Point
-from .entry import Attempt, Entry, RequestView, State
+from .entry import Attempt, JournalEntry, RequestState, RequestView
 from .events import AgentEvent, EventLog
 from .journal import Ended, Following, Journal
 from .observation import Limits, Observation
-from .pulses import Kept, Pulses
-from .sampler import Sampler
-from .series import TIERS, Series, SeriesRow, Tier
+from .sampler import Sampler, SavedSparklines, Sparklines
+from .statistics import TIERS, Bucket, Point, Series, SeriesRow, Tier
 
 __all__ = [
     "TIERS",
@@ -15,19 +13,19 @@ __all__ = [
     "Attempt",
     "Bucket",
     "Ended",
-    "Entry",
     "EventLog",
     "Following",
     "Journal",
-    "Kept",
+    "JournalEntry",
     "Limits",
     "Observation",
     "Point",
-    "Pulses",
+    "RequestState",
     "RequestView",
     "Sampler",
+    "SavedSparklines",
     "Series",
     "SeriesRow",
-    "State",
+    "Sparklines",
     "Tier",
 ]

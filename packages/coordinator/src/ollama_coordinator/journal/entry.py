@@ -19,7 +19,7 @@ from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
 
-class State(Enum):
+class RequestState(Enum):
     """Where a living request stands."""
 
     WAITING = "waiting"
@@ -50,7 +50,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
     """A living request as the API shows it; times are UTC. `tokens` counts streamed records."""
 
     id: str
-    state: State
+    state: RequestState
     model: str
     path: str
     client: str
@@ -68,7 +68,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
     attempts: int = 0
 
 
-class Trial(Struct):
+class JournalAttempt(Struct):
     """An attempt under way or over, with what was known when its agent was chosen."""
 
     held: Held
@@ -76,7 +76,7 @@ class Trial(Struct):
     refused: dict[str, str]
 
 
-class Entry:
+class JournalEntry:
     """One living request. `counted` is how many of its tokens the statistics have already."""
 
     __slots__ = ("counted", "path", "request", "trials")
@@ -84,7 +84,7 @@ class Entry:
     def __init__(self, request: Request, path: str) -> None:
         self.request = request
         self.path = path
-        self.trials: list[Trial] = []
+        self.trials: list[JournalAttempt] = []
         self.counted = 0
 
     @property
@@ -96,15 +96,15 @@ class Entry:
         """Whether the request has no place: not yet, or no more since its last attempt failed."""
         return self.held is None or self.held.ended
 
-    def state(self) -> State:
+    def state(self) -> RequestState:
         """Where the request stands."""
         held = self.held
         if held is None or held.ended:
-            return State.WAITING
+            return RequestState.WAITING
         if held.began_at is not None:
-            return State.WRITING
+            return RequestState.WRITING
         loaded = held.agent.inventory.is_loaded(self.request.model)
-        return State.READING if loaded else State.LOADING
+        return RequestState.READING if loaded else RequestState.LOADING
 
     def view(self, clock: Clock, now: float) -> RequestView:
         """The request as people see it; the place in the line is known elsewhere."""
@@ -135,7 +135,7 @@ class Entry:
         return [_attempt(trial, clock) for trial in self.trials]
 
 
-def _attempt(trial: Trial, clock: Clock) -> Attempt:
+def _attempt(trial: JournalAttempt, clock: Clock) -> Attempt:
     held = trial.held
     return Attempt(
         agent_id=held.agent.id,
@@ -155,7 +155,7 @@ def _rate(tokens: int, began_at: float | None, now: float) -> float | None:
     return tokens / (now - began_at)
 
 
-def ending(entry: Entry, http_status: int | None, error: str) -> tuple[Status, int, str]:
+def ending(entry: JournalEntry, http_status: int | None, error: str) -> tuple[Status, int, str]:
     """How a request ended: by the error that was raised (`http_status`), else by its last attempt.
 
     `http_status` 499 is the client's departure or an operator's cancellation.
@@ -178,7 +178,7 @@ def ending(entry: Entry, http_status: int | None, error: str) -> tuple[Status, i
 
 
 def finished(
-    entry: Entry, clock: Clock, now: float, *, http_status: int | None, error: str
+    entry: JournalEntry, clock: Clock, now: float, *, http_status: int | None, error: str
 ) -> Finished:
     """The entry's last word."""
     request, held = entry.request, entry.held
@@ -211,7 +211,7 @@ def finished(
     )
 
 
-def _first_token(entry: Entry, now: float) -> float | None:
+def _first_token(entry: JournalEntry, now: float) -> float | None:
     """A streamed answer's first record; one that came whole says how long its tokens took."""
     held = entry.held
     if held is None or held.began_at is None:

@@ -23,7 +23,7 @@ from ollama_coordinator.scheduler.eligibility import eligible
 from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .entry import Attempt, Entry, RequestView, State, Trial, finished
+from .entry import Attempt, JournalAttempt, JournalEntry, RequestState, RequestView, finished
 
 REMEMBERED = 500
 """How many finished requests stay in memory with their reasons."""
@@ -58,7 +58,7 @@ class Following:
 
     __slots__ = ("_entry", "_journal")
 
-    def __init__(self, journal: "Journal", entry: Entry) -> None:
+    def __init__(self, journal: "Journal", entry: JournalEntry) -> None:
         self._journal = journal
         self._entry = entry
 
@@ -88,7 +88,7 @@ class Journal:
         clock: Clock,
         *,
         status_of: Callable[[OllamaCoordinatorError], int],
-        listeners: Sequence[Callable[[Entry, Ended], None]] = (),
+        listeners: Sequence[Callable[[JournalEntry, Ended], None]] = (),
     ) -> None:
         self._registry = registry
         self._dispatch = dispatch
@@ -98,29 +98,29 @@ class Journal:
         self._places: dict[str, Waiting] = {}
         self._placed_at = 0.0
         self._refusals: dict[str, tuple[int, dict[str, str]]] = {}
-        self.live: dict[str, Entry] = {}
+        self.live: dict[str, JournalEntry] = {}
         self.recent: deque[Ended] = deque(maxlen=REMEMBERED)
 
     # ── what the request path tells ───────────────────────────────────────────────────────────
 
     def follow(self, request: Request, path: str) -> Following:
         """A request has arrived."""
-        entry = self.live[request.id] = Entry(request, path)
+        entry = self.live[request.id] = JournalEntry(request, path)
         return Following(self, entry)
 
-    def leased(self, entry: Entry, held: Held) -> None:
+    def leased(self, entry: JournalEntry, held: Held) -> None:
         """A request has a place: note why there, while it is known."""
         scheduler = self._dispatch.scheduler
         told = scheduler.decision(held.lease.id) if isinstance(scheduler, Explaining) else None
         refused = self._refused(held.lease.request, held.lease.granted_at)
-        trial = Trial(held, told, refused)
+        trial = JournalAttempt(held, told, refused)
         entry.trials.append(trial)
         entry.counted = 0
         if told is not None:
             # The other candidates are looked at when the request is on its way to its agent.
             asyncio.get_running_loop().call_soon(self._tell_in_full, trial)
 
-    def _tell_in_full(self, trial: Trial) -> None:
+    def _tell_in_full(self, trial: JournalAttempt) -> None:
         scheduler = self._dispatch.scheduler
         if isinstance(scheduler, Explaining):
             trial.decision = scheduler.account(trial.held.lease.id) or trial.decision
@@ -137,7 +137,7 @@ class Journal:
             self._refusals[request.model] = (self._registry.changes, refused)
         return refused
 
-    def ended(self, entry: Entry, raised: BaseException | None) -> None:
+    def ended(self, entry: JournalEntry, raised: BaseException | None) -> None:
         """A request has its answer, an error, or nobody who wants it."""
         del self.live[entry.request.id]
         http_status, error = self._read(raised)
@@ -177,7 +177,7 @@ class Journal:
         views = []
         for entry in islice(self.live.values(), most):
             view = entry.view(self._clock, now)
-            place = places.get(entry.request.id) if view.state is State.WAITING else None
+            place = places.get(entry.request.id) if view.state is RequestState.WAITING else None
             if place is not None:
                 view = msgspec.structs.replace(
                     view, position=place.position, start_in_seconds=place.start_in_seconds
@@ -189,7 +189,7 @@ class Journal:
         """A request that ended a while ago, if it is remembered."""
         return next((one for one in reversed(self.recent) if one.request.id == request_id), None)
 
-    def explain(self, entry: Entry, now: float) -> Decision | None:
+    def explain(self, entry: JournalEntry, now: float) -> Decision | None:
         """What the scheduler would decide for a living request now, over all holders."""
         scheduler = self._dispatch.scheduler
         if not isinstance(scheduler, Explaining):

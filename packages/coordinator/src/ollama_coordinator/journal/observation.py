@@ -15,11 +15,10 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .buckets import Bucket, Point, point
 from .events import EventLog
 from .journal import Journal
 from .sampler import Sampler
-from .series import TIERS, Series, SeriesRow, Tier, merge, tier_for
+from .statistics import TIERS, Bucket, Point, Series, SeriesRow, Tier, merge, point, tier_for
 
 log = logging.getLogger(__name__)
 

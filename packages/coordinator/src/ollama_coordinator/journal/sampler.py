@@ -5,6 +5,8 @@ It also carries the written-behind rows to the database, so that no request wait
 
 import asyncio
 import logging
+from collections import deque
+from collections.abc import Container, Iterable, Mapping
 
 from msgspec import Struct
 from msgspec.json import encode
@@ -15,11 +17,9 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
-from .buckets import Bucket
-from .entry import Entry
+from .entry import JournalEntry
 from .journal import Ended, Journal
-from .pulses import Pulses
-from .series import FLEET, Series
+from .statistics import FLEET, Bucket, Series
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Standing(Struct, frozen=True):
 
 
 class Sampler:
-    """`run` is its loop; `standing` and `pulses` are for the pages that show agents."""
+    """`run` is its loop; `standing` and `sparklines` are for the pages that show agents."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Sampler:
         self._tokens: dict[str, int] = {}
         self._agents_written_at = float("-inf")
         self.standing: dict[AgentId, Standing] = {}
-        self.pulses = Pulses()
+        self.sparklines = Sparklines()
 
     async def run(self, journal: Journal) -> None:
         """Sample until cancelled."""
@@ -67,7 +67,7 @@ class Sampler:
 
     # ── counting ──────────────────────────────────────────────────────────────────────────────
 
-    def finished(self, entry: Entry, ended: Ended) -> None:
+    def finished(self, entry: JournalEntry, ended: Ended) -> None:
         """A request ended."""
         request = ended.request
         left = (request.output_tokens or 0) - entry.counted
@@ -89,7 +89,7 @@ class Sampler:
         for agent in self._registry:
             self._look(agent, now)
         self._forget()
-        if self.pulses.is_due(self._at()):
+        if self.sparklines.is_due(self._at()):
             self._take_pulse()
 
     def _wrote(self, agent_id: AgentId, tokens: int) -> None:
@@ -101,7 +101,7 @@ class Sampler:
         """The next point of the sparklines, and the agents' readings."""
         tokens, self._tokens = self._tokens, {}
         known = [agent.id for agent in self._registry]
-        self.pulses.take(self._at(), tokens.pop(FLEET, 0), tokens, known)
+        self.sparklines.take(self._at(), tokens.pop(FLEET, 0), tokens, known)
         for agent in self._registry:
             if self._registry.is_online(agent, self._clock.now()):
                 bucket = self._series.fresh(agent.id)
@@ -118,7 +118,7 @@ class Sampler:
     def _forget(self) -> None:
         for agent_id in [known for known in self.standing if self._registry.find(known) is None]:
             del self.standing[agent_id]
-            self.pulses.forget(agent_id)
+            self.sparklines.forget(agent_id)
             self._tokens.pop(agent_id, None)
             self._series.forget(agent_id)
 
@@ -166,3 +166,72 @@ def _read(bucket: Bucket, agent: AgentState) -> None:
             bucket.gpu_readings += 1
             bucket.gpu_sum += gpu.utilization_percent or 0.0
             bucket.vram_sum += 100 * (gpu.memory_used_bytes or 0) / gpu.memory_total_bytes
+
+
+POINT_SECONDS = 5
+"""How long one point is."""
+
+POINTS = 60
+
+
+class SavedSparklines(Struct, frozen=True):
+    """The points of an earlier process; `number` is that of the newest, idle agents are left out.
+
+    Whatever was not kept is taken for nothing written.
+    """
+
+    number: int = 0
+    fleet: list[float] = []
+    agents: dict[AgentId, list[float]] = {}
+
+
+class Sparklines:
+    """Points, the newest last. `number` counts them since the epoch, in `POINT_SECONDS`."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.fleet: deque[float] = deque(maxlen=POINTS)
+        self.agents: dict[AgentId, deque[float]] = {}
+
+    def is_due(self, at: float) -> bool:
+        """Whether a point ends at this moment (Unix seconds)."""
+        return _number(at) != self.number
+
+    def take(
+        self, at: float, tokens: int, of_agents: Mapping[str, int], known: Iterable[AgentId]
+    ) -> None:
+        """One more point: the tokens since the last one, of all and of each of the known agents."""
+        self.number = _number(at)
+        # A fifth of a count has one decimal at most: nobody has to round it.
+        self.fleet.append(max(tokens, 0) / POINT_SECONDS)
+        for agent_id in known:
+            points = self.agents.setdefault(agent_id, deque(maxlen=POINTS))
+            points.append(max(of_agents.get(agent_id, 0), 0) / POINT_SECONDS)
+
+    def forget(self, agent_id: AgentId) -> None:
+        """The agent is gone."""
+        self.agents.pop(agent_id, None)
+
+    def export(self) -> SavedSparklines:
+        """What to keep over a restart."""
+        agents = {key: list(points) for key, points in self.agents.items() if any(points)}
+        return SavedSparklines(self.number, list(self.fleet), agents)
+
+    def restore(self, kept: SavedSparklines, at: float, known: Container[AgentId]) -> None:
+        """Go on where an earlier process stopped; nothing was written between.
+
+        The points of agents that are not known any more are left out.
+        """
+        self.number = _number(at)
+        missed = self.number - kept.number
+        if not 0 <= missed < POINTS:
+            return
+        gap = [0.0] * missed
+        self.fleet.extend([*kept.fleet, *gap])
+        for agent_id, points in kept.agents.items():
+            if agent_id in known:
+                self.agents[agent_id] = deque([*points, *gap], POINTS)
+
+
+def _number(at: float) -> int:
+    return int(at // POINT_SECONDS)

@@ -1,51 +1,50 @@
 """Model operations over the fleet: pull, push, create, copy, delete, load and unload."""
 
 from .blobs import Blobs
-from .choosing import Choosing
+from .deferred import Deferred
 from .operation import Operation, Target
-from .pending import Debts
-from .placement import Placement, Places, WrongPlacement, places
 from .remote import Remote
-from .running import Operations
-from .spool import Spool, SpoolError, digest_of
+from .runner import Operations
+from .targets import Chosen, Placement, TargetChooser, WrongPlacement, choose
 from .types import (
-    Deed,
-    Kind,
+    AgentCommand,
+    DeferredCommand,
     NoAgentForModel,
     OperationError,
+    OperationKind,
+    OperationState,
     OperationView,
-    Pending,
     Refused,
-    State,
     TargetView,
     UnknownOperation,
 )
-from .work import Patience
+from .uploads import UploadError, Uploads, digest_of
+from .worker import Patience
 
 __all__ = [
+    "AgentCommand",
     "Blobs",
-    "Choosing",
-    "Debts",
-    "Deed",
-    "Kind",
+    "Chosen",
+    "Deferred",
+    "DeferredCommand",
     "NoAgentForModel",
     "Operation",
     "OperationError",
+    "OperationKind",
+    "OperationState",
     "OperationView",
     "Operations",
     "Patience",
-    "Pending",
     "Placement",
-    "Places",
     "Refused",
     "Remote",
-    "Spool",
-    "SpoolError",
-    "State",
     "Target",
+    "TargetChooser",
     "TargetView",
     "UnknownOperation",
+    "UploadError",
+    "Uploads",
     "WrongPlacement",
+    "choose",
     "digest_of",
-    "places",
 ]

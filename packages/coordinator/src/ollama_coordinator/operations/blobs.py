@@ -14,8 +14,7 @@ from ollama_coordinator.agent_queries import AgentQueries, Answer
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
 
-from .choosing import Choosing
-from .placement import Placement, Places
+from .targets import Chosen, Placement, TargetChooser
 from .types import Lacking
 
 AT_ONCE = 32
@@ -26,16 +25,16 @@ PATIENCE_SECONDS = 2.0
 class Blobs:
     """Asks agents for files by their digest."""
 
-    def __init__(self, asking: AgentQueries, choosing: Choosing) -> None:
+    def __init__(self, asking: AgentQueries, targets: TargetChooser) -> None:
         self._asking = asking
-        self._choosing = choosing
+        self._targets = targets
 
     async def suffice(self, digest: str, placement: Placement) -> bool:
         """Whether a model can be created from this file with no upload of it.
 
         Of agents that are away it counts what they last reported.
         """
-        meant = self._choosing.concerned(placement)
+        meant = self._targets.concerned(placement)
         there = self._asking.reachable(meant)
         ids = {agent.id for agent in there}
         lack = any(agent.id not in ids and not _reported(agent, digest) for agent in meant)
@@ -61,7 +60,7 @@ class Blobs:
         given = [answer for answer in answers if isinstance(answer, Answer)]
         return {answer.agent.id: answer.status == 200 for answer in given if answer.status < 500}
 
-    async def arrange(self, found: Places, digests: Iterable[str], key: str) -> Places:
+    async def arrange(self, found: Chosen, digests: Iterable[str], key: str) -> Chosen:
         """The same number of places, on agents that have files that cannot be handed over.
 
         An agent that has a model of this name stays chosen: it would be left with the old one.
@@ -86,7 +85,7 @@ class Blobs:
         for agent in chosen:
             if agent.id in lacking:
                 raise Lacking(agent.name, lacking[agent.id])
-        return Places(chosen, others[missing:])
+        return Chosen(chosen, others[missing:])
 
 
 def _reported(agent: AgentState, digest: str) -> bool:

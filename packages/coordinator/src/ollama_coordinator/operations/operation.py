@@ -1,8 +1,10 @@
 """One operation under way: its parts on the agents, and what it tells to those who wait for it."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 
+import msgspec
 from msgspec import structs
 
 from ollama_coordinator.aio import Interrupt
@@ -11,20 +13,88 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import AgentOperation
 from ollama_coordinator_common.types import AgentId
 
-from .feed import Feed
-from .placement import Placement
-from .progress import Line, Progress
-from .types import Deed, Kind, OperationView, Refused, State, TargetView
+from .progress import Progress, ProgressLine
+from .targets import Placement
+from .types import AgentCommand, OperationKind, OperationState, OperationView, Refused, TargetView
+
+
+class ProgressFeed:
+    """What an operation reports, for any number of clients that come and go at their own pace.
+
+    Of each layer and step only the newest line is kept. A client that reads slowly or comes late
+    gets the present state, so nothing piles up.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, tuple[int, bytes]] = {}
+        self._version = 0
+        self._changed = asyncio.Event()
+        self.is_over = False
+
+    def tell(self, lines: Iterable[ProgressLine]) -> None:
+        """Publish lines."""
+        for line in lines:
+            about = str(line.get("digest") or line.get("status") or "error")
+            self._lines.pop(about, None)
+            self._version += 1
+            self._lines[about] = (self._version, msgspec.json.encode(line) + b"\n")
+        self._wake()
+
+    def end(self) -> None:
+        """Nothing more will be told."""
+        self.is_over = True
+        self._wake()
+
+    @property
+    def last(self) -> bytes:
+        """The newest line; empty before there is one."""
+        return next(reversed(self._lines.values()))[1] if self._lines else b""
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def began(self) -> None:
+        """Wait for the first line, or the end."""
+        while not self._lines and not self.is_over:
+            await self._changed.wait()
+
+    async def over(self) -> None:
+        """Wait for the end."""
+        while not self.is_over:
+            await self._changed.wait()
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """Where things stand, then what changes, until the end."""
+        seen = 0
+        while True:
+            changed, is_over = self._changed, self.is_over
+            news = self._since(seen)
+            seen = self._version
+            if news:
+                yield news
+            if is_over:
+                return
+            if changed is self._changed:
+                await changed.wait()
+
+    def _since(self, version: int) -> bytes:
+        newer: list[bytes] = []
+        for at, line in reversed(self._lines.values()):
+            if at <= version:
+                break
+            newer.append(line)
+        return b"".join(reversed(newer))
 
 
 class Target:
     """One agent's part. `away_since` is when it was last seen to be away, monotonic."""
 
-    def __init__(self, agent: AgentState, deed: Deed) -> None:
+    def __init__(self, agent: AgentState, command: AgentCommand) -> None:
         self.agent_id = agent.id
         self.agent_name = agent.name
-        self.deed = deed
-        self.state = State.WAITING
+        self.command = command
+        self.state = OperationState.WAITING
         self.status = ""
         self.error: OllamaCoordinatorError | None = None
         self.away_since: float | None = None
@@ -43,14 +113,14 @@ class Operation:
     def __init__(
         self,
         operation_id: str,
-        deed: Deed,
+        command: AgentCommand,
         placement: Placement,
         started_at: datetime,
         *,
         detached: bool,
     ) -> None:
         self.id = operation_id
-        self.deed = deed
+        self.command = command
         self.placement = placement
         self.started_at = started_at
         self.ended_at: datetime | None = None
@@ -59,14 +129,14 @@ class Operation:
         self.targets: dict[AgentId, Target] = {}
         self.spare: list[AgentState] = []
         self.progress = Progress()
-        self.feed = Feed()
+        self.feed = ProgressFeed()
         self.error: OllamaCoordinatorError | None = None
         self.cancelled = False
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> OperationKind:
         """What is done."""
-        return self.deed.kind
+        return self.command.kind
 
     @property
     def is_over(self) -> bool:
@@ -74,17 +144,23 @@ class Operation:
         return self.feed.is_over
 
     @property
-    def state(self) -> State:
+    def state(self) -> OperationState:
         """Where it stands as a whole."""
         if not self.is_over:
-            return State.RUNNING
+            return OperationState.RUNNING
         if self.cancelled:
-            return State.CANCELLED
-        return State.FAILED if self.error is not None else State.DONE
+            return OperationState.CANCELLED
+        return OperationState.FAILED if self.error is not None else OperationState.DONE
 
-    def add(self, agents: Iterable[AgentState], deed: Deed | None = None) -> list[Target]:
+    def add(
+        self, agents: Iterable[AgentState], command: AgentCommand | None = None
+    ) -> list[Target]:
         """Take more agents in; those that are new."""
-        new = [Target(agent, deed or self.deed) for agent in agents if agent.id not in self.targets]
+        new = [
+            Target(agent, command or self.command)
+            for agent in agents
+            if agent.id not in self.targets
+        ]
         self.targets.update((target.agent_id, target) for target in new)
         return new
 
@@ -92,11 +168,11 @@ class Operation:
 
     def begins(self, target: Target) -> None:
         """A target starts, perhaps again."""
-        target.state, target.status, target.error = State.RUNNING, "", None
+        target.state, target.status, target.error = OperationState.RUNNING, "", None
         target.away_since = None
         self.progress.begin(target.agent_id)
 
-    def hears(self, target: Target, line: Line) -> None:
+    def hears(self, target: Target, line: ProgressLine) -> None:
         """A line of progress from a target."""
         status = line.get("status")
         target.status = status if isinstance(status, str) else target.status
@@ -104,18 +180,18 @@ class Operation:
 
     def is_away(self, target: Target, reason: OllamaCoordinatorError | None, now: float) -> None:
         """A target's agent does not answer; it may come back."""
-        target.state = State.WAITING
+        target.state = OperationState.WAITING
         target.error = reason or target.error
         if target.away_since is None:
             target.away_since = now
 
     def succeeds(self, target: Target) -> None:
         """A target is done."""
-        target.state, target.error = State.DONE, None
+        target.state, target.error = OperationState.DONE, None
         self.feed.tell(self.progress.finish(target.agent_id))
 
     def gives_up(
-        self, target: Target, state: State, reason: OllamaCoordinatorError | None = None
+        self, target: Target, state: OperationState, reason: OllamaCoordinatorError | None = None
     ) -> None:
         """A target is not waited for any more."""
         target.state = state
@@ -130,7 +206,7 @@ class Operation:
             return
         self.ended_at = at
         states = [target.state for target in self.targets.values()]
-        if State.DONE in states:
+        if OperationState.DONE in states:
             self.feed.tell([{"status": "success"}])
         elif self.cancelled:
             self.error = self.error or Refused(499, "the operation was cancelled")
@@ -140,9 +216,9 @@ class Operation:
 
     def forget_bodies(self) -> None:
         """An operation is remembered; what was sent for it, perhaps megabytes, is not."""
-        self.deed = structs.replace(self.deed, body="")
+        self.command = structs.replace(self.command, body="")
         for target in self.targets.values():
-            target.deed = structs.replace(target.deed, body="")
+            target.command = structs.replace(target.command, body="")
 
     def _failure(self) -> OllamaCoordinatorError:
         """What an Ollama said, rather than that others did not answer."""
@@ -155,7 +231,7 @@ class Operation:
         return OperationView(
             id=self.id,
             kind=self.kind,
-            model=self.deed.name,
+            model=self.command.name,
             state=self.state,
             started_at=self.started_at,
             ended_at=self.ended_at,
@@ -171,7 +247,7 @@ class Operation:
         return AgentOperation(
             id=self.id,
             kind=self.kind.value,
-            model=self.deed.name,
+            model=self.command.name,
             state=target.state.value,
             status=target.status,
             completed=completed,

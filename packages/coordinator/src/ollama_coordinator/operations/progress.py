@@ -11,7 +11,7 @@ from msgspec import Struct, field
 
 from ollama_coordinator_common.types import AgentId
 
-Line = dict[str, Any]
+ProgressLine = dict[str, Any]
 
 LATE = (
     "verifying sha256 digest",
@@ -49,7 +49,7 @@ class Progress:
         """An agent takes part, or starts anew."""
         self._agents[agent_id] = _Agent()
 
-    def feed(self, agent_id: AgentId, line: Line) -> list[Line]:
+    def feed(self, agent_id: AgentId, line: ProgressLine) -> list[ProgressLine]:
         """A line of an agent."""
         agent = self._agents[agent_id]
         status, digest, total = line.get("status"), line.get("digest"), line.get("total")
@@ -66,13 +66,13 @@ class Progress:
             return self._news()
         return self._tell(status)
 
-    def finish(self, agent_id: AgentId) -> list[Line]:
+    def finish(self, agent_id: AgentId) -> list[ProgressLine]:
         """An agent has succeeded."""
         agent = self._agents[agent_id]
         agent.is_past_layers = agent.is_done = True
         return self._news()
 
-    def leave(self, agent_id: AgentId) -> list[Line]:
+    def leave(self, agent_id: AgentId) -> list[ProgressLine]:
         """An agent is not waited for any more."""
         self._agents.pop(agent_id, None)
         return self._news() if self._agents else []
@@ -85,7 +85,7 @@ class Progress:
             return 0, total
         return sum(agent.completed(d, size) for d, (_, size) in self._layers.items()), total
 
-    def _news(self) -> list[Line]:
+    def _news(self) -> list[ProgressLine]:
         agents = self._agents.values()
         lines = self._layer_news(self._layers)
         for step in LATE:
@@ -94,18 +94,18 @@ class Progress:
                 lines += self._tell(step)
         return lines
 
-    def _layer_news(self, digests: Iterable[str]) -> list[Line]:
-        lines: list[Line] = []
+    def _layer_news(self, digests: Iterable[str]) -> list[ProgressLine]:
+        lines: list[ProgressLine] = []
         for digest in digests:
             status, total = self._layers[digest]
             least = min(agent.completed(digest, total) for agent in self._agents.values())
             if least > self._shown.get(digest, -1):
                 self._shown[digest] = least
-                line: Line = {"status": status, "digest": digest, "total": total}
+                line: ProgressLine = {"status": status, "digest": digest, "total": total}
                 lines.append({**line, "completed": least} if least else line)
         return lines
 
-    def _tell(self, status: str) -> list[Line]:
+    def _tell(self, status: str) -> list[ProgressLine]:
         if status in self._told:
             return []
         self._told.add(status)

@@ -9,12 +9,12 @@ import msgspec
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks
 
-from .progress import Line
-from .spool import Spool
-from .types import Deed, Kind, Lacking, Refused
+from .progress import ProgressLine
+from .types import AgentCommand, Lacking, OperationKind, Refused
+from .uploads import Uploads
 
 JSON = [("content-type", "application/json")]
-QUICK = (Kind.COPY, Kind.DELETE, Kind.UNLOAD)
+QUICK = (OperationKind.COPY, OperationKind.DELETE, OperationKind.UNLOAD)
 QUICK_SECONDS = 30.0
 """What only touches a few files, or answers at once, is not waited for any longer."""
 
@@ -26,32 +26,36 @@ _line = msgspec.json.Decoder(dict[str, object])
 class Remote:
     """Carries deeds out."""
 
-    def __init__(self, upstreams: Upstreams, spool: Spool) -> None:
+    def __init__(self, upstreams: Upstreams, uploads: Uploads) -> None:
         self._upstreams = upstreams
-        self._spool = spool
+        self._uploads = uploads
 
-    async def do(self, agent: AgentState, deed: Deed, hear: Callable[[Line], None]) -> None:
+    async def do(
+        self, agent: AgentState, command: AgentCommand, hear: Callable[[ProgressLine], None]
+    ) -> None:
         """One attempt; `hear` gets every line of progress but the last.
 
         Raises:
             Refused: the Ollama answered that it cannot.
             UpstreamError: it broke off, or did not answer.
         """
-        for digest in deed.blobs:
+        for digest in command.blobs:
             await self._hand_over(agent, digest)
         try:
-            async with asyncio.timeout(QUICK_SECONDS if deed.kind in QUICK else None):
-                await self._request(agent, deed, hear)
+            async with asyncio.timeout(QUICK_SECONDS if command.kind in QUICK else None):
+                await self._request(agent, command, hear)
         except TimeoutError as exc:
             raise Unreachable(f"no answer within {QUICK_SECONDS:g} s") from exc
 
-    async def _request(self, agent: AgentState, deed: Deed, hear: Callable[[Line], None]) -> None:
+    async def _request(
+        self, agent: AgentState, command: AgentCommand, hear: Callable[[ProgressLine], None]
+    ) -> None:
         async with self._upstreams.open(
-            deed.method, agent.url + deed.path, headers=JSON, body=deed.body.encode()
+            command.method, agent.url + command.path, headers=JSON, body=command.body.encode()
         ) as response:
             if response.status >= 400:
-                await _refuse(response, deed)
-            elif deed.kind.streams:
+                await _refuse(response, command)
+            elif command.kind.streams:
                 await _follow(response, hear)
             else:
                 async for _ in chunks(response):
@@ -63,17 +67,17 @@ class Remote:
         async with self._upstreams.open("HEAD", url) as response:
             if response.status == 200:
                 return
-        size = self._spool.size(digest)
+        size = self._uploads.size(digest)
         if size is None:
             raise Lacking(agent.name, digest)
         headers = [("content-type", "application/octet-stream"), ("content-length", str(size))]
-        body = self._spool.read(digest)
+        body = self._uploads.read(digest)
         async with self._upstreams.open("POST", url, headers=headers, stream=body) as response:
             if response.status >= 400:
                 raise Refused(response.status, await _text_of(response))
 
 
-async def _follow(response: aiohttp.ClientResponse, hear: Callable[[Line], None]) -> None:
+async def _follow(response: aiohttp.ClientResponse, hear: Callable[[ProgressLine], None]) -> None:
     async for line in _lines(response):
         error = line.get("error")
         if error is not None:
@@ -84,7 +88,7 @@ async def _follow(response: aiohttp.ClientResponse, hear: Callable[[Line], None]
     raise Cut("ended its progress without a success")
 
 
-async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[Line]:
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[ProgressLine]:
     held = b""
     async for chunk in chunks(response):
         *whole, held = (held + chunk).split(b"\n")
@@ -97,18 +101,18 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[Line]:
         yield _decoded(held)
 
 
-def _decoded(text: bytes) -> Line:
+def _decoded(text: bytes) -> ProgressLine:
     try:
         return _line.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise Cut("sends progress that is not JSON") from exc
 
 
-async def _refuse(response: aiohttp.ClientResponse, deed: Deed) -> None:
+async def _refuse(response: aiohttp.ClientResponse, command: AgentCommand) -> None:
     text = await _text_of(response)
-    if response.status == 404 and deed.kind in (Kind.DELETE, Kind.UNLOAD):
+    if response.status == 404 and command.kind in (OperationKind.DELETE, OperationKind.UNLOAD):
         return  # what is to go is gone
-    raise Refused(response.status, text or f"answers {deed.path} with status {response.status}")
+    raise Refused(response.status, text or f"answers {command.path} with status {response.status}")
 
 
 async def _text_of(response: aiohttp.ClientResponse) -> str:

@@ -10,9 +10,11 @@ OperationError
 from datetime import datetime
 from enum import Enum
 
-from msgspec import Struct
+import msgspec
+from msgspec import Struct, field
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.types import AgentId
 
 
@@ -47,7 +49,7 @@ class UnknownOperation(OperationError):
         super().__init__(f"operation '{operation_id}' is not known; GET /api/operations lists them")
 
 
-class Kind(Enum):
+class OperationKind(Enum):
     """What is done to a model."""
 
     PULL = "pull"
@@ -61,10 +63,10 @@ class Kind(Enum):
     @property
     def streams(self) -> bool:
         """Whether Ollama reports progress line by line."""
-        return self in (Kind.PULL, Kind.PUSH, Kind.CREATE)
+        return self in (OperationKind.PULL, OperationKind.PUSH, OperationKind.CREATE)
 
 
-class State(Enum):
+class OperationState(Enum):
     """Where an operation, or its part on one agent, stands."""
 
     WAITING = "waiting"
@@ -79,13 +81,13 @@ class State(Enum):
     @property
     def is_over(self) -> bool:
         """Whether nothing more happens of itself in this operation."""
-        return self not in (State.WAITING, State.RUNNING)
+        return self not in (OperationState.WAITING, OperationState.RUNNING)
 
 
-class Deed(Struct, frozen=True):
+class AgentCommand(Struct, frozen=True):
     """What one agent's Ollama is to do: a request to it. `blobs` it must have before."""
 
-    kind: Kind
+    kind: OperationKind
     name: str
     key: str
     method: str
@@ -93,12 +95,68 @@ class Deed(Struct, frozen=True):
     body: str
     blobs: tuple[str, ...] = ()
 
+    @classmethod
+    def pull(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
+        """Fetch a model from a registry."""
+        body = _text(model=name, insecure=insecure, stream=True)
+        return cls(OperationKind.PULL, name, model_key(name), "POST", "/api/pull", body)
 
-class Pending(Struct, frozen=True):
+    @classmethod
+    def push(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
+        """Upload a model to a registry."""
+        body = _text(model=name, insecure=insecure, stream=True)
+        return cls(OperationKind.PUSH, name, model_key(name), "POST", "/api/push", body)
+
+    @classmethod
+    def create(cls, name: str, body: bytes, blobs: tuple[str, ...]) -> "AgentCommand":
+        """Build a model; `body` is the client's own, asking for a stream."""
+        return cls(
+            OperationKind.CREATE,
+            name,
+            model_key(name),
+            "POST",
+            "/api/create",
+            body.decode(),
+            blobs=blobs,
+        )
+
+    @classmethod
+    def copy(cls, source: str, destination: str) -> "AgentCommand":
+        """Give a model a second name."""
+        body = _text(source=source, destination=destination)
+        return cls(
+            OperationKind.COPY, destination, model_key(destination), "POST", "/api/copy", body
+        )
+
+    @classmethod
+    def delete(cls, name: str) -> "AgentCommand":
+        """Remove a model from disk."""
+        body = _text(model=name, name=name)
+        return cls(OperationKind.DELETE, name, model_key(name), "DELETE", "/api/delete", body)
+
+    @classmethod
+    def load(
+        cls, name: str, *, keep_alive: int | str | None = None, embeds: bool = False
+    ) -> "AgentCommand":
+        """Bring a model into memory; a model that embeds is not asked to generate."""
+        fields: dict[str, object] = {"model": name}
+        if keep_alive is not None:
+            fields["keep_alive"] = keep_alive
+        path = "/api/embed" if embeds else "/api/generate"
+        return cls(OperationKind.LOAD, name, model_key(name), "POST", path, _text(**fields))
+
+    @classmethod
+    def unload(cls, name: str) -> "AgentCommand":
+        """Drop a model from memory."""
+        body = _text(model=name, keep_alive=0)
+        return cls(OperationKind.UNLOAD, name, model_key(name), "POST", "/api/generate", body)
+
+
+class DeferredCommand(Struct, frozen=True):
     """A deed that an agent still owes, kept across restarts."""
 
     agent_id: AgentId
-    deed: Deed
+    command: AgentCommand = field(name="deed")
     since: datetime
 
 
@@ -107,7 +165,7 @@ class TargetView(Struct, frozen=True):
 
     agent_id: AgentId
     agent: str
-    state: State
+    state: OperationState
     status: str = ""
     completed: int = 0
     total: int = 0
@@ -118,12 +176,16 @@ class OperationView(Struct, frozen=True):
     """An operation as the API shows it; times are UTC."""
 
     id: str
-    kind: Kind
+    kind: OperationKind
     model: str
-    state: State
+    state: OperationState
     started_at: datetime
     placement: str
     detached: bool
     targets: list[TargetView]
     ended_at: datetime | None = None
     error: str | None = None
+
+
+def _text(**fields: object) -> str:
+    return msgspec.json.encode(fields).decode()

@@ -1,9 +1,9 @@
 """Who exists and in what state; pure: time and facts in, what changed out."""
 
 from .agent import AgentSettings, AgentState, Cooldown
-from .identity import contents, modified_at, newest
+from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
-from .machines import TwoMachines
+from .model_index import contents, modified_at, newest
 from .registry import Registration, Registry, UnknownAgent
 
 __all__ = [

@@ -6,15 +6,14 @@ from datetime import datetime
 from msgspec import UNSET, Struct, structs
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
-from . import machines
+from . import agent_match
 from .agent import AgentSettings, AgentState, cooldown_after
-from .disks import Disks
-from .holdings import Holdings
+from .agent_match import MachineIds
 from .inventory import AvailableRow
-from .offers import Offers
+from .model_index import CloudModels, ModelIndex
 
 
 class UnknownAgent(OllamaCoordinatorError):
@@ -43,10 +42,10 @@ class Registry:
         self._agent_timeout = agent_timeout
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
-        self._disks = Disks()
+        self._machine_ids = MachineIds()
         self._online: set[AgentId] = set()
-        self._holdings = Holdings(self._agents, self._online)
-        self._offers = Offers()
+        self._index = ModelIndex(self._agents, self._online)
+        self._cloud = CloudModels()
 
     @property
     def agent_timeout(self) -> float:
@@ -89,18 +88,18 @@ class Registry:
         Raises:
             TwoMachines: two that live cannot be told apart.
         """
-        known = machines.find(request, self, lambda agent: self.is_online(agent, now))
+        known = agent_match.match(request, self, lambda agent: self.is_online(agent, now))
         self.changes += 1
         if known is None:
             agent = AgentState(new_id, request, registered_at=at, heard_at=now)
             self._agents[new_id] = agent
-            self._disks.add(request.machine_id, new_id)
+            self._machine_ids.add(request.machine_id, new_id)
             self._come(new_id)
             return Registration(agent, created=True)
         before = known.url
-        self._disks.discard(known.registration.machine_id, known.id)
-        self._disks.add(request.machine_id, known.id)
-        machines.renew(known, request)
+        self._machine_ids.discard(known.registration.machine_id, known.id)
+        self._machine_ids.add(request.machine_id, known.id)
+        agent_match.renew(known, request)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
         self.heard(known, now)
@@ -109,8 +108,8 @@ class Registry:
     def restore(self, agent: AgentState, now: float) -> None:
         """Take over an agent from the database, with the time it was last heard."""
         self._agents[agent.id] = agent
-        self._disks.add(agent.registration.machine_id, agent.id)
-        self._holdings.relist(agent, {})
+        self._machine_ids.add(agent.registration.machine_id, agent.id)
+        self._index.relist(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
         self.changes += 1
@@ -122,9 +121,9 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
-        self._disks.discard(agent.registration.machine_id, agent.id)
+        self._machine_ids.discard(agent.registration.machine_id, agent.id)
         self._go(agent.id)
-        self._holdings.drop(agent, agent.inventory.available)
+        self._index.drop(agent, agent.inventory.available)
         del self._agents[agent.id]
         self.changes += 1
         return agent
@@ -172,11 +171,22 @@ class Registry:
 
     def conflict(self, agent: AgentState, now: float) -> str | None:
         """What is wrong with an agent's identity, if another living one has the same."""
-        others = self._disks.others(agent.registration.machine_id, agent.id)
+        others = self._machine_ids.others(agent.registration.machine_id, agent.id)
         if not others or not self.is_online(agent, now):
             return None
         alike = (self._agents[agent_id] for agent_id in others)
-        return machines.conflict(agent, [one for one in alike if self.is_online(one, now)])
+        return agent_match.conflict(agent, [one for one in alike if self.is_online(one, now)])
+
+    def view(
+        self, agent: AgentState, now: float, *, last_seen: datetime, in_flight: int
+    ) -> AgentView:
+        """An agent as the API shows it; `last_seen` is its `heard_at` in UTC."""
+        return agent.view(
+            agent.status(now, self.agent_timeout),
+            last_seen=last_seen,
+            in_flight=in_flight,
+            conflict=self.conflict(agent, now),
+        )
 
     def heard(self, agent: AgentState, now: float) -> None:
         """A sign of life."""
@@ -204,11 +214,11 @@ class Registry:
 
     def _come(self, agent_id: AgentId) -> None:
         self._online.add(agent_id)
-        self._holdings.touch(self._agents[agent_id].inventory.available)
+        self._index.touch(self._agents[agent_id].inventory.available)
 
     def _go(self, agent_id: AgentId) -> None:
         self._online.discard(agent_id)
-        self._holdings.touch(self._agents[agent_id].inventory.available)
+        self._index.touch(self._agents[agent_id].inventory.available)
 
     def next_expiry(self) -> float | None:
         """When the next agent goes offline if nothing is heard of it."""
@@ -275,7 +285,7 @@ class Registry:
         changed = agent.inventory.read_tags(tags, blobs)
         agent.inventory.sampled_at = now
         if changed and agent.id in self._agents:
-            self._holdings.relist(agent, before)
+            self._index.relist(agent, before)
             self.changes += 1
         return changed
 
@@ -296,8 +306,8 @@ class Registry:
         """The agent answered that it does not have a model it was listed with."""
         alike = agent.inventory.namesakes(key)
         agent.inventory.note_missing(key)
-        self._offers.withdraw(key, agent)
-        self._holdings.drop(agent, [key])
+        self._cloud.withdraw(key, agent)
+        self._index.drop(agent, [key])
         self._loaded_changed(agent, alike)
 
     def note_unloaded(self, agent: AgentState, key: str) -> None:
@@ -308,7 +318,7 @@ class Registry:
     def _loaded_changed(self, agent: AgentState, keys: Iterable[str]) -> None:
         """Models are in memory, or no longer, under every name of their weights."""
         for key in keys:
-            self._holdings.touch(agent.inventory.namesakes(key))
+            self._index.touch(agent.inventory.namesakes(key))
         self.changes += 1
 
     def holders(self, key: str) -> list[AgentState]:
@@ -316,34 +326,34 @@ class Registry:
 
         In order of id. Agents that have something else under this name are no holders.
         """
-        return [self._agents[agent_id] for agent_id in self._holdings.holders(key)]
+        return [self._agents[agent_id] for agent_id in self._index.holders(key)]
 
     def offer(self, key: str, name: str, agents: Iterable[AgentId]) -> None:
         """These agents, and no others, can pass the name of a cloud model on without a stub."""
-        if self._offers.make(key, name, agents, self):
+        if self._cloud.make(key, name, agents, self):
             self.changes += 1
 
     def servers(self, key: str) -> list[AgentState]:
         """Every agent that a request for the model may go to: its holders, and those offered."""
         holders = self.holders(key)
-        offered = [agent for id in sorted(self._offers.of(key)) if (agent := self.find(id))]
+        offered = [agent for id in sorted(self._cloud.of(key)) if (agent := self.find(id))]
         return [*holders, *(agent for agent in offered if agent not in holders)]
 
     def copies(self, key: str) -> dict[AgentId, AvailableRow]:
         """What every agent, living or not, has on disk under this name; in order of id."""
-        return self._holdings.copies(key)
+        return self._index.copies(key)
 
     def strangers(self, key: str) -> frozenset[AgentId]:
         """The agents that have another content under this name than the preferred one."""
-        return self._holdings.strangers(key)
+        return self._index.strangers(key)
 
     def models(self) -> list[str]:
         """The routing keys of every model in the fleet."""
-        return self._holdings.models()
+        return self._index.models()
 
     def revision(self, key: str) -> int:
         """Another number whenever who has a model, or has it in memory, changed."""
-        return self._holdings.revision(key)
+        return self._index.revision(key)
 
     def is_online(self, agent: AgentState, now: float) -> bool:
         """Whether the agent lives; one that drains lives too."""

@@ -17,8 +17,8 @@ from ollama_coordinator.operations import (
     NoAgentForModel,
     OperationError,
     Refused,
-    SpoolError,
     UnknownOperation,
+    UploadError,
     WrongPlacement,
 )
 from ollama_coordinator.registry import AgentState, TwoMachines, UnknownAgent
@@ -84,7 +84,7 @@ class HttpError(OllamaCoordinatorError):
 
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
-    if isinstance(error, HttpError | Refused | SpoolError):
+    if isinstance(error, HttpError | Refused | UploadError):
         return error.status
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.api.http.errors import ClientLeft
-from ollama_coordinator.operations import Blobs, Choosing, Spool, digest_of
+from ollama_coordinator.operations import Blobs, TargetChooser, Uploads, digest_of
 
 from .transfer import placement_of
 
@@ -39,10 +39,10 @@ class Unread(Response):
 class BlobsApi:
     """The handlers of uploads."""
 
-    def __init__(self, spool: Spool, blobs: Blobs, choosing: Choosing) -> None:
-        self._spool = spool
+    def __init__(self, uploads: Uploads, blobs: Blobs, targets: TargetChooser) -> None:
+        self._uploads = uploads
         self._blobs = blobs
-        self._choosing = choosing
+        self._targets = targets
 
     async def head(self, request: Request) -> Response:
         """`HEAD`: 200 if a model can be created from the file, else 404."""
@@ -53,7 +53,7 @@ class BlobsApi:
         if await self._is_there(request):
             return Unread()
         try:
-            await self._spool.take(request.path_params["digest"], request.stream())
+            await self._uploads.take(request.path_params["digest"], request.stream())
         except ClientDisconnect as exc:
             raise ClientLeft from exc
         return Response(status_code=201)
@@ -61,6 +61,6 @@ class BlobsApi:
     async def _is_there(self, request: Request) -> bool:
         """Whether the file waits here, or lies wherever a model would be created."""
         digest = digest_of(request.path_params["digest"])
-        if self._spool.size(digest) is not None:
+        if self._uploads.size(digest) is not None:
             return True
-        return await self._blobs.suffice(digest, placement_of(request, self._choosing.default))
+        return await self._blobs.suffice(digest, placement_of(request, self._targets.default))

@@ -7,8 +7,13 @@ from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.api.http.errors import HttpError, own_body
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.db import Store
-from ollama_coordinator.operations import Choosing, Operation, Operations, State
-from ollama_coordinator.operations import deeds as deeds_for
+from ollama_coordinator.operations import (
+    AgentCommand,
+    Operation,
+    Operations,
+    OperationState,
+    TargetChooser,
+)
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import model_key
@@ -22,13 +27,13 @@ class ChangesApi:
     def __init__(
         self,
         operations: Operations,
-        choosing: Choosing,
+        targets: TargetChooser,
         asking: AgentQueries,
         registry: Registry,
         store: Store,
     ) -> None:
         self._operations = operations
-        self._choosing = choosing
+        self._targets = targets
         self._asking = asking
         self._registry = registry
         self._store = store
@@ -45,7 +50,7 @@ class ChangesApi:
         except ModelNotFound as exc:
             raise HttpError(404, f'model "{source}" not found') from exc
         holders = self._registry.holders(model_key(source))
-        operation = self._operations.start(deeds_for.copy(source, destination), holders)
+        operation = self._operations.start(AgentCommand.copy(source, destination), holders)
         await self._settled(operation)
         return Response()
 
@@ -67,11 +72,11 @@ class ChangesApi:
             Refused: an agent could not.
         """
         key = model_key(name)
-        operation = self._operations.start(deeds_for.delete(name), await self.copies(name))
+        operation = self._operations.start(AgentCommand.delete(name), await self.copies(name))
         await self._settled(operation)
         for target in operation.targets.values():
             agent = self._registry.find(target.agent_id)
-            if agent is not None and target.state is State.PENDING:
+            if agent is not None and target.state is OperationState.PENDING:
                 # It is as good as deleted: no list shows it any more.
                 self._registry.note_missing(agent, key)
         return operation
@@ -83,7 +88,7 @@ class ChangesApi:
             HttpError: 404, none has.
             HoldersUnavailable: those that have it are away, and so is everybody else.
         """
-        copies = self._choosing.copies(model_key(name))
+        copies = self._targets.copies(model_key(name))
         if copies:
             return copies
         try:
@@ -100,6 +105,6 @@ class ChangesApi:
         async with self._operations.followed(operation):
             await operation.feed.over()
         await self._store.flush()
-        failed = [t for t in operation.targets.values() if t.state is State.FAILED]
+        failed = [t for t in operation.targets.values() if t.state is OperationState.FAILED]
         if failed and failed[0].error is not None:
             raise failed[0].error

@@ -9,16 +9,15 @@ from ollama_coordinator.api.http.gojson import Fields, read_fields
 from ollama_coordinator.api.http.json_edit import spliced
 from ollama_coordinator.api.http.progress_response import Told
 from ollama_coordinator.operations import (
+    AgentCommand,
     Blobs,
-    Choosing,
-    Deed,
+    Chosen,
     Operations,
     Placement,
-    Places,
-    Spool,
+    TargetChooser,
+    Uploads,
     digest_of,
 )
-from ollama_coordinator.operations import deeds as deeds_for
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 
@@ -31,11 +30,11 @@ class TransferApi:
     """The handlers of the routes that report progress."""
 
     def __init__(
-        self, operations: Operations, choosing: Choosing, spool: Spool, blobs: Blobs
+        self, operations: Operations, targets: TargetChooser, uploads: Uploads, blobs: Blobs
     ) -> None:
         self._operations = operations
-        self._choosing = choosing
-        self._spool = spool
+        self._targets = targets
+        self._uploads = uploads
         self._blobs = blobs
 
     async def pull(self, request: Request) -> Told:
@@ -44,11 +43,11 @@ class TransferApi:
         name = fields.model()
         if not is_name(name):
             raise HttpError(400, "invalid model name")
-        deed = deeds_for.pull(name, insecure=fields.flag("insecure"))
+        command = AgentCommand.pull(name, insecure=fields.flag("insecure"))
         stream = fields.flag("stream", default=True)
-        placement = placement_of(request, self._choosing.default)
-        found = self._choosing.for_pull(name, placement)
-        return self._told(request, deed, placement, found, stream=stream)
+        placement = placement_of(request, self._targets.default)
+        found = self._targets.for_pull(name, placement)
+        return self._told(request, command, placement, found, stream=stream)
 
     async def push(self, request: Request) -> Told:
         """`POST /api/push`: from one agent that has the model, preferably one labelled `push`."""
@@ -57,11 +56,11 @@ class TransferApi:
         if not name:
             raise HttpError(400, "model is required")
         ModelName.parse(name)
-        deed = deeds_for.push(name, insecure=fields.flag("insecure"))
+        command = AgentCommand.push(name, insecure=fields.flag("insecure"))
         stream = fields.flag("stream", default=True)
-        agent = await self._choosing.for_push(name)
-        found = Places([agent])
-        return self._told(request, deed, self._choosing.default, found, stream=stream)
+        agent = await self._targets.for_push(name)
+        found = Chosen([agent])
+        return self._told(request, command, self._targets.default, found, stream=stream)
 
     async def create(self, request: Request) -> Told:
         """`POST /api/create`: on the agents that have what it is made from."""
@@ -72,19 +71,25 @@ class TransferApi:
             raise HttpError(400, "invalid model name")
         stream = fields.flag("stream", default=True)
         streamed = spliced(body, {"stream": b"true"}) or _again(fields)
-        deed = deeds_for.create(name, streamed, _blobs(fields))
-        placement = placement_of(request, self._choosing.default)
-        found = await self._choosing.for_create(name, source, placement)
-        absent = [digest for digest in deed.blobs if self._spool.size(digest) is None]
+        command = AgentCommand.create(name, streamed, _blobs(fields))
+        placement = placement_of(request, self._targets.default)
+        found = await self._targets.for_create(name, source, placement)
+        absent = [digest for digest in command.blobs if self._uploads.size(digest) is None]
         if absent:
-            found = await self._blobs.arrange(found, absent, deed.key)
-        return self._told(request, deed, placement, found, stream=stream)
+            found = await self._blobs.arrange(found, absent, command.key)
+        return self._told(request, command, placement, found, stream=stream)
 
     def _told(
-        self, request: Request, deed: Deed, placement: Placement, found: Places, *, stream: bool
+        self,
+        request: Request,
+        command: AgentCommand,
+        placement: Placement,
+        found: Chosen,
+        *,
+        stream: bool,
     ) -> Told:
         operation = self._operations.start(
-            deed,
+            command,
             found.chosen,
             placement=placement,
             spare=found.spare,

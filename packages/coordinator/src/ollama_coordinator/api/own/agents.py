@@ -90,14 +90,14 @@ class AgentsApi:
         slices, rows = Slices(), []
         for agent in sorted(self._registry, key=lambda agent: (agent.name, agent.id)):
             await slices.pause()
-            rows.append(msgspec.json.encode(self.view(agent)))
+            rows.append(msgspec.json.encode(self._view(agent)))
         return Response(b"[" + b",".join(rows) + b"]", media_type=JSON)
 
     @operation("One agent", gives={200: AgentView}, errors=(404,))
     async def show(self, request: Request) -> Response:
         """`GET /api/agents/{id}`: with what it has to do with models."""
         agent = self._registry.get(request.path_params["agent_id"])
-        return reply(structs.replace(self.view(agent), operations=self._operations(agent.id)))
+        return reply(structs.replace(self._view(agent), operations=self._operations(agent.id)))
 
     @operation(
         "Change what an operator sets of an agent",
@@ -117,7 +117,7 @@ class AgentsApi:
         await self._keeper.keep_now(agent)
         log_event("agent settings changed", agent, **changes)
         self._dispatch.plan()
-        return reply(self.view(agent))
+        return reply(self._view(agent))
 
     @operation("Forget an agent", gives={204: None}, errors=(404, 503))
     async def remove(self, request: Request) -> Response:
@@ -128,36 +128,10 @@ class AgentsApi:
         self._dispatch.plan()
         return Response(status_code=204)
 
-    def view(self, agent: AgentState) -> AgentView:
-        """An agent as the API shows it."""
-        now = self._clock.now()
-        registration, report = agent.registration, agent.report
-        return AgentView(
-            id=agent.id,
-            machine_name=registration.machine_name,
-            ip_address=registration.ip_address,
-            ollama_version=registration.ollama_version,
-            ollama_port=registration.ollama_port,
-            status=agent.status(now, self._registry.agent_timeout),
-            registered_at=agent.registered_at,
+    def _view(self, agent: AgentState) -> AgentView:
+        return self._registry.view(
+            agent,
+            self._clock.now(),
             last_seen=self._clock.utc(agent.heard_at),
             in_flight=self._dispatch.in_flight(agent.id),
-            url=agent.url,
-            display_name=agent.settings.display_name,
-            labels=agent.settings.labels,
-            notes=agent.settings.notes,
-            agent_version=registration.agent_version,
-            platform=registration.platform,
-            ollama_running=agent.ollama_running,
-            out_of_rotation=agent.out_of_rotation(),
-            conflict=self._registry.conflict(agent, now),
-            cpu_usage=report.cpu_usage if report else None,
-            memory_usage=report.memory_usage if report else None,
-            memory_total_bytes=report.memory_total_bytes if report else None,
-            disk_free_bytes=report.disk_free_bytes if report else None,
-            active_requests=report.active_requests if report else None,
-            gpus=report.gpus if report else [],
-            runner=report.runner if report else None,
-            models=sorted(row.model.name for row in agent.inventory.available.values()),
-            loaded_models=sorted(row.model.name for row in agent.inventory.loaded.values()),
         )

@@ -13,16 +13,15 @@ from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.api.http.progress_response import Told
 from ollama_coordinator.api.models.changes import ChangesApi
 from ollama_coordinator.operations import (
-    Choosing,
-    Deed,
-    Kind,
+    AgentCommand,
+    Chosen,
     Operation,
+    OperationKind,
     Operations,
     OperationView,
     Placement,
-    Places,
+    TargetChooser,
 )
-from ollama_coordinator.operations import deeds as deeds_for
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
@@ -44,7 +43,7 @@ class PendingView(Struct, frozen=True):
 
     agent_id: AgentId
     agent: str
-    kind: Kind
+    kind: OperationKind
     model: str
     since: datetime
 
@@ -63,10 +62,14 @@ class OperationsApi:
     """The handlers of our own API."""
 
     def __init__(
-        self, operations: Operations, choosing: Choosing, changes: ChangesApi, registry: Registry
+        self,
+        operations: Operations,
+        targets: TargetChooser,
+        changes: ChangesApi,
+        registry: Registry,
     ) -> None:
         self._operations = operations
-        self._choosing = choosing
+        self._targets = targets
         self._changes = changes
         self._registry = registry
 
@@ -98,7 +101,7 @@ class OperationsApi:
         """
         agent_id = request.query_params.get("agent")
         owed = [
-            PendingView(p.agent_id, self._name(p.agent_id), p.deed.kind, p.deed.name, p.since)
+            PendingView(p.agent_id, self._name(p.agent_id), p.command.kind, p.command.name, p.since)
             for p in self._operations.pending()
             if agent_id in (None, p.agent_id)
         ]
@@ -138,23 +141,23 @@ class OperationsApi:
 
     async def _start(self, wanted: NewOperation) -> Operation:
         given = wanted.placement
-        placement = self._choosing.default if given is None else Placement.parse(given)
-        match Kind(wanted.kind):
-            case Kind.PULL:
-                found = self._choosing.for_pull(wanted.model, placement)
+        placement = self._targets.default if given is None else Placement.parse(given)
+        match OperationKind(wanted.kind):
+            case OperationKind.PULL:
+                found = self._targets.for_pull(wanted.model, placement)
                 return self._begin(
-                    deeds_for.pull(wanted.model, insecure=wanted.insecure), found, placement
+                    AgentCommand.pull(wanted.model, insecure=wanted.insecure), found, placement
                 )
-            case Kind.PUSH:
-                agent = await self._choosing.for_push(wanted.model)
-                deed = deeds_for.push(wanted.model, insecure=wanted.insecure)
-                return self._begin(deed, Places([agent]), placement)
-            case Kind.LOAD:
+            case OperationKind.PUSH:
+                agent = await self._targets.for_push(wanted.model)
+                command = AgentCommand.push(wanted.model, insecure=wanted.insecure)
+                return self._begin(command, Chosen([agent]), placement)
+            case OperationKind.LOAD:
                 one = Placement.parse(given or "1")
-                return self._load(wanted, await self._choosing.for_load(wanted.model, one), one)
-            case Kind.UNLOAD:
+                return self._load(wanted, await self._targets.for_load(wanted.model, one), one)
+            case OperationKind.UNLOAD:
                 return self._unload(wanted.model, await self._changes.copies(wanted.model))
-            case Kind.COPY:
+            case OperationKind.COPY:
                 return await self._copy(wanted, placement)
             case _:
                 return await self._changes.delete_everywhere(wanted.model)
@@ -164,23 +167,23 @@ class OperationsApi:
             raise HttpError(400, "destination is required for a copy")
         ModelName.parse(wanted.destination)
         holders = await self._changes.copies(wanted.model)
-        deed = deeds_for.copy(wanted.model, wanted.destination)
-        return self._begin(deed, Places(holders), placement)
+        command = AgentCommand.copy(wanted.model, wanted.destination)
+        return self._begin(command, Chosen(holders), placement)
 
     def _load(
         self, wanted: NewOperation, agents: list[AgentState], placement: Placement
     ) -> Operation:
         row = agents[0].inventory.available[model_key(wanted.model)]
         embeds = "embedding" in row.model.capabilities
-        deed = deeds_for.load(wanted.model, keep_alive=wanted.keep_alive, embeds=embeds)
-        return self._begin(deed, Places(agents), placement)
+        command = AgentCommand.load(wanted.model, keep_alive=wanted.keep_alive, embeds=embeds)
+        return self._begin(command, Chosen(agents), placement)
 
     def _unload(self, name: str, copies: list[AgentState]) -> Operation:
         key = model_key(name)
         loaded = [agent for agent in copies if agent.inventory.is_loaded(key)]
-        return self._begin(deeds_for.unload(name), Places(loaded or copies), Placement())
+        return self._begin(AgentCommand.unload(name), Chosen(loaded or copies), Placement())
 
-    def _begin(self, deed: Deed, found: Places, placement: Placement) -> Operation:
+    def _begin(self, command: AgentCommand, found: Chosen, placement: Placement) -> Operation:
         return self._operations.start(
-            deed, found.chosen, placement=placement, spare=found.spare, detached=True
+            command, found.chosen, placement=placement, spare=found.spare, detached=True
         )

@@ -12,7 +12,14 @@ from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.journal import Attempt, Entry, Journal, Observation, RequestView, State
+from ollama_coordinator.journal import (
+    Attempt,
+    Journal,
+    JournalEntry,
+    Observation,
+    RequestState,
+    RequestView,
+)
 from ollama_coordinator.scheduler import Decision, RequestId
 
 CANCELLED_BY_OPERATOR = "cancelled by the operator of the coordinator"
@@ -60,7 +67,9 @@ class RequestsApi:
     async def queue(self, request: Request) -> Response:
         """`GET /api/queue`: those without a place, next first within each model."""
         waiting = [
-            view for view in self._journal.views(self._clock.now()) if view.state is State.WAITING
+            view
+            for view in self._journal.views(self._clock.now())
+            if view.state is RequestState.WAITING
         ]
         waiting.sort(key=lambda view: (view.model, view.position or 0))
         return reply(waiting)
@@ -92,7 +101,7 @@ class RequestsApi:
             raise _unknown(request_id)
         return Response(status_code=204)
 
-    def _living(self, entry: Entry) -> Any:
+    def _living(self, entry: JournalEntry) -> Any:
         now = self._clock.now()
         view = next(view for view in self._journal.views(now) if view.id == entry.request.id)
         more = {

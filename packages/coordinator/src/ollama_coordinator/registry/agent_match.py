@@ -4,10 +4,12 @@ A machine id is kept on a disk, and disks are copied. What cannot be copied is a
 each gives itself an instance id at its start, and remembers that of the run before.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.protocol import RegisterRequest
+from ollama_coordinator_common.types import AgentId
 
 from .agent import AgentState
 
@@ -25,7 +27,7 @@ class TwoMachines(OllamaCoordinatorError):
         )
 
 
-def find(
+def match(
     request: RegisterRequest,
     agents: Iterable[AgentState],
     lives: Callable[[AgentState], bool],
@@ -120,3 +122,32 @@ def conflict(agent: AgentState, living: Iterable[AgentState]) -> str | None:
         f"this machine ({own.ip_address}) has the same machine id as {where}, as copies of one disk"
         f" have; {REMEDY}"
     )
+
+
+class MachineIds:
+    """The agents by machine id; those without one are alike in nothing."""
+
+    def __init__(self) -> None:
+        self._agents: defaultdict[str, set[AgentId]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def add(self, machine_id: str | None, agent_id: AgentId) -> None:
+        """An agent reports this id."""
+        if machine_id is not None:
+            self._agents[machine_id].add(agent_id)
+
+    def discard(self, machine_id: str | None, agent_id: AgentId) -> None:
+        """An agent is gone, or reports another id."""
+        if machine_id is None or machine_id not in self._agents:
+            return
+        self._agents[machine_id].discard(agent_id)
+        if not self._agents[machine_id]:
+            del self._agents[machine_id]
+
+    def others(self, machine_id: str | None, agent_id: AgentId) -> set[AgentId]:
+        """The other agents with the id of this one."""
+        if machine_id is None or machine_id not in self._agents:
+            return set()
+        return self._agents[machine_id] - {agent_id}

@@ -27,7 +27,7 @@ PART = ".part-"
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
 
-class SpoolError(OperationError):
+class UploadError(OperationError):
     """An uploaded file cannot be taken; `status` is what Ollama, or HTTP, would answer."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -39,15 +39,15 @@ def digest_of(text: str) -> str:
     """The digest as it is compared: `sha256:` and 64 lower-case digits.
 
     Raises:
-        SpoolError: 400, it is none.
+        UploadError: 400, it is none.
     """
     match = _DIGEST.fullmatch(text)
     if match is None:
-        raise SpoolError(400, "invalid digest format")
+        raise UploadError(400, "invalid digest format")
     return f"sha256:{match[1].lower()}"
 
 
-class Spool:
+class Uploads:
     """Files by digest in one folder; `folder` is `None` for one that ends with the process."""
 
     def __init__(self, folder: Path | None, limit_bytes: int) -> None:
@@ -58,7 +58,7 @@ class Spool:
         self._sizes: dict[str, int] = {}
         self._arriving = 0
 
-    async def __aenter__(self) -> "Spool":
+    async def __aenter__(self) -> "Uploads":
         await asyncio.to_thread(self._open)
         return self
 
@@ -112,7 +112,7 @@ class Spool:
         `asked` is its digest as the client wrote it, which Ollama compares letter by letter.
 
         Raises:
-            SpoolError: 400, it is something else; 507, there is no room for it.
+            UploadError: 400, it is something else; 507, there is no room for it.
         """
         digest = digest_of(asked)
         part = self._folder / f"{digest.replace(':', '-')}{PART}{token_hex(6)}"
@@ -133,7 +133,7 @@ class Spool:
             await asyncio.to_thread(part.replace, self._file(digest))
             self._sizes[digest] = size
         except OSError as exc:
-            raise SpoolError(507, f"cannot keep the file: {exc.strerror}; free some disk") from exc
+            raise UploadError(507, f"cannot keep the file: {exc.strerror}; free some disk") from exc
         finally:
             self._arriving -= size
             part.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ class Spool:
         if self.used_bytes > self.limit_bytes:
             limit = self.limit_bytes / 2**30
             text = f"uploaded files may take {limit:g} GiB (COORDINATOR_MAX_SPOOL_GIB)"
-            raise SpoolError(507, text)
+            raise UploadError(507, text)
 
     def _make_room(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Spool:
 
 def _check(asked: str, found: str) -> None:
     if asked != f"sha256:{found}":
-        raise SpoolError(400, f'digest mismatch, expected "{asked}", got "sha256:{found}"')
+        raise UploadError(400, f'digest mismatch, expected "{asked}", got "sha256:{found}"')
 
 
 def _write(file: object, found: "hashlib._Hash", piece: bytes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ollama_coordinator import operations
-from ollama_coordinator.operations import Placement, WrongPlacement, places
+from ollama_coordinator.operations import Placement, WrongPlacement, choose
 from ollama_coordinator.registry import AgentSettings, AgentState
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId
@@ -47,18 +47,18 @@ def test_a_number_keeps_the_holders_and_fills_up_where_the_most_disk_is_free() -
     )  # fmt: skip
     everybody = [away, full, holder, roomy]
     reachable = [full, holder, roomy]
-    found = places(Placement.parse("2"), everybody, [holder], reachable)
+    found = choose(Placement.parse("2"), everybody, [holder], reachable)
     assert (_named(found.chosen), _named(found.spare)) == (["holder", "roomy"], ["full"])
-    found = places(Placement.parse("1"), everybody, [holder, away], reachable)
+    found = choose(Placement.parse("1"), everybody, [holder, away], reachable)
     assert _named(found.chosen) == ["away", "holder"]
 
 
 @pytest.mark.spec("SURFACE-16")
 def test_labels_and_names_mean_agents_that_are_away_too() -> None:
     first, second = _agent("first", labels=["gpu"]), _agent("second")
-    by_label = places(Placement.parse("label:gpu,tpu"), [first, second], [], [])
+    by_label = choose(Placement.parse("label:gpu,tpu"), [first, second], [], [])
     assert _named(by_label.chosen) == ["first"]
-    by_name = places(Placement.parse("agents:second,id-first"), [first, second], [], [])
+    by_name = choose(Placement.parse("agents:second,id-first"), [first, second], [], [])
     assert _named(by_name.chosen) == ["first", "second"]
 
 
@@ -67,12 +67,12 @@ def test_a_draining_agent_gets_nothing_new() -> None:
     draining = _agent("draining")
     draining.settings = AgentSettings(draining=True)
     for text in ("all", "1"):
-        assert not places(Placement.parse(text), [draining], [], [draining]).chosen
-    assert places(Placement.parse("all"), [draining], [draining], [draining]).chosen
+        assert not choose(Placement.parse(text), [draining], [], [draining]).chosen
+    assert choose(Placement.parse("all"), [draining], [draining], [draining]).chosen
 
 
 @pytest.mark.spec("SURFACE-16")
-@pytest.mark.parametrize("module", ["placement", "progress", "deeds", "types"])
+@pytest.mark.parametrize("module", ["targets", "progress", "types"])
 def test_what_decides_does_no_io(module: str) -> None:
     source = Path(operations.__file__).with_name(f"{module}.py").read_text("utf-8")
     for name in ("asyncio", "aiohttp", "starlette", "time", "logging"):

@@ -1,20 +1,125 @@
 """Which agents an operation concerns."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from enum import Enum
+
+from msgspec import Struct
 
 from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
+from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.names import model_key
 
-from .placement import Placement, Places, Rule, places
 from .types import NoAgentForModel
+
+WHAT_IS_RIGHT = "give all, a number of agents, label:NAME, or agents:NAME,NAME"
+
+
+class WrongPlacement(OllamaCoordinatorError):
+    """A text that says in no way which agents are meant."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"placement {text!r} is not understood: {WHAT_IS_RIGHT}")
+
+
+class Rule(Enum):
+    """How a placement chooses."""
+
+    ALL = "all"
+    COUNT = "count"
+    LABEL = "label"
+    AGENTS = "agents"
+
+
+class Placement(Struct, frozen=True):
+    """One rule and what it needs."""
+
+    rule: Rule = Rule.ALL
+    count: int = 0
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Placement":
+        """Read `all`, `2`, `label:gpu` or `agents:first,second`.
+
+        Raises:
+            WrongPlacement: it is none of these.
+        """
+        word = text.strip()
+        kind, _, rest = word.partition(":")
+        names = tuple(name.strip() for name in rest.split(",") if name.strip())
+        if word.lower() in ("all", ""):
+            return cls()
+        if word.isascii() and word.isdecimal() and 0 < len(word) < 7 and int(word):
+            return cls(Rule.COUNT, count=int(word))
+        if kind.lower() in ("label", "agents") and names:
+            return cls(Rule(kind.lower()), names=names)
+        raise WrongPlacement(text)
+
+    @property
+    def text(self) -> str:
+        """The same as it was written."""
+        if self.rule is Rule.ALL:
+            return "all"
+        return str(self.count) if self.rule is Rule.COUNT else self._named
+
+    @property
+    def _named(self) -> str:
+        return f"{self.rule.value}:{','.join(self.names)}"
+
+    def concerns(self, agent: AgentState) -> bool:
+        """Whether the rule means this agent at all."""
+        if self.rule is Rule.LABEL:
+            return not set(self.names).isdisjoint(agent.settings.labels)
+        if self.rule is Rule.AGENTS:
+            return not set(self.names).isdisjoint((agent.id, agent.name))
+        return True
+
+
+class Chosen(Struct, frozen=True):
+    """The agents chosen, and those that stand by should one of them fail."""
+
+    chosen: Sequence[AgentState]
+    spare: Sequence[AgentState] = ()
+
+
+def choose(
+    placement: Placement,
+    agents: Iterable[AgentState],
+    holders: Collection[AgentState],
+    reachable: Collection[AgentState],
+) -> Chosen:
+    """Choose among the agents; `holders` have some content of the model already.
+
+    Those that have the model are always among the chosen of `all` and of a number, also beyond
+    it: a pull that left one of them behind would leave two contents under one name. A number is
+    filled up with reachable agents, those with the most free disk first; for the other rules also
+    the agents that are away count, and get the model when they return.
+    """
+    meant = [agent for agent in agents if placement.concerns(agent)]
+    if placement.rule is not Rule.COUNT:
+        return Chosen([agent for agent in meant if not agent.settings.draining or agent in holders])
+    having = [agent for agent in meant if agent in holders]
+    others = sorted(
+        (a for a in meant if a in reachable and a not in holders and not a.settings.draining),
+        key=_room,
+    )
+    missing = max(0, placement.count - sum(agent in reachable for agent in having))
+    return Chosen([*having, *others[:missing]], others[missing:])
+
+
+def _room(agent: AgentState) -> tuple[float, int, str]:
+    """Most free disk first; an agent that does not report it counts as having some."""
+    free = agent.report.disk_free_bytes if agent.report is not None else None
+    return -(free if free is not None else 1), len(agent.inventory.available), agent.id
+
 
 PUSH_LABEL = "push"
 """Marks the agents whose key may push; where none has it, any holder is asked."""
 
 
-class Choosing:
+class TargetChooser:
     """Applies placements to the fleet as it is now; `default` is the operator's setting."""
 
     def __init__(self, registry: Registry, asking: AgentQueries, default: Placement) -> None:
@@ -26,7 +131,7 @@ class Choosing:
         """Every agent, living or not, that has some content under this name."""
         return [self._registry.get(agent_id) for agent_id in self._registry.copies(key)]
 
-    def for_pull(self, name: str, placement: Placement) -> Places:
+    def for_pull(self, name: str, placement: Placement) -> Chosen:
         """The agents that are to have a model.
 
         Raises:
@@ -34,7 +139,7 @@ class Choosing:
         """
         everybody = list(self._registry)
         reachable = self._asking.reachable(everybody)
-        found = places(placement, everybody, self.copies(model_key(name)), reachable)
+        found = choose(placement, everybody, self.copies(model_key(name)), reachable)
         self._check(found.chosen, placement)
         return found
 
@@ -45,7 +150,7 @@ class Choosing:
         """
         return [agent for agent in self._registry if placement.concerns(agent)]
 
-    async def for_create(self, name: str, source: str, placement: Placement) -> Places:
+    async def for_create(self, name: str, source: str, placement: Placement) -> Chosen:
         """The agents that build a model: of those that have what it is made from.
 
         They are chosen as for a pull: with them, those that have a model of this name already.
@@ -62,7 +167,7 @@ class Choosing:
             return self.for_pull(name, placement)  # an agent pulls what it lacks by itself
         holders = self._registry.holders(model_key(source))
         reachable = self._asking.reachable(holders)
-        found = places(placement, holders, self.copies(model_key(name)), reachable)
+        found = choose(placement, holders, self.copies(model_key(name)), reachable)
         self._check(found.chosen, placement, holders)
         return found
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from ollama_coordinator.db import Status
 from ollama_coordinator.journal import TIERS, Bucket, Series, SeriesRow
-from ollama_coordinator.journal.buckets import percentile, point
-from ollama_coordinator.journal.series import merge, tier_for
+from ollama_coordinator.journal.statistics import merge, percentile, point, tier_for
 from support.past import past
 
 NOW = datetime(2026, 1, 31, tzinfo=UTC)

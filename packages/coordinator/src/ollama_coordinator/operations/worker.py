@@ -12,11 +12,11 @@ from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.upstream import UpstreamError
 
+from .deferred import Deferred
 from .operation import Operation, Target
-from .pending import Debts
-from .progress import Line
+from .progress import ProgressLine
 from .remote import Remote
-from .types import Kind, Pending, Refused, State
+from .types import DeferredCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Worker:
         dispatch: Dispatch,
         monitor: Monitor,
         remote: Remote,
-        debts: Debts,
+        deferred: Deferred,
         clock: Clock,
         patience: Patience,
     ) -> None:
@@ -55,7 +55,7 @@ class Worker:
         self._dispatch = dispatch
         self._monitor = monitor
         self._remote = remote
-        self._debts = debts
+        self._deferred = deferred
         self._clock = clock
         self._patience = patience
 
@@ -67,7 +67,7 @@ class Worker:
 
     def _owe(self, target: Target) -> None:
         since = self._clock.utc(self._clock.now())
-        self._debts.add(Pending(target.agent_id, target.deed, since))
+        self._deferred.add(DeferredCommand(target.agent_id, target.command, since))
 
     async def carry_out(self, operation: Operation) -> None:
         """Run until every target is over; targets may join meanwhile."""
@@ -98,18 +98,18 @@ class Worker:
             agent = self._registry.find(target.agent_id)
             if agent is None:
                 text = f"agent {target.agent_name} was removed"
-                operation.gives_up(target, State.FAILED, Refused(503, text))
-                self._debts.settle(target.agent_id, target.deed)
+                operation.gives_up(target, OperationState.FAILED, Refused(503, text))
+                self._deferred.settle(target.agent_id, target.command)
             elif self._registry.is_reachable(agent, self._clock.now()):
                 async with places:
                     await self._attempt(operation, target, agent)
             else:
                 await self._wait(operation, target)
-        if target.state in (State.FAILED, State.PENDING):
+        if target.state in (OperationState.FAILED, OperationState.PENDING):
             self._stand_in(operation, target)
 
     async def _attempt(self, operation: Operation, target: Target, agent: AgentState) -> None:
-        def hear(line: Line) -> None:
+        def hear(line: ProgressLine) -> None:
             target.heard_at, target.failures = self._clock.now(), 0
             operation.hears(target, line)
 
@@ -118,17 +118,17 @@ class Worker:
         target.interrupt = Interrupt()
         try:
             async with target.interrupt:
-                await self._remote.do(agent, target.deed, hear)
+                await self._remote.do(agent, target.command, hear)
         except Refused as exc:
             log.warning("agent refused", extra=_facts(operation, target, exc))
-            operation.gives_up(target, State.FAILED, exc)
-            self._debts.settle(target.agent_id, target.deed)
+            operation.gives_up(target, OperationState.FAILED, exc)
+            self._deferred.settle(target.agent_id, target.command)
         except UpstreamError as exc:
             log.warning("agent lost in an operation", extra=_facts(operation, target, exc))
             self._broke_off(operation, target, agent, exc)
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
         else:
-            self._debts.settle(target.agent_id, target.deed)
+            self._deferred.settle(target.agent_id, target.command)
             self._registry.answered(agent)
             await self._take_over(target, agent)
             operation.succeeds(target)
@@ -140,20 +140,20 @@ class Worker:
         reason = Refused(503, f"agent {agent.name}: {error}")
         target.failures += 1
         if target.failures >= FAILURES:
-            operation.gives_up(target, State.FAILED, reason)
-            self._debts.settle(target.agent_id, target.deed)
+            operation.gives_up(target, OperationState.FAILED, reason)
+            self._deferred.settle(target.agent_id, target.command)
             return
         self._dispatch.take_out(agent, str(error))
         operation.is_away(target, reason, self._clock.now())
 
     async def _take_over(self, target: Target, agent: AgentState) -> None:
         """Know at once what is on the agent now: the next request asks for it."""
-        key = target.deed.key
-        if target.deed.kind is Kind.DELETE:
+        key = target.command.key
+        if target.command.kind is OperationKind.DELETE:
             self._registry.note_missing(agent, key)
-        elif target.deed.kind is Kind.UNLOAD:
+        elif target.command.kind is OperationKind.UNLOAD:
             self._registry.note_unloaded(agent, key)
-        if target.deed.kind is not Kind.PUSH:
+        if target.command.kind is not OperationKind.PUSH:
             await self._monitor.look_at(agent, seconds=LISTED_SECONDS)
 
     async def _wait(self, operation: Operation, target: Target) -> None:
@@ -162,15 +162,15 @@ class Worker:
         if target.away_since is None:
             # It was away when the operation began: nobody has reason to wait for it.
             target.away_since = float("-inf")
-        at_work = any(other.state is State.RUNNING for other in operation.targets.values())
+        at_work = any(other.state is OperationState.RUNNING for other in operation.targets.values())
         patience = self._patience.return_seconds if operation.kind.streams else 0.0
         if at_work or now - target.away_since < patience:
             operation.is_away(target, None, now)
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
             return
         away = Refused(503, f"agent {target.agent_name} is away; it goes on when it is back")
-        operation.gives_up(target, State.PENDING, target.error or away)
-        if operation.kind is not Kind.PUSH:
+        operation.gives_up(target, OperationState.PENDING, target.error or away)
+        if operation.kind is not OperationKind.PUSH:
             self._owe(target)
 
     def _stand_in(self, operation: Operation, target: Target) -> None:
@@ -184,7 +184,7 @@ def _facts(operation: Operation, target: Target, reason: Exception) -> dict[str,
     return {
         "operation": operation.id,
         "kind": operation.kind.value,
-        "model": operation.deed.name,
+        "model": operation.command.name,
         "agent_id": target.agent_id,
         "agent": target.agent_name,
         "reason": str(reason),

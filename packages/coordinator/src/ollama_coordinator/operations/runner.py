@@ -15,14 +15,21 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.protocol import AgentOperation
 from ollama_coordinator_common.types import AgentId
 
-from .caretaker import Caretaker
+from .deferred import Caretaker, Deferred
 from .operation import Operation
-from .pending import Debts
-from .placement import Placement
 from .remote import Remote
-from .spool import Spool
-from .types import Deed, Kind, OperationView, Pending, Refused, State, UnknownOperation
-from .work import Patience, Worker
+from .targets import Placement
+from .types import (
+    AgentCommand,
+    DeferredCommand,
+    OperationKind,
+    OperationState,
+    OperationView,
+    Refused,
+    UnknownOperation,
+)
+from .uploads import Uploads
+from .worker import Patience, Worker
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +46,21 @@ class Operations:
         dispatch: Dispatch,
         monitor: Monitor,
         remote: Remote,
-        spool: Spool,
-        debts: Debts,
+        uploads: Uploads,
+        deferred: Deferred,
         clock: Clock,
         patience: Patience,
     ) -> None:
         self._registry = registry
         self._clock = clock
-        self._spool = spool
-        self._debts = debts
-        self._worker = Worker(registry, dispatch, monitor, remote, debts, clock, patience)
+        self._uploads = uploads
+        self._deferred = deferred
+        self._worker = Worker(registry, dispatch, monitor, remote, deferred, clock, patience)
         self._tasks = OwnedTasks()
         self._caretaker = Caretaker(
             registry,
             monitor,
-            debts,
+            deferred,
             clock,
             self._tasks,
             running=lambda: list(self._running.values()),
@@ -64,11 +71,11 @@ class Operations:
         self._ended: deque[Operation] = deque(maxlen=REMEMBERED)
 
     async def __aenter__(self) -> "Operations":
-        await self._debts.restore()
-        for pending in self._debts.all():
+        await self._deferred.restore()
+        for pending in self._deferred.all():
             agent = self._registry.find(pending.agent_id)
-            if agent is not None and pending.deed.kind is Kind.DELETE:
-                self._registry.note_missing(agent, pending.deed.key)
+            if agent is not None and pending.command.kind is OperationKind.DELETE:
+                self._registry.note_missing(agent, pending.command.key)
         await self._tasks.__aenter__()
         self._tasks.start(self._caretaker.run())
         return self
@@ -92,8 +99,10 @@ class Operations:
             if agent_id in operation.targets
         ]
         owed = [
-            AgentOperation("", pending.deed.kind.value, pending.deed.name, State.PENDING.value)
-            for pending in self._debts.of(agent_id)
+            AgentOperation(
+                "", pending.command.kind.value, pending.command.name, OperationState.PENDING.value
+            )
+            for pending in self._deferred.of(agent_id)
         ]
         return [*done, *owed]
 
@@ -108,15 +117,15 @@ class Operations:
                 return operation
         raise UnknownOperation(operation_id)
 
-    def pending(self) -> list[Pending]:
+    def pending(self) -> list[DeferredCommand]:
         """What agents that are away owe."""
-        return self._debts.all()
+        return self._deferred.all()
 
     # ── starting and following ────────────────────────────────────────────────────────────────
 
     def start(
         self,
-        deed: Deed,
+        command: AgentCommand,
         agents: Sequence[AgentState],
         *,
         placement: Placement | None = None,
@@ -124,11 +133,11 @@ class Operations:
         detached: bool = False,
     ) -> Operation:
         """Begin a deed on these agents, or join the same one that is under way already."""
-        operation = self._same(deed)
+        operation = self._same(command)
         if operation is None:
             operation = Operation(
                 token_hex(8),
-                deed,
+                command,
                 placement if placement is not None else Placement(),
                 self._clock.utc(self._clock.now()),
                 detached=detached,
@@ -146,19 +155,19 @@ class Operations:
             self._worker.owe(operation)
         return operation
 
-    def _same(self, deed: Deed) -> Operation | None:
+    def _same(self, command: AgentCommand) -> Operation | None:
         """The operation that does this already; several clients that pull one model share it."""
-        if deed.kind is not Kind.PULL:
+        if command.kind is not OperationKind.PULL:
             return None
         for operation in self._running.values():
-            same = (operation.kind, operation.deed.key) == (deed.kind, deed.key)
+            same = (operation.kind, operation.command.key) == (command.kind, command.key)
             if same and not operation.cancelled and not operation.is_over:
                 return operation
         return None
 
     def _take_in(self, operation: Operation, agents: Iterable[AgentState]) -> None:
         for target in operation.add(agents):
-            self._debts.void(target.agent_id, operation.deed)
+            self._deferred.void(target.agent_id, operation.command)
 
     @asynccontextmanager
     async def followed(self, operation: Operation) -> AsyncIterator[None]:
@@ -178,7 +187,7 @@ class Operations:
             return
         operation.cancelled = True
         for target in operation.targets.values():
-            self._debts.settle(target.agent_id, target.deed)
+            self._deferred.settle(target.agent_id, target.command)
         task.cancel()
         log.info("operation cancelled", extra=_facts(operation))
 
@@ -194,12 +203,12 @@ class Operations:
         finally:
             for target in operation.targets.values():
                 if not target.state.is_over:
-                    target.state = State.CANCELLED
+                    target.state = OperationState.CANCELLED
             operation.end(self._clock.utc(self._clock.now()))
             del self._running[operation.id], self._tasks_of[operation.id]
             self._ended.append(operation)
             self._write_off(operation)
-            self._clear_spool(operation)
+            self._clear_uploads(operation)
             operation.forget_bodies()
         log.info("operation ended", extra=_facts(operation))
 
@@ -208,35 +217,35 @@ class Operations:
         if operation.cancelled:
             return  # nothing of it is owed any more, and the same may have begun anew
         targets = operation.targets.values()
-        failed = any(target.state is State.FAILED for target in targets)
-        if failed and not any(target.state is State.DONE for target in targets):
+        failed = any(target.state is OperationState.FAILED for target in targets)
+        if failed and not any(target.state is OperationState.DONE for target in targets):
             for target in targets:
-                self._debts.settle(target.agent_id, target.deed)
+                self._deferred.settle(target.agent_id, target.command)
 
-    def _clear_spool(self, operation: Operation) -> None:
+    def _clear_uploads(self, operation: Operation) -> None:
         """Files that a model was created from are on the agents now."""
-        if operation.state is not State.DONE:
+        if operation.state is not OperationState.DONE:
             return
-        wanted_by = [pending.deed for pending in self._debts.all()]
-        wanted_by += [other.deed for other in self._running.values()]
-        wanted = {digest for deed in wanted_by for digest in deed.blobs}
-        for digest in set(operation.deed.blobs) - wanted:
-            self._spool.drop(digest)
+        wanted_by = [pending.command for pending in self._deferred.all()]
+        wanted_by += [other.command for other in self._running.values()]
+        wanted = {digest for command in wanted_by for digest in command.blobs}
+        for digest in set(operation.command.blobs) - wanted:
+            self._uploads.drop(digest)
 
-    def _resume(self, pending: Pending, agent: AgentState) -> None:
+    def _resume(self, pending: DeferredCommand, agent: AgentState) -> None:
         """A debt is paid by an operation of its own, unless the one it came from still lasts."""
         for operation in self._running.values():
             target = operation.targets.get(agent.id)
-            if target is not None and target.deed == pending.deed:
+            if target is not None and target.command == pending.command:
                 return
-        self.start(pending.deed, [agent], detached=True)
+        self.start(pending.command, [agent], detached=True)
 
 
 def _facts(operation: Operation) -> dict[str, object]:
     return {
         "operation": operation.id,
         "kind": operation.kind.value,
-        "model": operation.deed.name,
+        "model": operation.command.name,
         "state": operation.state.value,
         "agents": len(operation.targets),
         "reason": None if operation.error is None else str(operation.error),

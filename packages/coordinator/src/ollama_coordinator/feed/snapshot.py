@@ -11,11 +11,11 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation
 from ollama_coordinator.operations import Operations
 
-from .feed import Sketch
+from .feed import Snapshot
 from .rows import Row, Rows
 
 
-class Picture:
+class Snapshots:
     """Draws what the dashboard shows."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Picture:
         self._version = version("ollama-coordinator")
         self._started_at = clock.utc(clock.now())
 
-    def draw(self) -> Sketch:
+    def take(self) -> Snapshot:
         """The picture of this moment."""
         now = self._clock.now()
         agents, requests = self._rows.agents(now), self._rows.requests(now)
@@ -53,7 +53,7 @@ class Picture:
             "finished": self._rows.finished(),
             "operations": self._rows.operations(self._operations),
         }
-        return Sketch(self._clock.utc(now), state, self._rows.sparks)
+        return Snapshot(self._clock.utc(now), state, self._rows.sparks)
 
     def _coordinator(self) -> Row:
         row: Row = {
@@ -70,7 +70,7 @@ class Picture:
     def _fleet(self, agents: dict[str, Row]) -> Row:
         states = Counter(agent["state"] for agent in agents.values())
         in_flight = sum(1 for _ in self._dispatch.scheduler.leases())
-        pulses = self._observation.sampler.pulses
+        sparklines = self._observation.sampler.sparklines
         return {
             "agents": len(agents),
             "states": dict(states),
@@ -78,5 +78,5 @@ class Picture:
             "waiting": self._observation.journal.waiting(),
             "changes": self._rows.changes(),
             "slots": sum(agent["slots"] for agent in agents.values() if agent["state"] == "online"),
-            "pulse": [pulses.number, pulses.fleet[-1] if pulses.fleet else 0],
+            "pulse": [sparklines.number, sparklines.fleet[-1] if sparklines.fleet else 0],
         }

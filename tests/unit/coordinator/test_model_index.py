@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ollama_coordinator.registry import AvailableRow, contents
-from ollama_coordinator.registry.identity import preferred
+from ollama_coordinator.registry.model_index import preferred
 from ollama_coordinator_common.types import AgentId, AvailableModel
 
 
