@@ -23,7 +23,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.peers import litellm, nginx, ollama_herd
+from benchmarks.peers import litellm, nginx, olla, ollama_herd
 from benchmarks.traffic.clients import Target, Told
 from benchmarks.traffic.figures import Figures, table
 from benchmarks.traffic.fleet import RunningFleet
@@ -34,7 +34,12 @@ from ollama_coordinator.scheduler import POLICIES
 from support import programs
 
 COMPARED = ("predicted", "loaded-first", "least-connections", "round-robin")
-PEERS = {"nginx": nginx.PEER, "litellm": litellm.PEER, "ollama-herd": ollama_herd.PEER}
+PEERS = {
+    "nginx": nginx.PEER,
+    "litellm": litellm.PEER,
+    "ollama-herd": ollama_herd.PEER,
+    "olla": olla.PEER,
+}
 
 
 @asynccontextmanager

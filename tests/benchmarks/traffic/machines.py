@@ -20,7 +20,6 @@ from msgspec import Struct
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.traffic.lag import Lag
-from benchmarks.traffic.writer import TOKEN
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec
 from ollama_coordinator.simulation.machine import TYPICAL_BYTES
 from ollama_coordinator.simulation.node import FIT_SHARE
@@ -29,6 +28,15 @@ from support.ollama import Hardware, Model, Request, Script, StandIn
 CONTEXT_TOKENS = 16_384
 LINE_SECONDS = 0.1
 LENGTH = re.compile(r"=(\d+)=")
+WORDS = (
+    *("act", "bay", "cup", "dew", "elm", "fir", "gem", "hay", "ink", "jar"),
+    *("key", "log", "map", "net", "oak", "pea", "ray", "sea", "tin"),
+)
+"""Three letters each: with a space after it, a word is as long as a token is taken for.
+
+Nineteen, a prime: lines of less than that many words in turn never repeat the line before. A proxy
+may take an answer that repeats itself for a model's fault and end it, as LiteLLM does.
+"""
 
 
 class Place(Struct, frozen=True):
@@ -51,7 +59,8 @@ def answer(request: Request) -> Script:
     Each is as long as a token is taken for, so that it counts as one in the next turn's prompt.
     """
     found = LENGTH.search(request.last_user)
-    return Script(content=[TOKEN] * (int(found[1]) if found else 16))
+    count = int(found[1]) if found else 16
+    return Script(content=[f"{WORDS[n % len(WORDS)]} " for n in range(count)])
 
 
 def stand_in(spec: MachineSpec, speed: float, max_loaded: int) -> StandIn:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 Outcome = Literal["running", "completed", "cancelled", "failed"]
 
+WAIT_SECONDS = 100.0
+"""Below pytest's own limit for a test, so that a failure tells the figures."""
+
 
 @dataclass(eq=False)
 class Record:
@@ -120,7 +123,7 @@ class Seen(Figures):
                 future.set_result(None)
 
     async def wait_for(
-        self, predicate: Callable[[Seen], object], *, timeout: float | None = 20.0
+        self, predicate: Callable[[Seen], object], *, timeout: float | None = WAIT_SECONDS
     ) -> None:
         """Returns when the predicate holds; checked at every change, never by polling."""
         if predicate(self):

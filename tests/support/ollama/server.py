@@ -28,7 +28,7 @@ from .wire import ApiError
 from .zstd import ZstdError
 
 # A handler whose connection was cut is cancelled by aiohttp; this only bounds a mistake of ours.
-CANCELLED_WITHIN_SECONDS = 10.0
+CANCELLED_WITHIN_SECONDS = 60.0
 NO_BODY_LIMIT = 2**62
 
 

@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from benchmarks.traffic.clients import Target, Told
 from benchmarks.traffic.dialects import TOKEN, Dialect
 from benchmarks.traffic.figures import Figures, by_trace, figures, table
 from benchmarks.traffic.fleet import RunningFleet
-from benchmarks.traffic.machines import LENGTH, stand_in
+from benchmarks.traffic.machines import LENGTH, WORDS, answer, stand_in
 from benchmarks.traffic.run import Conditions, run
 from benchmarks.traffic.writer import Writer
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.inference.request import read_routing
 from ollama_coordinator.scheduler import Kind, Lane
 from ollama_coordinator.simulation import TraceRequest
+from support.ollama import Model, Request
 
 TRACE = make_trace(mixed_fleet(), 0.7, 120.0, 1)
 LONGEST_TURN = max(TRACE, key=lambda request: len(request.prefix))
@@ -57,6 +59,15 @@ def test_a_message_says_how_long_its_answer_is_to_be() -> None:
         found = LENGTH.search(body["messages"][-1]["content"])
         assert found is not None
         assert int(found[1]) == LONGEST_TURN.output_tokens
+
+
+@pytest.mark.parametrize("tokens_per_line", range(1, len(WORDS)))
+def test_no_line_of_an_answer_repeats_the_one_before(tokens_per_line: int) -> None:
+    """A proxy may end an answer that does: its tokens would be missing, and its times too good."""
+    said = answer(Request(Model("m"), "", last_user="=300=")).content
+    assert {len(token) for token in said} == {4}
+    lines = ["".join(said[n : n + tokens_per_line]) for n in range(0, 300, tokens_per_line)]
+    assert all(one != other for one, other in pairwise(lines))
 
 
 async def test_turns_grow_as_the_trace_says() -> None:

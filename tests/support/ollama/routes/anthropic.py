@@ -33,7 +33,7 @@ async def messages(exchange: Exchange) -> web.StreamResponse:
         raise ApiError(400, "messages is required")
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "chat")
-    tools = [_as_function(tool) for tool in fields.array("tools")]
+    tools = [_as_function(tool) for tool in read.tools(fields)]
     if tools:
         require_tools(model)
     request = Request(
@@ -156,9 +156,7 @@ def _usage(outcome: Outcome) -> dict[str, int]:
     return {"input_tokens": timings.prompt_eval_count, "output_tokens": timings.eval_count}
 
 
-def _as_function(tool: Any) -> dict[str, Any]:
-    if not isinstance(tool, dict):
-        raise ApiError(400, "tools must be objects")
+def _as_function(tool: dict[str, Any]) -> dict[str, Any]:
     return {"name": tool.get("name"), "parameters": tool.get("input_schema")}
 
 

@@ -27,7 +27,7 @@ async def embed(exchange: Exchange) -> web.StreamResponse:
     keep_alive = keep_alive_seconds(fields.raw.get("keep_alive"))
     size = int(fields.number("dimensions") or 0) or model.embedding_length
     vectors, timings = await vectors_of(
-        exchange, model, texts, fields.mapping("options"), keep_alive, size
+        exchange, model, texts, read.chosen(fields), keep_alive, size
     )
     kept = ("total_duration", "load_duration", "prompt_eval_count")
     figures = {key: value for key, value in timings.fields().items() if key in kept}
@@ -44,7 +44,7 @@ async def embeddings(exchange: Exchange) -> web.StreamResponse:
         exchange,
         model,
         [prompt] if prompt else [],
-        fields.mapping("options"),
+        read.chosen(fields),
         keep_alive,
         model.embedding_length,
     )

@@ -22,7 +22,7 @@ from .lookup import require, require_name, require_tools, resolve, single_quoted
 async def generate(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("GenerateRequest")
     asked, prompt, stream = fields.text("model"), fields.text("prompt"), fields.flag("stream", True)
-    chosen, keep_alive = fields.mapping("options"), keep_alive_seconds(fields.raw.get("keep_alive"))
+    chosen, keep_alive = read.chosen(fields), keep_alive_seconds(fields.raw.get("keep_alive"))
     model = resolve(exchange.node, asked, single_quoted(asked))
     encoder = Native(asked, _GenerateShape())
     if not prompt and keep_alive == 0:
@@ -52,14 +52,14 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("ChatRequest")
     asked, stream = fields.text("model"), fields.flag("stream", True)
     messages = fields.objects("messages", "Message")
-    chosen, keep_alive = fields.mapping("options"), keep_alive_seconds(fields.raw.get("keep_alive"))
+    chosen, keep_alive = read.chosen(fields), keep_alive_seconds(fields.raw.get("keep_alive"))
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     encoder = Native(asked, _ChatShape())
     if not messages and keep_alive == 0:
         return _unloaded(exchange, model, encoder)
     require(model, asked, "completion", "chat")
-    tools = fields.array("tools")
+    tools = read.tools(fields)
     if tools:
         require_tools(model)
     think = read.wants_thinking(model, fields.raw.get("think"), asked)

@@ -33,7 +33,7 @@ async def chat_completions(exchange: Exchange) -> web.StreamResponse:
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "chat")
-    tools = fields.array("tools")
+    tools = read.tools(fields)
     if tools:
         require_tools(model)
     limit = fields.number("max_completion_tokens") or fields.number("max_tokens")

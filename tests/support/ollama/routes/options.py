@@ -27,6 +27,11 @@ _NUMBERS = frozenset(
 )
 
 
+def chosen(fields: Fields) -> dict[str, Any]:
+    """The request's `options`; a `null` counts as not given, which some clients rely on."""
+    return {key: value for key, value in fields.mapping("options").items() if value is not None}
+
+
 def check(options: Mapping[str, Any]) -> None:
     """A wrong type inside `options` is a 500: it surfaces after the body was accepted."""
     for key, value in options.items():
@@ -37,7 +42,7 @@ def check(options: Mapping[str, Any]) -> None:
             raise ApiError(500, f'option "{key}" must be of type float32')
         if key == "stop" and not isinstance(value, list):
             raise ApiError(500, f'option "{key}" must be of type array')
-        if key == "use_mmap" and not isinstance(value, bool | None):
+        if key == "use_mmap" and not isinstance(value, bool):
             raise ApiError(500, f'option "{key}" must be of type boolean')
 
 
@@ -80,6 +85,11 @@ def turn(
         keep_alive=keep_alive,
         extra_tokens=extra,
     )
+
+
+def tools(fields: Fields) -> list[dict[str, Any]]:
+    """The request's tools; a `null` among them is one without a name."""
+    return [tool.raw for tool in fields.objects("tools", "Tool")]
 
 
 def stops(value: Any) -> tuple[str, ...]:

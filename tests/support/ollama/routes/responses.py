@@ -30,7 +30,7 @@ async def responses(exchange: Exchange) -> web.StreamResponse:
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "chat")
-    tools = [tool for tool in fields.array("tools") if isinstance(tool, dict)]
+    tools = read.tools(fields)
     if tools:
         require_tools(model)
     turns = _turns(fields)
