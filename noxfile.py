@@ -80,7 +80,7 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure what the coordinator adds to direct access, side by side in one run."""
+    """Measure what the coordinator adds; `-- --against PATH` compares with another checkout's."""
     install_workspace(session, "test")
     session.run("python", "tests/benchmarks/proxy.py", *session.posargs)
 

@@ -1,21 +1,25 @@
-"""What the coordinator adds to direct access: latency, throughput, gaps in streams, memory.
+"""What the coordinator adds to direct access: latency, throughput, CPU, gaps in streams, memory.
 
-Direct access and the way through the coordinator are measured in turns in one run, against the same
-stand-ins, so that a machine whose speed drifts slows both. `nox -s bench`; `-- --streams 100` and
-the like for other sizes.
+Everything is measured in turns in one run, against the same stand-ins, so that a machine whose
+speed drifts slows all alike. `nox -s bench` compares with direct access; `-- --against PATH` with
+the coordinator of another checkout too, `-- --http auto hypercorn` the HTTP implementations. The
+last column compares the first coordinator with the last, or with direct access if there is one.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
-import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -29,7 +33,6 @@ from support import programs
 
 MODEL = "llama3.2"
 AGENTS = 2
-ROUNDS = 5
 
 
 class Exchange(asyncio.Protocol):
@@ -128,11 +131,29 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
+@dataclass
+class Target:
+    """One way to a stand-in, and what was measured on it, by measure."""
+
+    name: str
+    urls: list[str]
+    process: psutil.Process | None = None
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def cpu_seconds(self) -> float:
+        """What the coordinator has used so far; 0 without one."""
+        return sum(self.process.cpu_times()[:2]) if self.process else 0.0
+
+    def memory_bytes(self) -> int:
+        """What the coordinator has in memory; 0 without one."""
+        return int(self.process.memory_info().rss) if self.process else 0
+
+
 @contextlib.asynccontextmanager
 async def fleet(
-    folder: Path, decode_rate: str, policy: str, http: str = "auto"
-) -> AsyncIterator[tuple[list[str], str, int]]:
-    """Stand-ins as processes, a coordinator that knows them; their URLs, its own, its pid."""
+    folder: Path, decode_rate: str, arguments: argparse.Namespace
+) -> AsyncIterator[list[Target]]:
+    """Stand-ins as processes and the coordinators that know them; direct access comes first."""
     async with contextlib.AsyncExitStack() as stack:
         urls = []
         for number in range(AGENTS):
@@ -145,19 +166,42 @@ async def fleet(
             running = await stack.enter_async_context(node)
             urls.append(f"http://127.0.0.1:{port}")
             await programs.answers(urls[-1], running)
-        settings = {"COORDINATOR_POLICY": policy, "COORDINATOR_MAX_QUEUE": "10000"}
-        # Nothing reports here, however long it takes.
-        settings |= {"COORDINATOR_HTTP": http, "AGENT_TIMEOUT": "86400"}
-        url, coordinator = await stack.enter_async_context(
-            programs.coordinator(folder, programs.free_port(), **settings)
-        )
-        async with aiohttp.ClientSession() as session:
-            for node_url in urls:
-                await register(session, url, int(node_url.rpartition(":")[2]))
-        yield urls, url, coordinator.pid
+        targets = [Target("direct", urls)]
+        for name, settings in coordinators(arguments):
+            where = folder / str(len(targets))
+            where.mkdir()
+            url, program = await stack.enter_async_context(
+                programs.coordinator(where, programs.free_port(), **settings)
+            )
+            process = psutil.Process(program.pid)
+            if arguments.core is not None:
+                process.cpu_affinity([arguments.core])
+            async with aiohttp.ClientSession() as session:
+                for node_url in urls:
+                    await register(session, url, int(node_url.rpartition(":")[2]))
+            targets.append(Target(name, [url], process))
+        yield targets
+
+
+def coordinators(arguments: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
+    """The coordinators to measure: their names and their environment."""
+    settings = {"COORDINATOR_POLICY": arguments.policy, "COORDINATOR_MAX_QUEUE": "10000"}
+    # Nothing reports here, however long it takes.
+    settings["AGENT_TIMEOUT"] = "86400"
+    made = [
+        (http if len(arguments.http) > 1 else "through", settings | {"COORDINATOR_HTTP": http})
+        for http in arguments.http
+    ]
+    if arguments.against is not None:
+        packages = arguments.against.resolve() / "packages"
+        sources = [packages / name / "src" for name in ("coordinator", "agent", "common")]
+        other = {"PYTHONPATH": os.pathsep.join(map(str, sources))}
+        made.append((str(arguments.against), made[0][1] | other))
+    return made
 
 
 async def register(session: aiohttp.ClientSession, url: str, port: int) -> None:
+    """Register a stand-in, and report that it has slots for everybody."""
     facts = {"machine_name": f"m{port}", "ip_address": "127.0.0.1", "ollama_version": "0.33.0"}
     async with session.post(f"{url}/api/agents", json={**facts, "ollama_port": port}) as response:
         agent_id = (await response.json())["agent_id"]
@@ -169,113 +213,125 @@ async def register(session: aiohttp.ClientSession, url: str, port: int) -> None:
 
 async def measure(arguments: argparse.Namespace) -> Table:
     """Run everything; the table of results."""
-    table = Table("measure", "direct", "through", "added or ratio", title="direct and through")
     with tempfile.TemporaryDirectory() as name:
-        async with fleet(Path(name), "inf", arguments.policy) as (direct, through, _):
-            await latency(table, direct, [through], arguments.requests)
-            await throughput(table, direct, [through], arguments.requests)
+        async with fleet(Path(name), "inf", arguments) as fast:
+            await latency(fast, arguments)
+            await throughput(fast, arguments)
     with tempfile.TemporaryDirectory() as name:
-        rate = str(arguments.rate)
-        async with fleet(Path(name), rate, arguments.policy) as (direct, through, pid):
-            await streaming(table, direct, through, pid, arguments)
+        async with fleet(Path(name), str(arguments.rate), arguments) as paced:
+            await streaming(paced, arguments)
+    names = [target.name for target in fast]
+    table = Table("measure", *names, "added or ratio", title="in turns, in one run")
+    for rows, targets in ((FAST_ROWS, fast), (PACED_ROWS, paced)):
+        for row in rows:
+            table.add_row(*row.cells(targets, arguments))
     return table
 
 
-async def compare(arguments: argparse.Namespace) -> Table:
-    """The coordinator's CPU with each HTTP implementation, measured in turns."""
-    table = Table("HTTP", "CPU per short answer", "CPU per streamed token", title="medians")
-    spent: dict[str, list[tuple[float, float]]] = {http: [] for http in arguments.http}
-    async with contextlib.AsyncExitStack() as stack:
-        fleets = {}
-        for http in arguments.http:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            running = fleet(folder, str(arguments.rate), arguments.policy, http)
-            fleets[http] = await stack.enter_async_context(running)
-        for _ in range(ROUNDS):
-            for http, (_, url, pid) in fleets.items():
-                spent[http].append(await cpu_seconds(url, psutil.Process(pid), arguments))
-    for http, rounds in spent.items():
-        request, token = (statistics.median(values) for values in zip(*rounds, strict=True))
-        table.add_row(http, f"{request * 1e3:.2f} ms", f"{token * 1e6:.0f} µs")
-    return table
+async def latency(targets: list[Target], arguments: argparse.Namespace) -> None:
+    """`first byte`: milliseconds, one request at a time."""
+    for target in targets:
+        await time_to_first_byte(target.urls, 50)
+    for _ in range(arguments.rounds):
+        for target in targets:
+            count = arguments.requests // arguments.rounds
+            target.values["first byte"] += await time_to_first_byte(target.urls, count)
 
 
-async def cpu_seconds(
-    url: str, coordinator: psutil.Process, arguments: argparse.Namespace
-) -> tuple[float, float]:
-    """CPU seconds for a short answer, and for a token."""
-    before = sum(coordinator.cpu_times()[:2])
-    await requests_per_second([url], arguments.requests, 64)
-    between = sum(coordinator.cpu_times()[:2])
+async def throughput(targets: list[Target], arguments: argparse.Namespace) -> None:
+    """`a second`: short answers; `short`: a coordinator's CPU milliseconds for one of them."""
+    for _ in range(arguments.rounds):
+        for target in targets:
+            before = target.cpu_seconds()
+            rate = await requests_per_second(target.urls, arguments.requests, 64)
+            spent = (target.cpu_seconds() - before) / arguments.requests * 1e3
+            target.values["a second"].append(rate)
+            target.values["short"].append(spent)
+
+
+async def streaming(targets: list[Target], arguments: argparse.Namespace) -> None:
+    """`gap`: milliseconds; `token`: a coordinator's CPU microseconds; `stream`: its KiB."""
     tokens = int(arguments.rate * arguments.seconds)
-    await gaps([url], arguments.streams, tokens)
-    after = sum(coordinator.cpu_times()[:2])
-    short = (between - before) / arguments.requests
-    return short, (after - between) / (arguments.streams * tokens)
+    at_rest = {target.name: target.memory_bytes() for target in targets}
+    for _ in range(arguments.rounds):
+        for target in targets:
+            before = target.cpu_seconds()
+            async with peak_memory(target) as peak:
+                target.values["gap"] += await gaps(target.urls, arguments.streams, tokens)
+            spent = (target.cpu_seconds() - before) / (arguments.streams * tokens)
+            target.values["token"].append(spent * 1e6)
+            grown = (peak[0] - at_rest[target.name]) / arguments.streams / 1024
+            target.values["stream"].append(grown)
 
 
-async def latency(table: Table, direct: list[str], through: list[str], count: int) -> None:
-    times: tuple[list[float], list[float]] = ([], [])
-    await time_to_first_byte(through, 50)
-    for _ in range(ROUNDS):
-        for urls, into in ((direct, times[0]), (through, times[1])):
-            into += await time_to_first_byte(urls, count // ROUNDS)
-    for share in (0.5, 0.99):
-        one, two = (percentile(values, share) for values in times)
-        what = f"first byte, one at a time, p{share * 100:g}"
-        table.add_row(what, f"{one:.2f} ms", f"{two:.2f} ms", f"+{two - one:.2f} ms")
+@contextlib.asynccontextmanager
+async def peak_memory(target: Target) -> AsyncIterator[list[int]]:
+    """The most that the coordinator has in memory during the block, in a list of one."""
+    peak = [0]
+
+    async def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], target.memory_bytes())
+            await asyncio.sleep(0.2)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield peak
+    finally:
+        watching.cancel()
 
 
-async def throughput(table: Table, direct: list[str], through: list[str], count: int) -> None:
-    rates: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):
-        for urls, into in ((direct, rates[0]), (through, rates[1])):
-            into.append(await requests_per_second(urls, count, 64))
-    one, two = (statistics.median(values) for values in rates)
-    what = "short answers, 64 connections, median of 3"
-    table.add_row(what, f"{one:.0f}/s", f"{two:.0f}/s", f"{two / one:.2f} x")
+class Row(NamedTuple):
+    """A row of the table: the `share` percentile of a measure, in a unit.
+
+    `adds`: with direct access it is compared by what is added, not by the ratio.
+    """
+
+    label: str
+    measure: str
+    share: float
+    unit: str
+    adds: bool = False
+
+    def cells(self, targets: list[Target], arguments: argparse.Namespace) -> list[str]:
+        """The label, each target's value, and the comparison."""
+        values = [percentile(target.values[self.measure], self.share) for target in targets]
+        shown = [self.unit % value if value else "" for value in values]
+        return [self.label % vars(arguments), *shown, self._compared(values)]
+
+    def _compared(self, values: list[float]) -> str:
+        through, other = values[1], values[-1] if len(values) > 2 else values[0]
+        if self.adds and len(values) == 2:
+            return "+" + self.unit % (through - other)
+        return f"{through / other:.2f} x" if other else ""
 
 
-async def streaming(
-    table: Table, direct: list[str], through: str, pid: int, arguments: argparse.Namespace
-) -> None:
-    tokens = int(arguments.rate * arguments.seconds)
-    one = await gaps(direct, arguments.streams, tokens)
-    coordinator = psutil.Process(pid)
-    at_rest = coordinator.memory_info().rss
-    before = sum(coordinator.cpu_times()[:2])
-    watched = asyncio.create_task(peak_memory(coordinator))
-    two = await gaps([through], arguments.streams, tokens)
-    watched.cancel()
-    cpu = sum(coordinator.cpu_times()[:2]) - before
-    for share in (0.5, 0.99):
-        values = percentile(one, share), percentile(two, share)
-        what = f"gap in {arguments.streams} streams at {arguments.rate:g}/s, p{share * 100:g}"
-        added = f"+{values[1] - values[0]:.1f} ms"
-        table.add_row(what, f"{values[0]:.1f} ms", f"{values[1]:.1f} ms", added)
-    per_token = cpu / (arguments.streams * tokens) * 1e6
-    table.add_row("coordinator's CPU per streamed token", "", f"{per_token:.0f} µs", "")
-    grown = (PEAK[0] - at_rest) / arguments.streams / 1024
-    table.add_row("coordinator's memory per open stream", "", f"{grown:.0f} KiB", "")
-
-
-PEAK = [0]
-
-
-async def peak_memory(process: psutil.Process) -> None:
-    while True:
-        PEAK[0] = max(PEAK[0], process.memory_info().rss)
-        await asyncio.sleep(0.2)
+FAST_ROWS = (
+    Row("first byte, one at a time, p50", "first byte", 0.5, "%.2f ms", adds=True),
+    Row("first byte, one at a time, p99", "first byte", 0.99, "%.2f ms", adds=True),
+    Row("short answers, 64 connections, median", "a second", 0.5, "%.0f/s"),
+    Row("coordinator's CPU per short answer, median", "short", 0.5, "%.3f ms"),
+)
+PACED_ROWS = (
+    Row("gap in %(streams)d streams at %(rate)g/s, p50", "gap", 0.5, "%.1f ms", adds=True),
+    Row("gap in %(streams)d streams at %(rate)g/s, p99", "gap", 0.99, "%.1f ms", adds=True),
+    Row("coordinator's CPU per streamed token, median", "token", 0.5, "%.1f µs"),
+    Row("coordinator's memory per open stream, most", "stream", 1.0, "%.0f KiB"),
+)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(prog="nox -s bench --", description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="for latency and throughput")
     parser.add_argument("--streams", type=int, default=500, help="open at the same time")
     parser.add_argument("--rate", type=float, default=10.0, help="tokens a second in each stream")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each stream is")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each measure")
     parser.add_argument("--policy", default="predicted", help="the coordinator's policy")
     parser.add_argument("--http", nargs="+", default=["auto"], help="compare these with each other")
+    parser.add_argument("--against", type=Path, help="another checkout, to compare with it too")
+    parser.add_argument("--core", type=int, help="the processor for the coordinators, and no other")
     return parser.parse_args(arguments)
 
 
@@ -283,4 +339,4 @@ if __name__ == "__main__":
     # A request to stop ends the programs that were started too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = parse(sys.argv[1:])
-    Console().print(asyncio.run((compare if len(chosen.http) > 1 else measure)(chosen)))
+    Console(width=max(100, Console().width)).print(asyncio.run(measure(chosen)))
