@@ -77,7 +77,7 @@ async def test_explain_refuses_as_the_route_would(coordinator: Running, ollama: 
     async with running(policy="round-robin") as other:
         status, answer = await other.post("/api/explain", {"model": "m"})
         assert status == 409
-        assert "choose 'predicted'" in answer["error"]
+        assert "COORDINATOR_POLICY=predicted" in answer["error"]
 
 
 @pytest.mark.spec("OPERATION-20")

@@ -48,7 +48,7 @@ async def test_what_the_environment_sets_cannot_be_changed_here() -> None:
         assert status == 409
         assert "COORDINATOR_MAX_QUEUE" in body["error"]
         assert (await settings(coordinator))["agent_timeout"]["value"] == 60
-        for name in ("port", "nonesuch"):
+        for name in ("port", "policy", "nonesuch"):
             assert (await change(coordinator, **{name: 1}))[0] == 409
 
 
@@ -71,7 +71,7 @@ async def test_a_change_counts_at_once_where_it_can(coordinator: Running) -> Non
 @pytest.mark.parametrize(
     "wanted",
     [
-        {"agent_timeout": 0}, {"agent_timeout": "soon"}, {"policy": "best"}, {"max_queue": 1.5},
+        {"agent_timeout": 0}, {"agent_timeout": "soon"}, {"max_queue": 1.5},
         {"pull_placement": "label:"}, {"history_days": -1}, {"agent_timeout": 7, "max_queue": -1},
     ],
 )  # fmt: skip
@@ -90,33 +90,15 @@ async def test_every_setting_that_can_be_changed_counts_at_once(coordinator: Run
     assert not any(setting["live"] for setting in listed.values() if not setting["editable"])
     parts = coordinator.parts
     status, _ = await change(
-        coordinator, policy="round-robin", max_queue=3, drain_timeout=4, larger_context=False,
+        coordinator, max_queue=3, drain_timeout=4, larger_context=False,
         pull_placement="2", pull_patience=5, max_spool_gibibytes=0.5,
     )  # fmt: skip
     assert status == 200
-    assert (parts.scheduler.policy, parts.scheduler.max_queue) == ("round-robin", 3)
+    assert parts.scheduler.max_queue == 3
     assert parts.config.drain_timeout == 4
     assert not parts.surface.fitting.larger_context
-    assert (await change(coordinator, policy=None, max_queue=None))[0] == 200
-    assert (parts.scheduler.policy, parts.scheduler.max_queue) == ("predicted", 512)
-
-
-@pytest.mark.spec("DASH-17")
-async def test_a_change_of_policy_loses_no_request(coordinator: Running) -> None:
-    async with StandIn(slots=1) as ollama:
-        agent = await coordinator.register(ollama, "only")
-        assert await coordinator.heartbeat(agent, runner={"num_parallel": 1}) == 200
-        ollama.hold()
-        asked = [asyncio.create_task(coordinator.chat()) for _ in range(6)]
-        scheduler = coordinator.parts.scheduler
-        await coordinator.until(lambda: len(scheduler.waiting(0.0)) == 5)
-        for policy in ("round-robin", "predicted", "cpu", "predicted"):
-            assert (await change(coordinator, policy=policy))[0] == 200
-            assert len(scheduler.waiting(0.0)) == 5
-            assert len(list(scheduler.leases())) == 1
-        ollama.release()
-        assert {status for status, _ in await asyncio.gather(*asked)} == {200}
-        assert coordinator.at_rest()
+    assert (await change(coordinator, max_queue=None))[0] == 200
+    assert parts.scheduler.max_queue == 512
 
 
 @pytest.mark.spec("DASH-17")
@@ -164,18 +146,17 @@ async def test_the_disk_for_uploads_and_where_pulls_go_change_at_once(
 async def test_changes_survive_a_restart(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/fleet.db"
     async with running(database_url=url) as coordinator:
-        await change(coordinator, policy="round-robin", agent_timeout=33, max_queue=5)
-        assert coordinator.parts.config.policy == "round-robin"
+        await change(coordinator, larger_context=False, agent_timeout=33, max_queue=5)
     async with running(database_url=url) as coordinator:
         listed = await settings(coordinator)
-        assert listed["policy"]["value"] == coordinator.parts.config.policy == "round-robin"
+        assert listed["larger_context"]["value"] is coordinator.parts.config.larger_context is False
         assert listed["agent_timeout"]["value"] == coordinator.parts.registry.agent_timeout == 33
         assert listed["max_queue"]["source"] == "dashboard"
         assert (await change(coordinator, agent_timeout=None))[0] == 200
         assert coordinator.parts.registry.agent_timeout == 60
-    given = {"policy": "random", "given": frozenset({"policy"})}
+    given = {"larger_context": True, "given": frozenset({"larger_context"})}
     async with running(database_url=url, **given) as coordinator:
-        assert coordinator.parts.config.policy == "random"
+        assert coordinator.parts.config.larger_context
         assert coordinator.parts.config.agent_timeout == 60
         assert coordinator.parts.config.max_queue == 5
 

@@ -39,7 +39,7 @@ from .journal import Limits, Observation, SavedSparklines
 from .monitor import Monitor
 from .registry import Registry
 from .saved_state import SavedState
-from .scheduler import Learned, SwitchingScheduler
+from .scheduler import Learned, create_scheduler
 from .tuning import Started, Tuning
 from .upstream import Upstreams
 
@@ -54,9 +54,7 @@ class Coordinator:
         self.config = config = started.config
         self.clock = Clock()
         self.registry = Registry(config.agent_timeout)
-        self.scheduler = SwitchingScheduler(
-            config.policy, self.registry, max_queue=config.max_queue
-        )
+        self.scheduler = create_scheduler(config.policy, self.registry, max_queue=config.max_queue)
         self.dispatch = Dispatch(self.scheduler, self.registry, self.clock)
         self.upstreams = Upstreams()
         self.store = Store(database_path(config.database_url))
@@ -127,7 +125,6 @@ class Coordinator:
         self.observation.limits.days = config.history_days
         self.surface.apply(config)
         self.scheduler.max_queue = config.max_queue
-        self.scheduler.switch(config.policy, self.clock.now())
         self.dispatch.plan()
 
     @asynccontextmanager

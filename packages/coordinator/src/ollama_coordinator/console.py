@@ -44,7 +44,7 @@ class Console:
             observation,
             store,
             clock,
-            policy=lambda: tuning.config.policy,
+            policy=lambda: dispatch.scheduler.policy,
             address=lambda: own_address(tuning.config.host),
             operations=operations,
         )

@@ -42,7 +42,14 @@ class Setting(Struct, frozen=True):
 
 
 SETTINGS = (
-    Setting("policy", "policy", "COORDINATOR_POLICY", "How an agent is chosen", choices=POLICIES),
+    Setting(
+        "policy",
+        "policy",
+        "COORDINATOR_POLICY",
+        "How an agent is chosen",
+        fixed=True,
+        choices=POLICIES,
+    ),
     Setting("max_queue", "max_queue", "COORDINATOR_MAX_QUEUE", "Requests that may wait"),
     Setting("agent_timeout", "agent_timeout", "AGENT_TIMEOUT", "Silence until offline", "s"),
     Setting(

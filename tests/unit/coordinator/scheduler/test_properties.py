@@ -36,7 +36,7 @@ LONGEST_DRAIN = 120.0
 class AnyInterleaving(RuleBasedStateMachine):
     """The protocol in any order, with agents that come, go and fail."""
 
-    def __init__(self, policy: str | None = None) -> None:
+    def __init__(self, policy: str = "predicted") -> None:
         super().__init__()
         self.world = World(max_queue=12, policy=policy)
         self.world.agent("a", models=MODELS, loaded=["m"], slots=2, memory=10 * GB)

@@ -8,7 +8,7 @@ from unit.coordinator.scheduler.world import World
 TWO_SECONDS = Timings(100, 100, 2.0, 0.0, 0.1, 1.9)
 
 
-def busy_world(max_queue: int = 100, policy: str | None = None) -> World:
+def busy_world(max_queue: int = 100, policy: str = "predicted") -> World:
     """One agent with one slot, taken."""
     world = World(max_queue=max_queue, policy=policy)
     world.agent("a", loaded=["m"], slots=1)

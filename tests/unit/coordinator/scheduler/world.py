@@ -15,9 +15,10 @@ from ollama_coordinator.scheduler import (
     Request,
     RequestId,
     Result,
+    Scheduler,
     SchedulerError,
-    SwitchingScheduler,
     Timings,
+    create_scheduler,
 )
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
 from ollama_coordinator_common.names import model_key
@@ -31,25 +32,20 @@ M = model_key("m")
 
 
 class World:
-    """Agents that report what a test says, and a `PredictedScheduler` before them.
+    """Agents that report what a test says, and the scheduler of a policy before them."""
 
-    `policy`: one that can be switched takes its place, and this is its first policy.
-    """
-
-    def __init__(self, *, max_queue: int = 100, policy: str | None = None, **options: Any) -> None:
+    def __init__(self, *, max_queue: int = 100, policy: str = "predicted", **options: Any) -> None:
         self.registry = Registry(AGENT_TIMEOUT)
-        self.scheduler: PredictedScheduler | SwitchingScheduler
-        if policy is None:
+        self.scheduler: Scheduler = create_scheduler(policy, self.registry, max_queue=max_queue)
+        if options:
             self.scheduler = PredictedScheduler(self.registry, max_queue=max_queue, **options)
-        else:
-            self.scheduler = SwitchingScheduler(policy, self.registry, max_queue=max_queue)
         self.now = 0.0
         self.refused: dict[RequestId, SchedulerError] = {}
         self.numbers = count(1)
 
     @property
     def predictor(self) -> PredictedScheduler:
-        """The scheduler itself, for what it knows and does not tell."""
+        """The scheduler itself, for what it knows beyond the protocol."""
         assert isinstance(self.scheduler, PredictedScheduler)
         return self.scheduler
 

@@ -4,7 +4,7 @@ A row has no nulls and nothing that changes by itself as time goes by: the page 
 """
 
 from datetime import datetime, timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import msgspec
 
@@ -14,7 +14,7 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, RequestView
 from ollama_coordinator.operations import Operations
 from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator.scheduler.state import Estimate
+from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator_common.types import AgentId
 
 Row = dict[str, Any]
@@ -23,14 +23,6 @@ ESTIMATES_SECONDS = 5.0
 FINISHED_SHOWN = 40
 LIVE_SHOWN = 500
 OPERATIONS_SHOWN = 12
-
-
-@runtime_checkable
-class Estimating(Protocol):
-    """A scheduler that predicts."""
-
-    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
-        """What is predicted of a model on an agent."""
 
 
 class Rows:
@@ -125,8 +117,7 @@ class Rows:
     def _estimate(self, now: float) -> None:
         """Of what is in memory only: there may be a hundred thousand models on disks."""
         scheduler = self._dispatch.scheduler
-        due = now - self._estimated_at >= ESTIMATES_SECONDS
-        if due and isinstance(scheduler, Estimating):
+        if now - self._estimated_at >= ESTIMATES_SECONDS:
             self._estimated_at = now
             self._estimates = {
                 (agent.id, key): found
@@ -137,8 +128,7 @@ class Rows:
 
     def estimate(self, agent_id: AgentId, key: str) -> Estimate | None:
         """What is predicted of a model on an agent."""
-        scheduler = self._dispatch.scheduler
-        return scheduler.estimate(agent_id, key) if isinstance(scheduler, Estimating) else None
+        return self._dispatch.scheduler.estimate(agent_id, key)
 
     def sparks(self) -> dict[str, Any]:
         """The sparklines so far: tokens per second, the newest last."""

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 from types import TracebackType
-from typing import Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Struct
@@ -18,9 +17,8 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.registry import Registry
-from ollama_coordinator.scheduler import LeaseId, Request, SchedulerError, Waiting
+from ollama_coordinator.scheduler import Decision, Request, SchedulerError, Waiting
 from ollama_coordinator.scheduler.eligibility import eligible
-from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .entry import Attempt, JournalAttempt, JournalEntry, RequestState, RequestView, finished
@@ -30,20 +28,6 @@ REMEMBERED = 500
 
 LONG_LINE = 100
 CLIENT_LEFT = 499
-
-
-@runtime_checkable
-class Explaining(Protocol):
-    """A scheduler that can tell why."""
-
-    def decision(self, lease_id: LeaseId) -> Decision | None:
-        """Why a lease went where it is, in brief."""
-
-    def account(self, lease_id: LeaseId) -> Decision | None:
-        """Why it went there and what the other candidates would have cost."""
-
-    def explain(self, request: Request, now: float) -> Decision:
-        """What would be decided now."""
 
 
 class Ended(Struct, frozen=True):
@@ -109,21 +93,16 @@ class Journal:
         return Following(self, entry)
 
     def leased(self, entry: JournalEntry, held: Held) -> None:
-        """A request has a place: note why there, while it is known."""
-        scheduler = self._dispatch.scheduler
-        told = scheduler.decision(held.lease.id) if isinstance(scheduler, Explaining) else None
+        """A request has a place. The decision is explained once the request is on its way."""
         refused = self._refused(held.lease.request, held.lease.granted_at)
-        trial = JournalAttempt(held, told, refused)
+        trial = JournalAttempt(held, None, refused)
         entry.trials.append(trial)
         entry.counted = 0
-        if told is not None:
-            # The other candidates are looked at when the request is on its way to its agent.
-            asyncio.get_running_loop().call_soon(self._tell_in_full, trial)
+        asyncio.get_running_loop().call_soon(self._explain, trial)
 
-    def _tell_in_full(self, trial: JournalAttempt) -> None:
-        scheduler = self._dispatch.scheduler
-        if isinstance(scheduler, Explaining):
-            trial.decision = scheduler.account(trial.held.lease.id) or trial.decision
+    def _explain(self, trial: JournalAttempt) -> None:
+        """The estimates of the other candidates are those of this moment, not of the end."""
+        trial.decision = self._dispatch.scheduler.account(trial.held.lease.id)
 
     def _refused(self, request: Request, now: float) -> dict[str, str]:
         """The holders of a model that cannot serve it; looked up anew when the registry changed."""
@@ -191,10 +170,7 @@ class Journal:
 
     def explain(self, entry: JournalEntry, now: float) -> Decision | None:
         """What the scheduler would decide for a living request now, over all holders."""
-        scheduler = self._dispatch.scheduler
-        if not isinstance(scheduler, Explaining):
-            return None
         try:
-            return scheduler.explain(entry.request, now)
+            return self._dispatch.scheduler.explain(entry.request, now)
         except SchedulerError:
             return None

@@ -1,7 +1,7 @@
 """Who serves what, when; pure: time and facts in, decisions out."""
 
-from .base import Plan, Scheduler, Waiting
 from .error import (
+    DoesNotPredict,
     HoldersUnavailable,
     ModelNotFound,
     NoAgentRegistered,
@@ -11,8 +11,8 @@ from .error import (
 from .explain import Candidate, Decision
 from .factory import POLICIES, create_scheduler
 from .predicted import PredictedScheduler
+from .protocol import Plan, Scheduler, Waiting
 from .state import Estimate, Learned
-from .switching import DoesNotPredict, SwitchingScheduler
 from .types import (
     Kind,
     Lane,
@@ -50,7 +50,6 @@ __all__ = [
     "RunnerOptions",
     "Scheduler",
     "SchedulerError",
-    "SwitchingScheduler",
     "Timings",
     "Waiting",
     "create_scheduler",

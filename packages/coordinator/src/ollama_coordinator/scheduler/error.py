@@ -4,7 +4,8 @@ SchedulerError
 ├── ModelNotFound        no agent of the fleet has the model
 ├── NoAgentRegistered    there is no fleet yet
 ├── HoldersUnavailable   the agents that have the model cannot take a request now
-└── QueueFull            as many requests wait as may
+├── QueueFull            as many requests wait as may
+└── DoesNotPredict       the policy has no estimates
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +43,7 @@ class HoldersUnavailable(SchedulerError):
         online = ", ".join(sorted(others)) or "none"
         super().__init__(
             f"no agent that has model '{name}' can serve it now ({told}). "
-            f"Other agents online: {online}. Start one of the former, or pull the model elsewhere"
+            f"Other agents online: {online}. Start one that has it, or pull the model elsewhere"
         )
         self.name = name
         self.reasons = dict(reasons)
@@ -55,3 +56,13 @@ class QueueFull(SchedulerError):
         # Ollama's own text, with its two spaces: clients match on it.
         super().__init__("server busy, please try again.  maximum pending requests exceeded")
         self.retry_after_seconds = retry_after_seconds
+
+
+class DoesNotPredict(SchedulerError):
+    """The policy has no estimates."""
+
+    def __init__(self, policy: str) -> None:
+        super().__init__(
+            f"policy '{policy}' does not predict; start the coordinator with "
+            "COORDINATOR_POLICY=predicted"
+        )

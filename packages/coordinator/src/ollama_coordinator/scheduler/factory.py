@@ -1,30 +1,24 @@
 """The schedulers by the name of their policy."""
 
-from collections.abc import Iterator
-
 from ollama_coordinator.registry import Registry
 
-from .base import Scheduler
 from .immediate import Choose, ImmediateScheduler
 from .policies import Random, cpu, least_connections, loaded_first, round_robin
 from .predicted import PredictedScheduler
+from .protocol import Scheduler
 
 PREDICTED = "predicted"
 POLICIES = (PREDICTED, "loaded-first", "least-connections", "round-robin", "random", "cpu")
 
 
-def create_scheduler(
-    policy: str, registry: Registry, *, max_queue: int, numbers: Iterator[int] | None = None
-) -> Scheduler:
-    """The scheduler for one of `POLICIES`, with a waiting line of at most `max_queue` requests.
-
-    `numbers` gives the ids of its leases, where others have given some before.
+def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Scheduler:
+    """The scheduler of one of `POLICIES`, in which at most `max_queue` requests wait.
 
     Raises:
         KeyError: no such policy.
     """
     if policy == PREDICTED:
-        return PredictedScheduler(registry, max_queue=max_queue, numbers=numbers)
+        return PredictedScheduler(registry, max_queue=max_queue)
     counting: dict[str, Choose] = {
         "loaded-first": loaded_first,
         "least-connections": least_connections,
@@ -32,4 +26,4 @@ def create_scheduler(
         "random": Random(seed=1),
         "cpu": cpu,
     }
-    return ImmediateScheduler(registry, counting[policy], max_queue=max_queue, numbers=numbers)
+    return ImmediateScheduler(policy, registry, counting[policy], max_queue=max_queue)

@@ -5,15 +5,16 @@ agent has as many leases of its model as that agent said it runs at once.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Sequence
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
 
-from .base import Plan, Waiting
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
-from .error import QueueFull, SchedulerError
+from .error import DoesNotPredict, QueueFull, SchedulerError
+from .explain import Decision
+from .protocol import Plan, Waiting
+from .state import Estimate, Learned
 from .types import Lease, LeaseId, Outcome, Request, RequestId
 
 RETRY_AFTER_SECONDS = 1.0
@@ -26,21 +27,16 @@ in flight of an agent; the answer is one of the candidates."""
 class ImmediateScheduler:
     """A `Scheduler` around a policy without memory."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        choose: Choose,
-        *,
-        max_queue: int,
-        numbers: Iterator[int] | None = None,
-    ) -> None:
+    def __init__(self, policy: str, registry: Registry, choose: Choose, *, max_queue: int) -> None:
+        self.policy = policy
         self._registry = registry
         self._choose = choose
         self.max_queue = max_queue
         self._waiting: dict[RequestId, Request] = {}
         self._leases: dict[LeaseId, Lease] = {}
         self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
-        self._numbers = numbers or count(1)
+        self._last_id = 0
+        self._learned = Learned()
         self._last_chosen: dict[AgentId, int] = {}
 
     def submit(self, request: Request, now: float) -> None:
@@ -107,17 +103,20 @@ class ImmediateScheduler:
         return mine.count(request.model) < runner.num_parallel
 
     def _grant(self, request: Request, agent: AgentState, now: float) -> Lease:
-        number = next(self._numbers)
-        lease = Lease(id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now)
+        lease_id = LeaseId(self._last_id + 1)
+        lease = Lease(id=lease_id, request=request, agent_id=agent.id, granted_at=now)
         self._hold(lease)
         return lease
 
     def adopt(self, lease: Lease, now: float) -> bool:
         """See `Scheduler.adopt`."""
+        if self._registry.find(lease.agent_id) is None:
+            return False
         self._hold(lease)
         return True
 
     def _hold(self, lease: Lease) -> None:
+        self._last_id = max(self._last_id, lease.id)
         self._leases[lease.id] = lease
         self._by_agent[lease.agent_id].add(lease.id)
         self._last_chosen[lease.agent_id] = lease.id
@@ -151,3 +150,33 @@ class ImmediateScheduler:
     def waiting_count(self) -> int:
         """See `Scheduler.waiting_count`."""
         return len(self._waiting)
+
+    # ── what only policies that predict can answer ────────────────────────────────────────────
+
+    def decision(self, lease_id: LeaseId) -> Decision | None:
+        """See `Scheduler.decision`."""
+        return None
+
+    def account(self, lease_id: LeaseId) -> Decision | None:
+        """See `Scheduler.account`."""
+        return None
+
+    def explain(self, request: Request, now: float) -> Decision:
+        """See `Scheduler.explain`."""
+        raise DoesNotPredict(self.policy)
+
+    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
+        """See `Scheduler.estimate`."""
+        return None
+
+    def estimates(self) -> list[Estimate]:
+        """See `Scheduler.estimates`."""
+        raise DoesNotPredict(self.policy)
+
+    def export_state(self) -> Learned:
+        """See `Scheduler.export_state`."""
+        return self._learned
+
+    def import_state(self, learned: Learned) -> None:
+        """See `Scheduler.import_state`."""
+        self._learned = learned

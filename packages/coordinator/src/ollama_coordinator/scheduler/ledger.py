@@ -1,7 +1,5 @@
 """Leases and what follows from them: who runs where, what is in memory, what is being loaded."""
 
-from collections.abc import Iterator
-
 from ollama_coordinator_common.types import AgentId
 
 from .cost import pace, stay_seconds
@@ -22,10 +20,10 @@ SHORTEST_DELAY_SECONDS = 1.0
 class Ledger:
     """Every count here derives from `running`: one entry per lease, from its grant to its end."""
 
-    def __init__(self, mirror: Mirror, lines: Lines, numbers: Iterator[int]) -> None:
+    def __init__(self, mirror: Mirror, lines: Lines) -> None:
         self._mirror = mirror
         self._lines = lines
-        self._numbers = numbers
+        self._last_id = 0
         self.loads: list[Place] = []
         self._unheard: dict[Place, float] = {}  # since when what was being loaded should be there
         self.running: dict[LeaseId, tuple[Running, Line]] = {}
@@ -37,7 +35,7 @@ class Ledger:
         place, request = choice.place, entry.request
         if place is None:
             raise ValueError("nothing was chosen")
-        number = next(self._numbers)
+        number = self._last_id = self._last_id + 1
         lease = Lease(
             id=LeaseId(number),
             request=request,
@@ -66,6 +64,7 @@ class Ledger:
         It is taken for the first of its place: how long it waited behind others, and so how many
         slots there are, cannot be told any more.
         """
+        self._last_id = max(self._last_id, lease.id)
         absent = not place.resident and place.loading_until is None
         loads = absent and place.machine.loading is None
         wait = place.load if loads else 0.0

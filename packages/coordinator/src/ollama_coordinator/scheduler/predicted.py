@@ -4,8 +4,7 @@ An agent gets at most what it runs at once; everybody else waits here and is pla
 event. See `choice` for the estimate, `room` for evictions, `drains` for models that starve.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
+from collections.abc import Iterable, Mapping
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.types import AgentId
@@ -13,7 +12,6 @@ from ollama_coordinator_common.types import AgentId
 from . import lessons
 from .affinity import PromptCaches
 from .arrivals import Arrivals
-from .base import Plan, Waiting
 from .choice import Chooser
 from .drains import Drains
 from .eligibility import eligible, unavailable
@@ -26,6 +24,7 @@ from .line import Entry, Line
 from .lines import Lines
 from .mirror import Mirror
 from .options import normal
+from .protocol import Plan, Waiting
 from .room import Rooms
 from .serving import BOTH, HEAD, TAIL, Serving
 from .state import Estimate, Learned, estimate, estimates, export_learned, import_learned
@@ -41,8 +40,10 @@ class PredictedScheduler:
     """A `Scheduler` that predicts.
 
     `weights`: a client's share of a contended model where it is not 1. `lengths`: an own idea of
-    how long answers get. `numbers`: the ids of the leases it grants.
+    how long answers get.
     """
+
+    policy = "predicted"
 
     def __init__(
         self,
@@ -51,7 +52,6 @@ class PredictedScheduler:
         max_queue: int,
         weights: Mapping[str, float] | None = None,
         lengths: Lengths | None = None,
-        numbers: Iterator[int] | None = None,
     ) -> None:
         self._registry = registry
         self.max_queue = max_queue
@@ -63,7 +63,7 @@ class PredictedScheduler:
         rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
         self._chooser = Chooser(self._caches, rooms)
         self._accounts = Accounts(self._chooser)
-        self._ledger = Ledger(self._mirror, self._lines, numbers or count(1))
+        self._ledger = Ledger(self._mirror, self._lines)
         self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
         self._drains = Drains()
         self._serving = Serving(registry, self._lines, self._chooser, self._ledger)
@@ -254,24 +254,20 @@ class PredictedScheduler:
         return len(self._serving.entries)
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
-        """Why a lease that has not ended went where it is."""
+        """See `Scheduler.decision`."""
         known = self._ledger.running.get(lease_id)
-        if known is None:
+        if known is None or known[0].adopted:
             return None
         run = known[0]
         return brief(run.lease.request, run.choice, run.output)
 
     def account(self, lease_id: LeaseId) -> Decision | None:
-        """The same with the other holders of its model as they are now, a moment after."""
+        """See `Scheduler.account`."""
         known = self._ledger.running.get(lease_id)
-        return None if known is None else self._accounts.of(*known)
+        return None if known is None or known[0].adopted else self._accounts.of(*known)
 
     def explain(self, request: Request, now: float) -> Decision:
-        """What would be decided for a request that is not sent, with every holder of its model.
-
-        Raises:
-            ModelNotFound, NoAgentRegistered, HoldersUnavailable: as `submit`.
-        """
+        """See `Scheduler.explain`."""
         self._sync(now)
         line = self._arrivals.line(request, now)
         output = self._arrivals.expected_output(request)
@@ -279,19 +275,19 @@ class PredictedScheduler:
         return explain(self._registry, self._mirror, self._chooser, entry, now)
 
     def estimates(self) -> list[Estimate]:
-        """What is predicted of every model on every agent, for people."""
+        """See `Scheduler.estimates`."""
         return estimates(self._mirror, self._rates)
 
     def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
-        """What is predicted of one model on one agent, if it has it."""
+        """See `Scheduler.estimate`."""
         return estimate(self._mirror, self._rates, agent_id, model)
 
     def export_state(self) -> Learned:
-        """What was learned, to be kept over a restart."""
+        """See `Scheduler.export_state`."""
         return export_learned(self._mirror, self._rates, self._lengths)
 
     def import_state(self, learned: Learned) -> None:
-        """Take over what an earlier process learned; before the first request."""
+        """See `Scheduler.import_state`."""
         import_learned(learned, self._mirror, self._rates, self._lengths)
 
 

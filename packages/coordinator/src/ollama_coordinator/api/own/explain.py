@@ -11,7 +11,7 @@ from ollama_coordinator.api.http.errors import own_body, reply
 from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.api.inference.request import read_routing, take_in
 from ollama_coordinator.clock import Clock
-from ollama_coordinator.scheduler import Decision, Estimate, SwitchingScheduler
+from ollama_coordinator.scheduler import Decision, Estimate, Scheduler
 
 
 class ChatRequest(Struct, frozen=True):
@@ -24,11 +24,9 @@ class ChatRequest(Struct, frozen=True):
 
 
 class ExplainApi:
-    """The handlers that tell what the scheduler thinks."""
+    """The handlers that return what the scheduler predicts."""
 
-    def __init__(
-        self, scheduler: SwitchingScheduler, surface: InferenceRoute, clock: Clock
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, surface: InferenceRoute, clock: Clock) -> None:
         self._scheduler = scheduler
         self._surface = surface
         self._clock = clock
@@ -44,11 +42,11 @@ class ExplainApi:
         routing = read_routing(self._surface, await own_body(request))
         now = self._clock.now()
         asked = take_in(self._surface, routing, request.scope, now)
-        return reply(self._scheduler.predictor.explain(asked, now))
+        return reply(self._scheduler.explain(asked, now))
 
     @operation(
         "Learned speeds of every model on every agent", gives={200: list[Estimate]}, errors=(409,)
     )
     async def estimates(self, request: Request) -> Response:
         """`GET /api/estimates`: what is predicted of every model on every agent."""
-        return reply(self._scheduler.predictor.estimates())
+        return reply(self._scheduler.estimates())
