@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 import ollama_coordinator
-from ollama_coordinator.api.own.files import all_files
+from ollama_coordinator.api.own.dashboard import all_files
 from ollama_coordinator_common.types import AgentId
 from support.coordinator import Running, running
 from support.ollama import StandIn

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ollama_coordinator.api import listed
-from ollama_coordinator.api.own.openapi import document
+from ollama_coordinator.api.http.openapi import document
 from ollama_coordinator.app import create_app
 from ollama_coordinator_common.config import CoordinatorConfig
 from support import deaf

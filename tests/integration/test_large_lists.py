@@ -6,8 +6,8 @@ import pytest
 from starlette.requests import Request
 
 from ollama_coordinator import aio
-from ollama_coordinator.api.models import models
-from ollama_coordinator.api.models.fleet_models import FleetModel, fleet_model
+from ollama_coordinator.api.models import lists
+from ollama_coordinator.api.models.lists import FleetModel, fleet_model
 from ollama_coordinator.registry import Registry
 from support.coordinator import Running
 
@@ -66,7 +66,7 @@ async def test_only_what_changed_is_made_anew(
         asked.append(key)
         return fleet_model(registry, key)
 
-    monkeypatch.setattr(models, "fleet_model", make)
+    monkeypatch.setattr(lists, "fleet_model", make)
     assert len((await coordinator.get("/api/models"))["models"]) == 3
     assert len(asked) == 3
     asked.clear()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ollama_coordinator.api.http.errors import HttpError
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.api.http.json_edit import field, spliced
-from ollama_coordinator.api.http.versions import is_older, lowest
 from ollama_coordinator.api.inference.audio import read_form
+from ollama_coordinator.api.models.lists import is_older, lowest
 
 GO = "api.ShowRequest"
 

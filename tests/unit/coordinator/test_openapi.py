@@ -11,8 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ollama_coordinator.api.http.openapi import Either, Media, operation
-from ollama_coordinator.api.own.openapi import document
+from ollama_coordinator.api.http.openapi import Either, Media, document, operation
 from ollama_coordinator.app import create_app
 from ollama_coordinator_common.config import CoordinatorConfig
 from support.coordinator import Running

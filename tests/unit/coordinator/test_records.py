@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollama_coordinator.api.http.records import HELD_BACK_BYTES, Records
+from ollama_coordinator.api.inference.relay import HELD_BACK_BYTES, Records
 
 SEPARATORS = st.sampled_from([b"\n", b"\n\n"])
 TEXTS = st.lists(st.sampled_from([b"a", b"{}", b'{"x":"y"}', b"data: 1", b""]), max_size=8)

@@ -24,7 +24,7 @@ from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
 from .api.http.routing import NearMiss
 from .api.inference.proxy import Proxy
-from .api.models.models import ModelsApi
+from .api.models.lists import ModelsApi
 from .api.own.agent_log import AgentLogApi
 from .api.own.agents import AgentsApi
 from .api.own.explain import ExplainApi

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from msgspec import Struct
 from starlette.routing import BaseRoute, Route
 
+from .http.openapi import OpenApi
 from .http.routing import gathered
 from .inference.proxy import Proxy
-from .models.models import ModelsApi
+from .models.lists import ModelsApi
 from .own.agent_log import AgentLogApi
 from .own.agents import AgentsApi
 from .own.explain import ExplainApi
 from .own.health import HealthApi
-from .own.openapi import OpenApi
 
 
 class Handlers(Struct, frozen=True):

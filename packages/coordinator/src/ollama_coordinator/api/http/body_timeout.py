@@ -4,10 +4,12 @@ ASGI middleware: it reads none of the bytes.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.http1.door import VISIT, Visit
 
 from .errors import ClientLeft, HttpError
@@ -74,3 +76,24 @@ class Patience:
         except TimeoutError as exc:
             text = f"nothing came of the request's body for {seconds:g} s"
             raise HttpError(408, text) from exc
+
+
+@asynccontextmanager
+async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Run a block that ends with `ClientLeft` when the client closes its connection.
+
+    The body must have been read to its end before.
+    """
+    departure = Interrupt()
+
+    async def watch() -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        departure.fire(ClientLeft(message.get("reason", "")))
+
+    watcher = asyncio.create_task(watch())
+    try:
+        async with departure:
+            yield
+    finally:
+        watcher.cancel()

@@ -3,10 +3,20 @@
 `openapi.py` makes the description of the API of it; a route without a declaration fails a test.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from importlib.metadata import version
+from inspect import cleandoc
 from typing import Any, TypeVar
 
+import msgspec
 from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ollama_coordinator.api.http.errors import JSON
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -78,3 +88,171 @@ def operation_of(endpoint: object) -> Operation | None:
     """What was declared of a route's handler; nothing is of Ollama's own routes."""
     found = getattr(endpoint, "operation", None)
     return found if isinstance(found, Operation) else None
+
+
+SCHEMA_REF = "#/components/schemas/{name}"
+ABOUT = (
+    "The coordinator's own routes, beside those of Ollama. Times are RFC 3339 in UTC, sizes in "
+    "bytes, durations in seconds. A GET route answers HEAD too. A request with an `Origin` that "
+    "is not allowed is answered 403 with no body, whatever the route."
+)
+MEANING = {
+    400: "The request is wrong; `error` says where.",
+    404: "There is no such thing.",
+    408: "Nothing came of the body for too long.",
+    409: "Not as things are; `error` says what is in the way and what to do.",
+    413: "The body is too long.",
+    503: "Not now: the database or the agents that are needed cannot be reached.",
+}
+
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+
+Json = dict[str, Any]
+
+
+def document(routes: Iterable[BaseRoute]) -> Json:
+    """The description of a route table."""
+    listed = list(_listed(routes))
+    types = _Types([declared for _, _, declared in listed if declared is not None])
+    paths: dict[str, Json] = {}
+    for method, path, declared in listed:
+        told = _ollamas(path) if declared is None else _own(path, declared, types)
+        told["operationId"] = _name(method, path)
+        paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = told
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Ollama Coordinator",
+            "version": version("ollama-coordinator"),
+            "description": ABOUT,
+        },
+        "tags": [
+            {"name": "coordinator", "description": "Agents, requests, operations, settings."},
+            {"name": "ollama", "description": "As one Ollama answers them; not described here."},
+        ],
+        "paths": dict(sorted(paths.items())),
+        "components": {"schemas": types.components},
+    }
+
+
+def _listed(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, str, Operation | None]]:
+    """Method, path and declaration; HEAD beside GET is not worth a line."""
+    for route in routes:
+        if isinstance(route, Route):
+            methods = set(route.methods or ())
+            for method in sorted(methods - ({"HEAD"} if "GET" in methods else set())):
+                yield method, route.path, operation_of(route.endpoint)
+
+
+def _name(method: str, path: str) -> str:
+    words = re.findall(r"\w+", _PARAMETER.sub(r"by \1", path))
+    return "_".join([method.lower(), *words])
+
+
+def _path_parameters(path: str) -> list[Json]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in _PARAMETER.findall(path)
+    ]
+
+
+def _ollamas(path: str) -> Json:
+    told: Json = {
+        "tags": ["ollama"],
+        "summary": "Ollama's",
+        "responses": {"default": {"description": "What Ollama answers."}},
+    }
+    parameters = _path_parameters(path)
+    return {**told, "parameters": parameters} if parameters else told
+
+
+def _own(path: str, declared: Operation, types: "_Types") -> Json:
+    told: Json = {"tags": ["coordinator"], "summary": declared.summary}
+    query = [
+        {"name": one.name, "in": "query", "description": one.text, "schema": types.of(one.type)}
+        for one in declared.query
+    ]
+    parameters = [*_path_parameters(path), *query]
+    if parameters:
+        told["parameters"] = parameters
+    if declared.takes is not None:
+        content = {"application/json": {"schema": types.of(declared.takes)}}
+        told["requestBody"] = {"required": True, "content": content}
+    told["responses"] = _responses(declared, types)
+    return told
+
+
+def _responses(declared: Operation, types: "_Types") -> Json:
+    error = {"application/json": {"schema": types.of(ErrorBody)}}
+    responses: Json = {}
+    for status, given in declared.gives.items():
+        responses[str(status)] = {"description": HTTPStatus(status).phrase}
+        if given is not None:
+            responses[str(status)]["content"] = types.content(given)
+    for status in declared.all_errors:
+        known = responses.setdefault(str(status), {"description": MEANING[status]})
+        known.setdefault("content", error)
+    if declared.relays:
+        words = "What an agent's Ollama refused, in its own words."
+        responses["default"] = {"description": words, "content": error}
+    return responses
+
+
+class _Types:
+    """The schemas of all types that are declared, as components that refer to each other."""
+
+    def __init__(self, declared: Sequence[Operation]) -> None:
+        used: list[Any] = [ErrorBody]
+        for one in declared:
+            used += [query.type for query in one.query]
+            used += [
+                kind for given in (one.takes, *one.gives.values()) for kind in _types_in(given)
+            ]
+        schemas, components = msgspec.json.schema_components(used, ref_template=SCHEMA_REF)
+        self._schemas = {id(kind): schema for kind, schema in zip(used, schemas, strict=True)}
+        self._used = used  # an id means something only as long as its owner lives
+        self.components = {name: _tidy(schema) for name, schema in sorted(components.items())}
+
+    def of(self, kind: Any) -> Json:
+        """The schema of a declared type."""
+        return self._schemas[id(kind)]
+
+    def content(self, given: Any) -> Json:
+        """The bodies of an answer by content type."""
+        if isinstance(given, Media | tuple):
+            media = given if isinstance(given, tuple) else (given,)
+            return {one.type: {"schema": self.of(one.holds)} for one in media}
+        schemas = [self.of(kind) for kind in _types_in(given)]
+        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        return {"application/json": {"schema": schema}}
+
+
+def _types_in(given: Any) -> list[Any]:
+    """The types that an answer, or a body, consists of."""
+    if isinstance(given, Either):
+        return [given.one, given.other]
+    if isinstance(given, Media | tuple):
+        return [one.holds for one in (given if isinstance(given, tuple) else (given,))]
+    return [] if given is None else [given]
+
+
+def _tidy(schema: Json) -> Json:
+    """Docstrings without the indentation of the source."""
+    if "description" in schema:
+        return {**schema, "description": cleandoc(schema["description"])}
+    return schema
+
+
+class OpenApi:
+    """The handler of the description; `routes` is the table that it tells of, itself included."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes = routes
+        self._body = b""
+
+    @operation("This description", gives={200: dict[str, Any]})
+    async def show(self, request: Request) -> Response:
+        """`GET /api/openapi.json`."""
+        if not self._body:
+            self._body = msgspec.json.encode(document(self._routes))
+        return Response(self._body, media_type=JSON)

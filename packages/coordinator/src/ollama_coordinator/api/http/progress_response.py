@@ -6,8 +6,8 @@ from starlette.types import Receive, Scope, Send
 from ollama_coordinator.operations import Operation, Operations
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
+from .body_timeout import until_disconnect
 from .dialects import Dialect, error_body
-from .disconnect import until_disconnect
 from .errors import ClientLeft, send_error, send_whole
 
 NDJSON = b"application/x-ndjson"

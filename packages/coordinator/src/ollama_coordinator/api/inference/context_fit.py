@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.json_edit import field, spliced
-from ollama_coordinator.api.http.versions import is_older
+from ollama_coordinator.api.models.lists import is_older
 from ollama_coordinator.api.models.show import Shows
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState, Registry

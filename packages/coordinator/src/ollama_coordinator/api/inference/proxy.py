@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
-from ollama_coordinator.api.http.disconnect import until_disconnect
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from ollama_coordinator.api.http.headers import declared_length, to_ollama
-from ollama_coordinator.api.http.zstd import NotDecompressed, plain_body
+from ollama_coordinator.api.inference.request import NotDecompressed, plain_body
 from ollama_coordinator.api.models.cloud import CloudDisabled, Clouds
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch, Held

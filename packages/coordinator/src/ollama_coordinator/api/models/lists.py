@@ -6,11 +6,36 @@ slices, between which streams go on.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.agent_queries import Answer
 from ollama_coordinator.aio import Slices
-from ollama_coordinator.registry import Registry
+from ollama_coordinator.api.http.dialects import Dialect
+from ollama_coordinator.api.http.errors import JSON, HttpError, error_reply, reply
+from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.registry import (
+    AgentState,
+    AvailableRow,
+    LoadedRow,
+    Registry,
+    contents,
+    modified_at,
+    newest,
+)
+from ollama_coordinator_common.error import InvalidModelName
+from ollama_coordinator_common.names import ModelName, model_key
+from ollama_coordinator_common.types import AgentId
 
 Row = TypeVar("Row")
 
@@ -62,3 +87,237 @@ class KeptList(Generic[Row]):
         self._rows = rows
         if changed:
             self._bodies = self._write(row for _, row in rows.values())
+
+
+class Content(Struct, frozen=True):
+    """One content of a name. `is_preferred`: requests are routed to its holders only."""
+
+    digest: str
+    blob: str
+    size: int
+    modified_at: datetime
+    is_preferred: bool
+    holders: list[AgentId]
+
+
+class FleetModel(Struct, frozen=True):
+    """One row of `GET /api/models`; `conflict`: its holders do not have the same content."""
+
+    name: str
+    digest: str
+    size: int
+    modified_at: datetime
+    conflict: bool
+    holders: list[AgentId]
+    loaded_on: list[AgentId]
+    contents: list[Content]
+
+
+def fleet_model(registry: Registry, key: str) -> FleetModel:
+    """One model of the fleet, which somebody has."""
+    copies = registry.copies(key)
+    holders = [agent.id for agent in registry.holders(key)]
+    groups = contents(copies)
+    row = newest([copies[agent_id] for agent_id in holders])
+    return FleetModel(
+        name=row.model.name,
+        digest=row.model.digest,
+        size=row.model.size,
+        modified_at=modified_at(row),
+        conflict=len(groups) > 1,
+        holders=holders,
+        loaded_on=[a for a in copies if registry.get(a).inventory.is_loaded(key)],
+        contents=[_content(group, is_preferred=holders[0] in group) for group in groups],
+    )
+
+
+def _content(group: dict[AgentId, AvailableRow], *, is_preferred: bool) -> Content:
+    row = newest(list(group.values()))
+    return Content(
+        digest=row.model.digest,
+        blob=next((other.blob for other in group.values() if other.blob), ""),
+        size=row.model.size,
+        modified_at=modified_at(row),
+        is_preferred=is_preferred,
+        holders=sorted(group),
+    )
+
+
+LONG_AGO = datetime.fromtimestamp(0, UTC)
+
+
+class FleetModels(Struct, frozen=True):
+    """`GET /api/models`."""
+
+    models: list[FleetModel]
+
+
+Cloud = Callable[[str, str], Awaitable[Answer]]
+"""Asks ollama.com about a model: method and path."""
+
+
+class ModelsApi:
+    """The handlers of the lists."""
+
+    def __init__(self, registry: Registry, monitor: Monitor, clock: Clock, cloud: Cloud) -> None:
+        self._registry = registry
+        self._cloud = cloud
+        self._monitor = monitor
+        self._clock = clock
+        self._lists = KeptList(registry, _listed, _write_lists)
+        self._fleet = KeptList(registry, _of_the_fleet, _write_fleet)
+
+    async def root(self, request: Request) -> Response:
+        """`GET /`: what every Ollama client asks first."""
+        return Response("Ollama is running", media_type="text/plain")
+
+    async def version(self, request: Request) -> Response:
+        """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
+        now = self._clock.now()
+        routable = [agent for agent in self._registry if self._registry.is_routable(agent, now)]
+        return reply({"version": _lowest(routable) or _lowest(self._registry) or UNKNOWN})
+
+    async def tags(self, request: Request) -> Response:
+        """`GET /api/tags`: the union, one row a name, newest first; offline holders count too."""
+        tags, _ = await self._lists.bodies()
+        return Response(tags, media_type=JSON)
+
+    async def ps(self, request: Request) -> Response:
+        """`GET /api/ps`: one row per model in memory anywhere, latest expiry first."""
+        slices = Slices()
+        await self._monitor.refresh(self._registry, older_than=1.0, seconds=1.0)
+        now = self._clock.now()
+        rows: defaultdict[tuple[str, str], list[LoadedRow]] = defaultdict(list)
+        for agent in list(self._registry):
+            await slices.pause()
+            if self._registry.is_online(agent, now):
+                for row in agent.inventory.loaded.values():
+                    if row.raw is not None:
+                        rows[row.key, row.model.digest].append(row)
+        merged = []
+        for same in rows.values():
+            await slices.pause()
+            merged.append(_merge(same))
+        merged.sort(key=lambda row: row[0], reverse=True)
+        body = b'{"models":[' + b",".join(raw for _, raw in merged) + b"]}"
+        return Response(body, media_type=JSON)
+
+    async def v1_list(self, request: Request) -> Response:
+        """`GET /v1/models`: the same as OpenAI lists them; Ollama says null where there is none."""
+        _, openai = await self._lists.bodies()
+        return _v1(openai)
+
+    @operation("Every model of the fleet, and who has it", gives={200: FleetModels})
+    async def fleet(self, request: Request) -> Response:
+        """`GET /api/models`: every model with its contents, who has it, and where it is loaded."""
+        (body,) = await self._fleet.bodies()
+        return Response(body, media_type=JSON)
+
+    async def v1_show(self, request: Request) -> Response:
+        """`GET /v1/models/{model}`."""
+        name = request.path_params["model"]
+        try:
+            key = model_key(name)
+        except InvalidModelName as exc:
+            return error_reply(exc, Dialect.OPENAI)
+        row = _preferred_row(self._registry, key)
+        if row is None and ModelName.parse(name).runs_in_the_cloud:
+            told = await self._cloud("GET", f"/v1/models/{quote(name, safe=':')}")
+            return Response(told.body, told.status, media_type="application/json")
+        if row is None:
+            return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
+        return _v1(msgspec.json.encode({**_openai_row(row), "id": name}))
+
+
+class ListedModel(Struct, frozen=True):
+    """One model in Ollama's list and in OpenAI's; JSON."""
+
+    modified_at: datetime
+    tags: bytes
+    openai: bytes
+
+
+def _listed(registry: Registry, key: str) -> ListedModel | None:
+    row = _preferred_row(registry, key)
+    if row is None:
+        return None
+    return ListedModel(modified_at(row), row.raw, msgspec.json.encode(_openai_row(row)))
+
+
+def _write_lists(models: Iterable[ListedModel]) -> tuple[bytes, bytes]:
+    """The bodies of `/api/tags` and of `/v1/models`, newest first."""
+    newest_first = sorted(models, key=lambda model: model.modified_at, reverse=True)
+    tags = b'{"models":[' + b",".join(model.tags for model in newest_first) + b"]}"
+    rows = b",".join(model.openai for model in newest_first)
+    return tags, b'{"object":"list","data":' + (b"[" + rows + b"]" if rows else b"null") + b"}"
+
+
+def _of_the_fleet(registry: Registry, key: str) -> bytes | None:
+    return msgspec.json.encode(fleet_model(registry, key)) if registry.holders(key) else None
+
+
+def _write_fleet(models: Iterable[bytes]) -> tuple[bytes]:
+    return (b'{"models":[' + b",".join(models) + b"]}",)
+
+
+def _preferred_row(registry: Registry, key: str) -> AvailableRow | None:
+    """The newest row of the preferred content; `None` where nobody has the model."""
+    rows = [agent.inventory.available[key] for agent in registry.holders(key)]
+    return newest(rows) if rows else None
+
+
+def _openai_row(row: AvailableRow) -> dict[str, Any]:
+    return {
+        "id": row.model.name,
+        "object": "model",
+        "created": int(modified_at(row).timestamp()),
+        "owned_by": ModelName.parse(row.model.name).namespace,
+    }
+
+
+def _v1(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _lowest(agents: Iterable[AgentState]) -> str | None:
+    return lowest(agent.registration.ollama_version for agent in agents)
+
+
+def _merge(rows: list[LoadedRow]) -> tuple[datetime, bytes]:
+    """One row of `/api/ps` for a model that several agents have in memory, and its expiry.
+
+    Sizes add up (the command line shows their ratio), the context is the smallest: who sizes a
+    prompt by it must fit everywhere.
+    """
+    latest = max(rows, key=lambda row: row.model.expires_at or LONG_AGO)
+    expires_at = latest.model.expires_at or LONG_AGO
+    if len(rows) == 1:
+        return expires_at, latest.raw or b""
+    merged: dict[str, Any] = msgspec.json.decode(latest.raw or b"{}")
+    merged["size"] = sum(row.model.size for row in rows)
+    merged["size_vram"] = sum(row.model.size_vram for row in rows)
+    contexts = [row.model.context_length for row in rows if row.model.context_length is not None]
+    if contexts:
+        merged["context_length"] = min(contexts)
+    return expires_at, msgspec.json.encode(merged)
+
+
+UNKNOWN = "0.0.0"
+"""What a development build of Ollama reports; clients draw no conclusion from it."""
+
+
+def version_key(version: str) -> tuple[list[int], str]:
+    """What sorts versions; a release candidate counts as its release."""
+    numbers = version.strip().lstrip("v").partition("-")[0].split(".")
+    return [int(number) if number.isdecimal() else 0 for number in numbers], version
+
+
+def lowest(versions: Iterable[str]) -> str | None:
+    """The lowest of the versions that say something."""
+    known = [version for version in versions if version not in (UNKNOWN, "")]
+    return min(known, key=version_key, default=None)
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a known version is older than another."""
+    return version not in (UNKNOWN, "") and version_key(version)[0] < version_key(than)[0]
