@@ -1,7 +1,9 @@
 """`/api/history` and `/api/statistics`: what has been, request by request and over time."""
 
-from collections.abc import AsyncIterator, Sequence
+import csv
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime
+from io import StringIO
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -163,9 +165,9 @@ class HistoryApi:
                 return
 
     async def _csv(self, wanted: Filter) -> AsyncIterator[str]:
-        yield ",".join(Finished.__struct_fields__) + "\r\n"
+        yield _csv_lines([Finished.__struct_fields__])
         async for rows in self._pages(wanted):
-            yield "".join(_csv_line(msgspec.to_builtins(row)) for row in rows)
+            yield _csv_lines(msgspec.to_builtins(row).values() for row in rows)
 
     async def _json(self, wanted: Filter) -> AsyncIterator[bytes]:
         separator = b"["
@@ -176,20 +178,16 @@ class HistoryApi:
         yield b"[]" if separator == b"[" else b"]"
 
 
-def _csv_line(row: dict[str, Any]) -> str:
-    return ",".join(_csv_cell(value) for value in row.values()) + "\r\n"
-
-
-def _csv_cell(value: Any) -> str:
+def _csv_lines(rows: Iterable[Iterable[Any]]) -> str:
     """RFC 4180; a text that a spreadsheet would take for a formula gets a quote before it."""
-    if value is None:
-        return ""
-    text = str(value)
-    if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")):
-        text = "'" + text
-    if any(sign in text for sign in ',"\r\n'):
-        return '"' + text.replace('"', '""') + '"'
-    return text
+    text = StringIO(newline="")
+    csv.writer(text).writerows(map(_harmless, row) for row in rows)
+    return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    starts = ("=", "+", "-", "@", "\t", "\r")
+    return "'" + value if isinstance(value, str) and value.startswith(starts) else value
 
 
 def _model(name: str | None) -> str | None:
