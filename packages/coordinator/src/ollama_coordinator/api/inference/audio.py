@@ -3,7 +3,10 @@
 The form passes as it came; of its fields only the model's name is read here.
 """
 
-from email.message import Message
+from contextlib import suppress
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ollama_coordinator.api.http.errors import HttpError
 
@@ -18,12 +21,11 @@ def read_form(content_type: str, body: bytes) -> Routing:
     Raises:
         HttpError: 400, it is no form, or the file or the model's name is missing.
     """
-    header = Message()
-    header["content-type"] = content_type
-    boundary = header.get_boundary()
-    if header.get_content_type() != "multipart/form-data" or not boundary:
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
         raise HttpError(400, "request Content-Type isn't multipart/form-data")
-    fields = dict(_fields(body, boundary.encode("latin-1", "replace")))
+    fields = _read_fields(body, boundary)
     if "file" not in fields:
         raise HttpError(400, "file is required")
     name = fields.get("model", b"").decode(errors="replace").strip()
@@ -32,26 +34,45 @@ def read_form(content_type: str, body: bytes) -> Routing:
     return Routing(name=name)
 
 
-def _fields(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
-    """Every named part, in order (RFC 7578)."""
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
-    fields = []
-    for part in parts[1:]:
-        if part.startswith(b"--"):
-            break
-        head, separator, content = part.partition(b"\r\n\r\n")
-        name = _name(head) if separator else None
-        if name is not None:
-            fields.append((name, content))
+def _read_fields(body: bytes, boundary: bytes) -> dict[str, bytearray]:
+    """The named parts; of the file only its name. A form that breaks off has those before."""
+    fields: dict[str, bytearray] = {}
+    header = value = b""
+    name = ""
+
+    def on_part_begin() -> None:
+        nonlocal name
+        name = ""
+
+    def on_header_field(data: bytes, start: int, end: int) -> None:
+        nonlocal header
+        header += data[start:end]
+
+    def on_header_value(data: bytes, start: int, end: int) -> None:
+        nonlocal value
+        value += data[start:end]
+
+    def on_header_end() -> None:
+        nonlocal header, value, name
+        if header.lower() == b"content-disposition":
+            name = parse_options_header(value)[1].get(b"name", b"").decode("latin-1")
+            fields[name] = bytearray()
+        header, value = b"", b""
+
+    def on_part_data(data: bytes, start: int, end: int) -> None:
+        if name == "model":
+            fields[name] += data[start:end]
+
+    parser = MultipartParser(
+        boundary,
+        {
+            "on_part_begin": on_part_begin,
+            "on_header_field": on_header_field,
+            "on_header_value": on_header_value,
+            "on_header_end": on_header_end,
+            "on_part_data": on_part_data,
+        },
+    )
+    with suppress(MultipartParseError):  # whether the rest is right is for Ollama to say
+        parser.write(body)
     return fields
-
-
-def _name(head: bytes) -> str | None:
-    for line in head.decode("latin-1").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() == "content-disposition":
-            header = Message()
-            header["content-disposition"] = value.strip()
-            name = header.get_param("name", header="content-disposition")
-            return name if isinstance(name, str) else None
-    return None
