@@ -19,8 +19,8 @@ import msgspec
 from starlette.types import Message
 
 from ollama_coordinator.app import Coordinator, create_app
-from ollama_coordinator_common.config import CoordinatorConfig
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.settings import CoordinatorConfig
 from ollama_coordinator_common.types import AgentId
 
 PATHS = ("/api/models", "/api/tags", "/v1/models", "/api/ps", "/api/agents", "/v1/models/model-7")

@@ -240,7 +240,7 @@ async def test_history_is_filtered_paged_and_exported(
 async def test_settings_are_changed(coordinator: Running, visit: Visit) -> None:
     page = visit.page
     await visit.open("settings")
-    await page.get_by_label("Silence until offline").fill("42")
+    await page.get_by_label("How long an agent may be silent").fill("42")
     await page.get_by_role("button", name="Save").click()
     await expect(page.locator("[data-name=agent_timeout]")).to_contain_text("set here")
     assert coordinator.parts.registry.agent_timeout == 42

@@ -10,7 +10,7 @@ import pytest
 
 from ollama_coordinator_agent import server_log
 from ollama_coordinator_agent.serve import ServeCommand
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, is_gone, running
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the program is a script")

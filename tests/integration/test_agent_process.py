@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, OllamaProgram, eventually, free_port, is_gone, running
 from support.ollama import StandIn
 

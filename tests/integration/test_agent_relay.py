@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ollama_coordinator_agent import reach
 from ollama_coordinator_agent.relay import Relay
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
 from support.ollama import StandIn
 

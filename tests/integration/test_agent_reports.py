@@ -11,8 +11,8 @@ from msgspec import structs
 
 from ollama_coordinator_agent.daemon import Pace
 from ollama_coordinator_agent.reach import Offer
-from ollama_coordinator_common.config import AgentConfig
 from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
+from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import FAST, Coordinator, eventually, free_port, running
 from support.ollama import Model, StandIn
 

@@ -14,7 +14,7 @@ import pytest
 
 from ollama_coordinator_agent.serve import Child, ServeCommand
 from ollama_coordinator_agent.state import State
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import RunnerSettings
 from support.agent_world import Coordinator, OllamaProgram, eventually, free_port, is_gone, running
 from support.ollama import StandIn

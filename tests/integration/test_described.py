@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
 from ollama_coordinator.api import listed
 from ollama_coordinator.api.http.openapi import document
 from ollama_coordinator.app import create_app
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator_common.settings import CoordinatorConfig
 from support import deaf
 from support.asgi import connection
 from support.background import Background, background

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ollama_coordinator.http1 import CHOICES
+from ollama_coordinator_common.settings import HTTP_CHOICES
 from support.asgi import Client, Shows, connection
 from support.coordinator import serving
 
@@ -24,7 +24,7 @@ def post(path: bytes, body: bytes) -> bytes:
     return POST % (path, len(body), body)
 
 
-@pytest.fixture(params=CHOICES)
+@pytest.fixture(params=HTTP_CHOICES)
 def http(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -11,8 +11,9 @@ import pytest
 from hypercorn.asyncio import run as worker
 from hypercorn.asyncio.tcp_server import TCPServer
 
-from ollama_coordinator.http1 import CHOICES, plug
 from ollama_coordinator.http1 import connection as implementation
+from ollama_coordinator.http1 import plug
+from ollama_coordinator_common.settings import HTTP_CHOICES
 from support.asgi import Client, Shows, connection
 from support.coordinator import serving
 
@@ -81,7 +82,7 @@ async def client(shows: Shows) -> AsyncIterator[Client]:
 
 
 @pytest.mark.spec("OPERATION-15")
-@pytest.mark.parametrize("http", CHOICES)
+@pytest.mark.parametrize("http", HTTP_CHOICES)
 @pytest.mark.parametrize("what", MALFORMED)
 async def test_what_is_malformed_is_refused(shows: Shows, http: str, what: str) -> None:
     async with serving(shows, http) as url, connection(url) as client:
@@ -115,7 +116,7 @@ async def test_the_answers_before_a_refusal_arrive(client: Client) -> None:
 
 
 @pytest.mark.spec("OPERATION-15")
-@pytest.mark.parametrize("http", CHOICES)
+@pytest.mark.parametrize("http", HTTP_CHOICES)
 @pytest.mark.parametrize("head", [b"A: %b\r\n" % (b"b" * 200_000), b"A: b\r\n" * 40_000])
 async def test_a_head_without_measure_is_refused(http: str, head: bytes, shows: Shows) -> None:
     async with serving(shows, http) as url, connection(url) as client:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.tuning import started
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator.db import Store, database_path
+from ollama_coordinator.settings import Settings
+from ollama_coordinator_common.settings import CoordinatorConfig
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
 
@@ -72,6 +73,9 @@ async def test_a_change_counts_at_once_where_it_can(coordinator: Running) -> Non
     "wanted",
     [
         {"agent_timeout": 0}, {"agent_timeout": "soon"}, {"max_queue": 1.5},
+        {"agent_timeout": True}, {"history_rows": 10**30}, {"history_days": 1e9},
+        {"agent_timeout": 1e300}, {"max_queue": []},
+        {"max_body_mebibytes": 10**12}, {"larger_context": "perhaps"}, {"pull_placement": 5},
         {"pull_placement": "label:"}, {"history_days": -1}, {"agent_timeout": 7, "max_queue": -1},
     ],
 )  # fmt: skip
@@ -146,17 +150,17 @@ async def test_the_disk_for_uploads_and_where_pulls_go_change_at_once(
 async def test_changes_survive_a_restart(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/fleet.db"
     async with running(database_url=url) as coordinator:
-        await change(coordinator, larger_context=False, agent_timeout=33, max_queue=5)
+        await change(coordinator, history_days=9, agent_timeout=33, max_queue=5)
     async with running(database_url=url) as coordinator:
         listed = await settings(coordinator)
-        assert listed["larger_context"]["value"] is coordinator.parts.config.larger_context is False
+        assert listed["history_days"]["value"] == coordinator.parts.config.history_days == 9
         assert listed["agent_timeout"]["value"] == coordinator.parts.registry.agent_timeout == 33
         assert listed["max_queue"]["source"] == "dashboard"
         assert (await change(coordinator, agent_timeout=None))[0] == 200
         assert coordinator.parts.registry.agent_timeout == 60
-    given = {"larger_context": True, "given": frozenset({"larger_context"})}
+    given = {"history_days": 7.0, "given": frozenset({"history_days"})}
     async with running(database_url=url, **given) as coordinator:
-        assert coordinator.parts.config.larger_context
+        assert coordinator.parts.config.history_days == 7
         assert coordinator.parts.config.agent_timeout == 60
         assert coordinator.parts.config.max_queue == 5
 
@@ -165,4 +169,38 @@ async def test_changes_survive_a_restart(tmp_path: Path) -> None:
 async def test_a_database_that_cannot_be_read_changes_no_setting(tmp_path: Path) -> None:
     (tmp_path / "fleet.db").write_bytes(b"not a database at all, but long enough to look at")
     config = CoordinatorConfig(database_url=f"sqlite:///{tmp_path}/fleet.db")
-    assert started(config).config == config
+    store = Store(database_path(config.database_url))
+    assert Settings(config, store, apply=lambda config: None).config == config
+
+
+@pytest.mark.spec("DASH-17")
+async def test_a_kept_value_that_cannot_work_is_logged_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"sqlite:///{tmp_path}/fleet.db"
+    wrong = b'"agent_timeout": 1e300, "policy": "cpu", "gone": 1, "history_days": "x"'
+    async with running(database_url=url) as coordinator:
+        coordinator.parts.store.note_document("settings", b'{"max_queue": 5, %s}' % wrong)
+    async with running(database_url=url) as coordinator:
+        config = coordinator.parts.config
+        assert config.max_queue == 5
+        assert (config.agent_timeout, config.policy, config.history_days) == (60, "predicted", 30)
+    left_out = {vars(record).get("setting") for record in caplog.records} - {None}
+    assert left_out == {"agent_timeout", "policy", "gone", "history_days"}
+
+
+@pytest.mark.spec("DASH-17")
+async def test_a_change_that_fails_is_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "fleet.db")
+
+    def fail(config: CoordinatorConfig) -> None:
+        raise OSError("cannot be applied")
+
+    async with store:
+        config = CoordinatorConfig(database_url="sqlite://:memory:")
+        settings = Settings(config, store, fail)
+        with pytest.raises(OSError, match="cannot be applied"):
+            settings.change({"max_queue": 5})
+        assert settings.config.max_queue == 512
+        await store.flush()
+        assert await store.document("settings") is None

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from ollama_coordinator.descriptors import within
-from ollama_coordinator.http1 import CHOICES, Door
+from ollama_coordinator.http1 import Door
+from ollama_coordinator_common.settings import HTTP_CHOICES
 from support import deaf, programs
 from support.asgi import Client, Shows, connection
 from support.coordinator import Running, running, serving
 
-BOTH = pytest.mark.parametrize("http", CHOICES)
+BOTH = pytest.mark.parametrize("http", HTTP_CHOICES)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from ollama_coordinator.http1 import CHOICES
+from ollama_coordinator_common.settings import HTTP_CHOICES
 from support import deaf, programs
 from support.ollama import StandIn
 
@@ -32,7 +32,7 @@ def rows(database: Path, sql: str) -> list[Any]:
 @pytest.mark.spec("OPERATION-9")
 @pytest.mark.spec("OPERATION-17")
 @pytest.mark.parametrize("how", ["time-out", "second signal"])
-@pytest.mark.parametrize("http", CHOICES)
+@pytest.mark.parametrize("http", HTTP_CHOICES)
 async def test_a_client_that_does_not_read_keeps_nobody_from_stopping(
     tmp_path: Path, http: str, how: str
 ) -> None:

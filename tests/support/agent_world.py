@@ -21,8 +21,8 @@ from ollama_coordinator_agent.assembly import assembled
 from ollama_coordinator_agent.daemon import Daemon, Pace
 from ollama_coordinator_agent.keeper import KeeperPace
 from ollama_coordinator_agent.watch import WatchPace
-from ollama_coordinator_common.config import AgentConfig
 from ollama_coordinator_common.protocol import HealthReport, LogReport, RegisterRequest
+from ollama_coordinator_common.settings import AgentConfig
 
 PATIENCE_SECONDS = 20.0
 

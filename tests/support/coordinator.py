@@ -12,7 +12,7 @@ from hypercorn.config import Config
 from ollama_coordinator.app import Coordinator, create_app
 from ollama_coordinator.http1 import Door, serve
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .ollama import StandIn
 

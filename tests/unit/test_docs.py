@@ -15,10 +15,10 @@ from starlette.routing import BaseRoute, Route
 from ollama_coordinator import main as coordinator
 from ollama_coordinator import server
 from ollama_coordinator.app import create_app
-from ollama_coordinator.tuning import SETTINGS
+from ollama_coordinator.db import database_path
 from ollama_coordinator_agent import main as agent
 from ollama_coordinator_common import protocol
-from ollama_coordinator_common.config import CoordinatorConfig, database_path
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -78,7 +78,7 @@ def test_a_command_reads_no_variable_that_no_table_has(title: str) -> None:
 @pytest.mark.parametrize("text", [README, JAPANESE], ids=["English", "Japanese"])
 def test_the_settings_that_cannot_be_changed_while_it_runs_are_named(text: str) -> None:
     [paragraph] = [part for part in text.split("\n\n") if "`PATCH /api/settings`" in part]
-    changed_later = {setting.variable for setting in SETTINGS if not setting.fixed}
+    changed_later = {setting.variable for setting in CoordinatorConfig.settings() if setting.live}
     named = set(re.findall(r"`([A-Z_]+)`", paragraph))
     assert named == documented("Coordinator").keys() - changed_later
 

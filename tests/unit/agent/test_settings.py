@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ollama_coordinator_agent import main
-from ollama_coordinator_agent.settings import Settings, read
+from ollama_coordinator_agent.settings import read
+from ollama_coordinator_common.settings import AgentConfig
 
 VARIABLES = {
     "COORDINATOR_URL",
@@ -26,24 +27,24 @@ VARIABLES = {
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[AgentConfig]:
     """What `run` was called with; nothing is run."""
-    calls: list[Settings] = []
+    calls: list[AgentConfig] = []
     monkeypatch.setattr(main, "_run", calls.append)
     return calls
 
 
 @pytest.mark.spec("AGENT-1")
 @pytest.mark.parametrize("command", [[], ["run"]])
-def test_the_bare_command_runs(ran: list[Settings], command: list[str]) -> None:
+def test_the_bare_command_runs(ran: list[AgentConfig], command: list[str]) -> None:
     arguments = [*command, "--coordinator-url", "http://c:1", "--keep-ollama", "yes"]
     result = CliRunner().invoke(main.app, arguments, env={"OLLAMA_PORT": "5000"})
     assert result.exit_code == 0, result.output
-    assert ran == [read(coordinator_url="http://c:1", ollama_port="5000", keep_ollama="true")]
+    assert ran == [AgentConfig(coordinator_url="http://c:1", ollama_port=5000, keep_ollama=True)]
 
 
 @pytest.mark.spec("AGENT-1")
-def test_options_before_the_command_are_refused_and_not_lost(ran: list[Settings]) -> None:
+def test_options_before_the_command_are_refused_and_not_lost(ran: list[AgentConfig]) -> None:
     result = CliRunner().invoke(main.app, ["--ollama-port", "5000", "run"])
     assert result.exit_code == 2
     assert "after" in result.output
@@ -77,7 +78,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("AGENT_IP_ADDRESS", "http://192.168.1.2:1", "192.168.1.20"),
         ("AGENT_MANAGE_OLLAMA", "maybe", "true or false"),
         ("AGENT_KEEP_OLLAMA", "2", "true or false"),
-        ("AGENT_RELAY", "sometimes", "auto, always or never"),
+        ("AGENT_RELAY", "sometimes", "auto, always, never"),
         ("AGENT_RELAY_PORT", "-1", "0 for any"),
         ("AGENT_RELAY_ALLOW", "10.0.0.1,lan", "networks"),
         ("AGENT_LOG_LEVEL", "LOUD", "DEBUG"),
@@ -85,7 +86,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 )
 @pytest.mark.parametrize("command", [[], ["run"], ["status"]])
 def test_a_wrong_setting_is_explained(
-    ran: list[Settings], command: list[str], variable: str, value: str, right: str
+    ran: list[AgentConfig], command: list[str], variable: str, value: str, right: str
 ) -> None:
     result = CliRunner().invoke(main.app, command, env={variable: value})
     assert result.exit_code == 2
@@ -96,7 +97,7 @@ def test_a_wrong_setting_is_explained(
 
 @pytest.mark.spec("AGENT-3")
 def test_what_is_not_given_has_its_default() -> None:
-    config = read().config
+    config = read({})
     assert config.coordinator_url == "http://localhost:8080"
     assert config.ollama_port == 11434
     assert (config.machine_name, config.ip_address, config.state_dir) == (None, None, None)
@@ -107,12 +108,14 @@ def test_what_is_not_given_has_its_default() -> None:
 @pytest.mark.spec("AGENT-3")
 def test_text_becomes_what_it_means() -> None:
     config = read(
-        ip_address="192.168.1.9",
-        state_dir="~/agent",
-        relay="Always",
-        relay_allow="10.0.0.0/8, 192.168.1.5 ,",
-        log_level="debug",
-    ).config
+        {
+            "ip_address": "192.168.1.9",
+            "state_dir": "~/agent",
+            "relay": "Always",
+            "relay_allow": "10.0.0.0/8, 192.168.1.5 ,",
+            "log_level": "debug",
+        }
+    )
     assert config.ip_address == "192.168.1.9"
     assert config.state_dir == Path.home() / "agent"
     assert config.relay == "always"

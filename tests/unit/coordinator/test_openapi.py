@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from ollama_coordinator.api.http.openapi import Either, Media, document, operation
 from ollama_coordinator.app import create_app
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator_common.settings import CoordinatorConfig
 from support.coordinator import Running
 
 OLLAMAS = {

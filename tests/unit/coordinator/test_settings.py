@@ -8,9 +8,8 @@ from typer.testing import CliRunner
 
 import ollama_coordinator
 from ollama_coordinator import main
-from ollama_coordinator.scheduler import POLICIES
-from ollama_coordinator.settings import Settings, read
-from ollama_coordinator_common.config import CoordinatorConfig
+from ollama_coordinator.settings import read
+from ollama_coordinator_common.settings import POLICIES, CoordinatorConfig
 
 DEFAULTS = {
     "COORDINATOR_HOST": "0.0.0.0",
@@ -28,9 +27,9 @@ DEFAULTS = {
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+def served(monkeypatch: pytest.MonkeyPatch) -> list[CoordinatorConfig]:
     """What `serve` was called with; nothing is served."""
-    calls: list[Settings] = []
+    calls: list[CoordinatorConfig] = []
     monkeypatch.setattr(main, "_serve", lambda settings, *more: calls.append(settings))
     return calls
 
@@ -45,19 +44,21 @@ def test_help_names_every_variable_with_its_default(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["serve"]])
-def test_the_bare_command_serves(served: list[Settings], command: list[str]) -> None:
+def test_the_bare_command_serves(served: list[CoordinatorConfig], command: list[str]) -> None:
     result = CliRunner().invoke(main.app, [*command, "--port", "1"], env={"AGENT_TIMEOUT": "5"})
     assert result.exit_code == 0, result.output
-    assert served == [read(port="1", agent_timeout="5")]
+    assert served == [CoordinatorConfig(port=1, agent_timeout=5.0)]
 
 
 @pytest.mark.spec("OPERATION-2")
-def test_an_option_beats_the_environment(served: list[Settings]) -> None:
+def test_an_option_beats_the_environment(served: list[CoordinatorConfig]) -> None:
     CliRunner().invoke(main.app, ["--port", "2"], env={"COORDINATOR_PORT": "1"})
-    assert served[0].config.port == 2
+    assert served[0].port == 2
 
 
-def test_options_before_the_command_are_refused_and_not_lost(served: list[Settings]) -> None:
+def test_options_before_the_command_are_refused_and_not_lost(
+    served: list[CoordinatorConfig],
+) -> None:
     result = CliRunner().invoke(main.app, ["--port", "1", "serve"])
     assert result.exit_code == 2
     assert "give options after `serve`" in result.output
@@ -74,23 +75,26 @@ def test_the_version_is_that_of_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "right"),
     [
-        ("COORDINATOR_PORT", "http", "whole number"),
+        ("COORDINATOR_PORT", "http", "give a port from 1 to 65535, or 0 for any"),
         ("COORDINATOR_PORT", "65536", "1 to 65535"),
         ("DATABASE_URL", "postgresql://db", "sqlite://FILE"),
-        ("HEALTH_CHECK_INTERVAL", "0.0", "greater than 0"),
+        ("HEALTH_CHECK_INTERVAL", "0.0", "seconds from 0.01 to 31536000"),
         ("HEALTH_CHECK_INTERVAL", "often", "give a number"),
-        ("AGENT_TIMEOUT", "inf", "greater than 0"),
-        ("AGENT_TIMEOUT", "nan", "greater than 0"),
+        ("AGENT_TIMEOUT", "inf", "seconds from 0.01 to 31536000"),
+        ("AGENT_TIMEOUT", "nan", "seconds from 0.01 to 31536000"),
         ("COORDINATOR_POLICY", "fastest", POLICIES[0]),
-        ("COORDINATOR_MAX_QUEUE", "-1", "give 0 or"),
+        ("COORDINATOR_MAX_QUEUE", "-1", "whole number of requests from 0 to 1000000"),
         ("COORDINATOR_MAX_QUEUE", "1.5", "whole number"),
-        ("COORDINATOR_MAX_BODY_MIB", "0", "greater than 0"),
-        ("COORDINATOR_DRAIN_TIMEOUT", "nan", "give 0 or"),
+        ("COORDINATOR_MAX_BODY_MIB", "0", "mebibytes from 1 to 1000000"),
+        ("COORDINATOR_DRAIN_TIMEOUT", "nan", "seconds from 0 to 31536000"),
+        ("COORDINATOR_STALL_TIMEOUT", "-1", "seconds from 0.01 to 31536000, or 0 for ever"),
+        ("COORDINATOR_HISTORY_DAYS", "1e300", "days from 0.001 to 365000"),
+        ("COORDINATOR_PULL_PLACEMENT", "label:", "label:NAME"),
         ("COORDINATOR_LOG_LEVEL", "LOUD", "DEBUG"),
     ],
 )
 def test_a_wrong_setting_is_explained(
-    served: list[Settings], command: list[str], variable: str, value: str, right: str
+    served: list[CoordinatorConfig], command: list[str], variable: str, value: str, right: str
 ) -> None:
     result = CliRunner().invoke(main.app, command, env={variable: value})
     assert result.exit_code == 2
@@ -99,17 +103,16 @@ def test_a_wrong_setting_is_explained(
     assert served == []
 
 
-def test_the_defaults_are_told_once() -> None:
-    settings = read()
-    assert settings.config == CoordinatorConfig(policy=POLICIES[0])
-    assert settings.log_level == "INFO"
+def test_an_option_in_help_is_the_default_of_the_configuration(
+    served: list[CoordinatorConfig],
+) -> None:
+    assert CliRunner().invoke(main.app, []).exit_code == 0
+    assert served == [CoordinatorConfig()]
 
 
 def test_text_becomes_what_it_means() -> None:
-    settings = read(host=" ::1 ", policy=POLICIES[-1].upper(), log_level="debug")
-    assert settings.config.host == "::1"
-    assert settings.config.policy == POLICIES[-1]
-    assert settings.log_level == "DEBUG"
+    config = read({"host": " ::1 ", "policy": POLICIES[-1].upper(), "log_level": "debug"})
+    assert (config.host, config.policy, config.log_level) == ("::1", POLICIES[-1], "DEBUG")
 
 
 def test_an_address_that_is_not_here_is_explained(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import platformdirs
 
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 
 from .client import CoordinatorClient
 from .daemon import Daemon, Pace

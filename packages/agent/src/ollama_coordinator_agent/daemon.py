@@ -11,13 +11,13 @@ import uuid
 
 from msgspec import UNSET, Raw, Struct
 
-from ollama_coordinator_common.config import AgentConfig
 from ollama_coordinator_common.protocol import (
     HEARTBEAT_SECONDS,
     HealthReply,
     HealthReport,
     RegisterRequest,
 )
+from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentId
 
 from . import __version__

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from ollama_coordinator_common.commandline import is_typed, with_settings
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.settings import AgentConfig
 
 from . import __version__, logs
 from .assembly import assembled
 from .display import render, show
-from .settings import OPTIONS, Settings, read
+from .settings import read
 from .signals import cancelled_by_signals
 from .status import examine
 
@@ -33,10 +34,10 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(read, OPTIONS, typer.Option)
+@with_settings(read, AgentConfig.settings(), typer.Option)
 def default(
     context: typer.Context,
-    settings: Settings,
+    settings: AgentConfig,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
@@ -51,24 +52,24 @@ def default(
 
 
 @app.command()
-@with_settings(read, OPTIONS, typer.Option)
-def run(settings: Settings) -> None:
+@with_settings(read, AgentConfig.settings(), typer.Option)
+def run(settings: AgentConfig) -> None:
     """Register with the coordinator and stay registered until stopped."""
     _run(settings)
 
 
 @app.command()
-@with_settings(read, OPTIONS, typer.Option)
-def status(settings: Settings) -> None:
+@with_settings(read, AgentConfig.settings(), typer.Option)
+def status(settings: AgentConfig) -> None:
     """Show what the agent would report; the exit code is 1 if something is wrong."""
     logs.set_up("WARNING", None)
-    snapshot = asyncio.run(examine(settings.config, os.environ))
+    snapshot = asyncio.run(examine(settings, os.environ))
     Console().print(render(snapshot))
     if snapshot.coordinator_trouble or snapshot.ollama_trouble:
         raise typer.Exit(1)
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: AgentConfig) -> None:
     console = Console()
     live = console if console.is_terminal else None
     logs.set_up(settings.log_level, live)
@@ -79,11 +80,11 @@ def _run(settings: Settings) -> None:
         raise typer.Exit(1) from exc
 
 
-async def _serve(settings: Settings, live: Console | None) -> None:
+async def _serve(settings: AgentConfig, live: Console | None) -> None:
     """Run until a signal; the live status, if any, ends after the goodbye."""
     with cancelled_by_signals():
         async with (
-            assembled(settings.config, dict(os.environ)) as daemon,
+            assembled(settings, dict(os.environ)) as daemon,
             asyncio.TaskGroup() as tasks,
         ):
             if live is not None:

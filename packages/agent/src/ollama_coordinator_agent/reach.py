@@ -5,7 +5,7 @@ import logging
 
 from msgspec import Struct
 
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 
 from .network import accepts, coordinator_address, is_loopback, local_address, resolve
 from .pacing import Reminder, forever

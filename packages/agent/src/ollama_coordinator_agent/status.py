@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import aiohttp
 
-from ollama_coordinator_common.config import AgentConfig
+from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentStatus
 
 from .assembly import machine_name, ollama_host, serve_command, state_folder

@@ -11,56 +11,25 @@ from enum import Enum
 from functools import wraps
 from typing import Annotated, Any, Protocol, TypeVar
 
-from msgspec import Struct
-
 from .error import ConfigError
+from .settings import Setting
 
 Settings = TypeVar("Settings")
-
-TRUE = frozenset({"true", "yes", "on", "1"})
-FALSE = frozenset({"false", "no", "off", "0"})
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class Option(Struct, frozen=True):
-    """A setting: its environment variable, its name as an option, and what a person reads of it.
-
-    `default` and every given value are text; what it means is read in one place of each program.
-    """
-
-    variable: str
-    name: str
-    default: str
-    metavar: str
-    help: str
-
-    def parameter(self, make: Callable[..., Any]) -> inspect.Parameter:
-        """The parameter of a command; `make` is Typer's `Option`."""
-        flag = f"--{self.name.replace('_', '-')}"
-        made = make(
-            flag,
-            envvar=self.variable,
-            metavar=self.metavar,
-            help=self.help,
-            show_default=True,
-            show_envvar=True,
-        )
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        annotation = Annotated[str, made]
-        return inspect.Parameter(self.name, kind, default=self.default, annotation=annotation)
-
-
 def with_settings(
-    read: Callable[..., Settings], options: Sequence[Option], make: Callable[..., Any]
+    read: Callable[[Mapping[str, str]], Settings],
+    table: Sequence[Setting],
+    make: Callable[..., Any],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options; it is called with the `settings` that `read` makes of their texts.
+    """Give a command the options of a table; its `settings` are what `read` makes of their texts.
 
     The command's own parameters come first and are passed on. A `ConfigError` ends the program
     with its sentence and exit code 2. `make` is Typer's `Option`.
     """
-    parameters = [option.parameter(make) for option in options]
+    parameters = [_parameter(setting, make) for setting in table]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
@@ -69,7 +38,7 @@ def with_settings(
         def configured(**values: Any) -> None:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}
             try:
-                settings = read(**values)
+                settings = read(values)
             except ConfigError as exc:
                 print(f"Error: {exc}", file=sys.stderr)  # noqa: T201 (a program's last words)
                 raise SystemExit(2) from exc
@@ -84,9 +53,22 @@ def with_settings(
     return decorate
 
 
-def texts(options: Sequence[Option], given: Mapping[str, str]) -> dict[str, str]:
-    """The text of every option: what is given, else its default."""
-    return {option.name: option.default for option in options} | dict(given)
+def _parameter(setting: Setting, make: Callable[..., Any]) -> inspect.Parameter:
+    """The parameter of a command for one setting; its value is text, as the environment's is."""
+    made = make(
+        setting.flag,
+        envvar=setting.variable,
+        metavar=setting.placeholder,
+        help=f"{setting.text}.",
+        show_default=True,
+        show_envvar=True,
+    )
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=setting.default_text,
+        annotation=Annotated[str, made],
+    )
 
 
 class _Context(Protocol):
@@ -105,54 +87,6 @@ def is_given(context: _Context, name: str) -> bool:
     """Whether an option stands on the command line or in the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
-
-
-def whole_number(variable: str, text: str) -> int:
-    """A setting as a whole number.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(variable, text, "give a whole number") from None
-
-
-def number(variable: str, text: str) -> float:
-    """A setting as a number.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(variable, text, "give a number") from None
-
-
-def truth(variable: str, text: str) -> bool:
-    """A setting as true or false.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    word = text.strip().lower()
-    if word not in TRUE | FALSE:
-        raise ConfigError(variable, text, "give true or false")
-    return word in TRUE
-
-
-def one_of(variable: str, text: str, choices: tuple[str, ...]) -> str:
-    """A setting as one of some words, which are compared without case.
-
-    Raises:
-        ConfigError: it is none of them.
-    """
-    for choice in choices:
-        if text.strip().lower() == choice.lower():
-            return choice
-    raise ConfigError(variable, text, f"give one of {', '.join(choices)}")
 
 
 class EventFormatter(logging.Formatter):

@@ -15,8 +15,6 @@ log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.002
 """How long computing may hold up the streams of everybody else."""
 
-LOOPS = ("auto", "asyncio", "uvloop")
-
 
 class Interrupt:
     """`async with interrupt:` runs a block that `fire(exception)` ends with that exception.

@@ -11,10 +11,9 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.settings import CoordinatorConfig
 
-from . import tuning
 from .agent_logs import AgentLogs
 from .agent_store import AgentStore
 from .api import Handlers, routes
@@ -32,7 +31,7 @@ from .api.own.health import HealthApi
 from .api.surface import Surface
 from .clock import Clock
 from .console import Console
-from .db import Store
+from .db import Store, database_path
 from .dispatch import Dispatch
 from .http1 import Door
 from .journal import Limits, Observation, SavedSparklines
@@ -40,7 +39,7 @@ from .monitor import Monitor
 from .registry import Registry
 from .saved_state import SavedState
 from .scheduler import Learned, create_scheduler
-from .tuning import Started, Tuning
+from .settings import Settings
 from .upstream import Upstreams
 
 SPARKLINES_SECONDS = 60.0
@@ -50,14 +49,15 @@ SPARKLINES_SECONDS = 60.0
 class Coordinator:
     """Everything one coordinator consists of, put together but not yet running."""
 
-    def __init__(self, started: Started) -> None:
-        self.config = config = started.config
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.store = Store(database_path(config.database_url))
+        self.settings = Settings(config, self.store, apply=self.apply)
+        config = self.config
         self.clock = Clock()
         self.registry = Registry(config.agent_timeout)
         self.scheduler = create_scheduler(config.policy, self.registry, max_queue=config.max_queue)
         self.dispatch = Dispatch(self.scheduler, self.registry, self.clock)
         self.upstreams = Upstreams()
-        self.store = Store(database_path(config.database_url))
         self.observation = Observation(
             self.registry,
             self.dispatch,
@@ -84,9 +84,14 @@ class Coordinator:
             self.store,
             self.clock,
         )
-        self._face_clients(Tuning(started, self.store))
+        self._face_clients()
 
-    def _face_clients(self, tuning: Tuning) -> None:
+    @property
+    def config(self) -> CoordinatorConfig:
+        """The settings in force."""
+        return self.settings.config
+
+    def _face_clients(self) -> None:
         """The handlers of our own routes: they ask the parts, and no part asks them."""
         logs = AgentLogs()
         self.agent_log = AgentLogApi(self.registry, logs, self.clock)
@@ -110,15 +115,13 @@ class Coordinator:
             self.observation,
             self.store,
             self.clock,
-            tuning,
+            self.settings,
             plain_root=self.models.root,
             operations=self.surface.operations,
         )
-        tuning.apply = self.apply
 
     def apply(self, config: CoordinatorConfig) -> None:
         """Work with other settings from now on; no request is lost by it."""
-        self.config = config
         self.registry.agent_timeout = config.agent_timeout
         self.monitor.interval = config.health_check_interval
         self.observation.limits.rows = config.history_rows
@@ -227,7 +230,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 def create_app(config: CoordinatorConfig) -> Starlette:
     """The ASGI application of one coordinator; `app.state.coordinator` is what it consists of."""
-    coordinator = Coordinator(tuning.started(config))
+    coordinator = Coordinator(config)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

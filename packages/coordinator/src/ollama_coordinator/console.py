@@ -18,7 +18,7 @@ from .journal import Observation
 from .operations import Operations
 from .own_address import own_address
 from .registry import Registry
-from .tuning import Tuning
+from .settings import Settings
 
 
 class Console:
@@ -31,12 +31,11 @@ class Console:
         observation: Observation,
         store: Store,
         clock: Clock,
-        tuning: Tuning,
+        settings: Settings,
         *,
         plain_root: Handler,
         operations: Operations,
     ) -> None:
-        self.tuning = tuning
         rows = Rows(registry, observation, clock, dispatch)
         snapshots = Snapshots(
             rows,
@@ -45,7 +44,7 @@ class Console:
             store,
             clock,
             policy=lambda: dispatch.scheduler.policy,
-            address=lambda: own_address(tuning.config.host),
+            address=lambda: own_address(settings.config.host),
             operations=operations,
         )
         self.feed = Feed(snapshots.take)
@@ -54,7 +53,7 @@ class Console:
         self._details = DetailsApi(registry, observation, rows, clock)
         self._requests = RequestsApi(observation, dispatch, clock)
         self._history = HistoryApi(observation, registry)
-        self._settings = SettingsApi(tuning)
+        self._settings = SettingsApi(settings)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

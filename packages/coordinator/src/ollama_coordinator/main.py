@@ -12,11 +12,13 @@ from rich.logging import RichHandler
 
 from ollama_coordinator_common.commandline import PLAIN, is_given, is_typed, log_to, with_settings
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import server
+from .aio import loop_of
 from .commands import agents, models, scheduling
 from .commands.top import top
-from .settings import OPTIONS, Settings, read
+from .settings import read
 
 app = typer.Typer(
     add_completion=False,
@@ -33,10 +35,10 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(read, OPTIONS, typer.Option)
+@with_settings(read, CoordinatorConfig.settings(), typer.Option)
 def default(
     context: typer.Context,
-    settings: Settings,
+    settings: CoordinatorConfig,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
@@ -59,24 +61,24 @@ app.command()(top)
 
 
 @app.command()
-@with_settings(read, OPTIONS, typer.Option)
-def serve(context: typer.Context, settings: Settings) -> None:
+@with_settings(read, CoordinatorConfig.settings(), typer.Option)
+def serve(context: typer.Context, settings: CoordinatorConfig) -> None:
     """Serve until stopped; this is also what happens without a command."""
     _serve(settings, context)
 
 
-def _serve(settings: Settings, context: typer.Context) -> None:
+def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
     given = frozenset(name for name in context.params if is_given(context, name))
-    config = structs.replace(settings.config, given=given)
+    config = structs.replace(settings, given=given)
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
-        log_to(handler, settings.log_level, "%(message)s")
+        log_to(handler, config.log_level, "%(message)s")
     else:
-        log_to(logging.StreamHandler(), settings.log_level, PLAIN)
+        log_to(logging.StreamHandler(), config.log_level, PLAIN)
     try:
-        with asyncio.Runner(loop_factory=settings.new_loop) as runner:
+        with asyncio.Runner(loop_factory=loop_of(config.loop)) as runner:
             runner.run(server.run(config))
     except OllamaCoordinatorError as exc:
         typer.echo(f"Error: {exc}", err=True)

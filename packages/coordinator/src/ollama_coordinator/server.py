@@ -17,10 +17,11 @@ from types import FrameType
 from hypercorn.config import Config
 from starlette.applications import Starlette
 
-from ollama_coordinator_common.config import CoordinatorConfig, database_path
 from ollama_coordinator_common.error import ConfigError
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .app import Coordinator, create_app
+from .db import database_path
 from .descriptors import room
 from .http1 import Door, serve
 

@@ -1,234 +1,143 @@
-"""The command line's options, each with its environment variable, and what they mean.
+"""The settings in force: read at the start, changed by the operator, kept over restarts.
 
-Options are taken as text and read here, so that a wrong value is answered in one way: which
-variable, which value, what would be right.
+Which settings there are, and what their values may be, is in the table of
+`ollama_coordinator_common.settings`. What the environment or the command line gives stays as it is
+given there.
 """
 
-from asyncio import AbstractEventLoop
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from msgspec import Struct
+import msgspec
+from msgspec import structs
 
-from ollama_coordinator_common.commandline import (
-    LOG_LEVELS,
-    Option,
-    number,
-    one_of,
-    texts,
-    truth,
-    whole_number,
-)
-from ollama_coordinator_common.config import CoordinatorConfig
-from ollama_coordinator_common.error import ConfigError
+from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
+from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
-from .aio import LOOPS, loop_of
-from .http1 import CHOICES as HTTP_CHOICES
+from .aio import loop_of
+from .db import Store, database_path, document_in
 from .operations import Placement, WrongPlacement
-from .scheduler import POLICIES
+
+log = logging.getLogger(__name__)
+
+DOCUMENT = "settings"
+"""Under which name the changed settings are in the database: a JSON object of names and values."""
+
+TABLE = {setting.name: setting for setting in CoordinatorConfig.settings()}
 
 
-class Settings(Struct, frozen=True):
-    """What a command gets: the configuration, how much to log, whose event loop to run on."""
-
-    config: CoordinatorConfig
-    log_level: str
-    new_loop: Callable[[], AbstractEventLoop] | None = None
+class NotEditable(OllamaCoordinatorError):
+    """A setting that cannot be changed while the coordinator runs; says where it can."""
 
 
-def placement(text: str) -> str:
-    """The setting of where pulled models go, checked.
+def read(texts: Mapping[str, str]) -> CoordinatorConfig:
+    """The configuration of the environment and the command line.
 
     Raises:
-        ConfigError: it means nothing.
+        ConfigError: one of the values cannot work.
     """
+    config = CoordinatorConfig.read(texts)
+    for name, check in CHECKS.items():
+        check(getattr(config, name))
+    return config
+
+
+def _check_placement(text: str) -> None:
     try:
         Placement.parse(text)
     except WrongPlacement as exc:
-        raise ConfigError("COORDINATOR_PULL_PLACEMENT", text, str(exc)) from exc
-    return text
+        raise ConfigError(TABLE["pull_placement"].variable, text, str(exc)) from exc
 
 
-OPTIONS = (
-    Option(
-        "COORDINATOR_HOST",
-        "host",
-        "0.0.0.0",
-        "ADDRESS",
-        "Where to listen.",
-    ),
-    Option(
-        "COORDINATOR_PORT",
-        "port",
-        "8080",
-        "PORT",
-        "On which port.",
-    ),
-    Option(
-        "DATABASE_URL",
-        "database_url",
-        "sqlite://coordinator.db",
-        "URL",
-        "The SQLite file for agents and what was learned; sqlite://FILE is in the working folder.",
-    ),
-    Option(
-        "HEALTH_CHECK_INTERVAL",
-        "health_check_interval",
-        "30",
-        "SECONDS",
-        "How often to ask agents that do not report their models by themselves.",
-    ),
-    Option(
-        "AGENT_TIMEOUT",
-        "agent_timeout",
-        "60",
-        "SECONDS",
-        "How long an agent may be silent before it counts as offline.",
-    ),
-    Option(
-        "COORDINATOR_POLICY",
-        "policy",
-        POLICIES[0],
-        "|".join(POLICIES),
-        "How to choose among the agents.",
-    ),
-    Option(
-        "COORDINATOR_MAX_QUEUE",
-        "max_queue",
-        "512",
-        "REQUESTS",
-        "How many requests may wait for a place; one more is answered 503.",
-    ),
-    Option(
-        "COORDINATOR_MAX_BODY_MIB",
-        "max_body",
-        "64",
-        "MEBIBYTES",
-        "The largest request body; a longer one is answered 413.",
-    ),
-    Option(
-        "COORDINATOR_DRAIN_TIMEOUT",
-        "drain_timeout",
-        "300",
-        "SECONDS",
-        "How long running answers may go on after a request to stop.",
-    ),
-    Option(
-        "COORDINATOR_STALL_TIMEOUT",
-        "stall_timeout",
-        "300",
-        "SECONDS",
-        "How long a client may take nothing of its answer; 0 for ever.",
-    ),
-    Option(
-        "COORDINATOR_BODY_TIMEOUT",
-        "body_timeout",
-        "60",
-        "SECONDS",
-        "How long nothing may come of a request's body; 0 for ever.",
-    ),
-    Option(
-        "COORDINATOR_HISTORY_ROWS",
-        "history_rows",
-        "100000",
-        "REQUESTS",
-        "How many finished requests to remember (never their texts).",
-    ),
-    Option(
-        "COORDINATOR_HISTORY_DAYS",
-        "history_days",
-        "30",
-        "DAYS",
-        "How long to remember them.",
-    ),
-    Option(
-        "COORDINATOR_LARGER_CONTEXT",
-        "larger_context",
-        "true",
-        "true|false",
-        "Serve a request on a runner with a larger context than it asks for, not by a reload.",
-    ),
-    Option(
-        "COORDINATOR_ORIGINS",
-        "origins",
-        "",
-        "ORIGIN,...",
-        "Web pages that may use the coordinator, beside those of this machine; * is any text.",
-    ),
-    Option(
-        "COORDINATOR_PULL_PLACEMENT",
-        "pull_placement",
-        "all",
-        "all|NUMBER|label:NAME|agents:NAME,...",
-        "Which agents get a model that is pulled or created.",
-    ),
-    Option(
-        "COORDINATOR_PULL_PATIENCE",
-        "pull_patience",
-        "15",
-        "SECONDS",
-        "How long a pull waits for a lost agent when all others are done; it goes on later.",
-    ),
-    Option(
-        "COORDINATOR_MAX_SPOOL_GIB",
-        "max_spool",
-        "64",
-        "GIBIBYTES",
-        "How much disk uploaded model files may take until their model is created.",
-    ),
-    Option(
-        "COORDINATOR_HTTP",
-        "http",
-        "auto",
-        "|".join(HTTP_CHOICES),
-        "Which HTTP/1 serves clients: the fastest that works here, or Hypercorn's own.",
-    ),
-    Option(
-        "COORDINATOR_LOOP",
-        "loop",
-        "auto",
-        "|".join(LOOPS),
-        "Which event loop runs it: uvloop where it is installed, or asyncio's.",
-    ),
-    Option(
-        "COORDINATOR_LOG_LEVEL",
-        "log_level",
-        "INFO",
-        "|".join(LOG_LEVELS),
-        "How much to log.",
-    ),
-)
+CHECKS: Mapping[str, Callable[[str], object]] = {
+    "database_url": database_path,
+    "pull_placement": _check_placement,
+    "loop": loop_of,
+}
+"""What the table cannot know of a value; each raises a `ConfigError`."""
 
 
-def read(**given: str) -> Settings:
-    """The settings as the operator gave them.
+def _taken(setting: Setting, value: object) -> Any:
+    """The value of a setting that JSON gives, checked as one of the environment is.
 
     Raises:
-        ConfigError: one of them cannot work.
+        ConfigError: it cannot work.
     """
-    text = texts(OPTIONS, given)
-    config = CoordinatorConfig(
-        host=text["host"].strip(),
-        port=whole_number("COORDINATOR_PORT", text["port"]),
-        database_url=text["database_url"],
-        health_check_interval=number("HEALTH_CHECK_INTERVAL", text["health_check_interval"]),
-        agent_timeout=number("AGENT_TIMEOUT", text["agent_timeout"]),
-        policy=one_of("COORDINATOR_POLICY", text["policy"], POLICIES),
-        max_queue=whole_number("COORDINATOR_MAX_QUEUE", text["max_queue"]),
-        max_body_mebibytes=whole_number("COORDINATOR_MAX_BODY_MIB", text["max_body"]),
-        drain_timeout=number("COORDINATOR_DRAIN_TIMEOUT", text["drain_timeout"]),
-        stall_timeout=number("COORDINATOR_STALL_TIMEOUT", text["stall_timeout"]),
-        body_timeout=number("COORDINATOR_BODY_TIMEOUT", text["body_timeout"]),
-        history_rows=whole_number("COORDINATOR_HISTORY_ROWS", text["history_rows"]),
-        history_days=number("COORDINATOR_HISTORY_DAYS", text["history_days"]),
-        larger_context=truth("COORDINATOR_LARGER_CONTEXT", text["larger_context"]),
-        origins=tuple(origin.strip() for origin in text["origins"].split(",") if origin.strip()),
-        pull_placement=placement(text["pull_placement"]),
-        pull_patience=number("COORDINATOR_PULL_PATIENCE", text["pull_patience"]),
-        max_spool_gibibytes=number("COORDINATOR_MAX_SPOOL_GIB", text["max_spool"]),
-        http=one_of("COORDINATOR_HTTP", text["http"], HTTP_CHOICES),
-    )
-    return Settings(
-        config,
-        one_of("COORDINATOR_LOG_LEVEL", text["log_level"], LOG_LEVELS),
-        loop_of(one_of("COORDINATOR_LOOP", text["loop"], LOOPS)),
-    )
+    taken = setting.take(value)
+    check = CHECKS.get(setting.name)
+    if check is not None:
+        check(taken)
+    return taken
+
+
+class Settings:
+    """The settings in force. `apply` makes the coordinator work with a changed configuration."""
+
+    def __init__(
+        self, config: CoordinatorConfig, store: Store, apply: Callable[[CoordinatorConfig], None]
+    ) -> None:
+        self._store = store
+        self._apply = apply
+        self._kept = _kept(config)
+        self.config = structs.replace(config, **self._kept)
+
+    def is_editable(self, setting: Setting) -> bool:
+        """Whether `change` can change it."""
+        return setting.live and setting.name not in self.config.given
+
+    def source(self, setting: Setting) -> str:
+        """Where its value comes from: `default`, `environment` (or an option) or `dashboard`."""
+        if setting.name in self.config.given:
+            return "environment"
+        return "dashboard" if setting.name in self._kept else "default"
+
+    def change(self, wanted: Mapping[str, object]) -> None:
+        """Change settings, all or none; `None` goes back to the default.
+
+        Raises:
+            NotEditable: one of them is unknown, given elsewhere, or read at the start only.
+            ConfigError: one of them cannot work.
+        """
+        settings = {name: self._editable(name) for name in wanted}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        changed = {name: _taken(settings[name], value) for name, value in given.items()}
+        defaults = {name: setting.default for name, setting in settings.items()}
+        config = structs.replace(self.config, **defaults | changed)
+        kept = {name: value for name, value in self._kept.items() if name not in wanted} | changed
+        # Kept only once it works: a value that stopped the coordinator would stop the next one.
+        self._apply(config)
+        self.config, self._kept = config, kept
+        self._store.note_document(DOCUMENT, msgspec.json.encode(kept))
+
+    def _editable(self, name: str) -> Setting:
+        setting = TABLE.get(name)
+        if setting is None:
+            known = ", ".join(setting.name for setting in TABLE.values() if setting.live)
+            raise NotEditable(f"there is no setting '{name}'; there are {known}")
+        if not self.is_editable(setting):
+            text = f"'{name}' is set by {setting.variable} or its option; change it there"
+            raise NotEditable(text)
+        return setting
+
+
+def _kept(config: CoordinatorConfig) -> dict[str, Any]:
+    """The values in the database that can be used; the log names those that cannot."""
+    body = document_in(database_path(config.database_url), DOCUMENT)
+    try:
+        stored = msgspec.json.decode(body, type=dict[str, Any]) if body else {}
+    except msgspec.DecodeError as exc:
+        log.warning("the kept settings are unreadable; left out", extra={"reason": str(exc)})
+        return {}
+    usable = {}
+    for name, value in stored.items():
+        setting = TABLE.get(name)
+        if name in config.given:
+            continue
+        try:
+            if setting is None or not setting.live:
+                raise NotEditable(f"'{name}' is no setting that is kept")
+            usable[name] = _taken(setting, value)
+        except (ConfigError, NotEditable) as exc:
+            log.warning("a kept setting is left out", extra={"setting": name, "reason": str(exc)})
+    return usable

@@ -8,7 +8,7 @@ from starlette.routing import BaseRoute, Route
 
 from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.clock import Clock
-from ollama_coordinator.db import Store
+from ollama_coordinator.db import Store, database_path
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.operations import (
@@ -23,7 +23,7 @@ from ollama_coordinator.operations import (
 )
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.upstream import Upstreams
-from ollama_coordinator_common.config import CoordinatorConfig, database_path
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .inference.context_fit import Fitting
 from .inference.unload import Unloading

@@ -1,6 +1,7 @@
 """What survives a restart: SQLite behind one thread."""
 
 from .agents import AgentRow
+from .file import database_path, document_in
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket
 from .store import DatabaseError, Store
@@ -15,4 +16,6 @@ __all__ = [
     "Status",
     "Store",
     "StoredBucket",
+    "database_path",
+    "document_in",
 ]

@@ -7,6 +7,6 @@ Ollama's own server does.
 """
 
 from .door import Door
-from .serving import CHOICES, serve
+from .serving import serve
 
-__all__ = ["CHOICES", "Door", "serve"]
+__all__ = ["Door", "serve"]

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("auto", "hypercorn")
-"""Ours where it works, or Hypercorn's in any case."""
-
 
 async def serve(
     app: ASGIApp,
@@ -27,7 +24,7 @@ async def serve(
     http: str,
     door: Door | None = None,
 ) -> None:
-    """Serve until asked to stop; `http` is one of `CHOICES`.
+    """Serve until asked to stop; `http` is the value of `COORDINATOR_HTTP`.
 
     Where a release of Hypercorn has no place for the door, everybody comes in without it.
     """

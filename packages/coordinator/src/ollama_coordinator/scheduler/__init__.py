@@ -1,5 +1,7 @@
 """Who serves what, when; pure: time and facts in, decisions out."""
 
+from ollama_coordinator_common.settings import POLICIES
+
 from .error import (
     DoesNotPredict,
     HoldersUnavailable,
@@ -9,7 +11,7 @@ from .error import (
     SchedulerError,
 )
 from .explain import Candidate, Decision
-from .factory import POLICIES, create_scheduler
+from .factory import create_scheduler
 from .predicted import PredictedScheduler
 from .protocol import Plan, Scheduler, Waiting
 from .state import Estimate, Learned

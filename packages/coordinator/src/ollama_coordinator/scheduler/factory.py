@@ -1,14 +1,14 @@
 """The schedulers by the name of their policy."""
 
 from ollama_coordinator.registry import Registry
+from ollama_coordinator_common.settings import POLICIES
 
 from .immediate import Choose, ImmediateScheduler
 from .policies import Random, cpu, least_connections, loaded_first, round_robin
 from .predicted import PredictedScheduler
 from .protocol import Scheduler
 
-PREDICTED = "predicted"
-POLICIES = (PREDICTED, "loaded-first", "least-connections", "round-robin", "random", "cpu")
+PREDICTED = POLICIES[0]
 
 
 def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Scheduler:

@@ -29,7 +29,7 @@ from ollama_coordinator.scheduler import (
     NoAgentRegistered,
     QueueFull,
 )
-from ollama_coordinator.tuning import NotEditable
+from ollama_coordinator.settings import NotEditable
 from ollama_coordinator.upstream import AgentLost, Cut, RequestCancelled, Unreachable
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 

@@ -10,12 +10,34 @@ from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import operation
-from ollama_coordinator.tuning import SettingView, Tuning
+from ollama_coordinator.settings import TABLE, Settings
 from ollama_coordinator_common.error import ConfigError
+from ollama_coordinator_common.settings import Setting
 
 log = logging.getLogger(__name__)
 
 _patch = msgspec.json.Decoder(dict[str, Any])
+
+
+class SettingView(Struct, frozen=True):
+    """One row of `GET /api/settings`.
+
+    `source` is default, environment (or the command line) or dashboard. `live`: a change counts at
+    once. A number is from `minimum` to `maximum`; they are null for all others.
+    """
+
+    name: str
+    value: Any
+    default: Any
+    source: str
+    editable: bool
+    live: bool
+    variable: str
+    text: str
+    unit: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
 
 
 class SettingsView(Struct, frozen=True):
@@ -27,13 +49,13 @@ class SettingsView(Struct, frozen=True):
 class SettingsApi:
     """The handlers of the settings."""
 
-    def __init__(self, tuning: Tuning) -> None:
-        self._tuning = tuning
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
 
     @operation("The settings, and where each comes from", gives={200: SettingsView})
     async def list(self, request: Request) -> Response:
         """`GET /api/settings`."""
-        return reply(SettingsView(self._tuning.views()))
+        return reply(SettingsView([self._view(setting) for setting in TABLE.values()]))
 
     @operation(
         "Change settings, all or none; null goes back to the default",
@@ -45,8 +67,25 @@ class SettingsApi:
         """`PATCH /api/settings`: names and new values; a null goes back to the default."""
         wanted = await decode(_patch, request)
         try:
-            self._tuning.change(wanted)
+            self._settings.change(wanted)
         except ConfigError as exc:
             raise HttpError(400, str(exc)) from exc
         log.info("settings changed", extra=wanted)
         return await self.list(request)
+
+    def _view(self, setting: Setting) -> SettingView:
+        least, most = setting.bounds or (None, None)
+        return SettingView(
+            name=setting.name,
+            value=getattr(self._settings.config, setting.name),
+            default=setting.default,
+            source=self._settings.source(setting),
+            editable=self._settings.is_editable(setting),
+            live=setting.live,
+            variable=setting.variable,
+            text=setting.text,
+            unit=setting.unit,
+            choices=setting.choices,
+            minimum=0 if setting.zero else least,
+            maximum=most,
+        )

@@ -1,4 +1,4 @@
-/** Settings: policy and limits. What the environment sets is shown as such and stays as it is. */
+/** Settings: limits and policy. What the environment sets is shown as such and stays as it is. */
 
 import { View } from "../view.js";
 import { call, get } from "../api.js";
@@ -78,10 +78,10 @@ const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value)
 
 const SPOKEN = { true: "yes", false: "no" };
 
-function control({ value, choices: known }) {
+function control({ value, choices: known, minimum, maximum }) {
   const choices = typeof value === "boolean" ? ["true", "false"] : known;
   if (choices.length) return h("select", null, choices.map((choice) => h("option", { value: choice, selected: choice === String(value) }, SPOKEN[choice] ?? choice)));
-  if (typeof value === "number") return h("input", { type: "number", value: String(value), min: "0", step: "any" });
+  if (typeof value === "number") return h("input", { type: "number", value: String(value), min: String(minimum), max: String(maximum), step: "any" });
   return h("input", { type: "text", value: String(value) });
 }
 
