@@ -11,10 +11,11 @@ import aiohttp
 import pytest
 
 from support import programs
+from support.deadline import DEADLINE_SECONDS
 from support.disks import disk, fill
 from support.ollama import StandIn
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 CHAT = {
     "model": "llama3.2",
@@ -58,7 +59,7 @@ class Client:
 
     async def until_database(self, told: str) -> None:
         """Wait until the coordinator says this of its database."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while told not in (await self.get("/healthz"))["database"]:
                 await self.chat()
 
@@ -153,7 +154,7 @@ async def test_an_agent_outlives_a_full_disk(tiny: Path, tmp_path: Path) -> None
             command = (programs.command("ollama-coordinator-agent"), "run")
             async with programs.program(tmp_path / "agent.log", *command, **settings) as agent:
                 client = Client(session, url)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(DEADLINE_SECONDS):
                     while await client.chat() != 200:
                         await asyncio.sleep(0.05)
                 told = complaints(agent)

@@ -30,5 +30,5 @@ async def test_an_agent_that_hangs_in_a_pull_is_found_out_and_goes_on_when_it_is
         assert (names(well), names(hung)) == (["tiny:latest"], [])
         hole.clear()
         stalled.clear()
-        await coordinator.until(lambda: names(hung) == ["tiny:latest"], seconds=40)
+        await coordinator.until(lambda: names(hung) == ["tiny:latest"])
         await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())

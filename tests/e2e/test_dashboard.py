@@ -18,12 +18,13 @@ from playwright.async_api import Route, expect
 from ollama_coordinator.own_address import own_address
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running
+from support.deadline import DEADLINE_SECONDS
 from support.demo import free_port
 from support.ollama import Hardware, Model, StandIn
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(chromium() is None, reason="no Chromium here"),
 ]
 
@@ -272,7 +273,7 @@ async def program(port: int, database: Path) -> AsyncIterator[asyncio.subprocess
 
 async def answers(url: str) -> None:
     """Wait until a coordinator answers."""
-    async with aiohttp.ClientSession() as session, asyncio.timeout(30):
+    async with aiohttp.ClientSession() as session, asyncio.timeout(DEADLINE_SECONDS):
         while True:
             try:
                 async with session.get(f"{url}/healthz"):
@@ -312,7 +313,7 @@ async def test_the_page_recovers_when_the_coordinator_is_killed(tmp_path: Path) 
         async with program(port, database):
             await answers(url)
             await register(url, second, "after")
-            await expect(page.locator(".link-state")).to_have_text("Live", timeout=20_000)
+            await expect(page.locator(".link-state")).to_have_text("Live")
             await expect(page.locator(".agent-name")).to_have_text(["after", "before"])
             await expect(page.locator(".lost")).to_be_hidden()
     complaints = [trouble for trouble in visit.troubles if "ERR_CONNECTION_REFUSED" not in trouble]

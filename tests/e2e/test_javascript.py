@@ -134,7 +134,7 @@ async def _say(folder: Path, package: str, program: str) -> Any:
 
 
 @pytest.mark.spec("SURFACE-3")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_ollama_js(tmp_path: Path) -> None:
     out = await _say(tmp_path, "ollama", OLLAMA)
     assert out["chat"] == out["stream"]
@@ -144,7 +144,7 @@ async def test_ollama_js(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("SURFACE-3")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_openai_js(tmp_path: Path) -> None:
     out = await _say(tmp_path, "openai", OPENAI)
     assert out["chat"] == out["stream"] != ""
@@ -155,7 +155,7 @@ async def test_openai_js(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("SURFACE-3")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_anthropic_js(tmp_path: Path) -> None:
     out = await _say(tmp_path, "@anthropic-ai/sdk", ANTHROPIC)
     assert out["message"] == out["stream"] != ""

@@ -12,6 +12,7 @@ import pytest
 
 from support import programs
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import Model, StandIn
 
 
@@ -36,9 +37,9 @@ async def agent(
         yield started
 
 
-async def view(coordinator: Running, condition: Any, seconds: float = 20.0) -> dict[str, Any]:
+async def view(coordinator: Running, condition: Any) -> dict[str, Any]:
     """The agent's view once it meets a condition."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
             agents = await coordinator.get("/api/agents")
             if agents and condition(agents[0]):
@@ -131,7 +132,7 @@ async def test_copies_of_one_disk_are_two_agents_and_told(tmp_path: Path) -> Non
                 AGENT_IP_ADDRESS="127.0.0.2",
                 OLLAMA_HOST="127.0.0.2",
             ) as second:
-                await coordinator.until(lambda: len(coordinator.parts.registry) == 2, 20)
+                await coordinator.until(lambda: len(coordinator.parts.registry) == 2)
                 rows = await coordinator.get("/api/agents")
                 assert {row["ip_address"] for row in rows} == {"127.0.0.1", "127.0.0.2"}
                 assert all(row["machine_name"] == "real" for row in rows)

@@ -14,6 +14,7 @@ from ollama_coordinator_common.types import AgentId
 from support import programs
 from support.agent_world import OllamaProgram, free_port
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 A = AgentId("a")
@@ -22,7 +23,7 @@ REPORT = {"cpu_usage": 1, "memory_usage": 1, "active_requests": 0}
 
 async def seen(coordinator: Running, agent_id: str, condition: Any) -> dict[str, Any]:
     """The agent's log once it meets a condition."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
             told = await coordinator.get(f"/api/agents/{agent_id}/log")
             if condition(told):
@@ -43,7 +44,7 @@ async def test_a_look_makes_the_agent_send_its_log_and_its_servers(tmp_path: Pat
     async with running() as coordinator:
         settings["COORDINATOR_URL"] = coordinator.url
         async with programs.program(tmp_path / "log", command, "run", **settings) as program:
-            await coordinator.until(lambda: len(coordinator.parts.registry) == 1, 20)
+            await coordinator.until(lambda: len(coordinator.parts.registry) == 1)
             (agent,) = coordinator.parts.registry
             told = await seen(coordinator, agent.id, lambda told: told["server"])
             assert told["sends"]

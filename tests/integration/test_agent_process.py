@@ -13,6 +13,7 @@ import pytest
 
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, OllamaProgram, eventually, free_port, is_gone, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals there are another matter")
@@ -66,7 +67,7 @@ def launch(coordinator: Coordinator, tmp_path: Path) -> Launch:
 
 async def outcome(process: Process) -> tuple[int | None, str]:
     """The exit code and everything that was printed."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         output, _ = await process.communicate()
     return process.returncode, output.decode()
 
@@ -121,7 +122,7 @@ async def test_a_terminal_gets_a_live_table(
         await coordinator.next_report(lambda report: report.ollama_running)
         assert process.stdout is not None
         shown = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while "connected" not in shown:
                 shown += (await process.stdout.read(65536)).decode()
         process.terminate()

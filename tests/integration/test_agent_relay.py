@@ -16,6 +16,7 @@ from ollama_coordinator_agent import reach
 from ollama_coordinator_agent.relay import Relay
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -28,7 +29,7 @@ async def relayed(serve: Serve) -> AsyncIterator[tuple[Relay, int]]:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     relay = Relay("127.0.0.1", server.sockets[0].getsockname()[1])
     port = relay.listen(0)
-    async with server, asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+    async with server, asyncio.timeout(DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(relay.run())
         yield relay, port
         task.cancel()
@@ -160,7 +161,7 @@ async def test_a_reset_by_ollama_is_a_reset_for_the_client() -> None:
 async def test_an_ollama_that_refuses_shows_as_a_reset() -> None:
     relay = Relay("127.0.0.1", free_port())
     port = relay.listen(0)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(relay.run())
         async with connected(port) as (reader, _):
             with pytest.raises(ConnectionResetError):

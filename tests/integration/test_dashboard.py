@@ -13,6 +13,7 @@ import ollama_coordinator
 from ollama_coordinator.api.own.dashboard import all_files
 from ollama_coordinator_common.types import AgentId
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 from support.viewer import viewing
 
@@ -87,7 +88,7 @@ async def test_a_viewer_of_another_process_gets_a_snapshot(
 async def test_the_stream_ends_when_the_coordinator_begins_to_stop(coordinator: Running) -> None:
     async with viewing(coordinator.url) as viewer:
         coordinator.parts.begin_stopping()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while await viewer.next():
                 pass
         assert viewer.ended
@@ -231,7 +232,7 @@ async def test_a_page_on_loopback_shows_the_address_that_others_need() -> None:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         said, _ = await process.communicate((read("js/parts/address.js") + URLS).encode())
     assert said.decode().split() == [
         "http://192.0.2.7:8080",

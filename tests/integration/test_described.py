@@ -34,6 +34,7 @@ from support import deaf
 from support.asgi import connection
 from support.background import Background, background
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 NEVER_ENDS = {"get_dashboard_events"}
@@ -51,7 +52,6 @@ FUZZ = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-SECONDS = 20.0
 
 
 def described() -> dict[str, Any]:
@@ -148,7 +148,9 @@ def test_an_answer_is_one_that_is_described(
     described = OPERATIONS[name]
     case = data.draw(described.as_strategy(generation_mode=mode))
     world.at_home(case, data.draw)
-    response = case.call(base_url=world.coordinator.url, session=world.session, timeout=SECONDS)
+    response = case.call(
+        base_url=world.coordinator.url, session=world.session, timeout=DEADLINE_SECONDS
+    )
     case.validate_response(response, checks=CHECKED)
     told = described.definition.raw["responses"]
     assert response.status_code < 500 or str(response.status_code) in told, response.text
@@ -219,7 +221,7 @@ def _connections(url: str) -> list[Any]:
     ]
 
 
-def _eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def _eventually(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
     """Wait for a fact of the operating system, which announces none."""
     until = time.monotonic() + seconds
     while not condition():

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import Model, StandIn
 
 ROUTES = (
@@ -112,7 +113,7 @@ class _Fuzzed:
     ) -> tuple[int, str]:
         sent = {"data": body} if isinstance(body, bytes) else {"json": body}
         async with (
-            asyncio.timeout(20),
+            asyncio.timeout(DEADLINE_SECONDS),
             self.coordinator.session.request(
                 method, self.coordinator.url + path, headers=headers, allow_redirects=False, **sent
             ) as response,

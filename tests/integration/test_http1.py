@@ -11,6 +11,7 @@ import pytest
 from ollama_coordinator_common.settings import HTTP_CHOICES
 from support.asgi import Client, Shows, connection
 from support.coordinator import serving
+from support.deadline import DEADLINE_SECONDS
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
@@ -176,7 +177,7 @@ async def test_a_departure_is_told_to_the_application(url: str, shows: Shows) ->
         client.send(post(b"wait", b"{}"))
         await asyncio.sleep(0.1)
         assert not shows.departed.is_set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         await shows.departed.wait()
 
 
@@ -185,7 +186,7 @@ async def test_a_departure_within_the_body_is_told_too(url: str, shows: Shows) -
     async with connection(url) as client:
         client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
         await asyncio.sleep(0.1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         await shows.departed.wait()
     assert not shows.requests
 
@@ -222,7 +223,7 @@ async def test_a_body_that_nobody_reads_stays_at_the_client(url: str, shows: Sho
         taken = await _push(sock, size)
         assert taken < 30 * 1024 * 1024
         shows.release.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await asyncio.get_running_loop().sock_sendall(sock, bytes(size - taken))
             answer = await asyncio.get_running_loop().sock_recv(sock, 65536)
         assert answer.endswith(str(size).encode())
@@ -256,7 +257,7 @@ async def test_an_idle_connection_is_closed(http: str, shows: Shows) -> None:
     async with serving(shows, http, keep_alive_timeout=0.3) as url, connection(url) as client:
         client.send(get())
         await client.answer()
-        assert await client.ends(5) == b""
+        assert await client.ends() == b""
 
 
 @pytest.mark.spec("OPERATION-13")
@@ -266,7 +267,7 @@ async def test_a_head_that_never_ends_is_not_waited_for(
 ) -> None:
     async with serving(shows, http, keep_alive_timeout=0.3) as url, connection(url) as client:
         client.send(begun)
-        assert await client.ends(5) == b""
+        assert await client.ends() == b""
 
 
 @pytest.mark.spec("OPERATION-13")
@@ -288,11 +289,11 @@ async def test_stopping_lets_answers_end_and_idle_connections_go(http: str, show
         busy.send(get(b"slow"))
         await busy.head()
         stopping = asyncio.ensure_future(server.__aexit__(None, None, None))
-        assert await idle.ends(5) == b""
+        assert await idle.ends() == b""
         assert not stopping.done()
         shows.release.set()
-        assert b"last" in await busy.ends(5)
-        await asyncio.wait_for(stopping, 5)
+        assert b"last" in await busy.ends()
+        await asyncio.wait_for(stopping, DEADLINE_SECONDS)
 
 
 @pytest.mark.spec("OPERATION-14")

@@ -158,7 +158,7 @@ async def test_a_head_in_drops_is_not_waited_for(
     monkeypatch.setattr(implementation, "HEAD_SECONDS", 0.3)
     began = asyncio.get_running_loop().time()
     client.send(b"GET / HTTP/1.1\r\n")
-    closed = asyncio.ensure_future(client.ends(5))
+    closed = asyncio.ensure_future(client.ends())
     while not closed.done():
         client.send(b"a: b\r\n")
         await asyncio.sleep(0.05)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from ollama_coordinator.monitor import LISTS_SECONDS
 from support.coordinator import Running, running
 from support.ollama import StandIn
 
@@ -132,7 +133,7 @@ async def test_an_ollama_without_agent_lives_as_long_as_it_answers() -> None:
 async def test_slow_lists_are_no_sign_of_death(coordinator: Running, ollama: StandIn) -> None:
     agent = coordinator.agent(named(coordinator, "first"))
     ollama.faults.hang(paths=["/api/tags"])
-    async with asyncio.timeout(1.5):
+    async with asyncio.timeout(LISTS_SECONDS - 1):
         await coordinator.parts.monitor._probe(agent, doubted=True)
     assert not agent.resting
 

@@ -11,6 +11,7 @@ import pytest
 
 from support import programs
 from support.coordinator import running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
@@ -136,7 +137,7 @@ async def test_a_request_to_stop_lets_answers_finish(tmp_path: Path) -> None:
                 async with session.post(f"{url}/api/chat", json=CHAT) as response:
                     await response.content.readline()
                     program.send(programs.TERMINATE)
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(DEADLINE_SECONDS):
                         while "coordinator stops" not in program.output:
                             await asyncio.sleep(0.01)
                     ollama.release()
@@ -169,7 +170,7 @@ async def test_answers_that_do_not_finish_end_with_an_error_record(
                     await response.content.readline()
                     program.send(programs.INTERRUPT)
                     if how == "second signal":
-                        async with asyncio.timeout(10):
+                        async with asyncio.timeout(DEADLINE_SECONDS):
                             while "coordinator stops" not in program.output:
                                 await asyncio.sleep(0.01)
                         program.send(programs.INTERRUPT)

@@ -9,6 +9,7 @@ import pytest
 
 from support import programs
 from support.coordinator import running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 
@@ -57,7 +58,7 @@ async def test_an_agent_silent_for_long_is_back_when_its_ollama_answers(tmp_path
             connection.execute("UPDATE agents SET last_seen = '2020-01-01T00:00:00+00:00'")
         connection.close()
         async with running(database_url=url_of(database)) as coordinator:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 while (await coordinator.chat())[0] != 200:
                     await asyncio.sleep(0.01)
 

@@ -16,6 +16,7 @@ from ollama_coordinator_common.settings import HTTP_CHOICES
 from support import deaf, programs
 from support.asgi import Client, Shows, connection
 from support.coordinator import Running, running, serving
+from support.deadline import DEADLINE_SECONDS
 
 BOTH = pytest.mark.parametrize("http", HTTP_CHOICES)
 
@@ -125,7 +126,7 @@ async def test_a_body_that_stands_still_is_answered_408(
         assert answer.status == 408
         assert told in (None, answer.told)
         assert "nothing came" in str(answer.told["error"])
-        assert await client.ends(5) == b""
+        assert await client.ends() == b""
     await coordinator.until(coordinator.at_rest)
 
 
@@ -213,8 +214,8 @@ async def test_one_connection_too_many_is_answered_503(http: str) -> None:
                 assert answer.status == 503
                 assert int(answer.headers["retry-after"]) > 0
                 assert "try again" in answer.told["error"]
-                assert await refused.ends(5) == b""
-        async with asyncio.timeout(5):
+                assert await refused.ends() == b""
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not await is_served(url, b"echo"):
                 await asyncio.sleep(0.01)
 
@@ -245,7 +246,7 @@ async def test_more_clients_than_files_may_be_open_are_told(tmp_path: Path, http
             served = clients[told.index(200)]
             served.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await served.answer()).status == 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not await is_served(url, b"healthz"):
                 await asyncio.sleep(0.05)
         assert "as many connections as there can be" in program.output

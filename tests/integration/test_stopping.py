@@ -53,7 +53,7 @@ async def test_a_client_that_does_not_read_keeps_nobody_from_stopping(
                 if how == "second signal":
                     await program.says("coordinator stops")
                     program.send(programs.TERMINATE)
-                assert await program.ended(20) == 0
+                assert await program.ended() == 0
                 assert "Traceback" not in program.output
     database = tmp_path / "coordinator.db"
     # The database was closed in order, which takes its journal away, after the last writes.

@@ -14,6 +14,7 @@ from ollama_coordinator.commands.follower import Follower
 from ollama_coordinator.commands.screen import screen
 from ollama_coordinator.main import app
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 
@@ -35,7 +36,7 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
         async with (
             coordinator.stream() as answer,
             aclosing(follower.follow()) as pictures,
-            asyncio.timeout(10),
+            asyncio.timeout(DEADLINE_SECONDS),
         ):
             await answer.content.readline()
             async for state in pictures:
@@ -52,13 +53,13 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
 @pytest.mark.spec("DASH-31")
 async def test_the_follower_survives_a_restart(coordinator: Running) -> None:
     follower = Follower("http://127.0.0.1:9")
-    async with aclosing(follower.follow()) as pictures, asyncio.timeout(10):
+    async with aclosing(follower.follow()) as pictures, asyncio.timeout(DEADLINE_SECONDS):
         async for _ in pictures:
             break
     assert follower.problem
     assert "reconnecting" in drawn(follower.state, follower.problem)
     again = Follower(coordinator.url)
-    async with aclosing(again.follow()) as pictures, asyncio.timeout(10):
+    async with aclosing(again.follow()) as pictures, asyncio.timeout(DEADLINE_SECONDS):
         async for _ in pictures:
             coordinator.parts.begin_stopping()
             if again.problem:

@@ -24,7 +24,7 @@ from ollama_coordinator_agent.watch import WatchPace
 from ollama_coordinator_common.protocol import HealthReport, LogReport, RegisterRequest
 from ollama_coordinator_common.settings import AgentConfig
 
-PATIENCE_SECONDS = 20.0
+from .deadline import DEADLINE_SECONDS
 
 FAST = Pace(heartbeat=0.1, retry_first=0.02, retry_ceiling=0.1, rejected=0.1, first_look=2.0)
 FAST_WATCH = WatchPace(look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.1)
@@ -90,7 +90,7 @@ class Coordinator:
 
     async def until(self, happened: Callable[[Coordinator], bool]) -> None:
         """Wait for something to be true of what was received."""
-        async with asyncio.timeout(PATIENCE_SECONDS), self._news:
+        async with asyncio.timeout(DEADLINE_SECONDS), self._news:
             await self._news.wait_for(lambda: happened(self))
 
     async def next_report(self, wanted: Callable[[Report], bool]) -> Report:
@@ -127,7 +127,7 @@ class Coordinator:
         report = msgspec.json.decode(await request.read(), type=Report)
         await self._note(lambda: self.reports.append(report))
         if self.is_mute:
-            await asyncio.sleep(PATIENCE_SECONDS)
+            await asyncio.sleep(DEADLINE_SECONDS)
         if report.agent_id not in self.known:
             return web.json_response({"error": "no such agent"}, status=404)
         wanted = {} if self.log_status is None else {"log_after": 0}
@@ -169,7 +169,7 @@ async def running(
 
 async def eventually(is_so: Callable[[], object]) -> None:
     """Wait for something that tells nobody when it becomes so."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while not is_so():
             await asyncio.sleep(0.01)
 

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import Message, Receive, Scope, Send
 
+from support.deadline import DEADLINE_SECONDS
+
 
 class Shows:
     """Answers by path; `requests` are those whose body it has read, `events` what happened."""
@@ -167,7 +169,7 @@ class Client:
 
     async def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the next answer."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         pairs = (line.partition(": ") for line in lines[1:-2])
         return int(lines[0].split(" ")[1]), {name.lower(): value for name, _, value in pairs}
@@ -175,7 +177,7 @@ class Client:
     async def answer(self, *, bodiless: bool = False) -> Answer:
         """The next answer, as a strict client reads it."""
         status, headers = await self.head()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             if bodiless:
                 body = b""
             elif headers.get("transfer-encoding") == "chunked":
@@ -194,9 +196,9 @@ class Client:
         assert await self.reader.readexactly(2) == b"\r\n"
         return b"".join(parts)
 
-    async def ends(self, seconds: float = 10.0) -> bytes:
+    async def ends(self) -> bytes:
         """What still comes until the server closes the connection."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             try:
                 return await self.reader.read()
             except ConnectionResetError:

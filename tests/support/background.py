@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TypeVar
 
+from support.deadline import DEADLINE_SECONDS
+
 T = TypeVar("T")
 
 
@@ -15,13 +17,13 @@ class Background:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def run(self, work: Awaitable[T], seconds: float = 30.0) -> T:
+    def run(self, work: Awaitable[T]) -> T:
         """What an awaitable gives.
 
         Raises:
             TimeoutError: it takes too long.
         """
-        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop).result(seconds)
+        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop).result(DEADLINE_SECONDS)
 
     def call(self, function: Callable[[], T]) -> T:
         """What a function gives in the loop's own thread."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from playwright.async_api import Page, Request, async_playwright
 
+from support.deadline import DEADLINE_SECONDS
+
 SWITCHES = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
@@ -57,7 +59,7 @@ async def visiting(url: str, **context: Any) -> AsyncIterator[Visit]:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=SWITCHES)
         try:
             opened = await browser.new_context(**context)
-            opened.set_default_timeout(10_000)
+            opened.set_default_timeout(DEADLINE_SECONDS * 1000)
             yield Visit(await opened.new_page(), url)
         finally:
             await browser.close()

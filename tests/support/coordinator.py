@@ -14,6 +14,7 @@ from ollama_coordinator.http1 import Door, serve
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.settings import CoordinatorConfig
 
+from .deadline import DEADLINE_SECONDS
 from .ollama import StandIn
 
 
@@ -78,9 +79,9 @@ class Running:
         """An agent's state."""
         return self.parts.registry.get(agent_id)
 
-    async def until(self, condition: Any, seconds: float = 10.0) -> None:
+    async def until(self, condition: Any) -> None:
         """Wait for a fact inside the coordinator that announces itself nowhere."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not condition():
                 await asyncio.sleep(0.005)
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
+from .deadline import DEADLINE_SECONDS
 from .ollama import StandIn
 from .ollama.script import Script
 
@@ -65,17 +66,17 @@ async def connected(
         yield sock
 
 
-async def begins(sock: socket.socket, seconds: float = 10.0) -> None:
+async def begins(sock: socket.socket) -> None:
     """Wait for the first bytes of an answer, and read no more of it."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         assert await asyncio.get_running_loop().sock_recv(sock, 12) == b"HTTP/1.1 200"
 
 
-async def everything(sock: socket.socket, seconds: float = 10.0) -> bytes:
+async def everything(sock: socket.socket) -> bytes:
     """What comes until the other side ends the connection, also where it ends it abruptly."""
     got = bytearray()
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         try:
             while part := await loop.sock_recv(sock, 1024 * 1024):
                 got += part
@@ -84,10 +85,10 @@ async def everything(sock: socket.socket, seconds: float = 10.0) -> bytes:
     return bytes(got)
 
 
-async def reads(sock: socket.socket, size: int, seconds: float = 20.0) -> None:
+async def reads(sock: socket.socket, size: int) -> None:
     """Read so many bytes."""
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while size > 0:
             part = await loop.sock_recv(sock, min(size, 1024 * 1024))
             assert part

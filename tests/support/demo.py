@@ -31,7 +31,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 OWN_OLLAMA = "http://127.0.0.1:11434"
 OWN_SECONDS = 10.0

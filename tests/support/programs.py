@@ -11,6 +11,8 @@ from pathlib import Path
 
 import aiohttp
 
+from support.deadline import DEADLINE_SECONDS
+
 
 def command(name: str) -> str:
     """A command of the environment that runs the tests."""
@@ -42,14 +44,14 @@ class Program:
     def send(self, number: int) -> None:
         self._process.send_signal(number)
 
-    async def ended(self, seconds: float = 20.0) -> int:
+    async def ended(self) -> int:
         """The exit code, once it ends by itself."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             return await self._process.wait()
 
-    async def says(self, text: str, seconds: float = 20.0) -> None:
+    async def says(self, text: str) -> None:
         """Wait until it has written something."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while text not in self.output:
                 await asyncio.sleep(0.01)
 
@@ -96,7 +98,7 @@ async def coordinator(
         yield url, running
 
 
-async def answers(url: str, running: Program, seconds: float = 40.0) -> None:
+async def answers(url: str, running: Program, seconds: float = DEADLINE_SECONDS) -> None:
     """Wait until a server answers."""
     async with aiohttp.ClientSession() as session, asyncio.timeout(seconds):
         while True:

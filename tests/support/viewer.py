@@ -8,6 +8,8 @@ from typing import Any
 
 import aiohttp
 
+from support.deadline import DEADLINE_SECONDS
+
 
 def merge(target: Any, change: Any) -> Any:
     """RFC 7396."""
@@ -59,7 +61,7 @@ class Viewer:
 
     async def until(self, condition: Callable[[dict[str, Any]], Any]) -> None:
         """Read until the picture is so."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not condition(self.state):
                 assert await self.next(), "the stream has ended"
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ollama_coordinator_agent import pacing
 from ollama_coordinator_agent.pacing import Backoff, Reminder, forever
+from support.deadline import DEADLINE_SECONDS
 
 
 @pytest.mark.spec("AGENT-6")
@@ -75,7 +76,7 @@ async def test_a_loop_outlives_its_errors(
         went_on.set()
         return 0.0
 
-    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
         loop = tasks.create_task(forever(step))
         await went_on.wait()
         loop.cancel()

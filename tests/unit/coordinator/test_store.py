@@ -16,6 +16,7 @@ from sqlite_utils import Database
 from ollama_coordinator.db import AgentRow, DatabaseError, Store, store
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
+from support.deadline import DEADLINE_SECONDS
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 LATER = AT + timedelta(seconds=10)
@@ -94,7 +95,7 @@ async def test_what_is_noted_is_written_at_the_end(path: Path) -> None:
 
 async def test_what_is_noted_is_written_soon(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
-    async with Store(path) as opened, Store(path) as other, asyncio.timeout(10):
+    async with Store(path) as opened, Store(path) as other, asyncio.timeout(DEADLINE_SECONDS):
         opened.note_agent(row())
         while not await other.agents():
             await asyncio.sleep(0)
