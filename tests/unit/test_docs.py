@@ -25,22 +25,27 @@ README = (ROOT / "README.md").read_text("utf-8")
 JAPANESE = (ROOT / "README.ja.md").read_text("utf-8")
 SPECS = {path: path.read_text("utf-8") for path in sorted(ROOT.glob("specs/*/spec.md"))}
 
-PROGRAMS = {"Coordinator": coordinator.app, "Agent": agent.app}
+PACKAGES = ROOT / "packages"
+COORDINATOR = (PACKAGES / "coordinator" / "README.md").read_text("utf-8")
+AGENT = (PACKAGES / "agent" / "README.md").read_text("utf-8")
+
+PROGRAMS = {"coordinator": (COORDINATOR, coordinator.app), "agent": (AGENT, agent.app)}
+"""Every program's reference and its command line."""
 
 
 # ── settings ──────────────────────────────────────────────────────────────────────────────────
 
 
-def section(title: str, text: str = README) -> str:
+def section(title: str, text: str) -> str:
     """The text under a heading, up to the next heading."""
-    _, _, rest = text.partition(f"\n### {title}\n")
+    _, _, rest = text.partition(f"\n## {title}\n")
     return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def documented(title: str, text: str = README) -> dict[str, str]:
-    """Variables and defaults of a table: the first two columns, in backticks."""
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? ?\|", section(title, text), re.MULTILINE)
-    return dict(rows)
+def documented(text: str) -> dict[str, str]:
+    """Variables and defaults of a reference: the first two columns of its table, in backticks."""
+    pattern = r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? ?\|"
+    return dict(re.findall(pattern, section("Settings", text), re.MULTILINE))
 
 
 def options(command: Any) -> dict[str, str]:
@@ -59,40 +64,30 @@ def commands(command: Any) -> Iterator[Any]:
         yield from commands(inner)
 
 
-@pytest.mark.parametrize("title", PROGRAMS)
-def test_the_table_of_settings_is_what_the_program_reads(title: str) -> None:
-    table = documented(title)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_table_of_settings_is_what_the_program_reads(program: str) -> None:
+    text, app = PROGRAMS[program]
+    table = documented(text)
     assert table
-    assert table == options(typer.main.get_command(PROGRAMS[title]))
+    assert table == options(typer.main.get_command(app))
 
 
-@pytest.mark.parametrize("title", PROGRAMS)
-def test_a_command_reads_no_variable_that_no_table_has(title: str) -> None:
-    known = documented("Coordinator").keys() | documented("Agent").keys()
-    found = list(commands(typer.main.get_command(PROGRAMS[title])))
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_command_reads_no_variable_that_no_table_has(program: str) -> None:
+    known = documented(COORDINATOR).keys() | documented(AGENT).keys()
+    found = list(commands(typer.main.get_command(PROGRAMS[program][1])))
     assert len(found) > 1
     for command in found:
         assert options(command).keys() <= known, command.name
 
 
-@pytest.mark.parametrize("text", [README, JAPANESE], ids=["English", "Japanese"])
-def test_the_settings_that_cannot_be_changed_while_it_runs_are_named(text: str) -> None:
-    [paragraph] = [part for part in text.split("\n\n") if "`PATCH /api/settings`" in part]
-    changed_later = {setting.variable for setting in CoordinatorConfig.settings() if setting.live}
-    named = set(re.findall(r"`([A-Z_]+)`", paragraph))
-    assert named == documented("Coordinator").keys() - changed_later
+def test_the_settings_that_cannot_be_changed_while_it_runs_are_named() -> None:
+    [paragraph] = [part for part in COORDINATOR.split("\n\n") if "`PATCH /api/settings`" in part]
+    fixed = {setting.variable for setting in CoordinatorConfig.settings() if not setting.live}
+    assert set(re.findall(r"`([A-Z_]+)`", paragraph)) == fixed
 
 
 # ── Japanese ──────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("english", "japanese"), [("Coordinator", "コーディネーター"), ("Agent", "エージェント")]
-)
-def test_the_japanese_readme_has_the_same_settings_and_defaults(
-    english: str, japanese: str
-) -> None:
-    assert documented(japanese, JAPANESE) == documented(english)
 
 
 def test_the_japanese_readme_has_the_same_headings_routes_and_rows() -> None:
@@ -117,34 +112,35 @@ def fenced(text: str) -> list[tuple[str, str]]:
     return [(language, re.sub(r" *# .*", "", block)) for language, block in found]
 
 
-def block(language: str) -> str:
+def block(language: str, text: str) -> str:
     """The one block in a language."""
-    [found] = [text for of, text in fenced(README) if of == language]
+    [found] = [block for of, block in fenced(text) if of == language]
     return found
 
 
 def test_the_services_set_what_the_programs_read() -> None:
-    lines = re.findall(r"^Environment=(.*)$", block("ini"), re.MULTILINE)
+    units = block("ini", COORDINATOR) + block("ini", AGENT)
+    lines = re.findall(r"^Environment=(.*)$", units, re.MULTILINE)
     given = dict(pair.split("=", 1) for line in lines for pair in line.split())
-    assert given.keys() <= (documented("Coordinator") | documented("Agent")).keys()
+    assert given.keys() <= (documented(COORDINATOR) | documented(AGENT)).keys()
     database = database_path(given["DATABASE_URL"])
     assert database is not None
     assert database.as_posix() == "/var/lib/ollama-coordinator/coordinator.db"
 
 
 def test_the_service_is_given_the_time_that_an_orderly_end_takes() -> None:
-    found = re.search(r"^TimeoutStopSec=(\d+)$", block("ini"), re.MULTILINE)
+    found = re.search(r"^TimeoutStopSec=(\d+)$", block("ini", COORDINATOR), re.MULTILINE)
     assert found
     ending = server.LAST_WORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
     assert int(found[1]) > CoordinatorConfig().drain_timeout + ending
 
 
 def test_the_property_list_is_one() -> None:
-    facts = plistlib.loads(block("xml").encode())
+    facts = plistlib.loads(block("xml", AGENT).encode())
     program, *given = facts["ProgramArguments"]
     assert Path(program).name == facts["Label"] == "ollama-coordinator-agent"
     assert given == ["--coordinator-url", "http://coordinator:8080"]
-    assert f'"{" ".join(given)}"' in block("powershell")
+    assert f'"{" ".join(given)}"' in block("powershell", AGENT)
 
 
 # ── routes ────────────────────────────────────────────────────────────────────────────────────
@@ -186,11 +182,11 @@ OTHERS = ("/healthz", "/readyz", "/api/openapi.json", "/api/signout", "/api/user
 def test_a_proxy_lets_clients_through_but_to_nothing_that_is_for_others(
     table: set[tuple[str, str]],
 ) -> None:
-    found = re.search(r"^location ~ (\S+) \{", block("nginx"), re.MULTILINE)
+    found = re.search(r"^location ~ (\S+) \{", block("nginx", COORDINATOR), re.MULTILINE)
     assert found
     paths = {path for _, path in table}
     passed = {path for path in paths if re.search(found[1], path)}
-    named, _, _ = section("Behind a proxy").partition("```")
+    named, _, _ = section("Behind a proxy", COORDINATOR).partition("```")
     words = re.findall(r"`([^`]+)`", named)
     kept = tuple(word if word.startswith("/") else f"/api/{word}" for word in words)
     assert {path for path in passed if path.startswith(kept)} == set()
@@ -232,7 +228,7 @@ def test_an_example_is_a_message(name: str, text: str) -> None:
 
 
 def test_every_file_that_a_document_links_to_is_there() -> None:
-    documents = [*ROOT.glob("*.md"), *ROOT.glob("specs/**/*.md")]
+    documents = [*ROOT.glob("*.md"), *PACKAGES.glob("*/README.md"), *ROOT.glob("specs/**/*.md")]
     missing = [
         f"{document.relative_to(ROOT)}: {link}"
         for document in documents
