@@ -1,7 +1,7 @@
-"""Which machine it is that registers: one that is known, a new one, or the copy of one.
+"""Which agent a registration belongs to: a known one, a new one, or the copy of a known one.
 
-A machine id is kept on a disk, and disks are copied. What cannot be copied is a running process:
-each gives itself an instance id at its start, and remembers that of the run before.
+A machine id is kept on a disk, and disks are copied. A running process cannot be copied: each makes
+its own instance id when it starts, and reports that of the run before on the same disk.
 """
 
 from collections import defaultdict
@@ -15,9 +15,12 @@ from .agent import AgentState
 
 REMEDY = "stop one of them, remove its agent's state folder (AGENT_STATE_DIR), and start it again"
 
+REPLACED_KEPT = 8
+"""Processes remembered as replaced, per agent: more do not restart between two heartbeats."""
+
 
 class TwoMachines(OllamaCoordinatorError):
-    """Two living agents cannot be told apart."""
+    """Two agents that are online cannot be told apart."""
 
     def __init__(self, agent: AgentState) -> None:
         registration = agent.registration
@@ -30,20 +33,30 @@ class TwoMachines(OllamaCoordinatorError):
 def match(
     request: RegisterRequest,
     agents: Iterable[AgentState],
-    lives: Callable[[AgentState], bool],
+    online: Callable[[AgentState], bool],
 ) -> AgentState | None:
-    """The agent that a registration renews.
+    """The agent that a registration renews; `None`: a new agent, which gets an id of its own.
 
-    The instance decides, then that of the run before, then the machine id where both have one;
-    the name and port decide otherwise. What a *living* agent uses elsewhere is that of a clone of
-    an image or of a namesake, who gets an id of its own.
+    Only agents with the same Ollama port are compared. The first row that applies decides.
+    "Elsewhere" means that the known agent is online and has another address.
 
-    The run before is believed to be over, although it was heard a moment ago: a machine that comes
-    back after a crash may have another address. Should it report again, both live: it takes its
-    place back, and the later one, that of a clone, gets an id of its own.
+    | the known agent has                                      | elsewhere | otherwise |
+    |----------------------------------------------------------|-----------|-----------|
+    | the request's instance id                                | renew     | renew     |
+    | a later process, which names this one as the run before  | renew (1) | next row  |
+    | the request's previous instance id                       | renew (2) | renew (3) |
+    | the same name, and the same or no machine id             | new (4)   | renew (3) |
+    | either the same name or the same machine id              | new       | renew (3) |
+
+    1. The later process was taken for this one after a crash, and is the copy of its disk: the
+       process that ran first takes its place back, and the copy gets an id of its own.
+    2. A machine that comes back after a crash may have another address, although its last
+       heartbeat was a moment ago. Not if a later process replaced this one there: next row.
+    3. 409 if a later process replaced this one there and is online at the same address.
+    4. Renew if one of the two sends no instance id: its address may have changed.
 
     Raises:
-        TwoMachines: both live and nothing tells them apart.
+        TwoMachines: both are online at one address and nothing tells them apart (409).
     """
     same_port = [a for a in agents if a.registration.ollama_port == request.ollama_port]
     instance = request.instance_id
@@ -52,7 +65,7 @@ def match(
             return agent
 
     def is_elsewhere(agent: AgentState) -> bool:
-        return lives(agent) and agent.registration.ip_address != request.ip_address
+        return online(agent) and agent.registration.ip_address != request.ip_address
 
     before = request.previous_instance_id
     for agent in same_port:
@@ -60,16 +73,16 @@ def match(
         if clashes and known.previous_instance_id == instance:
             return agent
         if before is not None and known.instance_id == before and not clashes:
-            return _checked(agent, request, lives)
+            return _checked(agent, request, online)
     found = _by_name_and_id(request, same_port, is_elsewhere)
-    return None if found is None else _checked(found, request, lives)
+    return None if found is None else _checked(found, request, online)
 
 
 def _checked(
-    agent: AgentState, request: RegisterRequest, lives: Callable[[AgentState], bool]
+    agent: AgentState, request: RegisterRequest, online: Callable[[AgentState], bool]
 ) -> AgentState:
-    """The agent, unless the process that registers was replaced there by one that lives too."""
-    if request.instance_id in agent.replaced and lives(agent):
+    """The agent, unless a later process that is online too replaced the one that registers."""
+    if request.instance_id in agent.replaced and online(agent):
         raise TwoMachines(agent)
     return agent
 
@@ -97,21 +110,21 @@ def _by_name_and_id(
 
 
 def renew(agent: AgentState, request: RegisterRequest) -> None:
-    """Take over what an agent says of itself, and remember a process that another one replaces."""
+    """Replace an agent's registration, and remember the process that registered before."""
     before, now = agent.registration.instance_id, request.instance_id
     if before is not None and before != now:
-        agent.replaced = (*agent.replaced, before)[-8:]
+        agent.replaced = (*agent.replaced, before)[-REPLACED_KEPT:]
     agent.replaced = tuple(instance for instance in agent.replaced if instance != now)
     agent.registration = request
 
 
-def conflict(agent: AgentState, living: Iterable[AgentState]) -> str | None:
-    """What an operator should know and do, where others with the same machine id live.
+def conflict(agent: AgentState, others: Iterable[AgentState]) -> str | None:
+    """What an operator should do where `others`, online too, have the agent's machine id.
 
-    Several agents of one machine, each for another Ollama, are as they should be.
+    Several agents of one machine with an Ollama port each are no conflict.
     """
     own = agent.registration
-    copies = [one for one in living if one.registration.ollama_port == own.ollama_port]
+    copies = [one for one in others if one.registration.ollama_port == own.ollama_port]
     if not copies:
         return None
     where = ", ".join(
@@ -125,7 +138,7 @@ def conflict(agent: AgentState, living: Iterable[AgentState]) -> str | None:
 
 
 class MachineIds:
-    """The agents by machine id; those without one are alike in nothing."""
+    """The agents by machine id; agents that report none have nothing in common."""
 
     def __init__(self) -> None:
         self._agents: defaultdict[str, set[AgentId]] = defaultdict(set)
@@ -139,7 +152,7 @@ class MachineIds:
             self._agents[machine_id].add(agent_id)
 
     def discard(self, machine_id: str | None, agent_id: AgentId) -> None:
-        """An agent is gone, or reports another id."""
+        """An agent was removed, or reports another id."""
         if machine_id is None or machine_id not in self._agents:
             return
         self._agents[machine_id].discard(agent_id)
@@ -147,7 +160,7 @@ class MachineIds:
             del self._agents[machine_id]
 
     def others(self, machine_id: str | None, agent_id: AgentId) -> set[AgentId]:
-        """The other agents with the id of this one."""
+        """The other agents that report this id."""
         if machine_id is None or machine_id not in self._agents:
             return set()
         return self._agents[machine_id] - {agent_id}

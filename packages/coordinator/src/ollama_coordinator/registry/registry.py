@@ -1,4 +1,4 @@
-"""All registered agents: who they are, whether they live, and which models they hold."""
+"""All registered agents: their identity, their status, and the models they have."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -86,7 +86,7 @@ class Registry:
         """Add an agent, or renew the one that this machine and Ollama port already have.
 
         Raises:
-            TwoMachines: two that live cannot be told apart.
+            TwoMachines: two that are online cannot be told apart.
         """
         known = agent_match.match(request, self, lambda agent: self.is_online(agent, now))
         self.changes += 1
@@ -145,11 +145,12 @@ class Registry:
         """Take over a report; it may carry the models, which the caller has checked to decode.
 
         Raises:
-            UnknownAgent: no agent has the reported id, or another process took its place.
+            UnknownAgent: no agent has the reported id, or another process registered as it since.
             msgspec.DecodeError: its `tags` or `ps` are not Ollama's lists.
         """
         agent = self.get(report.agent_id)
-        if report.instance_id is not None and report.instance_id in agent.replaced:
+        registered = agent.registration.instance_id
+        if None not in (registered, report.instance_id) and registered != report.instance_id:
             raise UnknownAgent(report.agent_id)
         if report.tags is not UNSET:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now)
