@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 import msgspec
 from starlette.types import Message
 
-from ollama_coordinator.app import Coordinator, create_app
+from ollama_coordinator.app import create_app
+from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.settings import CoordinatorConfig
 from ollama_coordinator_common.types import AgentId
@@ -38,9 +39,9 @@ def main() -> None:
 
 async def measure(wanted: argparse.Namespace) -> None:
     app = create_app(CoordinatorConfig(database_url="sqlite://:memory:"))
-    coordinator: Coordinator = app.state.coordinator
+    parts: Parts = app.state.parts
     # Not started: what a coordinator does beside would be counted too.
-    fleet = Fleet(coordinator, wanted.agents, wanted.models, wanted.names)
+    fleet = Fleet(parts, wanted.agents, wanted.models, wanted.names)
     print(f"{wanted.agents} agents x {wanted.models} models, {wanted.names} names")
     print(f"{'list':20} {'changed':13} {'ms a call':>10} {'loop stands':>12} {'bytes':>12}")
     for path in PATHS:
@@ -62,9 +63,9 @@ async def measure(wanted: argparse.Namespace) -> None:
 class Fleet:
     """Agents that report their models with their heartbeats."""
 
-    def __init__(self, coordinator: Coordinator, agents: int, models: int, names: int) -> None:
-        self.registry, self.clock = coordinator.registry, coordinator.clock
-        self.plan = coordinator.dispatch.plan
+    def __init__(self, parts: Parts, agents: int, models: int, names: int) -> None:
+        self.registry, self.clock = parts.registry, parts.clock
+        self.plan = parts.dispatch.plan
         self.agents, self.models, self.names = agents, models, names
         now = self.clock.now()
         for number in range(agents):

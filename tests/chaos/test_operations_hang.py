@@ -31,4 +31,4 @@ async def test_an_agent_that_hangs_in_a_pull_is_found_out_and_goes_on_when_it_is
         hole.clear()
         stalled.clear()
         await coordinator.until(lambda: names(hung) == ["tiny:latest"])
-        await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+        await coordinator.until(lambda: not coordinator.parts.operations.pending())

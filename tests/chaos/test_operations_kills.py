@@ -38,7 +38,7 @@ async def test_every_pull_is_one_clean_stream_and_every_agent_has_the_model_in_t
         ollamas = [first, second, third]
         for number, ollama in enumerate(ollamas):
             await coordinator.register(ollama, f"agent-{number}")
-        operations = coordinator.parts.surface.operations
+        operations = coordinator.parts.operations
         for number in range(ROUNDS):
             name = f"model-{number}:latest"
             for ollama in ollamas:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.api.models.cloud import SIGNED_IN_SECONDS
+from ollama_coordinator.agent_queries import SIGNED_IN_SECONDS
 from ollama_coordinator.scheduler import POLICIES
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
@@ -176,7 +176,7 @@ async def test_an_account_that_is_signed_out_is_asked_for_again(
 async def test_an_agent_that_says_nothing_of_the_cloud_is_waited_for_once(
     coordinator: Running, monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
-    monkeypatch.setattr("ollama_coordinator.api.models.cloud.WORD_SECONDS", 0.1)
+    monkeypatch.setattr("ollama_coordinator.agent_queries.STATUS_SECONDS", 0.1)
     async with signed_out() as first, signed_in() as second:
         await coordinator.register(first, "first")
         await coordinator.register(second, "second")

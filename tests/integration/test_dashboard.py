@@ -96,7 +96,7 @@ async def test_the_stream_ends_when_the_coordinator_begins_to_stop(coordinator: 
 
 @pytest.mark.spec("DASH-20")
 async def test_a_viewer_that_left_is_forgotten(coordinator: Running) -> None:
-    feed = coordinator.parts.console.feed
+    feed = coordinator.parts.feed
     async with viewing(coordinator.url), viewing(coordinator.url):
         assert feed.viewers == 2
     await coordinator.until(lambda: feed.viewers == 0)

@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from ollama_coordinator.api import listed
 from ollama_coordinator.api.http.openapi import document
+from ollama_coordinator.api.routes import endpoints
 from ollama_coordinator.app import create_app
 from ollama_coordinator_common.settings import CoordinatorConfig
 from support import deaf
@@ -57,7 +57,7 @@ FUZZ = settings(
 def described() -> dict[str, Any]:
     """Our own operations as Schemathesis reads them, by their ids."""
     app = create_app(CoordinatorConfig(database_url="sqlite://:memory:"))
-    told = document(listed(app.state.coordinator.handlers()))
+    told = document(endpoints(app.state.parts))
     schema = schemathesis.openapi.from_dict(told).include(tag="coordinator")
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]
     return {one.definition.raw["operationId"]: one for one in operations}
@@ -196,7 +196,7 @@ def test_nothing_is_left_of_it(world: World) -> None:
         if agent["machine_name"] != "spare":
             world.session.delete(f"{url}/api/agents/{agent['id']}")
     loop.run(coordinator.until(coordinator.at_rest))
-    operations = coordinator.parts.surface.operations
+    operations = coordinator.parts.operations
     loop.run(coordinator.until(lambda: not operations.pending()))
     loop.run(coordinator.until(lambda: all(view.ended_at for view in operations.views())))
     stored = loop.run(coordinator.parts.store.run(lambda db: db.table("agents").count))

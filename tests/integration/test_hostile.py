@@ -161,7 +161,7 @@ def test_nothing_is_left_behind(fuzzed: _Fuzzed) -> None:
     coordinator = fuzzed.coordinator
     fuzzed.ollama.models.add(Model("llama3.2"))  # one of them may have deleted it
     fuzzed.runner.run(coordinator.until(coordinator.at_rest))
-    operations = coordinator.parts.surface.operations
+    operations = coordinator.parts.operations
     fuzzed.runner.run(
         coordinator.until(lambda: all(view.ended_at is not None for view in operations.views()))
     )

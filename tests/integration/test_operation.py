@@ -108,7 +108,7 @@ async def test_health_counts_what_there_is() -> None:
         await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 1)
         assert (await coordinator.get("/healthz"))["waiting"] == 1
         assert (await coordinator.get("/readyz"))["status"] == "ok"
-        coordinator.parts.health.stopping = True
+        coordinator.parts.stopping = True
         async with coordinator.session.get(f"{coordinator.url}/readyz") as response:
             assert response.status == 503
         ollama.release()

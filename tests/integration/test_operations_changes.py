@@ -22,7 +22,7 @@ async def _ended(coordinator: Running, body: dict[str, Any]) -> dict[str, Any]:
     """An operation of our own API, once it has ended."""
     status, started = await coordinator.post("/api/operations", body)
     assert status == 202, started
-    operation = coordinator.parts.surface.operations.get(started["id"])
+    operation = coordinator.parts.operations.get(started["id"])
     await operation.feed.over()
     view: dict[str, Any] = await coordinator.get(f"/api/operations/{started['id']}")
     return view
@@ -67,7 +67,7 @@ async def test_an_agent_that_is_away_deletes_when_it_returns_also_after_a_restar
             assert (await coordinator.get("/api/tags"))["models"] == []
             await coordinator.heartbeat(agent_id)
             await coordinator.until(lambda: names(away) == [])
-            await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+            await coordinator.until(lambda: not coordinator.parts.operations.pending())
 
 
 @pytest.mark.spec("SURFACE-22")
@@ -119,7 +119,7 @@ async def test_an_agent_that_was_away_makes_the_newest_of_several_copies(
             ) as response:
                 assert response.status == 200
         await coordinator.heartbeat(agent_id)
-        await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+        await coordinator.until(lambda: not coordinator.parts.operations.pending())
         copies = [ollama.models.find("m") for ollama in (here, away)]
         assert [copy.digest for copy in copies if copy is not None] == ["b" * 64] * 2
 
@@ -134,11 +134,9 @@ async def test_a_pull_makes_a_delete_that_is_still_owed_void(coordinator: Runnin
         assert (await _delete(coordinator, LLAMA))[0] == 200
         status, _ = await coordinator.post("/api/pull", {**LLAMA, "stream": False})
         assert status == 200
-        assert [p.command.kind.value for p in coordinator.parts.surface.operations.pending()] == [
-            "pull"
-        ]
+        assert [p.command.kind.value for p in coordinator.parts.operations.pending()] == ["pull"]
         await coordinator.heartbeat(agent_id)
-        await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+        await coordinator.until(lambda: not coordinator.parts.operations.pending())
         assert names(away) == ["llama3.2:latest"]
         assert away.seen.count("/api/delete") == 0
 

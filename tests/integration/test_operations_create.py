@@ -358,7 +358,7 @@ async def test_an_agent_that_was_away_makes_the_newest_of_several_models(
     for system in ("old", "new"):
         assert await _create(coordinator, system) == (200, {"status": "success"})
     await coordinator.heartbeat(away)
-    await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+    await coordinator.until(lambda: not coordinator.parts.operations.pending())
     assert _systems(ollama, spare) == ["new", "new"]
     assert spare.seen.count("/api/create") == 1
 

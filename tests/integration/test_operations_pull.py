@@ -39,7 +39,7 @@ async def _all_stalled(ollamas: list[StandIn]) -> None:
 
 
 def _idle(coordinator: Running) -> bool:
-    operations = coordinator.parts.surface.operations
+    operations = coordinator.parts.operations
     return all(view.ended_at is not None for view in operations.views())
 
 
@@ -103,7 +103,7 @@ async def test_a_placement_that_means_nothing_is_400_and_one_that_reaches_nobody
         assert (await coordinator.post("/api/pull?placement=some", PULL))[0] == 400
         status, body = await coordinator.post("/api/pull?placement=label:gpu", PULL)
         assert (status, "label:gpu" in body["error"]) == (503, True)
-        assert coordinator.parts.surface.operations.pending() == []
+        assert coordinator.parts.operations.pending() == []
 
 
 @pytest.mark.spec("SURFACE-18")
@@ -128,7 +128,7 @@ async def test_several_pulls_of_one_model_are_one() -> None:
 async def test_a_pull_that_was_cancelled_is_not_joined() -> None:
     async with fleet(2) as (coordinator, ollamas):
         _stall(ollamas)
-        operations = coordinator.parts.surface.operations
+        operations = coordinator.parts.operations
         _, started = await coordinator.post("/api/operations", {"kind": "pull", **PULL})
         await _all_stalled(ollamas)
         for ollama in ollamas:
@@ -147,7 +147,7 @@ async def test_the_end_of_a_cancelled_pull_does_not_touch_the_one_begun_anew() -
     async with fleet(2) as (coordinator, ollamas):
         ollamas[0].faults.error_line("no space left on device", after=1, paths=["/api/pull"])
         _stall(ollamas[1:])
-        operations = coordinator.parts.surface.operations
+        operations = coordinator.parts.operations
         _, started = await coordinator.post("/api/operations", {"kind": "pull", **PULL})
         cancelled = operations.get(started["id"])
         await coordinator.until(
@@ -172,9 +172,9 @@ async def test_a_pull_that_nobody_waits_for_ends_on_every_agent() -> None:
         for ollama in ollamas:
             await ollama.seen.wait_for(lambda seen: seen.open == 0)
         await coordinator.until(lambda: _idle(coordinator))
-        view = coordinator.parts.surface.operations.views()[0]
+        view = coordinator.parts.operations.views()[0]
         assert view.state.value == "cancelled"
-        assert coordinator.parts.surface.operations.pending() == []
+        assert coordinator.parts.operations.pending() == []
 
 
 @pytest.mark.spec("SURFACE-19")
@@ -214,7 +214,7 @@ async def test_an_agent_that_dies_and_returns_goes_on_in_the_same_stream(how: An
             ollama.faults.clear()
         assert_is_one_clean_stream(await pulling)
         assert [names(ollama) for ollama in ollamas] == [["tiny:latest"]] * 3
-        assert coordinator.parts.surface.operations.pending() == []
+        assert coordinator.parts.operations.pending() == []
         assert _idle(coordinator)
 
 
@@ -235,7 +235,7 @@ async def test_an_agent_that_stays_away_does_not_hold_up_the_client_and_goes_on_
         assert states == {"agent-0": "done", "agent-1": "pending"}
         await dying.start()
         await coordinator.until(lambda: names(dying) == ["tiny:latest"])
-        await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+        await coordinator.until(lambda: not coordinator.parts.operations.pending())
 
 
 @pytest.mark.spec("SURFACE-20")
@@ -293,7 +293,7 @@ async def test_a_pull_that_fails_everywhere_says_what_ollama_said(stream: bool) 
             assert lines == [{"status": "pulling manifest"}, {"error": text}]
         else:
             assert await coordinator.post("/api/pull", body) == (500, {"error": text})
-        assert coordinator.parts.surface.operations.pending() == []
+        assert coordinator.parts.operations.pending() == []
 
 
 @pytest.mark.spec("SURFACE-20")
@@ -309,4 +309,4 @@ async def test_a_detached_pull_survives_a_restart_of_the_coordinator(tmp_path: A
         ollama.faults.clear()
         async with running(database_url=url) as coordinator:
             await coordinator.until(lambda: names(ollama) == ["tiny:latest"])
-            await coordinator.until(lambda: not coordinator.parts.surface.operations.pending())
+            await coordinator.until(lambda: not coordinator.parts.operations.pending())

@@ -9,9 +9,11 @@ from typing import Any
 import aiohttp
 from hypercorn.config import Config
 
-from ollama_coordinator.app import Coordinator, create_app
+from ollama_coordinator.app import create_app
 from ollama_coordinator.http1 import Door, serve
+from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
+from ollama_coordinator.server import door_of
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .deadline import DEADLINE_SECONDS
@@ -21,7 +23,7 @@ from .ollama import StandIn
 class Running:
     """A coordinator that serves at `url`; `parts` is its inside, for facts no route tells."""
 
-    def __init__(self, url: str, parts: Coordinator, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, parts: Parts, session: aiohttp.ClientSession) -> None:
         self.url = url
         self.parts = parts
         self.session = session
@@ -98,9 +100,9 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
     settings.setdefault("database_url", "sqlite://:memory:")
     config = CoordinatorConfig(**settings)
     app = create_app(config)
-    parts: Coordinator = app.state.coordinator
+    parts: Parts = app.state.parts
     async with (
-        serving(app, config.http, door=parts.door()) as url,
+        serving(app, config.http, door=door_of(parts)) as url,
         aiohttp.ClientSession() as session,
     ):
         yield Running(url, parts, session)

@@ -3,17 +3,17 @@
 import json
 import plistlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import typer
-from starlette.routing import BaseRoute, Route
 
 from ollama_coordinator import main as coordinator
 from ollama_coordinator import server
+from ollama_coordinator.api.routes import endpoints
 from ollama_coordinator.app import create_app
 from ollama_coordinator.db import database_path
 from ollama_coordinator_agent import main as agent
@@ -153,19 +153,11 @@ def anonymous(path: str) -> str:
     return re.sub(r"\{[^}]*\}", "{}", path)
 
 
-def served(routes: list[BaseRoute]) -> set[tuple[str, str]]:
-    """The methods and paths of a route table."""
-    found = set()
-    for route in routes:
-        assert isinstance(route, Route), route
-        methods: Iterable[str] = route.methods or getattr(route.app, "by_method", {})
-        found |= {(method, anonymous(route.path)) for method in methods}
-    return found
-
-
 @pytest.fixture(scope="module")
 def table() -> set[tuple[str, str]]:
-    return served(create_app(CoordinatorConfig(database_url="sqlite://:memory:")).routes)
+    """The methods and paths of the route table."""
+    app = create_app(CoordinatorConfig(database_url="sqlite://:memory:"))
+    return {(one.method, anonymous(one.path)) for one in endpoints(app.state.parts)}
 
 
 def test_every_route_in_readmes_table_exists(table: set[tuple[str, str]]) -> None:

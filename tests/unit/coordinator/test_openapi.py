@@ -9,15 +9,14 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from ollama_coordinator.api.http.openapi import Either, Media, document, operation
-from ollama_coordinator.app import create_app
-from ollama_coordinator_common.settings import CoordinatorConfig
+from ollama_coordinator.api.http.routing import Endpoint
+from ollama_coordinator.api.routes import endpoints
 from support.coordinator import Running
 
 OLLAMAS = {
-    *((method, "/") for method in ("get", "head")),
+    ("get", "/"),
     *(("get", f"/api/{name}") for name in ("version", "tags", "ps", "status")),
     *(("post", f"/api/{name}") for name in ("show", "generate", "chat", "embed", "embeddings")),
     *(("post", f"/api/{name}") for name in ("pull", "push", "create", "copy", "me", "signout")),
@@ -35,17 +34,12 @@ OLLAMAS = {
 """Every route of an Ollama that the fleet has; what is not here is our own."""
 
 
-def routed() -> set[tuple[str, str]]:
+def routed(coordinator: Running) -> set[tuple[str, str]]:
     """Methods and paths of the route table, without the HEAD that comes with a GET."""
-    app = create_app(CoordinatorConfig(database_url="sqlite://:memory:"))
-    found = set()
-    for route in app.routes:
-        assert isinstance(route, Route)
-        methods = {method.lower() for method in getattr(route.app, "by_method", {})}
-        path = re.sub(r":\w+\}", "}", route.path)
-        found |= {(method, path) for method in methods if method != "head" or len(methods) == 1}
-        found |= {("head", path)} if ("head", path) in OLLAMAS and "head" in methods else set()
-    return found
+    return {
+        (one.method.lower(), re.sub(r":\w+\}", "}", one.path))
+        for one in endpoints(coordinator.parts)
+    }
 
 
 @pytest.fixture
@@ -62,14 +56,16 @@ def described(told: Any) -> dict[tuple[str, str], Any]:
 
 
 @pytest.mark.spec("SURFACE-40")
-async def test_every_route_is_in_the_description_and_no_other(told: Any) -> None:
-    assert set(described(told)) | {("head", "/")} == routed()
+async def test_every_route_is_in_the_description_and_no_other(
+    coordinator: Running, told: Any
+) -> None:
+    assert set(described(told)) == routed(coordinator)
 
 
 @pytest.mark.spec("SURFACE-40")
 async def test_every_route_of_our_own_is_described(told: Any) -> None:
     by_tag = {key: one["tags"] for key, one in described(told).items()}
-    assert {key for key, tags in by_tag.items() if tags == ["ollama"]} == OLLAMAS - {("head", "/")}
+    assert {key for key, tags in by_tag.items() if tags == ["ollama"]} == OLLAMAS
     for key, one in described(told).items():
         if one["tags"] == ["coordinator"]:
             assert one["summary"], key
@@ -115,7 +111,7 @@ def test_a_declaration_becomes_a_description() -> None:
     async def make(request: Request) -> Response:
         return Response()
 
-    told = document([Route("/things/{name:path}", make, methods=["PUT"])])
+    told = document([Endpoint("PUT", "/things/{name:path}", make)])
     made = told["paths"]["/things/{name}"]["put"]
     assert [parameter["name"] for parameter in made["parameters"]] == ["name"]
     assert list(made["responses"]) == ["200", "202", "204", "400", "404", "408", "413", "default"]

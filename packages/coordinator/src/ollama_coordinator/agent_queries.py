@@ -1,15 +1,19 @@
-"""Questions that any one agent can answer for the fleet, and those that all of some must answer.
+"""Questions to agents outside of the request path: one answers for the fleet, or each for itself.
 
-These are the short calls beside inference: they take no lease, and an agent that does not answer
-is passed over for the next.
+They take no lease. An agent that does not answer is passed over for the next.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
+from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.types import AgentId
 
 from .clock import Clock
 from .monitor import Monitor
@@ -19,8 +23,6 @@ from .upstream import Unreachable, Upstreams
 
 ANSWER_SECONDS = 30.0
 """Reading a large model's metadata from a slow disk takes seconds, and nothing else does."""
-
-JSON = [("content-type", "application/json")]
 
 
 class Answer(Struct, frozen=True):
@@ -32,7 +34,7 @@ class Answer(Struct, frozen=True):
 
 
 class AgentQueries:
-    """Asks agents outside the request path."""
+    """Asks agents."""
 
     def __init__(
         self, registry: Registry, monitor: Monitor, upstreams: Upstreams, clock: Clock
@@ -48,7 +50,7 @@ class AgentQueries:
         return [agent for agent in self._registry if self._registry.is_routable(agent, now)]
 
     def reachable(self, agents: Iterable[AgentState]) -> list[AgentState]:
-        """Those that live and whose Ollama answers; a draining one does."""
+        """Those that are online and whose Ollama answers; a draining one does."""
         now = self._clock.now()
         return [agent for agent in agents if self._registry.is_reachable(agent, now)]
 
@@ -78,13 +80,9 @@ class AgentQueries:
             raise NoAgentRegistered if len(self._registry) == 0 else ModelNotFound(name)
         reachable = self.reachable(holders)
         if not reachable:
-            raise self.unavailable(name, holders)
+            others = [agent.name for agent in self.routable()]
+            raise HoldersUnavailable(name, self.why_not(holders), others)
         return reachable
-
-    def unavailable(self, name: str, holders: Iterable[AgentState]) -> HoldersUnavailable:
-        """The error that names the holders that are away."""
-        others = [agent.name for agent in self.routable()]
-        return HoldersUnavailable(name, self.why_not(holders), others)
 
     async def ask(
         self,
@@ -98,7 +96,7 @@ class AgentQueries:
         """One agent's answer.
 
         Raises:
-            Unreachable: it gave none.
+            Unreachable: it gave none within `seconds`.
         """
         status, answer = await self._upstreams.fetch(
             method, agent.url + path, seconds=seconds, body=body
@@ -108,7 +106,7 @@ class AgentQueries:
     async def first(
         self, agents: Sequence[AgentState], method: str, path: str, body: bytes = b""
     ) -> Answer:
-        """The answer of the first agent that gives one and is not in trouble (a 5xx).
+        """The answer of the first agent that gives one and is not in trouble (403 or 5xx).
 
         Raises:
             Unreachable: none gave any.
@@ -146,3 +144,243 @@ class AgentQueries:
                 return Unreachable(f"agent {agent.name}: {exc}")
 
         return list(await asyncio.gather(*(one(agent) for agent in agents)))
+
+
+# ── what a model is ───────────────────────────────────────────────────────────────────────────
+
+KEPT = 256
+"""Answers of `/api/show` that are remembered: more models than a fleet uses at a time."""
+
+KEPT_BYTES = 1024 * 1024
+"""A verbose answer may have tens of megabytes and is hardly asked for twice."""
+
+ASKED_BYTES = 4096
+"""A longer question has a template or system prompt of the client's own, and is not repeated."""
+
+Question = tuple[str, str, str, bytes]
+"""Routing key, digests of manifest and weights, and the body."""
+
+
+class _Shown(Struct):
+    parameters: str = ""
+
+
+_shown = msgspec.json.Decoder(_Shown)
+
+
+class ModelInfo:
+    """Answers of `POST /api/show`, remembered as long as the content of a model is the same."""
+
+    def __init__(self, queries: AgentQueries, registry: Registry) -> None:
+        self._queries = queries
+        self._registry = registry
+        self._kept: OrderedDict[Question, bytes] = OrderedDict()
+
+    async def show(self, name: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body of one holder's answer.
+
+        Raises:
+            InvalidModelName: no model can have this name.
+            ModelNotFound: no agent has it.
+            HoldersUnavailable: those that have it are away.
+            Unreachable: none of them answered.
+        """
+        holders = await self._queries.holders(name)
+        key = ModelName.parse(name).key
+        question = _question(key, holders[0], body)
+        if question in self._kept:
+            self._kept.move_to_end(question)
+            return 200, self._kept[question]
+        answer = await self._ask(name, key, holders, body)
+        worth_it = len(answer.body) <= KEPT_BYTES and len(body) <= ASKED_BYTES
+        if answer.status == 200 and worth_it:
+            self._kept[question] = answer.body
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return answer.status, answer.body
+
+    async def _ask(self, name: str, key: str, holders: list[AgentState], body: bytes) -> Answer:
+        while True:
+            answer = await self._queries.first(holders, "POST", "/api/show", body)
+            if answer.status != 404:
+                return answer
+            self._registry.note_missing(answer.agent, key)
+            holders = [agent for agent in holders if agent is not answer.agent]
+            if not holders:
+                raise ModelNotFound(name)
+
+    async def context_parameter(self, name: str) -> int | None:
+        """The context (tokens) that the model's own parameters set; `None` where they do not.
+
+        Raises:
+            OllamaCoordinatorError: as `show`.
+        """
+        status, body = await self.show(name, msgspec.json.encode({"model": name}))
+        lines = _shown.decode(body).parameters.splitlines() if status == 200 else []
+        words = [line.split() for line in lines]
+        values = [word[1] for word in words if len(word) == 2 and word[0] == "num_ctx"]
+        return int(values[-1]) if values and values[-1].isdigit() else None
+
+
+def _question(key: str, holder: AgentState, body: bytes) -> Question:
+    row = holder.inventory.available[key]
+    return key, row.model.digest, row.blob, body
+
+
+# ── ollama.com ────────────────────────────────────────────────────────────────────────────────
+
+CLOUD_LABEL = "cloud"
+FRESH_SECONDS = 30.0
+"""How long an agent's reported cloud setting is believed; it changes by hand."""
+
+SIGNED_IN_SECONDS = 300.0
+"""How long an account is believed to be signed in: each question goes to ollama.com."""
+
+STATUS_SECONDS = 3.0
+"""How long a report on the cloud is waited for; an agent that gives none has none for a while."""
+
+AT_ONCE = 8
+"""Agents asked for their account at the same time; the first that has one ends the search."""
+
+NEVER = float("-inf")
+
+Believed = Mapping[AgentId, tuple[float, Any]]
+"""What agents reported, and until when it is believed."""
+
+
+class CloudDisabled(OllamaCoordinatorError):
+    """What an Ollama without its cloud answers; in the native shape on every route, as there."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"ollama cloud is disabled: {what}")
+
+
+class CloudSetting(Struct, frozen=True):
+    """An Ollama's cloud setting."""
+
+    disabled: bool = True
+    source: str = "none"
+
+
+class CloudStatus(Struct, frozen=True):
+    """`GET /api/status`."""
+
+    cloud: CloudSetting = CloudSetting()
+
+
+_status = msgspec.json.Decoder(CloudStatus)
+
+
+class CloudAccess:
+    """Which agents may use ollama.com, and which of them are signed in there.
+
+    A key belongs to one machine. The agents that speak for the fleet there are those that the
+    operator labelled `cloud`; for models and searches, where none is labelled, any whose Ollama
+    may.
+    """
+
+    def __init__(self, queries: AgentQueries, registry: Registry, clock: Clock) -> None:
+        self._queries = queries
+        self._registry = registry
+        self._clock = clock
+        self._settings: dict[AgentId, tuple[float, CloudSetting | None]] = {}
+        self._accounts: dict[AgentId, tuple[float, bool]] = {}
+
+    def designated(self) -> list[AgentState]:
+        """The agents that the operator labelled."""
+        return [agent for agent in self._queries.routable() if CLOUD_LABEL in agent.settings.labels]
+
+    async def settings(self, agents: Iterable[AgentState]) -> dict[AgentId, CloudSetting]:
+        """The cloud settings of agents, as reported now or last; some have never reported any."""
+        now, wanted = self._clock.now(), list(agents)
+        self._settings = {id: kept for id, kept in self._settings.items() if self._knows(id)}
+        stale = self._stale(wanted, self._settings, now)
+        answers = await self._queries.each(stale, "GET", "/api/status", seconds=STATUS_SECONDS)
+        for agent, answer in zip(stale, answers, strict=True):
+            _, last = self._settings.get(agent.id, (NEVER, None))
+            setting = _read_setting(answer) if isinstance(answer, Answer) else last
+            self._settings[agent.id] = (now + FRESH_SECONDS, setting)
+        ids = sorted(agent.id for agent in wanted if agent.id in self._settings)
+        known = ((id, self._settings[id][1]) for id in ids)
+        return {id: setting for id, setting in known if setting is not None}
+
+    async def able(self) -> list[AgentState]:
+        """The agents to ask, those that are signed in where there are any; none: it is disabled."""
+        agents = self.designated() or self._queries.routable()
+        settings = await self.settings(agents)
+        enabled = [a for a in agents if not settings.get(a.id, CloudSetting()).disabled]
+        return await self._signed_in(enabled) or enabled
+
+    async def _signed_in(self, agents: Sequence[AgentState]) -> list[AgentState]:
+        """Those that have an account, as far as is known; asks until one has."""
+        now = self._clock.now()
+        self._accounts = {id: kept for id, kept in self._accounts.items() if self._knows(id)}
+        stale = self._stale(agents, self._accounts, now) if len(agents) > 1 else []
+        while stale and not self._with_account(agents, now):
+            asked, stale = stale[:AT_ONCE], stale[AT_ONCE:]
+            answers = await self._queries.each(asked, "POST", "/api/me", seconds=STATUS_SECONDS)
+            for agent, answer in zip(asked, answers, strict=True):
+                signed_in = isinstance(answer, Answer) and answer.status == 200
+                until = now + (SIGNED_IN_SECONDS if signed_in else FRESH_SECONDS)
+                self._accounts[agent.id] = (until, signed_in)
+        return self._with_account(agents, now)
+
+    def _with_account(self, agents: Iterable[AgentState], now: float) -> list[AgentState]:
+        none = (NEVER, False)
+        known = [(agent, *self._accounts.get(agent.id, none)) for agent in agents]
+        return [agent for agent, until, signed_in in known if signed_in and until > now]
+
+    def note(self, agent_id: AgentId, status: int) -> None:
+        """An agent answered what only ollama.com can; after a 401 its account is in doubt."""
+        if status == 401:
+            self._accounts.pop(agent_id, None)
+
+    async def ask(self, method: str, path: str, body: bytes = b"", *, what: str) -> Answer:
+        """What ollama.com answers one of the agents that may ask it.
+
+        Raises:
+            CloudDisabled: none may; its text says that `what` is unavailable.
+            Unreachable: none answered.
+        """
+        able = await self.able()
+        if not able:
+            raise CloudDisabled(f"{what} unavailable")
+        answer = await self._queries.first(able, method, path, body)
+        self.note(answer.agent.id, answer.status)
+        return answer
+
+    async def ask_of_model(self, method: str, path: str, body: bytes = b"") -> Answer:
+        """What ollama.com answers about one of its models.
+
+        Raises:
+            CloudDisabled: no agent may ask.
+            Unreachable: none answered.
+        """
+        return await self.ask(method, path, body, what="remote model details are")
+
+    async def offer(self, key: str, name: str) -> None:
+        """Let the scheduler choose among the agents that can pass a cloud model's name on.
+
+        A model that is pulled on an agent that takes requests goes there as any other model does.
+        """
+        now = self._clock.now()
+        holders = self._registry.holders(key)
+        is_there = any(self._registry.is_routable(agent, now) for agent in holders)
+        able = [] if is_there else await self.able()
+        self._registry.offer(key, name, [agent.id for agent in able])
+
+    @staticmethod
+    def _stale(agents: Iterable[AgentState], known: Believed, now: float) -> list[AgentState]:
+        """The agents of which no report is believed any more."""
+        return [agent for agent in agents if now >= known.get(agent.id, (NEVER, None))[0]]
+
+    def _knows(self, agent_id: AgentId) -> bool:
+        return self._registry.find(agent_id) is not None
+
+
+def _read_setting(answer: Answer) -> CloudSetting:
+    """An Ollama too old for the route has no cloud."""
+    try:
+        return _status.decode(answer.body).cloud if answer.status == 200 else CloudSetting()
+    except msgspec.DecodeError:
+        return CloudSetting()

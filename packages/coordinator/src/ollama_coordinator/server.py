@@ -20,10 +20,11 @@ from starlette.applications import Starlette
 from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
-from .app import Coordinator, create_app
+from .app import create_app, running
 from .db import database_path
 from .descriptors import room
 from .http1 import Door, serve
+from .parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,11 @@ def _listener(family: int, address: object) -> socket.socket:
     return sock
 
 
+def door_of(parts: Parts, most: int | None = None) -> Door:
+    """The limits on clients' connections, at most `most` of which are open at once."""
+    return Door(most=most, stall_seconds=lambda: parts.settings.config.stall_timeout)
+
+
 def hypercorn_config(sockets: list[socket.socket], at_once: int) -> Config:
     """Hypercorn's settings; it takes the sockets over and closes them.
 
@@ -111,7 +117,7 @@ async def run(config: CoordinatorConfig) -> None:
         DatabaseError: the database cannot be opened.
     """
     app = create_app(config)
-    coordinator: Coordinator = app.state.coordinator
+    parts: Parts = app.state.parts
     # Hypercorn skips the end of a lifespan when it is made to stop; ours is held here.
     app.router.lifespan_context = _held_elsewhere
     collect_seldom()
@@ -120,8 +126,8 @@ async def run(config: CoordinatorConfig) -> None:
         listening = listen(config.host, config.port)
         for sock in listening:
             sockets.enter_context(sock)
-        async with _running(coordinator):
-            await _serve(app, coordinator, stop, listening)
+        async with _opened(parts):
+            await _serve(app, parts, stop, listening)
 
 
 @contextlib.asynccontextmanager
@@ -130,10 +136,10 @@ async def _held_elsewhere(app: Starlette) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _running(coordinator: Coordinator) -> AsyncIterator[None]:
+async def _opened(parts: Parts) -> AsyncIterator[None]:
     """The coordinator's parts, open during the block and closed after it, however it ends."""
     try:
-        async with asyncio.timeout(None) as closing, coordinator.running():
+        async with asyncio.timeout(None) as closing, running(parts):
             try:
                 yield
             finally:
@@ -143,16 +149,16 @@ async def _running(coordinator: Coordinator) -> AsyncIterator[None]:
 
 
 async def _serve(
-    app: Starlette, coordinator: Coordinator, stop: "Stop", listening: list[socket.socket]
+    app: Starlette, parts: Parts, stop: "Stop", listening: list[socket.socket]
 ) -> None:
-    config, allowed = coordinator.config, room()
-    door = coordinator.door(allowed.connections)
+    config, allowed = parts.settings.config, room()
+    door = door_of(parts, allowed.connections)
     server = hypercorn_config(listening, allowed.at_once)
 
     async def asked() -> None:
         await stop.asked.wait()
         # Hypercorn reads it from now on; it may have been changed while serving.
-        patience = coordinator.config.drain_timeout + LAST_WORDS_SECONDS + ABORTED_SECONDS
+        patience = parts.settings.config.drain_timeout + LAST_WORDS_SECONDS + ABORTED_SECONDS
         server.graceful_timeout = patience
 
     log.info(
@@ -165,7 +171,7 @@ async def _serve(
         },
     )
     serving = asyncio.create_task(serve(app, server, asked, http=config.http, door=door))
-    ending = asyncio.create_task(_end_in_order(coordinator, stop, door))
+    ending = asyncio.create_task(_end_in_order(parts, stop, door))
     try:
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
@@ -224,18 +230,18 @@ class Stop:
                 signal.signal(number, handler)
 
 
-async def _end_in_order(coordinator: Coordinator, stop: Stop, door: Door) -> None:
+async def _end_in_order(parts: Parts, stop: Stop, door: Door) -> None:
     await stop.asked.wait()
-    coordinator.begin_stopping()
-    under_way = len(list(coordinator.scheduler.leases()))
-    seconds = coordinator.config.drain_timeout
+    parts.begin_stopping()
+    under_way = len(list(parts.scheduler.leases()))
+    seconds = parts.settings.config.drain_timeout
     log.info(
         "coordinator stops", extra={"answers_under_way": under_way, "at_most_seconds": seconds}
     )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await stop.insisted.wait()
-    coordinator.stop_serving("the coordinator is shutting down")
+    parts.stop_serving("the coordinator is shutting down")
     await asyncio.sleep(LAST_WORDS_SECONDS)
     # Only a client that does not read its answer is still there. Closing would wait for it.
     door.end_all("the coordinator is shutting down")

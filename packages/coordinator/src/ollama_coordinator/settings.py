@@ -72,13 +72,10 @@ def _taken(setting: Setting, value: object) -> Any:
 
 
 class Settings:
-    """The settings in force. `apply` makes the coordinator work with a changed configuration."""
+    """The settings in force: `config` is what everything reads."""
 
-    def __init__(
-        self, config: CoordinatorConfig, store: Store, apply: Callable[[CoordinatorConfig], None]
-    ) -> None:
+    def __init__(self, config: CoordinatorConfig, store: Store) -> None:
         self._store = store
-        self._apply = apply
         self._kept = _kept(config)
         self.config = structs.replace(config, **self._kept)
 
@@ -93,7 +90,7 @@ class Settings:
         return "dashboard" if setting.name in self._kept else "default"
 
     def change(self, wanted: Mapping[str, object]) -> None:
-        """Change settings, all or none; `None` goes back to the default.
+        """Change settings in force, all or none; `None` goes back to the default. See `keep`.
 
         Raises:
             NotEditable: one of them is unknown, given elsewhere, or read at the start only.
@@ -105,10 +102,11 @@ class Settings:
         defaults = {name: setting.default for name, setting in settings.items()}
         config = structs.replace(self.config, **defaults | changed)
         kept = {name: value for name, value in self._kept.items() if name not in wanted} | changed
-        # Kept only once it works: a value that stopped the coordinator would stop the next one.
-        self._apply(config)
         self.config, self._kept = config, kept
-        self._store.note_document(DOCUMENT, msgspec.json.encode(kept))
+
+    def keep(self) -> None:
+        """Write the changed settings behind, for the next start; once they are known to work."""
+        self._store.note_document(DOCUMENT, msgspec.json.encode(self._kept))
 
     def _editable(self, name: str) -> Setting:
         setting = TABLE.get(name)

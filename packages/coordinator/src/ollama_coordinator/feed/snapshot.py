@@ -1,7 +1,6 @@
 """The whole picture: the coordinator itself, the fleet in numbers, its agents and requests."""
 
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -10,6 +9,8 @@ from ollama_coordinator.db import Store
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation
 from ollama_coordinator.operations import Operations
+from ollama_coordinator.own_address import own_address
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .feed import Snapshot
 from .rows import Row, Rows
@@ -26,8 +27,7 @@ class Snapshots:
         store: Store,
         clock: Clock,
         *,
-        policy: Callable[[], str],
-        address: Callable[[], str | None],
+        config: CoordinatorConfig,
         operations: Operations,
     ) -> None:
         self._rows = rows
@@ -35,8 +35,7 @@ class Snapshots:
         self._observation = observation
         self._store = store
         self._clock = clock
-        self._policy = policy
-        self._address = address
+        self._config = config
         self._operations = operations
         self._version = version("ollama-coordinator")
         self._started_at = clock.utc(clock.now())
@@ -59,9 +58,9 @@ class Snapshots:
         row: Row = {
             "version": self._version,
             "started_at": self._started_at.isoformat(),
-            "policy": self._policy(),
+            "policy": self._config.policy,
         }
-        if (address := self._address()) is not None:
+        if (address := own_address(self._config.host)) is not None:
             row["address"] = address
         if self._store.problem:
             row["problem"] = self._store.problem

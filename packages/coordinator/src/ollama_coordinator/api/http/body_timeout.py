@@ -1,34 +1,28 @@
-"""How long a request may take to come, and what is known of a departure.
-
-ASGI middleware: it reads none of the bytes.
-"""
+"""How long a request's body may take to come, and how a handler learns that its client left."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.http1.door import VISIT, Visit
+from ollama_coordinator.settings import Settings
 
 from .errors import ClientLeft, HttpError
 
 
-class Patience:
-    """Who waits for a body of which nothing comes for `body_seconds` (0: ever) gets a 408.
+class BodyTimeout:
+    """Answers 408 where nothing comes of a body for the setting `body_timeout` (seconds; 0: ever).
 
-    In HTTP/2, where one of many answers on a connection may stall, one that nobody takes for
-    `stall_seconds` ends here; in HTTP/1 the connection does, at the door. Both are asked each time,
-    since they may change.
+    In HTTP/2, where one of many answers on a connection may stall, an answer of which the client
+    takes nothing for `stall_timeout` seconds ends here; in HTTP/1 the server ends its connection.
     """
 
-    def __init__(
-        self, app: ASGIApp, body_seconds: Callable[[], float], stall_seconds: Callable[[], float]
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._body_seconds = body_seconds
-        self._stall_seconds = stall_seconds
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -37,11 +31,11 @@ class Patience:
             return
         if scope["http_version"] == "2":
             send = self._unstalled(send)
-        await self._app(scope, self._patient(scope, receive), send)
+        await self._app(scope, self._timed(scope, receive), send)
 
     def _unstalled(self, send: Send) -> Send:
         async def unstalled(message: Message) -> None:
-            seconds = self._stall_seconds()
+            seconds = self._settings.config.stall_timeout
             try:
                 async with asyncio.timeout(seconds or None):
                     await send(message)
@@ -51,10 +45,10 @@ class Patience:
 
         return unstalled
 
-    def _patient(self, scope: Scope, receive: Receive) -> Receive:
+    def _timed(self, scope: Scope, receive: Receive) -> Receive:
         is_whole = False
 
-        async def patient() -> Message:
+        async def timed() -> Message:
             nonlocal is_whole
             if is_whole:
                 message = await receive()
@@ -66,10 +60,10 @@ class Patience:
                 message = {**message, "reason": visit.reason if visit is not None else ""}
             return message
 
-        return patient
+        return timed
 
     async def _part(self, receive: Receive) -> Message:
-        seconds = self._body_seconds()
+        seconds = self._settings.config.body_timeout
         try:
             async with asyncio.timeout(seconds or None):
                 return await receive()
@@ -84,16 +78,16 @@ async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
 
     The body must have been read to its end before.
     """
-    departure = Interrupt()
+    disconnected = Interrupt()
 
     async def watch() -> None:
         while (message := await receive())["type"] != "http.disconnect":
             pass
-        departure.fire(ClientLeft(message.get("reason", "")))
+        disconnected.fire(ClientLeft(message.get("reason", "")))
 
     watcher = asyncio.create_task(watch())
     try:
-        async with departure:
+        async with disconnected:
             yield
     finally:
         watcher.cancel()

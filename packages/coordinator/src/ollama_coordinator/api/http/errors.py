@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Send
 
+from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.operations import (
     NoAgentForModel,
@@ -51,6 +52,7 @@ class ClientLeft(OllamaCoordinatorError):
 
 STATUS: dict[type[OllamaCoordinatorError], int] = {
     InvalidModelName: 400,
+    CloudDisabled: 403,
     ModelNotFound: 404,
     UnknownAgent: 404,
     NoAgentRegistered: 503,

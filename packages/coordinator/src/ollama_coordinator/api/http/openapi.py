@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
 from inspect import cleandoc
@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 from ollama_coordinator.api.http.errors import JSON
+from ollama_coordinator.api.http.routing import Endpoint
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -110,15 +110,15 @@ _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 Json = dict[str, Any]
 
 
-def document(routes: Iterable[BaseRoute]) -> Json:
-    """The description of a route table."""
-    listed = list(_listed(routes))
+def document(endpoints: Sequence[Endpoint]) -> Json:
+    """The description of these endpoints; HEAD beside GET is not worth a line."""
+    listed = [(one.method, one.path, operation_of(one.handler)) for one in endpoints]
     types = _Types([declared for _, _, declared in listed if declared is not None])
     paths: dict[str, Json] = {}
     for method, path, declared in listed:
-        told = _ollamas(path) if declared is None else _own(path, declared, types)
-        told["operationId"] = _name(method, path)
-        paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = told
+        described = _ollamas(path) if declared is None else _own(path, declared, types)
+        described["operationId"] = _name(method, path)
+        paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {
@@ -133,15 +133,6 @@ def document(routes: Iterable[BaseRoute]) -> Json:
         "paths": dict(sorted(paths.items())),
         "components": {"schemas": types.components},
     }
-
-
-def _listed(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, str, Operation | None]]:
-    """Method, path and declaration; HEAD beside GET is not worth a line."""
-    for route in routes:
-        if isinstance(route, Route):
-            methods = set(route.methods or ())
-            for method in sorted(methods - ({"HEAD"} if "GET" in methods else set())):
-                yield method, route.path, operation_of(route.endpoint)
 
 
 def _name(method: str, path: str) -> str:
@@ -244,15 +235,15 @@ def _tidy(schema: Json) -> Json:
 
 
 class OpenApi:
-    """The handler of the description; `routes` is the table that it tells of, itself included."""
+    """The handler of the description of `endpoints`, itself included."""
 
-    def __init__(self, routes: Sequence[BaseRoute]) -> None:
-        self._routes = routes
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self._endpoints = endpoints
         self._body = b""
 
     @operation("This description", gives={200: dict[str, Any]})
     async def show(self, request: Request) -> Response:
         """`GET /api/openapi.json`."""
         if not self._body:
-            self._body = msgspec.json.encode(document(self._routes))
+            self._body = msgspec.json.encode(document(self._endpoints))
         return Response(self._body, media_type=JSON)

@@ -13,7 +13,7 @@ from .errors import ClientLeft, send_error, send_whole
 NDJSON = b"application/x-ndjson"
 
 
-class Told:
+class ProgressResponse:
     """An ASGI answer; when its client leaves, an operation that is not detached ends."""
 
     def __init__(self, operations: Operations, operation: Operation, *, stream: bool) -> None:
@@ -28,7 +28,7 @@ class Told:
                 until_disconnect(receive),
                 self._operations.followed(self._operation),
             ):
-                await (self._tell(send) if self._stream else self._tell_end(send))
+                await (self._send_lines(send) if self._stream else self._send_last(send))
         except ClientLeft:
             return
 
@@ -36,7 +36,7 @@ class Told:
         named = (b"x-ollama-coordinator-operation", self._operation.id.encode())
         return [(b"content-type", content_type), named]
 
-    async def _tell(self, send: Send) -> None:
+    async def _send_lines(self, send: Send) -> None:
         """Line by line; a failure before the first line is still a status."""
         feed = self._operation.feed
         await feed.began()
@@ -50,7 +50,7 @@ class Told:
         last = b"" if error is None else error_line(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _tell_end(self, send: Send) -> None:
+    async def _send_last(self, send: Send) -> None:
         await self._operation.feed.over()
         if self._operation.error is not None:
             await send_error(send, Dialect.NATIVE, self._operation.error)

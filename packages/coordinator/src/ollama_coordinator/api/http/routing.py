@@ -1,9 +1,10 @@
 """How Ollama's router answers: several methods on one path, wrong methods, slashes too many."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import BaseRoute, Match, Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 WITHOUT_HEAD = frozenset(
@@ -23,6 +24,14 @@ def _text(text: str, status: int, headers: Mapping[str, str] | None = None) -> R
     return Response(text, status, {"content-type": "text/plain", **(headers or {})})
 
 
+class Endpoint(NamedTuple):
+    """One method of one path, and its handler: a function of a request, or an ASGI application."""
+
+    method: str
+    path: str
+    handler: Callable[..., Any]
+
+
 class Methods:
     """The ASGI application of one path: each method's own, and 405 naming them all."""
 
@@ -38,28 +47,25 @@ class Methods:
         await app(scope, receive, send)
 
 
-def gathered(routes: Iterable[BaseRoute]) -> list[BaseRoute]:
-    """The routes with one entry a path, so that a wrong method is told of all the right ones.
+def gathered(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """The endpoints as routes, one a path, so that a 405 names all the methods of its path.
 
     Left to itself the router stops at the first route of a path.
     """
     by_path: dict[str, dict[str, ASGIApp]] = {}
-    others: list[BaseRoute] = []
-    for route in routes:
-        if not isinstance(route, Route) or route.methods is None:
-            others.append(route)
-            continue
-        methods = by_path.setdefault(route.path, {})
-        for method in route.methods:
-            if method != "HEAD" or route.path not in WITHOUT_HEAD:
+    for endpoint in endpoints:
+        route = Route(endpoint.path, endpoint.handler, methods=[endpoint.method])
+        methods = by_path.setdefault(endpoint.path, {})
+        for method in route.methods or ():
+            if method != "HEAD" or endpoint.path not in WITHOUT_HEAD:
                 methods.setdefault(method, route.app)
-    return [*(Route(path, Methods(methods)) for path, methods in by_path.items()), *others]
+    return [Route(path, Methods(methods)) for path, methods in by_path.items()]
 
 
 class NearMiss:
     """What answers when no route does: a redirect for a slash too many, else Ollama's 404."""
 
-    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +84,6 @@ class NearMiss:
     def _serves(self, scope: Scope) -> bool:
         for route in self._routes:
             match, _ = route.matches(scope)
-            if match is Match.FULL and isinstance(route, Route):
-                endpoint = route.endpoint
-                return isinstance(endpoint, Methods) and scope["method"] in endpoint.by_method
+            if match is Match.FULL:
+                return isinstance(route.app, Methods) and scope["method"] in route.app.by_method
         return False

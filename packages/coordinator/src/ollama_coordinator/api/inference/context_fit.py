@@ -16,9 +16,8 @@ from msgspec import Struct, structs
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.json_edit import field, spliced
 from ollama_coordinator.api.models.lists import is_older
-from ollama_coordinator.api.models.show import Shows
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Request, RunnerOptions
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
@@ -42,16 +41,14 @@ class Fitted(Struct, frozen=True):
     note: str = ""
 
 
-class Fitting:
-    """Fits requests to the fleet; `larger_context` off leaves every body alone."""
+class ContextFit:
+    """Fits requests to the fleet; the setting `larger_context` off leaves every body alone."""
 
-    def __init__(
-        self, registry: Registry, shows: Shows, clock: Clock, *, larger_context: bool
-    ) -> None:
-        self._registry = registry
-        self._shows = shows
-        self._clock = clock
-        self.larger_context = larger_context
+    def __init__(self, parts: Parts) -> None:
+        self._registry = parts.registry
+        self._model_info = parts.model_info
+        self._clock = parts.clock
+        self._settings = parts.settings
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     async def fit(self, surface: InferenceRoute, request: Request, body: bytes) -> Fitted:
@@ -59,7 +56,7 @@ class Fitting:
         unfit = self._registry.strangers(request.model) | self._too_old(surface, request)
         if unfit:
             request = request.without(unfit)
-        if not self.larger_context or surface.dialect is not Dialect.NATIVE:
+        if not self._settings.config.larger_context or surface.dialect is not Dialect.NATIVE:
             return Fitted(request, body)
         context = await self._context(request)
         if context is None:
@@ -122,7 +119,7 @@ class Fitting:
         """Whether the model's own parameters set a context; assumed where nobody tells soon."""
         try:
             async with asyncio.timeout(SHOW_SECONDS):
-                return await self._shows.context_parameter(name) is not None
+                return await self._model_info.context_parameter(name) is not None
         except (OllamaCoordinatorError, TimeoutError):
             return True
 

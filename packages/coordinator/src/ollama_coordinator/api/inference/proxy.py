@@ -4,30 +4,28 @@ Read the routing fields; lease a place; open the upstream; relay until either si
 lease with what was learned; or answer the error in the client's dialect. Bodies pass as they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from ollama_coordinator.api.http.headers import declared_length, to_ollama
 from ollama_coordinator.api.inference.request import NotDecompressed, plain_body
-from ollama_coordinator.api.models.cloud import CloudDisabled, Clouds
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.dispatch import Dispatch, Held
-from ollama_coordinator.journal import Following, Journal
-from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.registry import Registry
+from ollama_coordinator.dispatch import Held
+from ollama_coordinator.journal import Following
+from ollama_coordinator.parts import Parts
 from ollama_coordinator.scheduler import ModelNotFound, Request, SchedulerError
-from ollama_coordinator.upstream import UpstreamError, Upstreams
+from ollama_coordinator.upstream import UpstreamError
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from . import audio
-from .context_fit import Fitting
+from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
 from .request import Routing, read_body, read_routing, take_in
-from .unload import Unloading
+from .unload import make_room, unload_everywhere
 
 OF_THE_CLOUD = (":cloud", "-cloud")
 """How the routing key of a model ends that ollama.com runs."""
@@ -36,70 +34,49 @@ OF_THE_CLOUD = (":cloud", "-cloud")
 class Proxy:
     """The ASGI application of one inference route."""
 
-    def __init__(
-        self,
-        surface: InferenceRoute,
-        registry: Registry,
-        dispatch: Dispatch,
-        monitor: Monitor,
-        upstreams: Upstreams,
-        clock: Clock,
-        journal: Journal,
-        *,
-        fitting: Fitting,
-        unloading: Unloading,
-        clouds: Clouds,
-        body_limit: Callable[[], int],
-    ) -> None:
-        self._surface = surface
-        self._registry = registry
-        self._dispatch = dispatch
-        self._monitor = monitor
-        self._upstreams = upstreams
-        self._clock = clock
-        self._journal = journal
-        self._fitting = fitting
-        self._unloading = unloading
-        self._clouds = clouds
-        self._body_limit = body_limit
-
-    @property
-    def path(self) -> str:
-        """The route that this serves."""
-        return self._surface.path
+    def __init__(self, parts: Parts, route: InferenceRoute, context_fit: ContextFit) -> None:
+        self._parts = parts
+        self._registry = parts.registry
+        self._dispatch = parts.dispatch
+        self._upstreams = parts.upstreams
+        self._clock = parts.clock
+        self._cloud = parts.cloud
+        self._journal = parts.observation.journal
+        self._route = route
+        self._context_fit = context_fit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
             declared = declared_length(dict(scope["headers"]))
-            body = await read_body(receive, self._body_limit(), declared)
+            body = await read_body(receive, self._parts.settings.config.max_body_bytes, declared)
             async with until_disconnect(receive):
                 call = await self._read(scope, body, send)
                 if call.unloads:
-                    await self._unloading.everywhere(call)
+                    await unload_everywhere(self._parts, call)
                     return
-                with self._journal.follow(call.request, self.path) as entry:
+                with self._journal.follow(call.request, self._route.path) as entry:
                     await self._serve(call, entry)
         except ClientLeft:
             return
         except (NotDecompressed, CloudDisabled) as error:
             await send_error(send, Dialect.NATIVE, error)
         except OllamaCoordinatorError as error:
-            await send_error(send, self._surface.dialect, error)
+            await send_error(send, self._route.dialect, error)
 
     # ── read ──────────────────────────────────────────────────────────────────────────────────
 
     async def _read(self, scope: Scope, body: bytes, send: Send) -> Call:
         routing = await self._routing(dict(scope["headers"]), body)
-        request = take_in(self._surface, routing, scope, self._clock.now())
+        request = take_in(self._route, routing, scope, self._clock.now())
         if not self._registry.holders(request.model):
             # Perhaps pulled a moment ago on an agent that does not report its models by itself.
-            await self._monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
+            await self._parts.monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
         if request.model.endswith(OF_THE_CLOUD):
-            await self._clouds.offer(request.model, request.name)
-        fitted = await self._fitting.fit(self._surface, request, body)
+            await self._cloud.offer(request.model, request.name)
+        fitted = await self._context_fit.fit(self._route, request, body)
         return Call(
-            self._surface,
+            self._route,
             fitted.request,
             to_ollama(scope["headers"]),
             fitted.body,
@@ -114,9 +91,9 @@ class Proxy:
         return bool(servers) and not self._registry.holders(request.model)
 
     async def _routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
-        if self._surface.path == audio.PATH:
+        if self._route.path == audio.PATH:
             return audio.read_form(headers.get(b"content-type", b"").decode("latin-1"), body)
-        return read_routing(self._surface, await plain_body(self._surface, headers, body))
+        return read_routing(self._route, await plain_body(self._route, headers, body))
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
@@ -141,16 +118,16 @@ class Proxy:
             request = request.without([held.agent.id])
         await self._answer_failure(call, failure)
 
-    def _missing(self, request: Request) -> HttpError:
+    def _missing(self, request: Request) -> OllamaCoordinatorError:
         if request.model.endswith(OF_THE_CLOUD):
             return CloudDisabled("remote model is unavailable")
-        return HttpError(404, self._surface.missing.format(name=request.name))
+        return HttpError(404, self._route.missing.format(name=request.name))
 
     async def _attempt(self, call: Call, held: Held) -> Failure | None:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""
         relay = Relay(call, held, self._dispatch)
         held.note = call.note
-        await self._unloading.make_room(held.agent, held.lease.unload)
+        await make_room(self._parts, held.agent, held.lease.unload)
         try:
             async with (
                 held.interrupt,
@@ -162,7 +139,7 @@ class Proxy:
                 ) as response,
             ):
                 if call.request.model.endswith(OF_THE_CLOUD):
-                    self._clouds.note(held.agent.id, response.status)
+                    self._cloud.note(held.agent.id, response.status)
                 return await relay.run(response)
         except UpstreamError as exc:
             return await relay.broken(exc)

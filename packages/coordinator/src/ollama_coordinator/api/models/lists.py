@@ -7,7 +7,7 @@ slices, between which streams go on.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
@@ -17,13 +17,11 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.agent_queries import Answer
 from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import JSON, HttpError, error_reply, reply
 from ollama_coordinator.api.http.openapi import operation
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.monitor import Monitor
+from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import (
     AgentState,
     AvailableRow,
@@ -152,24 +150,16 @@ class FleetModels(Struct, frozen=True):
     models: list[FleetModel]
 
 
-Cloud = Callable[[str, str], Awaitable[Answer]]
-"""Asks ollama.com about a model: method and path."""
-
-
-class ModelsApi:
+class ListsApi:
     """The handlers of the lists."""
 
-    def __init__(self, registry: Registry, monitor: Monitor, clock: Clock, cloud: Cloud) -> None:
-        self._registry = registry
-        self._cloud = cloud
-        self._monitor = monitor
-        self._clock = clock
+    def __init__(self, parts: Parts) -> None:
+        self._registry = registry = parts.registry
+        self._monitor = parts.monitor
+        self._clock = parts.clock
+        self._cloud = parts.cloud
         self._lists = KeptList(registry, _listed, _write_lists)
         self._fleet = KeptList(registry, _of_the_fleet, _write_fleet)
-
-    async def root(self, request: Request) -> Response:
-        """`GET /`: what every Ollama client asks first."""
-        return Response("Ollama is running", media_type="text/plain")
 
     async def version(self, request: Request) -> Response:
         """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
@@ -222,7 +212,7 @@ class ModelsApi:
             return error_reply(exc, Dialect.OPENAI)
         row = _preferred_row(self._registry, key)
         if row is None and ModelName.parse(name).runs_in_the_cloud:
-            told = await self._cloud("GET", f"/v1/models/{quote(name, safe=':')}")
+            told = await self._cloud.ask_of_model("GET", f"/v1/models/{quote(name, safe=':')}")
             return Response(told.body, told.status, media_type="application/json")
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)

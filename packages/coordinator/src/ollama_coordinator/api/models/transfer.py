@@ -1,43 +1,54 @@
-"""`/api/pull`, `/api/push` and `/api/create`: models on the move, as one stream of progress."""
+"""Models on the move: pull, push, create, copy, delete, and the files that models are made from.
 
+Pull, push and create answer with one stream of progress. Copy and delete are done on every agent
+that has the model; agents that are away do so when they are back.
+"""
+
+import asyncio
+import contextlib
 import json
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.api.http.errors import HttpError, own_body
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError, own_body
 from ollama_coordinator.api.http.gojson import Fields, read_fields
 from ollama_coordinator.api.http.json_edit import spliced
-from ollama_coordinator.api.http.progress_response import Told
+from ollama_coordinator.api.http.progress_response import ProgressResponse
 from ollama_coordinator.operations import (
     AgentCommand,
-    Blobs,
     Chosen,
-    Operations,
+    Operation,
+    OperationState,
     Placement,
-    TargetChooser,
-    Uploads,
     digest_of,
 )
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentState
+from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.error import InvalidModelName
-from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.names import ModelName, model_key
 
 PLACEMENT = "x-ollama-coordinator-placement"
 DETACH = "x-ollama-coordinator-detach"
 """Our own headers on Ollama's routes; `?placement=` and `?detach=` are the same."""
 
+SILENCE_SECONDS = 5.0
+"""How long a client that sends a file nobody needs may send nothing before it is given up."""
+
 
 class TransferApi:
-    """The handlers of the routes that report progress."""
+    """The handlers of Ollama's routes that change what is on disks."""
 
-    def __init__(
-        self, operations: Operations, targets: TargetChooser, uploads: Uploads, blobs: Blobs
-    ) -> None:
-        self._operations = operations
-        self._targets = targets
-        self._uploads = uploads
-        self._blobs = blobs
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._operations = parts.operations
+        self._targets = parts.targets
+        self._uploads = parts.uploads
+        self._blobs = parts.blobs
 
-    async def pull(self, request: Request) -> Told:
+    async def pull(self, request: Request) -> ProgressResponse:
         """`POST /api/pull`: onto every agent that the placement means."""
         fields = read_fields(await own_body(request), "api.PullRequest")
         name = fields.model()
@@ -47,9 +58,9 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         placement = placement_of(request, self._targets.default)
         found = self._targets.for_pull(name, placement)
-        return self._told(request, command, placement, found, stream=stream)
+        return self._respond(request, command, placement, found, stream=stream)
 
-    async def push(self, request: Request) -> Told:
+    async def push(self, request: Request) -> ProgressResponse:
         """`POST /api/push`: from one agent that has the model, preferably one labelled `push`."""
         fields = read_fields(await own_body(request), "api.PushRequest")
         name = fields.model()
@@ -60,9 +71,9 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         agent = await self._targets.for_push(name)
         found = Chosen([agent])
-        return self._told(request, command, self._targets.default, found, stream=stream)
+        return self._respond(request, command, self._targets.default, found, stream=stream)
 
-    async def create(self, request: Request) -> Told:
+    async def create(self, request: Request) -> ProgressResponse:
         """`POST /api/create`: on the agents that have what it is made from."""
         body = await own_body(request)
         fields = read_fields(body, "api.CreateRequest")
@@ -77,9 +88,56 @@ class TransferApi:
         absent = [digest for digest in command.blobs if self._uploads.size(digest) is None]
         if absent:
             found = await self._blobs.arrange(found, absent, command.key)
-        return self._told(request, command, placement, found, stream=stream)
+        return self._respond(request, command, placement, found, stream=stream)
 
-    def _told(
+    async def copy(self, request: Request) -> Response:
+        """`POST /api/copy`: 200 with no body; agents that are away copy when they return."""
+        fields = read_fields(await own_body(request), "api.CopyRequest")
+        source, destination = fields.text("source"), fields.text("destination")
+        for role, name in (("source", source), ("destination", destination)):
+            if not is_name(name):
+                raise HttpError(400, f'{role} "{name}" is invalid')
+        try:
+            await self._parts.queries.holders(source)
+        except ModelNotFound as exc:
+            raise HttpError(404, f'model "{source}" not found') from exc
+        holders = self._parts.registry.holders(model_key(source))
+        operation = self._operations.start(AgentCommand.copy(source, destination), holders)
+        await _settled(self._parts, operation)
+        return Response()
+
+    async def delete(self, request: Request) -> Response:
+        """`DELETE /api/delete`: 200 with no body; 404 only when no agent has it."""
+        name = read_fields(await own_body(request), "api.DeleteRequest").model()
+        if not name:
+            raise HttpError(400, "model is required")
+        if not is_name(name):
+            raise HttpError(400, f'name "{name}" is invalid')
+        await delete_everywhere(self._parts, name)
+        return Response()
+
+    async def head_blob(self, request: Request) -> Response:
+        """`HEAD /api/blobs/{digest}`: 200 if a model can be created from the file, else 404."""
+        return Response(status_code=200 if await self._is_there(request) else 404)
+
+    async def post_blob(self, request: Request) -> Response:
+        """`POST /api/blobs/{digest}`: 201 for a new file; 200, unread, for a known one."""
+        if await self._is_there(request):
+            return Unread()
+        try:
+            await self._uploads.take(request.path_params["digest"], request.stream())
+        except ClientDisconnect as exc:
+            raise ClientLeft from exc
+        return Response(status_code=201)
+
+    async def _is_there(self, request: Request) -> bool:
+        """Whether the file waits here, or lies wherever a model would be created."""
+        digest = digest_of(request.path_params["digest"])
+        if self._uploads.size(digest) is not None:
+            return True
+        return await self._blobs.suffice(digest, placement_of(request, self._targets.default))
+
+    def _respond(
         self,
         request: Request,
         command: AgentCommand,
@@ -87,7 +145,7 @@ class TransferApi:
         found: Chosen,
         *,
         stream: bool,
-    ) -> Told:
+    ) -> ProgressResponse:
         operation = self._operations.start(
             command,
             found.chosen,
@@ -95,7 +153,7 @@ class TransferApi:
             spare=found.spare,
             detached=_wants_detached(request),
         )
-        return Told(self._operations, operation, stream=stream)
+        return ProgressResponse(self._operations, operation, stream=stream)
 
 
 def placement_of(request: Request, default: Placement) -> Placement:
@@ -132,3 +190,72 @@ def _blobs(fields: Fields) -> tuple[str, ...]:
     names = ("files", "adapters", "draft_files")
     wanted = [digest for name in names for digest in fields.digests(name).values()]
     return tuple(dict.fromkeys(digest_of(digest) for digest in wanted))
+
+
+async def delete_everywhere(parts: Parts, name: str) -> Operation:
+    """Delete on every agent, whatever its content.
+
+    Raises:
+        HttpError: 404, no agent has it.
+        Refused: an agent could not.
+    """
+    key = model_key(name)
+    operation = parts.operations.start(AgentCommand.delete(name), await copies(parts, name))
+    await _settled(parts, operation)
+    for target in operation.targets.values():
+        agent = parts.registry.find(target.agent_id)
+        if agent is not None and target.state is OperationState.PENDING:
+            # It is as good as deleted: no list shows it any more.
+            parts.registry.note_missing(agent, key)
+    return operation
+
+
+async def copies(parts: Parts, name: str) -> list[AgentState]:
+    """Every agent that has some content under this name.
+
+    Raises:
+        HttpError: 404, none has.
+        HoldersUnavailable: those that have it are away, and so is everybody else.
+    """
+    found = parts.targets.copies(model_key(name))
+    if found:
+        return found
+    try:
+        return await parts.queries.holders(name)
+    except ModelNotFound as exc:
+        raise HttpError(404, f"model '{name}' not found") from exc
+
+
+async def _settled(parts: Parts, operation: Operation) -> None:
+    """Wait for the end, and for deferred operations to be on disk.
+
+    Raises:
+        Refused: an agent could not.
+    """
+    async with parts.operations.followed(operation):
+        await operation.feed.over()
+    await parts.store.flush()
+    failed = [t for t in operation.targets.values() if t.state is OperationState.FAILED]
+    if failed and failed[0].error is not None:
+        raise failed[0].error
+
+
+class Unread(Response):
+    """200 at once, to a client that is still sending.
+
+    What it sends on is thrown away: many clients read the answer only when they have sent all,
+    and to close the connection under them would lose it.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, then listen until the client has finished, left or fallen silent."""
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            more = True
+            while more:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

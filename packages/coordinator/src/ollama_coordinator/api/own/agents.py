@@ -1,6 +1,5 @@
-"""`/api/agents`: registration, the list, and what an operator does to one agent."""
+"""`/api/agents`: registration, the list, what an operator does to one agent, and its log."""
 
-from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -9,17 +8,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.agent_store import AgentStore
+from ollama_coordinator.agent_logs import LogView
 from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.errors import JSON, decode, log_event, reply
 from ollama_coordinator.api.http.openapi import operation
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.registry import AgentSettings, AgentState, Registry
+from ollama_coordinator.journal import AgentEvent
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentSettings, AgentState
+from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator_common.protocol import (
-    AgentOperation,
     AgentView,
+    LogReport,
     RegisterReply,
     RegisterRequest,
 )
@@ -27,8 +26,6 @@ from ollama_coordinator_common.types import AgentId
 
 FIRST_LOOK_SECONDS = 1.0
 """How long a registration waits for the first list of models: the next request finds them."""
-
-_register = msgspec.json.Decoder(RegisterRequest)
 
 
 class SettingsPatch(Struct, frozen=True):
@@ -41,28 +38,44 @@ class SettingsPatch(Struct, frozen=True):
     preference: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
 
 
+class ModelOnAgent(Struct, frozen=True):
+    """One model on an agent's disk, and what is predicted of it there."""
+
+    name: str
+    size: int
+    digest: str
+    details: dict[str, Any]
+    capabilities: list[str]
+    loaded: bool
+    estimate: Estimate | None
+
+
+class AgentDetails(Struct, frozen=True):
+    """`GET /api/agents/{id}/details`: `agent` is its row in the event stream."""
+
+    agent: dict[str, Any]
+    models: list[ModelOnAgent]
+    events: list[AgentEvent]
+
+
+_register = msgspec.json.Decoder(RegisterRequest)
 _patch = msgspec.json.Decoder(SettingsPatch)
+_log_report = msgspec.json.Decoder(LogReport)
 
 
 class AgentsApi:
     """The handlers of `/api/agents`."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        dispatch: Dispatch,
-        monitor: Monitor,
-        keeper: AgentStore,
-        clock: Clock,
-        *,
-        operations: Callable[[AgentId], list[AgentOperation]] = lambda agent_id: [],
-    ) -> None:
-        self._registry = registry
-        self._dispatch = dispatch
-        self._monitor = monitor
-        self._keeper = keeper
-        self._clock = clock
-        self._operations = operations
+    def __init__(self, parts: Parts) -> None:
+        self._registry = parts.registry
+        self._dispatch = parts.dispatch
+        self._monitor = parts.monitor
+        self._agent_store = parts.agent_store
+        self._operations = parts.operations
+        self._observation = parts.observation
+        self._rows = parts.rows
+        self._logs = parts.agent_logs
+        self._clock = parts.clock
 
     @operation(
         "Register a machine, or renew its registration",
@@ -77,7 +90,7 @@ class AgentsApi:
         new_id = AgentId(str(uuid4()))
         done = self._registry.register(wanted, new_id, self._clock.utc(now), now)
         agent = done.agent
-        await self._keeper.keep_now(agent)
+        await self._agent_store.keep_now(agent)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
         if agent.inventory.sampled_at is None or not agent.brings_inventory:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
@@ -97,7 +110,8 @@ class AgentsApi:
     async def show(self, request: Request) -> Response:
         """`GET /api/agents/{id}`: with what it has to do with models."""
         agent = self._registry.get(request.path_params["agent_id"])
-        return reply(structs.replace(self._view(agent), operations=self._operations(agent.id)))
+        operations = self._operations.of_agent(agent.id)
+        return reply(structs.replace(self._view(agent), operations=operations))
 
     @operation(
         "Change what an operator sets of an agent",
@@ -114,7 +128,7 @@ class AgentsApi:
         }
         settings: AgentSettings = structs.replace(agent.settings, **changes)
         self._registry.update_settings(agent.id, settings)
-        await self._keeper.keep_now(agent)
+        await self._agent_store.keep_now(agent)
         log_event("agent settings changed", agent, **changes)
         self._dispatch.plan()
         return reply(self._view(agent))
@@ -123,10 +137,49 @@ class AgentsApi:
     async def remove(self, request: Request) -> Response:
         """`DELETE /api/agents/{id}`: forget it; its streams end as they would have."""
         agent = self._registry.remove(AgentId(request.path_params["agent_id"]))
-        await self._keeper.forget(agent.id)
+        await self._agent_store.forget(agent.id)
         log_event("agent removed", agent)
         self._dispatch.plan()
         return Response(status_code=204)
+
+    @operation(
+        "An agent's models with what is predicted of them, and what was logged about it",
+        gives={200: AgentDetails},
+        errors=(404,),
+    )
+    async def details(self, request: Request) -> Response:
+        """`GET /api/agents/{id}/details`: its models, with predictions, and its events."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        return reply(
+            AgentDetails(
+                agent=self._rows.agent(agent),
+                models=[self._model(agent, key) for key in sorted(agent.inventory.available)],
+                events=self._observation.events.of(agent.id),
+            )
+        )
+
+    @operation("An agent's own log, while somebody looks", gives={200: LogView}, errors=(404,))
+    async def log(self, request: Request) -> Response:
+        """`GET /api/agents/{id}/log`: its lines so far; a first question makes the agent send."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        sends = agent.registration.agent_version is not None
+        return reply(self._logs.look(agent.id, self._clock.now(), sends=sends))
+
+    @operation(
+        "Send what was asked for of an agent's log",
+        takes=LogReport,
+        gives={204: None},
+        errors=(404,),
+    )
+    async def take_log(self, request: Request) -> Response:
+        """`POST /api/agents/{id}/log`: the agent sends what was wanted."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        report = await decode(_log_report, request)
+        now = self._clock.now()
+        self._logs.take(agent.id, report, now, self._clock.utc(now))
+        return Response(status_code=204)
+
+    # ── views ─────────────────────────────────────────────────────────────────────────────────────
 
     def _view(self, agent: AgentState) -> AgentView:
         return self._registry.view(
@@ -134,4 +187,16 @@ class AgentsApi:
             self._clock.now(),
             last_seen=self._clock.utc(agent.heard_at),
             in_flight=self._dispatch.in_flight(agent.id),
+        )
+
+    def _model(self, agent: AgentState, key: str) -> ModelOnAgent:
+        row = agent.inventory.available[key]
+        return ModelOnAgent(
+            name=row.model.name,
+            size=row.model.size,
+            digest=row.model.digest,
+            details=row.model.details,
+            capabilities=row.model.capabilities,
+            loaded=agent.inventory.is_loaded(key),
+            estimate=self._rows.estimate(agent.id, key),
         )

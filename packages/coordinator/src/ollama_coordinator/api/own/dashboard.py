@@ -1,7 +1,6 @@
 """`/dashboard`: the page's files and the event stream it listens to."""
 
 import gzip
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import cache
 from hashlib import sha256
@@ -15,15 +14,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.api.http.body_timeout import until_disconnect
-from ollama_coordinator.api.http.errors import ClientLeft, reply
+from ollama_coordinator.api.http.errors import ClientLeft
 from ollama_coordinator.api.http.openapi import Media, Operation, operation
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.feed import Feed, Rows
-from ollama_coordinator.journal import AgentEvent, Observation
-from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator.scheduler import Estimate
-
-Handler = Callable[[Request], Awaitable[Response]]
+from ollama_coordinator.parts import Parts
 
 EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -35,16 +28,13 @@ EVENT_HEADERS = {
 
 
 class DashboardApi:
-    """The handlers of the dashboard; `plain_root` answers `/` to everybody but browsers."""
-
-    def __init__(self, plain_root: Handler) -> None:
-        self._plain_root = plain_root
+    """The handlers of the dashboard's files."""
 
     async def root(self, request: Request) -> Response:
-        """`GET /`: a browser is sent to the dashboard, any other client learns who runs here."""
+        """`GET /`: the dashboard for a browser, Ollama's own text for any other client."""
         if "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
-        return await self._plain_root(request)
+        return Response("Ollama is running", media_type="text/plain")
 
     @operation(
         "The dashboard and its files",
@@ -66,8 +56,8 @@ class EventsApi:
         "What changes in the fleet, as server-sent events", gives={200: Media("text/event-stream")}
     )
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
+    def __init__(self, parts: Parts) -> None:
+        self._feed = parts.feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the viewer leaves or the coordinator stops."""
@@ -90,66 +80,6 @@ class EventsApi:
 
 def _body(data: bytes, *, more: bool) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-class ModelOnAgent(Struct, frozen=True):
-    """One model on an agent's disk, and what is predicted of it there."""
-
-    name: str
-    size: int
-    digest: str
-    details: dict[str, Any]
-    capabilities: list[str]
-    loaded: bool
-    estimate: Estimate | None
-
-
-class AgentDetails(Struct, frozen=True):
-    """`GET /api/agents/{id}/details`: `agent` is its row in the event stream."""
-
-    agent: dict[str, Any]
-    models: list[ModelOnAgent]
-    events: list[AgentEvent]
-
-
-class DetailsApi:
-    """`GET /api/agents/{id}/details`: everything the agent's page shows beside the live row."""
-
-    def __init__(
-        self, registry: Registry, observation: Observation, rows: Rows, clock: Clock
-    ) -> None:
-        self._registry = registry
-        self._observation = observation
-        self._rows = rows
-        self._clock = clock
-
-    @operation(
-        "An agent's models with what is predicted of them, and what was logged about it",
-        gives={200: AgentDetails},
-        errors=(404,),
-    )
-    async def show(self, request: Request) -> Response:
-        """Its models with what is predicted of them, and what was logged about it."""
-        agent = self._registry.get(request.path_params["agent_id"])
-        return reply(
-            AgentDetails(
-                agent=self._rows.agent(agent),
-                models=[self._model(agent, key) for key in sorted(agent.inventory.available)],
-                events=self._observation.events.of(agent.id),
-            )
-        )
-
-    def _model(self, agent: AgentState, key: str) -> ModelOnAgent:
-        row = agent.inventory.available[key]
-        return ModelOnAgent(
-            name=row.model.name,
-            size=row.model.size,
-            digest=row.model.digest,
-            details=row.model.details,
-            capabilities=row.model.capabilities,
-            loaded=agent.inventory.is_loaded(key),
-            estimate=self._rows.estimate(agent.id, key),
-        )
 
 
 KINDS = {

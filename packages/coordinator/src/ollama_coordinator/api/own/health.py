@@ -5,14 +5,10 @@ from msgspec import UNSET, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.agent_logs import AgentLogs
-from ollama_coordinator.agent_store import AgentStore
 from ollama_coordinator.api.http.errors import HttpError, decode, log_event, reply
 from ollama_coordinator.api.http.openapi import operation
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.db import Store
-from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
 _report = msgspec.json.Decoder(HealthReport)
@@ -32,22 +28,11 @@ class HealthView(Struct, frozen=True):
 class HealthApi:
     """The handlers of heartbeats and of the coordinator's own health."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        dispatch: Dispatch,
-        keeper: AgentStore,
-        store: Store,
-        clock: Clock,
-        logs: AgentLogs,
-    ) -> None:
-        self._logs = logs
-        self._registry = registry
-        self._dispatch = dispatch
-        self._keeper = keeper
-        self._store = store
-        self._clock = clock
-        self.stopping = False
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._registry = parts.registry
+        self._dispatch = parts.dispatch
+        self._clock = parts.clock
 
     @operation(
         "A heartbeat of an agent", takes=HealthReport, gives={200: HealthReply}, errors=(404,)
@@ -67,11 +52,11 @@ class HealthApi:
         elif was_running and not agent.ollama_running:
             log_event("agent reports that its Ollama does not answer", agent)
         if agent.left or agent.inventory.tags != tags:
-            self._keeper.keep(agent)
+            self._parts.agent_store.keep(agent)
         else:
-            self._keeper.keep_seen(agent)
+            self._parts.agent_store.keep_seen(agent)
         self._dispatch.plan()
-        log_after = self._logs.wanted_after(agent.id, now)
+        log_after = self._parts.agent_logs.wanted_after(agent.id, now)
         answer = HealthReply(
             log_after=UNSET if log_after is None else log_after,
             problem=self._problem(agent, now) or UNSET,
@@ -92,15 +77,15 @@ class HealthApi:
     @operation("Whether it takes requests", gives={200: HealthView, 503: HealthView})
     async def readyz(self, request: Request) -> Response:
         """`GET /readyz`: 503 once the coordinator is stopping."""
-        return reply(self._view(), 503 if self.stopping else 200)
+        return reply(self._view(), 503 if self._parts.stopping else 200)
 
     def _view(self) -> HealthView:
         now = self._clock.now()
         return HealthView(
-            status="stopping" if self.stopping else "ok",
+            status="stopping" if self._parts.stopping else "ok",
             agents=len(self._registry),
             agents_online=sum(self._registry.is_online(agent, now) for agent in self._registry),
             in_flight=len(list(self._dispatch.scheduler.leases())),
             waiting=self._dispatch.scheduler.waiting_count(),
-            database=self._store.problem or "ok",
+            database=self._parts.store.problem or "ok",
         )

@@ -14,8 +14,8 @@ from starlette.responses import Response, StreamingResponse
 from ollama_coordinator.api.http.errors import HttpError, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
-from ollama_coordinator.journal import Observation, Point
-from ollama_coordinator.registry import Registry
+from ollama_coordinator.journal import Point
+from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
@@ -68,10 +68,10 @@ class Statistics(Struct, frozen=True):
 class HistoryApi:
     """The handlers of finished requests and of numbers over time."""
 
-    def __init__(self, observation: Observation, registry: Registry) -> None:
-        self._observation = observation
-        self._history: History = observation.history
-        self._registry = registry
+    def __init__(self, parts: Parts) -> None:
+        self._observation = parts.observation
+        self._history: History = parts.observation.history
+        self._registry = parts.registry
 
     @operation(
         "Finished requests, newest first",

@@ -1,4 +1,4 @@
-"""Our own API of operations and models: `/api/operations` and `/api/models`."""
+"""`/api/operations`: operations on models over the fleet."""
 
 from datetime import datetime
 from typing import Literal
@@ -10,19 +10,18 @@ from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
-from ollama_coordinator.api.http.progress_response import Told
-from ollama_coordinator.api.models.changes import ChangesApi
+from ollama_coordinator.api.http.progress_response import ProgressResponse
+from ollama_coordinator.api.models.transfer import copies, delete_everywhere
 from ollama_coordinator.operations import (
     AgentCommand,
     Chosen,
     Operation,
     OperationKind,
-    Operations,
     OperationView,
     Placement,
-    TargetChooser,
 )
-from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
 
@@ -59,19 +58,12 @@ _new = msgspec.json.Decoder(NewOperation)
 
 
 class OperationsApi:
-    """The handlers of our own API."""
+    """The handlers of operations."""
 
-    def __init__(
-        self,
-        operations: Operations,
-        targets: TargetChooser,
-        changes: ChangesApi,
-        registry: Registry,
-    ) -> None:
-        self._operations = operations
-        self._targets = targets
-        self._changes = changes
-        self._registry = registry
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._operations = parts.operations
+        self._targets = parts.targets
 
     @operation(
         "Start an operation on a model; a delete is answered when it has ended",
@@ -118,9 +110,9 @@ class OperationsApi:
         errors=(404,),
         relays=True,
     )
-    async def follow(self, request: Request) -> Told:
+    async def follow(self, request: Request) -> ProgressResponse:
         """`GET /api/operations/{id}/progress`: Ollama's progress lines, from where it stands."""
-        return Told(self._operations, self._get(request), stream=True)
+        return ProgressResponse(self._operations, self._get(request), stream=True)
 
     @operation("End an operation", gives={200: OperationView}, errors=(404,))
     async def cancel(self, request: Request) -> Response:
@@ -134,7 +126,7 @@ class OperationsApi:
         return self._operations.get(request.path_params["operation_id"])
 
     def _name(self, agent_id: AgentId) -> str:
-        agent = self._registry.find(agent_id)
+        agent = self._parts.registry.find(agent_id)
         return agent_id if agent is None else agent.name
 
     # ── one of each kind ──────────────────────────────────────────────────────────────────────
@@ -156,17 +148,17 @@ class OperationsApi:
                 one = Placement.parse(given or "1")
                 return self._load(wanted, await self._targets.for_load(wanted.model, one), one)
             case OperationKind.UNLOAD:
-                return self._unload(wanted.model, await self._changes.copies(wanted.model))
+                return self._unload(wanted.model, await copies(self._parts, wanted.model))
             case OperationKind.COPY:
                 return await self._copy(wanted, placement)
             case _:
-                return await self._changes.delete_everywhere(wanted.model)
+                return await delete_everywhere(self._parts, wanted.model)
 
     async def _copy(self, wanted: NewOperation, placement: Placement) -> Operation:
         if not wanted.destination:
             raise HttpError(400, "destination is required for a copy")
         ModelName.parse(wanted.destination)
-        holders = await self._changes.copies(wanted.model)
+        holders = await copies(self._parts, wanted.model)
         command = AgentCommand.copy(wanted.model, wanted.destination)
         return self._begin(command, Chosen(holders), placement)
 

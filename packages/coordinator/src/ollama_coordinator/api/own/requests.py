@@ -1,4 +1,4 @@
-"""`/api/requests` and `/api/queue`: what runs and waits, why it went where it is, and its end."""
+"""`/api/requests`, `/api/queue`: what runs and waits; `/api/explain`: where a request would go."""
 
 from typing import Any, Literal
 
@@ -7,20 +7,22 @@ from msgspec import Raw, Struct, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.api.http.errors import HttpError, reply
+from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
+from ollama_coordinator.api.http.errors import HttpError, own_body, reply
 from ollama_coordinator.api.http.openapi import Either, operation
-from ollama_coordinator.clock import Clock
+from ollama_coordinator.api.inference.request import read_routing, take_in
 from ollama_coordinator.db import Finished
-from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import (
     Attempt,
     Journal,
     JournalEntry,
-    Observation,
     RequestState,
     RequestView,
 )
-from ollama_coordinator.scheduler import Decision, RequestId
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.scheduler import Decision, Estimate, RequestId
+
+CHAT = next(route for route in INFERENCE_ROUTES if route.path == "/api/chat")
 
 CANCELLED_BY_OPERATOR = "cancelled by the operator of the coordinator"
 
@@ -52,11 +54,11 @@ FinishedRequest = _detailed(
 class RequestsApi:
     """The handlers of living requests."""
 
-    def __init__(self, observation: Observation, dispatch: Dispatch, clock: Clock) -> None:
-        self._history = observation.history
-        self._journal: Journal = observation.journal
-        self._dispatch = dispatch
-        self._clock = clock
+    def __init__(self, parts: Parts) -> None:
+        self._history = parts.observation.history
+        self._journal: Journal = parts.observation.journal
+        self._dispatch = parts.dispatch
+        self._clock = parts.clock
 
     @operation("Every living request, the oldest first", gives={200: RequestViews})
     async def list(self, request: Request) -> Response:
@@ -120,3 +122,40 @@ def _unknown(request_id: str) -> HttpError:
     return HttpError(
         404, f"request '{request_id}' is not known; see /api/requests and /api/history"
     )
+
+
+class ChatRequest(Struct, frozen=True):
+    """What is read of a request of `/api/chat` or `/api/generate`; it may have all their fields."""
+
+    model: str
+    messages: list[dict[str, Any]] = []
+    prompt: str = ""
+    options: dict[str, Any] = {}
+
+
+class ExplainApi:
+    """The handlers that return what the scheduler predicts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._scheduler = parts.scheduler
+        self._clock = parts.clock
+
+    @operation(
+        "Where a request would go, and why",
+        takes=ChatRequest,
+        gives={200: Decision},
+        errors=(404, 409, 503),
+    )
+    async def explain(self, request: Request) -> Response:
+        """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
+        routing = read_routing(CHAT, await own_body(request))
+        now = self._clock.now()
+        asked = take_in(CHAT, routing, request.scope, now)
+        return reply(self._scheduler.explain(asked, now))
+
+    @operation(
+        "Learned speeds of every model on every agent", gives={200: list[Estimate]}, errors=(409,)
+    )
+    async def estimates(self, request: Request) -> Response:
+        """`GET /api/estimates`: what is predicted of every model on every agent."""
+        return reply(self._scheduler.estimates())

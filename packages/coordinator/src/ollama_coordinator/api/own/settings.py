@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import operation
-from ollama_coordinator.settings import TABLE, Settings
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.settings import TABLE
 from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.settings import Setting
 
@@ -49,8 +50,9 @@ class SettingsView(Struct, frozen=True):
 class SettingsApi:
     """The handlers of the settings."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._settings = parts.settings
 
     @operation("The settings, and where each comes from", gives={200: SettingsView})
     async def list(self, request: Request) -> Response:
@@ -70,6 +72,8 @@ class SettingsApi:
             self._settings.change(wanted)
         except ConfigError as exc:
             raise HttpError(400, str(exc)) from exc
+        self._parts.apply_settings()
+        self._settings.keep()
         log.info("settings changed", extra=wanted)
         return await self.list(request)
 

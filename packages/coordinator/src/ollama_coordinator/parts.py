@@ -1,0 +1,74 @@
+"""What one coordinator consists of, as one value; `app.py` puts it together."""
+
+from msgspec import Struct
+
+from .agent_logs import AgentLogs
+from .agent_queries import AgentQueries, CloudAccess, ModelInfo
+from .agent_store import AgentStore
+from .clock import Clock
+from .db import Store
+from .dispatch import Dispatch
+from .feed import Feed, Rows
+from .journal import Observation
+from .monitor import Monitor
+from .operations import Blobs, Operations, Patience, Placement, TargetChooser, Uploads
+from .registry import Registry
+from .scheduler import Scheduler
+from .settings import Settings
+from .upstream import Upstreams
+
+GIBIBYTE = 1024**3
+
+
+class Parts(Struct, kw_only=True, eq=False):
+    """The parts of a coordinator, each made once; a handler takes those that it uses.
+
+    `stopping`: no further requests are wanted, and `GET /readyz` says so.
+    """
+
+    settings: Settings
+    clock: Clock
+    registry: Registry
+    scheduler: Scheduler
+    dispatch: Dispatch
+    upstreams: Upstreams
+    store: Store
+    observation: Observation
+    agent_store: AgentStore
+    agent_logs: AgentLogs
+    monitor: Monitor
+    queries: AgentQueries
+    model_info: ModelInfo
+    cloud: CloudAccess
+    uploads: Uploads
+    targets: TargetChooser
+    blobs: Blobs
+    patience: Patience
+    operations: Operations
+    rows: Rows
+    feed: Feed
+    stopping: bool = False
+
+    def apply_settings(self) -> None:
+        """Work with the settings in force from now on; no request is lost by it."""
+        config = self.settings.config
+        self.registry.agent_timeout = config.agent_timeout
+        self.scheduler.max_queue = config.max_queue
+        self.monitor.interval = config.health_check_interval
+        self.observation.limits.rows = config.history_rows
+        self.observation.limits.days = config.history_days
+        self.targets.default = Placement.parse(config.pull_placement)
+        self.patience.return_seconds = config.pull_patience
+        self.uploads.limit_bytes = int(config.max_spool_gibibytes * GIBIBYTE)
+        self.dispatch.plan()
+
+    def begin_stopping(self) -> None:
+        """Report not ready, and end the event streams of the dashboard."""
+        self.stopping = True
+        self.feed.close()
+
+    def stop_serving(self, reason: str) -> None:
+        """End every request and operation with an error to its client."""
+        self.begin_stopping()
+        self.dispatch.close(reason)
+        self.operations.close(reason)
