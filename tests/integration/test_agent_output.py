@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ollama_coordinator_agent import server_log
-from ollama_coordinator_agent.serve import ServeCommand
+from ollama_coordinator_agent import process
+from ollama_coordinator_agent.process import ServeCommand
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, is_gone, running
 
@@ -49,7 +49,7 @@ while True:
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_log, "LARGEST_BYTES", LARGEST)
+    monkeypatch.setattr(process, "LARGEST_BYTES", LARGEST)
 
 
 def script(folder: Path, text: str) -> Path:
@@ -71,7 +71,7 @@ async def test_a_log_that_grows_is_emptied_under_a_server_that_writes(tmp_path: 
     try:
         for _ in range(20):
             await eventually(lambda: log_file.stat().st_size > LARGEST)
-            server_log.keep_small(log_file)
+            process.keep_small(log_file)
             assert child.is_alive()
         assert len(sizes(log_file)) == 3
         assert max(sizes(log_file)[1:]) <= LARGEST
@@ -118,7 +118,7 @@ async def test_a_server_outlives_its_agent_and_goes_on_writing(tmp_path: Path) -
         log_file = tmp_path / "state" / f"ollama-{config.ollama_port}.log"
         async with running(config) as agent:
             await coordinator.next_report(lambda report: report.ollama_running)
-            child = agent._watch._keeper.child
+            child = agent.parts.watch._supervisor.child
             assert child is not None
         try:
             # Far more than a pipe that nobody reads would take.
@@ -142,6 +142,6 @@ def test_a_disk_that_takes_no_copy_is_not_filled(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(server_log, "_copy_end", full)
-    server_log.keep_small(log_file)
+    monkeypatch.setattr(process, "_copy_end", full)
+    process.keep_small(log_file)
     assert sizes(log_file) == [0]

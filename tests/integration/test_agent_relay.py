@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollama_coordinator_agent import reach
-from ollama_coordinator_agent.relay import Relay
+from ollama_coordinator_agent.relay import TcpRelay
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
 from support.deadline import DEADLINE_SECONDS
@@ -24,10 +24,10 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def relayed(serve: Serve) -> AsyncIterator[tuple[Relay, int]]:
+async def relayed(serve: Serve) -> AsyncIterator[tuple[TcpRelay, int]]:
     """A server behind a relay; yields the relay and its port."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    relay = Relay("127.0.0.1", server.sockets[0].getsockname()[1])
+    relay = TcpRelay("127.0.0.1", server.sockets[0].getsockname()[1])
     port = relay.listen(0)
     async with server, asyncio.timeout(DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(relay.run())
@@ -159,7 +159,7 @@ async def test_a_reset_by_ollama_is_a_reset_for_the_client() -> None:
 
 @pytest.mark.spec("AGENT-40")
 async def test_an_ollama_that_refuses_shows_as_a_reset() -> None:
-    relay = Relay("127.0.0.1", free_port())
+    relay = TcpRelay("127.0.0.1", free_port())
     port = relay.listen(0)
     async with asyncio.timeout(DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(relay.run())
@@ -185,11 +185,11 @@ async def test_a_stranger_is_refused_and_told_once(
 @pytest.mark.spec("AGENT-42")
 async def test_the_last_port_is_taken_again_if_it_is_free(tmp_path: Path) -> None:
     last = free_port()
-    first, second = Relay("127.0.0.1", 1), Relay("127.0.0.1", 1)
+    first, second = TcpRelay("127.0.0.1", 1), TcpRelay("127.0.0.1", 1)
     assert first.listen(0, fallback=last) == last
     assert second.listen(0, fallback=last) != last
     with pytest.raises(OSError, match=r"in use|permitted"):
-        Relay("127.0.0.1", 1).listen(last)
+        TcpRelay("127.0.0.1", 1).listen(last)
     for relay in (first, second):
         assert relay._listener is not None
         relay._listener.close()
@@ -304,7 +304,7 @@ async def test_a_relay_port_that_is_taken_is_told(
 
 
 def test_no_token_waits_for_more() -> None:
-    relay = Relay("127.0.0.1", free_port())
+    relay = TcpRelay("127.0.0.1", free_port())
     port = relay.listen(0)
     listener = relay._listener
     assert listener is not None

@@ -9,14 +9,14 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from ollama_coordinator_agent.daemon import Pace
+from ollama_coordinator_agent.pacing import AgentPace
 from ollama_coordinator_agent.reach import Offer
 from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import FAST, Coordinator, eventually, free_port, running
 from support.ollama import Model, StandIn
 
-SLOW = Pace(heartbeat=60, retry_first=0.02, retry_ceiling=0.1, rejected=0.1)
+SLOW = structs.replace(FAST, heartbeat=60)
 """With this pace, what arrives soon was sent because of news."""
 
 
@@ -48,7 +48,7 @@ async def test_an_agent_registers_and_reports_what_it_knows(tmp_path: Path) -> N
     assert json.loads(bytes(report.tags))["models"][0]["name"] == "llama3.2:latest"
     assert report.memory_total_bytes
     assert 0 < report.memory_usage <= 100
-    assert Pace().heartbeat == HEARTBEAT_SECONDS == 10
+    assert AgentPace().heartbeat == HEARTBEAT_SECONDS == 10
 
 
 @pytest.mark.spec("AGENT-6")
@@ -93,14 +93,12 @@ async def test_what_the_coordinator_has_against_a_machine_is_logged_and_shown(
         running(config_of(coordinator, ollama, tmp_path)) as daemon,
     ):
         coordinator.problem = problem
-        await eventually(
-            lambda: daemon.snapshot().coordinator_trouble == f"connected, but {problem}"
-        )
+        await eventually(lambda: daemon.view().coordinator_trouble == f"connected, but {problem}")
         told = len(coordinator.reports)
         await coordinator.until(lambda seen: len(seen.reports) > told + 3)
         assert caplog.text.count(problem) == 1
         coordinator.problem = None
-        await eventually(lambda: daemon.snapshot().coordinator_trouble is None)
+        await eventually(lambda: daemon.view().coordinator_trouble is None)
     assert caplog.text.count("all is well with the coordinator again") == 1
 
 
@@ -127,7 +125,7 @@ async def test_a_silent_ollama_counts_as_running_for_a_while_and_then_not(tmp_pa
         StandIn() as ollama,
         running(config_of(coordinator, ollama, tmp_path)) as daemon,
     ):
-        daemon._watch._ollama._timeout = aiohttp.ClientTimeout(total=0.05)
+        daemon.parts.watch._ollama._timeout = aiohttp.ClientTimeout(total=0.05)
         await coordinator.next_report(lambda report: bool(report.tags))
         with ollama.faults.hang(paths=["/api/version"]):
             report = await coordinator.next_report(lambda report: True)
@@ -163,9 +161,9 @@ async def test_an_expiry_that_moves_is_no_news(tmp_path: Path) -> None:
             ask = {"model": "a", "stream": False}
             await session.post(ollama.url + "/api/generate", json=ask)
             await coordinator.next_report(lambda report: b"a:latest" in bytes(report.ps))
-            first = daemon.snapshot().facts.ps
+            first = daemon.view().facts.ps
             await session.post(ollama.url + "/api/generate", json=ask)
-            await eventually(lambda: daemon.snapshot().facts.ps != first)
+            await eventually(lambda: daemon.view().facts.ps != first)
             reports = [report for report in coordinator.reports if b"a:latest" in bytes(report.ps)]
             assert len(reports) == 1
 
@@ -180,7 +178,7 @@ async def test_a_forgotten_agent_registers_at_once(tmp_path: Path) -> None:
         await coordinator.next_report(lambda report: bool(report.tags))
         registered = len(coordinator.registrations)
         coordinator.known.clear()
-        daemon._changed.set()
+        daemon.parts.changed.set()
         await coordinator.until(lambda seen: len(seen.registrations) == registered + 1)
         await coordinator.next_report(lambda report: True)
 
@@ -189,7 +187,7 @@ async def test_a_forgotten_agent_registers_at_once(tmp_path: Path) -> None:
 async def test_a_coordinator_that_comes_back_without_its_memory_is_joined_at_once(
     tmp_path: Path,
 ) -> None:
-    pace = Pace(heartbeat=0.1, retry_first=1.0, retry_ceiling=1.0)
+    pace = structs.replace(FAST, heartbeat=0.1, retry_first=1.0, retry_ceiling=1.0)
     async with (
         Coordinator() as coordinator,
         StandIn() as ollama,
@@ -211,7 +209,7 @@ async def test_a_coordinator_that_comes_back_without_its_memory_is_joined_at_onc
 async def test_a_coordinator_that_forgets_at_once_is_not_stormed(tmp_path: Path) -> None:
     async with Coordinator() as coordinator, StandIn() as ollama:
         coordinator.known = set_that_forgets()
-        pace = Pace(heartbeat=0.01, retry_first=0.05, retry_ceiling=10)
+        pace = structs.replace(FAST, heartbeat=0.01, retry_first=0.05, retry_ceiling=10)
         async with running(config_of(coordinator, ollama, tmp_path), pace=pace):
             loop = asyncio.get_running_loop()
             await coordinator.until(lambda seen: len(seen.registrations) >= 2)
@@ -236,8 +234,8 @@ async def test_another_address_is_registered(tmp_path: Path) -> None:
     ):
         await coordinator.next_report(lambda report: bool(report.tags))
         registered = len(coordinator.registrations)
-        daemon._reach.offer = Offer("192.0.2.200")
-        daemon._changed.set()
+        daemon.parts.reach.offer = Offer("192.0.2.200")
+        daemon.parts.changed.set()
         await coordinator.until(lambda seen: len(seen.registrations) == registered + 1)
     assert coordinator.registrations[-1].ip_address == "127.0.0.1"
 
@@ -265,7 +263,7 @@ async def test_a_refusal_is_told_in_the_coordinators_words(
             coordinator.answer = None
             await coordinator.next_report(lambda report: True)
     assert caplog.text.count("machine_name is taken") == 1
-    assert Pace().rejected == 60
+    assert AgentPace().rejected == 60
 
 
 @pytest.mark.spec("AGENT-14")
@@ -321,8 +319,8 @@ async def test_connections_of_others_count_as_requests(tmp_path: Path) -> None:
         other = await asyncio.create_subprocess_exec(
             "python3", "-c", code + " sys.stdin.read()", stdin=asyncio.subprocess.PIPE
         )
-        if daemon._meter.latest.connections is not None:
-            daemon._meter._interval_seconds = 0.05
+        if daemon.parts.meter.latest.connections is not None:
+            daemon.parts.meter._interval_seconds = 0.05
             await coordinator.next_report(lambda report: report.active_requests == 1)
         other.kill()
         await other.wait()

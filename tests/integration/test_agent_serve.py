@@ -12,8 +12,8 @@ import aiohttp
 import psutil
 import pytest
 
-from ollama_coordinator_agent.serve import Child, ServeCommand
-from ollama_coordinator_agent.state import State
+from ollama_coordinator_agent.process import Child, ServeCommand
+from ollama_coordinator_agent.state import StateFolder
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import RunnerSettings
 from support.agent_world import Coordinator, OllamaProgram, eventually, free_port, is_gone, running
@@ -78,7 +78,7 @@ async def test_what_the_agent_started_ends_with_it_runners_too(
     assert is_gone(start.pid)
     await eventually(lambda: is_gone(start.runner))  # killed; the system buries it when it can
     assert coordinator.reports[-1].leaving
-    assert State(tmp_state(config), config.ollama_port).memory.child is None
+    assert StateFolder(tmp_state(config), config.ollama_port).last_run.child is None
 
 
 def tmp_state(config: AgentConfig) -> Path:

@@ -18,19 +18,18 @@ import psutil
 from aiohttp import web
 
 from ollama_coordinator_agent.assembly import assembled
-from ollama_coordinator_agent.daemon import Daemon, Pace
-from ollama_coordinator_agent.keeper import KeeperPace
-from ollama_coordinator_agent.watch import WatchPace
+from ollama_coordinator_agent.daemon import Daemon
+from ollama_coordinator_agent.pacing import AgentPace
 from ollama_coordinator_common.protocol import HealthReport, LogReport, RegisterRequest
 from ollama_coordinator_common.settings import AgentConfig
 
 from .deadline import DEADLINE_SECONDS
 
-FAST = Pace(heartbeat=0.1, retry_first=0.02, retry_ceiling=0.1, rejected=0.1, first_look=2.0)
-FAST_WATCH = WatchPace(look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.1)
-FAST_KEEPER = KeeperPace(
-    patience=0.0, adopted_patience=0.0, restart_first=0.05, restart_ceiling=0.2
-)
+FAST = AgentPace(
+    heartbeat=0.1, retry_first=0.02, retry_ceiling=0.1, rejected=0.1, first_look=2.0,
+    look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.1,
+    start_after=0.0, adopted_start_after=0.0, restart_first=0.05, restart_ceiling=0.2,
+)  # fmt: skip
 
 
 class Report(HealthReport, frozen=True):
@@ -152,14 +151,12 @@ def _again(answer: web.Response) -> web.Response:
 
 @asynccontextmanager
 async def running(
-    config: AgentConfig, environ: dict[str, str] | None = None, *, pace: Pace = FAST
+    config: AgentConfig, environ: dict[str, str] | None = None, *, pace: AgentPace = FAST
 ) -> AsyncIterator[Daemon]:
     """An agent in this process, stopped as a signal would."""
     everything = {"PATH": os.environ.get("PATH", ""), **(environ or {})}
     async with (
-        assembled(
-            config, everything, pace=pace, watch_pace=FAST_WATCH, keeper_pace=FAST_KEEPER
-        ) as daemon,
+        assembled(config, everything, pace=pace) as daemon,
         asyncio.TaskGroup() as tasks,
     ):
         task = tasks.create_task(daemon.run())

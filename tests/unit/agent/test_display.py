@@ -5,9 +5,9 @@ import logging
 import pytest
 from rich.console import Console
 
-from ollama_coordinator_agent.display import Snapshot, render
+from ollama_coordinator_agent.display import StatusView, render
 from ollama_coordinator_agent.metrics import Readings
-from ollama_coordinator_agent.ollama import Inventory, Presence
+from ollama_coordinator_agent.ollama import ModelList, Presence
 from ollama_coordinator_agent.watch import Facts
 from ollama_coordinator_common.commandline import EventFormatter
 from ollama_coordinator_common.types import Gpu, RunnerSettings
@@ -18,7 +18,7 @@ def shown(facts: Facts, readings: Readings, **rest: object) -> str:
     with console.capture() as capture:
         console.print(
             render(
-                Snapshot(
+                StatusView(
                     machine_name="gpu-1",
                     coordinator_url="http://c:8080",
                     ollama_url="http://127.0.0.1:11434",
@@ -33,9 +33,9 @@ def shown(facts: Facts, readings: Readings, **rest: object) -> str:
 
 @pytest.mark.spec("AGENT-5")
 def test_the_table_shows_what_is_known() -> None:
-    many = Inventory(b"{}", tuple((f"m{n}:latest", "", None) for n in range(14)))
+    many = ModelList(b"{}", tuple((f"m{n}:latest", "", None) for n in range(14)))
     text = shown(
-        Facts(Presence.ANSWERING, "0.33.0", many, Inventory(b"{}"), {}, RunnerSettings(4)),
+        Facts(Presence.ANSWERING, "0.33.0", many, ModelList(b"{}"), {}, RunnerSettings(4)),
         Readings(50.0, 91.0, 2**34, 2**31, [Gpu("RTX", 0, 2**34, 2**33, 75.0, 61.0)]),
         agent_id="agent-7",
         ip_address="192.0.2.4",

@@ -4,14 +4,9 @@ import socket
 
 import pytest
 
-from ollama_coordinator_agent.network import (
-    accepts,
-    coordinator_address,
-    is_loopback,
-    local_address,
-    resolve,
-)
-from ollama_coordinator_agent.relay import Relay, parse_networks
+from ollama_coordinator_agent.reach import accepts, coordinator_address, resolve
+from ollama_coordinator_agent.relay import TcpRelay, parse_networks
+from ollama_coordinator_common.network import is_loopback, local_address
 
 
 @pytest.mark.spec("AGENT-11")
@@ -77,6 +72,6 @@ def test_which_hosts_are_loopback() -> None:
     ],
 )
 def test_who_may_use_the_relay(peer: str, passes: bool) -> None:
-    relay = Relay("127.0.0.1", 11434, parse_networks(["10.0.0.0/8", " 2001:db8::/32", ""]))
+    relay = TcpRelay("127.0.0.1", 11434, parse_networks(["10.0.0.0/8", " 2001:db8::/32", ""]))
     relay.admit_coordinator(["192.0.2.10"])
     assert relay.is_allowed(peer, local="192.0.2.7") is passes

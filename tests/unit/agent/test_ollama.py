@@ -24,7 +24,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.mark.spec("AGENT-32")
 async def test_the_bodies_are_ollamas_own(session: aiohttp.ClientSession) -> None:
     async with StandIn([Model("llama3.2", size_bytes=5)]) as stand_in:
-        ollama = Ollama(session, stand_in.url)
+        ollama = Ollama(session, "127.0.0.1", stand_in.port)
         async with session.get(stand_in.url + "/api/tags") as response:
             body = await response.read()
         tags = await ollama.tags()
@@ -37,11 +37,11 @@ async def test_the_bodies_are_ollamas_own(session: aiohttp.ClientSession) -> Non
 @pytest.mark.spec("AGENT-30")
 async def test_nothing_and_silence_are_two_things(session: aiohttp.ClientSession) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        port = server.getsockname()[1]
         with pytest.raises(OllamaSilent):
-            await Ollama(session, url, timeout_seconds=0.05).version()
+            await Ollama(session, "127.0.0.1", port, timeout_seconds=0.05).version()
     with pytest.raises(OllamaAbsent):
-        await Ollama(session, url).version()
+        await Ollama(session, "127.0.0.1", port).version()
 
 
 @pytest.mark.spec("AGENT-31")
@@ -52,8 +52,8 @@ async def test_another_program_is_recognised(session: aiohttp.ClientSession, bod
             stand_in.faults.status(200, raw=body, paths=["/api/version"]),
             pytest.raises(NotOllama),
         ):
-            await Ollama(session, stand_in.url).version()
+            await Ollama(session, "127.0.0.1", stand_in.port).version()
         with stand_in.faults.status(404, paths=["/api/version"]), pytest.raises(NotOllama):
-            await Ollama(session, stand_in.url).version()
+            await Ollama(session, "127.0.0.1", stand_in.port).version()
         with stand_in.faults.status(500, paths=["/api/version"]), pytest.raises(OllamaSilent):
-            await Ollama(session, stand_in.url).version()
+            await Ollama(session, "127.0.0.1", stand_in.port).version()

@@ -6,22 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from ollama_coordinator_agent.lock import AlreadyRunning, only_one
-from ollama_coordinator_agent.state import ChildRecord, Memory, State
+from ollama_coordinator_agent.state import AlreadyRunning, ChildRecord, LastRun, StateFolder
 
 
 @pytest.mark.spec("AGENT-19")
 def test_the_machine_id_is_the_same_for_every_agent_and_every_run(tmp_path: Path) -> None:
-    first = State(tmp_path / "state", 11434).machine_id()
+    first = StateFolder(tmp_path / "state", 11434).machine_id()
     assert first
-    assert State(tmp_path / "state", 11435).machine_id() == first
+    assert StateFolder(tmp_path / "state", 11435).machine_id() == first
 
 
 MAKE_ID = """
 import sys
 from pathlib import Path
-from ollama_coordinator_agent.state import State
-print(State(Path(sys.argv[1]), int(sys.argv[2])).machine_id())
+from ollama_coordinator_agent.state import StateFolder
+print(StateFolder(Path(sys.argv[1]), int(sys.argv[2])).machine_id())
 """
 
 
@@ -37,7 +36,9 @@ def test_agents_that_start_at_the_same_moment_agree(tmp_path: Path) -> None:
 
 @pytest.mark.spec("AGENT-19")
 def test_two_machines_have_two_ids(tmp_path: Path) -> None:
-    assert State(tmp_path / "a", 1).machine_id() != State(tmp_path / "b", 1).machine_id()
+    assert (
+        StateFolder(tmp_path / "a", 1).machine_id() != StateFolder(tmp_path / "b", 1).machine_id()
+    )
 
 
 @pytest.mark.spec("AGENT-20")
@@ -46,10 +47,10 @@ def test_a_damaged_machine_id_is_told_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     (tmp_path / "machine-id").write_bytes(content)
-    fresh = State(tmp_path, 11434).machine_id()
+    fresh = StateFolder(tmp_path, 11434).machine_id()
     assert fresh
     assert "damaged" in caplog.text
-    assert State(tmp_path, 11434).machine_id() == fresh
+    assert StateFolder(tmp_path, 11434).machine_id() == fresh
 
 
 @pytest.mark.spec("AGENT-20")
@@ -57,19 +58,19 @@ def test_a_folder_that_cannot_be_used_is_told_and_survived(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    state = State(tmp_path / "file" / "state", 11434)
+    state = StateFolder(tmp_path / "file" / "state", 11434)
     assert state.machine_id() is None
     assert "AGENT_STATE_DIR" in caplog.text
     state.remember(agent_id="a")
-    assert state.memory.agent_id == "a"
+    assert state.last_run.agent_id == "a"
 
 
 @pytest.mark.spec("AGENT-42")
 def test_what_was_remembered_is_known_to_the_next_run(tmp_path: Path) -> None:
     child = ChildRecord(pid=12, created=3.5)
-    State(tmp_path, 11434).remember(relay_port=4000, child=child)
-    assert State(tmp_path, 11434).memory == Memory(relay_port=4000, child=child)
-    assert State(tmp_path, 11435).memory == Memory()
+    StateFolder(tmp_path, 11434).remember(relay_port=4000, child=child)
+    assert StateFolder(tmp_path, 11434).last_run == LastRun(relay_port=4000, child=child)
+    assert StateFolder(tmp_path, 11435).last_run == LastRun()
 
 
 @pytest.mark.spec("AGENT-20")
@@ -77,16 +78,20 @@ def test_a_damaged_memory_is_told_and_forgotten(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "agent-11434.json").write_text('{"agent_id": 5')
-    assert State(tmp_path, 11434).memory == Memory()
+    assert StateFolder(tmp_path, 11434).last_run == LastRun()
     assert "starting afresh" in caplog.text
 
 
 @pytest.mark.spec("AGENT-21")
 def test_the_lock_is_held_once_and_free_afterwards(tmp_path: Path) -> None:
-    file = tmp_path / "state" / "agent.lock"
-    with only_one(file), pytest.raises(AlreadyRunning, match="OLLAMA_PORT"), only_one(file):
+    first, second = (StateFolder(tmp_path / "state", 11434) for _ in range(2))
+    with (
+        first.only_agent(),
+        pytest.raises(AlreadyRunning, match="OLLAMA_PORT"),
+        second.only_agent(),
+    ):
         pass
-    with only_one(file), only_one(tmp_path / "state" / "other.lock"):
+    with second.only_agent(), StateFolder(tmp_path / "state", 11435).only_agent():
         pass
 
 
@@ -95,7 +100,7 @@ def test_a_place_that_cannot_lock_is_told_and_survived(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    with only_one(tmp_path / "file" / "agent.lock"):
+    with StateFolder(tmp_path / "file", 11434).only_agent():
         assert "unnoticed" in caplog.text
 
 
@@ -108,5 +113,5 @@ def test_a_file_system_without_links_will_do(
         raise PermissionError("links are not supported")
 
     monkeypatch.setattr("os.link", no_links)
-    first = State(tmp_path, 11434).machine_id()
-    assert first == State(tmp_path, 11434).machine_id()
+    first = StateFolder(tmp_path, 11434).machine_id()
+    assert first == StateFolder(tmp_path, 11434).machine_id()

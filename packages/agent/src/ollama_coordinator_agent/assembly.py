@@ -1,60 +1,79 @@
-"""Where the agent's parts meet; the only place that knows all of them."""
+"""Where the agent's parts meet: to run, or for one look at everything."""
 
 import asyncio
 import logging
-import platform
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import aiohttp
-import platformdirs
 
 from ollama_coordinator_common.settings import AgentConfig
+from ollama_coordinator_common.types import AgentStatus
 
-from .client import CoordinatorClient
-from .daemon import Daemon, Pace
-from .keeper import Keeper, KeeperPace
-from .lock import only_one
-from .metrics import Meter
-from .network import netloc, reachable
-from .ollama import Ollama
-from .reach import Reach
+from .client import CoordinatorClient, CoordinatorError
+from .daemon import AgentParts, Daemon
+from .display import StatusView
+from .metrics import FIRST_SAMPLE_SECONDS, Meter
+from .ollama import (
+    Ollama,
+    OllamaError,
+    Presence,
+    environment_of_listener,
+    model_folders,
+    ollama_host,
+    runner_settings,
+)
+from .pacing import AgentPace
+from .process import ServeCommand, find_binary
+from .reach import Reach, needs_relay, own_address
 from .recent import Logs, Recent
-from .relay import Relay, parse_networks
-from .serve import ServeCommand, find_binary
-from .server_settings import model_folders, serve_host
-from .state import State
-from .watch import Watch, WatchPace
+from .relay import TcpRelay, parse_networks
+from .settings import machine_name, state_folder
+from .state import StateFolder
+from .supervisor import GET_OLLAMA, Supervisor
+from .watch import Facts, Watch
+
+PACE = AgentPace()
 
 
-def state_folder(config: AgentConfig) -> Path:
-    """Where the agent keeps its files."""
-    fallback = platformdirs.user_state_path("ollama-coordinator-agent", appauthor=False)
-    return config.state_dir or fallback
+@asynccontextmanager
+async def assembled(
+    config: AgentConfig, environ: Mapping[str, str], *, pace: AgentPace = PACE
+) -> AsyncIterator[Daemon]:
+    """A daemon that is ready to run; what it uses is closed after the block.
 
-
-def machine_name(config: AgentConfig) -> str:
-    """What people call this machine."""
-    return config.machine_name or platform.node() or "unknown"
-
-
-def ollama_host(environ: Mapping[str, str]) -> str:
-    """Where, seen from here, Ollama listens."""
-    return reachable(serve_host(environ))
-
-
-def serve_command(
-    config: AgentConfig, environ: Mapping[str, str], log_file: Path
-) -> ServeCommand | None:
-    """How to start Ollama here; `None` if it is not installed."""
-    binary = find_binary(config.ollama_binary, environ)
-    if binary is None:
-        return None
-    return ServeCommand(binary, environ, config.ollama_port, log_file)
-
-
-PACE, WATCH_PACE, KEEPER_PACE = Pace(), WatchPace(), KeeperPace()
+    Raises:
+        AlreadyRunning: another agent looks after the same Ollama.
+    """
+    state = StateFolder(state_folder(config), config.ollama_port)
+    host = ollama_host(environ)
+    changed = asyncio.Event()
+    relay = TcpRelay(host, config.ollama_port, parse_networks(config.relay_allow))
+    supervisor = Supervisor(
+        serve_command(config, environ, state.log_file),
+        state,
+        pace,
+        may_start=config.manage_ollama,
+        keep=config.keep_ollama,
+    )
+    async with AsyncExitStack() as stack:
+        stack.enter_context(state.only_agent())
+        recent = stack.enter_context(_recording())
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
+        stack.enter_context(meter)
+        ollama = Ollama(session, host, config.ollama_port)
+        parts = AgentParts(
+            client=CoordinatorClient(session, config.coordinator_url),
+            watch=Watch(ollama, supervisor, environ, changed, pace),
+            reach=Reach(config, relay, state, changed, pace),
+            meter=meter,
+            state=state,
+            logs=Logs(recent, state.log_file),
+            changed=changed,
+        )
+        yield Daemon(config, parts, pace)
 
 
 @contextmanager
@@ -68,50 +87,83 @@ def _recording() -> Iterator[Recent]:
         logging.getLogger().removeHandler(recent)
 
 
-@asynccontextmanager
-async def assembled(
-    config: AgentConfig,
-    environ: Mapping[str, str],
-    *,
-    pace: Pace = PACE,
-    watch_pace: WatchPace = WATCH_PACE,
-    keeper_pace: KeeperPace = KEEPER_PACE,
-) -> AsyncIterator[Daemon]:
-    """A daemon that is ready to run, holding what must be closed afterwards.
+def serve_command(
+    config: AgentConfig, environ: Mapping[str, str], log_file: Path
+) -> ServeCommand | None:
+    """How to start Ollama here; `None` if it is not installed."""
+    binary = find_binary(config.ollama_binary, environ)
+    if binary is None:
+        return None
+    return ServeCommand(binary, environ, config.ollama_port, log_file)
 
-    Raises:
-        AlreadyRunning: another agent looks after the same Ollama.
-    """
-    state = State(state_folder(config), config.ollama_port)
+
+async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusView:
+    """One look at everything, which changes nothing; what is wrong is in the view's troubles."""
+    state = StateFolder(state_folder(config), config.ollama_port)
+    agent_id = state.last_run.agent_id
     host = ollama_host(environ)
-    changed = asyncio.Event()
-    relay = Relay(host, config.ollama_port, parse_networks(config.relay_allow))
-    async with AsyncExitStack() as stack:
-        stack.enter_context(only_one(state.lock_file))
-        recent = stack.enter_context(_recording())
-        session = await stack.enter_async_context(aiohttp.ClientSession())
-        meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
-        stack.enter_context(meter)
-        command = serve_command(config, environ, state.log_file)
-        watch = Watch(
-            Ollama(session, f"http://{netloc(host, config.ollama_port)}"),
-            Keeper(command, state, may_start=config.manage_ollama, pace=keeper_pace),
-            environ=environ,
-            port=config.ollama_port,
-            changed=changed,
-            keep_server=config.keep_ollama,
-            pace=watch_pace,
-        )
-        yield Daemon(
-            config,
-            client=CoordinatorClient(session, config.coordinator_url),
-            watch=watch,
-            reach=Reach(config, relay, state, ollama_host=host, changed=changed),
-            relay=relay,
-            meter=meter,
-            state=state,
-            logs=Logs(recent, state.log_file),
-            machine_name=machine_name(config),
-            changed=changed,
-            pace=pace,
-        )
+    meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
+    async with aiohttp.ClientSession() as session:
+        ollama = Ollama(session, host, config.ollama_port)
+        facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)
+        client = CoordinatorClient(session, config.coordinator_url)
+        coordinator_trouble = await _look_at_coordinator(client, agent_id)
+    address = await own_address(config)
+    is_relayed = address and await needs_relay(config, address, host)
+    meter.read()
+    await asyncio.sleep(FIRST_SAMPLE_SECONDS)  # the CPU's share is that since the previous look
+    readings = meter.read()
+    return StatusView(
+        machine_name=machine_name(config),
+        coordinator_url=config.coordinator_url,
+        ollama_url=ollama.url,
+        facts=facts,
+        readings=readings,
+        agent_id=agent_id,
+        machine_id=state.machine_id(create=False),
+        ip_address=address,
+        relay_port=state.last_run.relay_port if is_relayed else None,
+        active_requests=readings.connections or 0,
+        coordinator_trouble=coordinator_trouble,
+        ollama_trouble=ollama_trouble,
+    )
+
+
+async def _look_at_ollama(
+    ollama: Ollama, config: AgentConfig, environ: Mapping[str, str]
+) -> tuple[Facts, str | None]:
+    try:
+        version = await ollama.version()
+        tags, ps = await ollama.tags(), await ollama.ps()
+    except OllamaError as exc:
+        return Facts(presence=exc.presence), _advice(exc, config, environ)
+    of_server = await asyncio.to_thread(environment_of_listener, config.ollama_port)
+    runner = None if of_server is None else runner_settings(of_server, version)
+    facts = Facts(Presence.ANSWERING, version=version, tags=tags, ps=ps, runner=runner)
+    return facts, None
+
+
+def _advice(exc: OllamaError, config: AgentConfig, environ: Mapping[str, str]) -> str:
+    if exc.presence is not Presence.ABSENT:
+        return str(exc)
+    command = serve_command(config, environ, state_folder(config) / "unused")
+    if command is None:
+        return f"{exc}, and it is not installed; {GET_OLLAMA}"
+    if not config.manage_ollama:
+        return f"{exc}; start `ollama serve` (AGENT_MANAGE_OLLAMA is false)"
+    return f"{exc}; `ollama-coordinator-agent run` would start {command.binary}"
+
+
+async def _look_at_coordinator(client: CoordinatorClient, agent_id: str | None) -> str | None:
+    try:
+        agents = await client.agents()
+    except CoordinatorError as exc:
+        return str(exc)
+    ours = next((agent for agent in agents if agent.id == agent_id), None)
+    if ours is None:
+        return "reachable, but this machine is not registered; start `ollama-coordinator-agent run`"
+    if ours.status is AgentStatus.OFFLINE:
+        return "reachable, but it sees this machine offline; is the agent running?"
+    if ours.out_of_rotation is not None:
+        return f"reachable, but it sends no requests to {ours.url}: {ours.out_of_rotation}"
+    return f"reachable, but {ours.conflict}" if ours.conflict else None

@@ -1,7 +1,7 @@
 """The agent's loop: register, report every few seconds, register again when forgotten.
 
-A heartbeat only ever waits for the coordinator. Everything it carries is gathered by others (the
-watch, the meter, the reach) at their own speed; it takes what they know at that moment.
+A heartbeat waits for nothing but the coordinator. The watch, the meter and the reach gather what it
+carries, each at its own speed; the heartbeat takes what they know at that moment.
 """
 
 import asyncio
@@ -11,12 +11,7 @@ import uuid
 
 from msgspec import UNSET, Raw, Struct
 
-from ollama_coordinator_common.protocol import (
-    HEARTBEAT_SECONDS,
-    HealthReply,
-    HealthReport,
-    RegisterRequest,
-)
+from ollama_coordinator_common.protocol import HealthReply, HealthReport, RegisterRequest
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentId
 
@@ -28,73 +23,52 @@ from .client import (
     Forgotten,
     Rejected,
 )
-from .display import Snapshot
+from .display import StatusView
 from .metrics import Meter
-from .pacing import Backoff, Reminder, forever
+from .pacing import AgentPace, Backoff, Reminder, forever
 from .reach import Offer, Reach
 from .recent import Logs
-from .relay import Relay
-from .state import State
+from .settings import machine_name
+from .state import StateFolder
 from .watch import Watch
 
 log = logging.getLogger(__name__)
 
 
-class Pace(Struct, frozen=True, kw_only=True):
-    """How fast the agent's loops turn, in seconds."""
+class AgentParts(Struct, frozen=True, kw_only=True):
+    """What a daemon works with; `changed` brings the next heartbeat forward."""
 
-    heartbeat: float = HEARTBEAT_SECONDS
-    retry_first: float = 1.0
-    retry_ceiling: float = 15.0
-    rejected: float = 60.0
-    first_look: float = 2.0
-    goodbye: float = 2.0
-    watched: float = 2.0
+    client: CoordinatorClient
+    watch: Watch
+    reach: Reach
+    meter: Meter
+    state: StateFolder
+    logs: Logs
+    changed: asyncio.Event
 
 
 class Daemon:
-    """Represents one Ollama to one coordinator; `changed` brings the next heartbeat forward."""
+    """Represents one Ollama to one coordinator."""
 
-    def __init__(
-        self,
-        config: AgentConfig,
-        *,
-        client: CoordinatorClient,
-        watch: Watch,
-        reach: Reach,
-        relay: Relay,
-        meter: Meter,
-        state: State,
-        logs: Logs,
-        machine_name: str,
-        changed: asyncio.Event,
-        pace: Pace,
-    ) -> None:
+    def __init__(self, config: AgentConfig, parts: AgentParts, pace: AgentPace) -> None:
         self.agent_id: AgentId | None = None
         self.trouble: str | None = "not registered yet"
+        self.parts = parts
         self._config = config
-        self._machine_name = machine_name
-        self._watch = watch
-        self._reach = reach
-        self._relay = relay
-        self._meter = meter
-        self._client = client
-        self._state = state
-        self._logs = logs
-        self._changed = changed
         self._pace = pace
-        self._machine_id = state.machine_id()
+        self._machine_name = machine_name(config)
+        self._machine_id = parts.state.machine_id()
         self._instance_id = uuid.uuid4().hex
-        self._previous_instance_id = state.memory.instance_id
+        self._previous_instance_id = parts.state.last_run.instance_id
         self._backoff = Backoff(pace.retry_first, pace.retry_ceiling)
         self._reminder = Reminder()
-        self._is_proven = False  # whether a heartbeat was taken since the registration
+        self._is_proven = False  # whether a heartbeat was accepted since the registration
 
     async def run(self) -> None:
-        """Serve until cancelled; then say goodbye, and only then let Ollama and the relay go."""
+        """Report until cancelled; then say goodbye, and only then end Ollama and the relay."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch.run())
-            tasks.create_task(self._reach.run())
+            tasks.create_task(self.parts.watch.run())
+            tasks.create_task(self.parts.reach.run())
             try:
                 await self._take_a_first_look()
                 await forever(self._one_registration)
@@ -102,62 +76,64 @@ class Daemon:
                 await self._say_goodbye()
 
     async def _take_a_first_look(self) -> None:
-        """Give Ollama and the sensors a moment, so that the first report is not empty."""
+        """Wait a moment for Ollama and the sensors, so that the first report is not empty."""
         try:
             async with asyncio.timeout(self._pace.first_look):
-                await self._watch.looked.wait()
+                await self.parts.watch.looked.wait()
         except TimeoutError:
             log.debug("Ollama has not been looked at yet")
-        await asyncio.to_thread(self._meter.ready.wait, self._pace.first_look)
+        await asyncio.to_thread(self.parts.meter.ready.wait, self._pace.first_look)
 
     async def _one_registration(self) -> float:
-        """Register, then report until the coordinator forgets us or that is no longer true."""
+        """Register, then report until the coordinator forgets us or what was registered changes."""
         try:
-            request = self._request(await self._reach.refresh())
-            reply = await self._client.register(request)
+            request = self._request(await self.parts.reach.refresh())
+            reply = await self.parts.client.register(request)
             if reply.agent_id != self.agent_id:
-                log.info("registered", extra={"agent_id": reply.agent_id, "to": self._client.url})
+                log.info(
+                    "registered", extra={"agent_id": reply.agent_id, "to": self.parts.client.url}
+                )
             self.agent_id = reply.agent_id
-            self._state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
+            self.parts.state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
             self._is_proven = False
             await self._report_while_true(request, reply.agent_id)
         except Forgotten:
             self.trouble = "the coordinator forgot this agent"
             log.warning("the coordinator forgot this agent; registering again")
             if not self._is_proven:
-                # It forgets as fast as we register; that must not become a storm.
+                # It forgets as fast as we register: without a delay that would be a storm.
                 return self._backoff.next()
             self._backoff.reset()
         except CoordinatorError as exc:
-            self._tell(exc)
+            self._note_trouble(exc)
             return self._delay_after(exc)
         return 0.0
 
     async def _report_while_true(self, registered: RegisterRequest, agent_id: AgentId) -> None:
-        """Send heartbeats for as long as what was registered is still so."""
+        """Send heartbeats for as long as what was registered is still true."""
         loop = asyncio.get_running_loop()
-        while self._request(self._reach.offer) == registered:
-            self._changed.clear()
+        while self._request(self.parts.reach.offer) == registered:
+            self.parts.changed.clear()
             next_at = loop.time() + self._pace.heartbeat
             try:
-                reply = await self._client.report(self._report(agent_id))
+                reply = await self.parts.client.report(self._report(agent_id))
                 if reply.log_after is not UNSET:
                     await self._send_log(agent_id, reply.log_after)
-                    next_at = min(next_at, loop.time() + self._pace.watched)
+                    next_at = min(next_at, loop.time() + self._pace.heartbeat_watched)
             except Forgotten:
                 raise
             except CoordinatorError as exc:
-                self._tell(exc)
+                self._note_trouble(exc)
                 next_at = loop.time() + self._delay_after(exc)
             else:
-                self._taken(reply)
+                self._note_accepted(reply)
             await self._wait_for_news(next_at)
 
     async def _send_log(self, agent_id: AgentId, after: int) -> None:
-        """Send what is wanted of the log; trouble with it does no harm to the heartbeats."""
+        """Send the wanted lines of the log; a failure does not disturb the heartbeats."""
         try:
-            async with self._logs.news(after) as report:
-                await self._client.send_log(agent_id, report)
+            async with self.parts.logs.news(after) as report:
+                await self.parts.client.send_log(agent_id, report)
         except Forgotten:
             raise
         except CoordinatorError as exc:
@@ -166,24 +142,24 @@ class Daemon:
     async def _wait_for_news(self, until: float) -> None:
         try:
             async with asyncio.timeout_at(until):
-                await self._changed.wait()
+                await self.parts.changed.wait()
         except TimeoutError:
             return
 
     async def _say_goodbye(self) -> None:
-        """Tell the coordinator, if it is there, that nothing more is to be sent here."""
+        """Report to the coordinator, if it is there, that this agent leaves."""
         if self.agent_id is None:
             return
         try:
             async with asyncio.timeout(self._pace.goodbye):
-                await self._client.report(self._report(self.agent_id, leaving=True))
+                await self.parts.client.report(self._report(self.agent_id, leaving=True))
         except (CoordinatorError, TimeoutError) as exc:
             log.warning("left without a goodbye", extra={"reason": str(exc) or "timed out"})
         else:
             log.info("said goodbye to the coordinator")
 
-    def _tell(self, exc: CoordinatorError) -> None:
-        """Note why the coordinator did not take what was sent."""
+    def _note_trouble(self, exc: CoordinatorError) -> None:
+        """Note why the coordinator did not accept what was sent."""
         self.trouble = str(exc)
         self._remind(f"{self.trouble} (it is tried again)")
 
@@ -192,28 +168,28 @@ class Daemon:
         if self._reminder.due(trouble, asyncio.get_running_loop().time()):
             log.warning(trouble)
 
-    def _taken(self, reply: HealthReply) -> None:
-        """A report was taken; what the coordinator says against this machine is a trouble too."""
+    def _note_accepted(self, reply: HealthReply) -> None:
+        """A report was accepted; a problem that the reply names is a trouble all the same."""
         self._is_proven = True
         self._backoff.reset()
         self.trouble = None if reply.problem is UNSET else f"connected, but {reply.problem}"
         if self.trouble is not None:
             self._remind(self.trouble)
         elif self._reminder.over():
-            log.info("all is well with the coordinator again", extra={"url": self._client.url})
+            log.info("all is well with the coordinator again", extra={"url": self.parts.client.url})
 
     def _delay_after(self, exc: CoordinatorError) -> float:
-        """A refusal stays one until an operator acts: it is tried again slowly."""
+        """The seconds until the next try; after a refusal only an operator can change anything."""
         return self._pace.rejected if isinstance(exc, Rejected) else self._backoff.next()
 
-    def snapshot(self) -> Snapshot:
+    def view(self) -> StatusView:
         """What the terminal shows."""
-        offer, readings = self._reach.offer, self._meter.latest
-        return Snapshot(
+        offer, readings = self.parts.reach.offer, self.parts.meter.latest
+        return StatusView(
             machine_name=self._machine_name,
-            coordinator_url=self._client.url,
-            ollama_url=self._watch.url,
-            facts=self._watch.facts,
+            coordinator_url=self.parts.client.url,
+            ollama_url=self.parts.watch.url,
+            facts=self.parts.watch.facts,
             readings=readings,
             agent_id=self.agent_id,
             machine_id=self._machine_id,
@@ -224,18 +200,18 @@ class Daemon:
         )
 
     def _active_requests(self) -> int:
-        return (self._meter.latest.connections or 0) + self._relay.open_connections
+        return (self.parts.meter.latest.connections or 0) + self.parts.reach.relayed_connections
 
     def _request(self, offer: Offer | None) -> RegisterRequest:
         if offer is None:
             raise CoordinatorUnreachable(
-                f"no way to {self._client.url}: its host name does not resolve, or there is no"
+                f"no way to {self.parts.client.url}: its host name does not resolve, or there is no"
                 " network; check COORDINATOR_URL, or set AGENT_IP_ADDRESS"
             )
         return RegisterRequest(
             machine_name=self._machine_name,
             ip_address=offer.ip_address,
-            ollama_version=self._watch.facts.version or "",
+            ollama_version=self.parts.watch.facts.version or "",
             ollama_port=self._config.ollama_port,
             machine_id=self._machine_id,
             relay_port=offer.relay_port,
@@ -246,8 +222,8 @@ class Daemon:
         )
 
     def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:
-        facts, readings = self._watch.facts, self._meter.latest
-        inventories = {"tags": facts.tags, "ps": facts.ps}
+        facts, readings = self.parts.watch.facts, self.parts.meter.latest
+        lists = {"tags": facts.tags, "ps": facts.ps}
         return HealthReport(
             agent_id=agent_id,
             cpu_usage=readings.cpu_percent,
@@ -262,5 +238,5 @@ class Daemon:
             model_blobs=facts.blobs,
             leaving=leaving,
             instance_id=self._instance_id,
-            **{name: Raw(known.body) for name, known in inventories.items() if known},
+            **{name: Raw(known.body) for name, known in lists.items() if known},
         )

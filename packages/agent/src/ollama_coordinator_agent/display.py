@@ -1,4 +1,4 @@
-"""What a terminal shows of an agent: one table, live while it runs, once for `status`."""
+"""The table that a terminal shows of an agent: live while it runs, once for `status`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from ollama_coordinator_common.types import Gpu
 
 from .metrics import Readings
-from .ollama import Inventory
+from .ollama import ModelList
 from .pacing import forever
 from .watch import Facts
 
@@ -19,7 +19,7 @@ GIBIBYTE = 1024**3
 REFRESH_SECONDS = 0.5
 
 
-class Snapshot(Struct, frozen=True):
+class StatusView(Struct, frozen=True):
     """Everything the table shows; a `trouble` is a sentence for the operator."""
 
     machine_name: str
@@ -36,42 +36,42 @@ class Snapshot(Struct, frozen=True):
     ollama_trouble: str | None = None
 
 
-def render(snapshot: Snapshot) -> RenderableType:
-    """The table of one snapshot."""
+def render(view: StatusView) -> RenderableType:
+    """The table of one view."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in (*_who(snapshot), *_ollama(snapshot), *_machine(snapshot.readings)):
+    for label, value in (*_identity(view), *_ollama(view), *_machine(view.readings)):
         table.add_row(label, value)
     return Group(Text("Ollama Coordinator agent", style="bold cyan"), table)
 
 
-def _who(snapshot: Snapshot) -> list[tuple[str, Text]]:
-    address = snapshot.ip_address or "address not known yet"
-    if snapshot.relay_port:
-        address += f", relayed on port {snapshot.relay_port}"
+def _identity(view: StatusView) -> list[tuple[str, Text]]:
+    address = view.ip_address or "address not known yet"
+    if view.relay_port:
+        address += f", relayed on port {view.relay_port}"
     return [
-        ("machine", Text(f"{snapshot.machine_name} ({address})")),
-        ("machine id", Text(snapshot.machine_id or "none kept yet")),
-        ("agent id", Text(snapshot.agent_id or "none yet: never registered")),
+        ("machine", Text(f"{view.machine_name} ({address})")),
+        ("machine id", Text(view.machine_id or "none kept yet")),
+        ("agent id", Text(view.agent_id or "none yet: never registered")),
         (
             "coordinator",
-            _state(snapshot.coordinator_url, "connected", snapshot.coordinator_trouble),
+            _state(view.coordinator_url, "connected", view.coordinator_trouble),
         ),
     ]
 
 
-def _ollama(snapshot: Snapshot) -> list[tuple[str, Text]]:
-    facts = snapshot.facts
-    trouble = snapshot.ollama_trouble
+def _ollama(view: StatusView) -> list[tuple[str, Text]]:
+    facts = view.facts
+    trouble = view.ollama_trouble
     if trouble is None and not facts.is_running:
         trouble = facts.presence.value
     found = f"{facts.presence.value}, version {facts.version or 'unknown'}"
     rows = [
-        ("Ollama", _state(snapshot.ollama_url, found, trouble)),
+        ("Ollama", _state(view.ollama_url, found, trouble)),
         ("on disk", Text(_names(facts.tags))),
         ("in memory", Text(_names(facts.ps))),
-        ("requests", Text(f"{snapshot.active_requests} (open connections to Ollama)")),
+        ("requests", Text(f"{view.active_requests} (open connections to Ollama)")),
     ]
     if facts.runner:
         parallel = facts.runner.num_parallel or "automatic"
@@ -85,10 +85,10 @@ def _state(url: str, good: str, trouble: str | None) -> Text:
     return Text.assemble((trouble, "red"), f" ({url})" if url not in trouble else "")
 
 
-def _names(inventory: Inventory | None) -> str:
-    if inventory is None:
+def _names(models: ModelList | None) -> str:
+    if models is None:
         return "not known"
-    names = inventory.names
+    names = models.names
     shown = ", ".join(names[:12])
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"{shown}{more}" or "none"
@@ -127,12 +127,12 @@ def _meter(percent: float) -> Text:
     )
 
 
-async def show(console: Console, snapshot: Callable[[], Snapshot]) -> None:
+async def show(console: Console, view: Callable[[], StatusView]) -> None:
     """Keep the table at the bottom of the terminal until cancelled; log lines scroll above it."""
     with Live(console=console, auto_refresh=False) as live:
 
         async def redraw() -> float:
-            live.update(render(snapshot()), refresh=True)
+            live.update(render(view()), refresh=True)
             return REFRESH_SECONDS
 
         await forever(redraw)

@@ -1,22 +1,29 @@
 """The command line; the only reader of the environment and of the arguments."""
 
 import asyncio
+import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 
-from ollama_coordinator_common.commandline import is_typed, with_settings
+from ollama_coordinator_common.commandline import PLAIN, is_typed, log_to, with_settings
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import AgentConfig
 
-from . import __version__, logs
-from .assembly import assembled
+from . import __version__
+from .assembly import assembled, examined
 from .display import render, show
 from .settings import read
-from .signals import cancelled_by_signals
-from .status import examine
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""SIGHUP is POSIX's closed terminal, SIGBREAK Windows' Ctrl-Break and closed console."""
 
 app = typer.Typer(
     add_completion=False,
@@ -62,17 +69,21 @@ def run(settings: AgentConfig) -> None:
 @with_settings(read, AgentConfig.settings(), typer.Option)
 def status(settings: AgentConfig) -> None:
     """Show what the agent would report; the exit code is 1 if something is wrong."""
-    logs.set_up("WARNING", None)
-    snapshot = asyncio.run(examine(settings, os.environ))
-    Console().print(render(snapshot))
-    if snapshot.coordinator_trouble or snapshot.ollama_trouble:
+    log_to(logging.StreamHandler(), "WARNING", PLAIN)
+    view = asyncio.run(examined(settings, os.environ))
+    Console().print(render(view))
+    if view.coordinator_trouble or view.ollama_trouble:
         raise typer.Exit(1)
 
 
 def _run(settings: AgentConfig) -> None:
     console = Console()
     live = console if console.is_terminal else None
-    logs.set_up(settings.log_level, live)
+    if live is None:
+        log_to(logging.StreamHandler(), settings.log_level, PLAIN)
+    else:  # above the live table
+        handler = RichHandler(console=live, show_path=False, markup=False)
+        log_to(handler, settings.log_level, "%(message)s")
     try:
         asyncio.run(_serve(settings, live))
     except OllamaCoordinatorError as exc:
@@ -88,5 +99,38 @@ async def _serve(settings: AgentConfig, live: Console | None) -> None:
             asyncio.TaskGroup() as tasks,
         ):
             if live is not None:
-                tasks.create_task(show(live, daemon.snapshot))
+                tasks.create_task(show(live, daemon.view))
             await daemon.run()
+
+
+@contextmanager
+def cancelled_by_signals() -> Iterator[None]:
+    """Cancel the current task on a signal, and end the block quietly once it has cleaned up.
+
+    Plain handlers and not `loop.add_signal_handler`, which Windows does not have.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is None:
+        raise RuntimeError("no task to cancel")
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        loop.call_soon_threadsafe(task.cancel)
+
+    before = {
+        number: signal.signal(number, stop)
+        for name in STOPPING
+        if (number := getattr(signal, name, None)) is not None
+        and signal.getsignal(number) is not signal.SIG_IGN  # as under nohup
+    }
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+        task.uncancel()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,17 +1,70 @@
-"""When to look again, when to try again, and when to say so again."""
+"""How fast the agent's loops turn, and when they try and log something again."""
 
 import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
 
+from msgspec import Struct
+
+from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
+
 log = logging.getLogger(__name__)
 
 AFTER_A_BUG_SECONDS = 5.0
+"""The pause after an error of our own: it is in the log, and must not fill it."""
+
+
+class AgentPace(Struct, frozen=True, kw_only=True):
+    """How often the agent does what, and how long it waits; in seconds. Tests give shorter ones."""
+
+    heartbeat: float = HEARTBEAT_SECONDS
+    heartbeat_watched: float = 2.0
+    """Between heartbeats while the coordinator asks for the log: an operator is looking."""
+
+    retry_first: float = 1.0
+    retry_ceiling: float = 15.0
+    """The back-off towards a coordinator that does not answer."""
+
+    rejected: float = 60.0
+    """A refusal lasts until an operator acts."""
+
+    first_look: float = 2.0
+    """How long the first report may wait for Ollama and the sensors."""
+
+    goodbye: float = 2.0
+    """How long the last report may take."""
+
+    reach: float = 30.0
+    """Between looks at this machine's addresses and at where Ollama listens."""
+
+    look: float = 1.0
+    """Between looks at Ollama's presence and at the models in memory."""
+
+    tags: float = 2.0
+    output: float = 10.0
+    """Between looks at the models on disk, and at the size of the server's output."""
+
+    silence: float = 10.0
+    """How long an Ollama that answered may be silent before that is reported."""
+
+    stop: float = 10.0
+    """How long our server may take to end before it is killed."""
+
+    start_after: float = 2.0
+    """How long nothing may listen on the port before a server is started."""
+
+    adopted_start_after: float = 30.0
+    """The same after a server that somebody else ran: its own supervisor (systemd, the desktop
+    app) starts it again within seconds and needs the port for that."""
+
+    restart_first: float = 1.0
+    restart_ceiling: float = 60.0
+    """The back-off between starts of a server that dies."""
 
 
 async def forever(step: Callable[[], Awaitable[float]]) -> None:
-    """Repeat `step`, which says after how many seconds; its bugs are logged and outlived."""
+    """Repeat `step`, which returns the seconds until it is next due; its errors are logged."""
     while True:
         try:
             pause_seconds = await step()
@@ -22,7 +75,7 @@ async def forever(step: Callable[[], Awaitable[float]]) -> None:
 
 
 class Backoff:
-    """Delays that double up to a ceiling, each shortened by chance so that a fleet spreads out."""
+    """Delays that double up to a ceiling, each shortened at random so that a fleet spreads out."""
 
     def __init__(
         self,
@@ -49,27 +102,27 @@ class Backoff:
 
 
 class Reminder:
-    """Says when a lasting trouble is worth a line: at once, then at doubling distances."""
+    """When a lasting trouble is worth a line in the log: at once, then at doubling intervals."""
 
     def __init__(self, first_seconds: float = 15.0, ceiling_seconds: float = 600.0) -> None:
         self._first_seconds = first_seconds
         self._ceiling_seconds = ceiling_seconds
         self._text: str | None = None
-        self._distance = first_seconds
+        self._interval = first_seconds
         self._next = 0.0
 
     def due(self, text: str, now: float) -> bool:
-        """Whether to say `text` at `now`; another text than last time always is."""
+        """Whether to log `text` at `now`; another text than the last one always is."""
         if text != self._text:
-            self._text, self._distance = text, self._first_seconds
+            self._text, self._interval = text, self._first_seconds
         elif now < self._next:
             return False
         else:
-            self._distance = min(self._ceiling_seconds, self._distance * 2)
-        self._next = now + self._distance
+            self._interval = min(self._ceiling_seconds, self._interval * 2)
+        self._next = now + self._interval
         return True
 
     def over(self) -> bool:
         """Forget the trouble; true if there was one."""
-        was_told, self._text = self._text is not None, None
-        return was_told
+        was_logged, self._text = self._text is not None, None
+        return was_logged

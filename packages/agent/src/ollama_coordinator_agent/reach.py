@@ -2,73 +2,70 @@
 
 import asyncio
 import logging
+import socket
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from ollama_coordinator_common.network import is_loopback, local_address
 from ollama_coordinator_common.settings import AgentConfig
 
-from .network import accepts, coordinator_address, is_loopback, local_address, resolve
-from .pacing import Reminder, forever
-from .relay import Relay
-from .state import State
+from .pacing import AgentPace, Reminder, forever
+from .relay import TcpRelay
+from .state import StateFolder
 
 log = logging.getLogger(__name__)
 
 RESOLVE_SECONDS = 3.0
+"""How long the system may take to look up the coordinator's host name."""
+
+ACCEPT_SECONDS = 1.0
+"""How long a port of this machine may take to accept a connection."""
 
 
 class Offer(Struct, frozen=True):
-    """What the coordinator is told to connect to."""
+    """Where the coordinator is to connect; without a relay, to Ollama's own port."""
 
     ip_address: str
     relay_port: int | None = None
 
 
-async def needs_relay(config: AgentConfig, address: str, ollama_host: str) -> bool | None:
-    """Whether Ollama takes connections on loopback alone; `None` while it takes none at all."""
-    if config.relay != "auto":
-        return config.relay == "always"
-    if is_loopback(address):
-        return False
-    if not await accepts(ollama_host, config.ollama_port):
-        return None
-    return not await accepts(address, config.ollama_port)
-
-
 class Reach:
-    """Keeps the offer true; `changed` is set when it changes."""
+    """Keeps the offer true; sets `changed` when it changes."""
 
     def __init__(
         self,
         config: AgentConfig,
-        relay: Relay,
-        state: State,
-        *,
-        ollama_host: str,
+        relay: TcpRelay,
+        state: StateFolder,
         changed: asyncio.Event,
-        interval_seconds: float = 30.0,
+        pace: AgentPace,
     ) -> None:
         self.offer: Offer | None = None
         self._config = config
         self._relay = relay
         self._state = state
-        self._ollama_host = ollama_host
         self._changed = changed
-        self._interval_seconds = interval_seconds
+        self._pace = pace
         self._refreshing = asyncio.Lock()
         self._relay_is_open = asyncio.Event()
         self._reminder = Reminder()
         self._coordinator = coordinator_address(config.coordinator_url)
 
+    @property
+    def relayed_connections(self) -> int:
+        """The connections that the relay has open."""
+        return self._relay.open_connections
+
     async def run(self) -> None:
-        """Look around every now and then, and run the relay once it is needed, until cancelled."""
+        """Refresh the offer every now and then, and run the relay once it is needed."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(forever(self._look_again))
             await self._relay_is_open.wait()
             tasks.create_task(self._relay.run())
 
     async def refresh(self) -> Offer | None:
-        """Look around now; `None` while the coordinator's host has no address."""
+        """The offer as it is now; `None` while the coordinator's host has no address."""
         async with self._refreshing:
             offer = await self._look()
         if offer is not None and offer != self.offer:
@@ -78,7 +75,7 @@ class Reach:
 
     async def _look_again(self) -> float:
         await self.refresh()
-        return self._interval_seconds
+        return self._pace.reach
 
     async def _look(self) -> Offer | None:
         addresses = await self._coordinator_addresses()
@@ -104,13 +101,13 @@ class Reach:
         return self._relay.port
 
     async def _needs_relay(self, address: str) -> bool:
-        needed = await needs_relay(self._config, address, self._ollama_host)
+        needed = await needs_relay(self._config, address, self._relay.target[0])
         return bool(self.offer and self.offer.relay_port) if needed is None else needed
 
     def _open_relay(self) -> None:
         port = self._config.relay_port
         try:
-            opened = self._relay.listen(port, fallback=self._state.memory.relay_port)
+            opened = self._relay.listen(port, fallback=self._state.last_run.relay_port)
         except OSError as exc:
             text = f"the relay's port cannot be opened ({exc}); set AGENT_RELAY_PORT to a free one"
             if self._reminder.due(text, asyncio.get_running_loop().time()):
@@ -119,3 +116,50 @@ class Reach:
         self._state.remember(relay_port=opened)
         self._relay_is_open.set()
         log.info("relaying the coordinator to Ollama", extra={"port": opened})
+
+
+async def needs_relay(config: AgentConfig, address: str, ollama_host: str) -> bool | None:
+    """Whether Ollama listens on loopback only; `None` while it does not listen at all."""
+    if config.relay != "auto":
+        return config.relay == "always"
+    if is_loopback(address):
+        return False
+    if not await accepts(ollama_host, config.ollama_port):
+        return None
+    return not await accepts(address, config.ollama_port)
+
+
+async def own_address(config: AgentConfig) -> str | None:
+    """The address under which the coordinator reaches this machine; `None` if it is unknown."""
+    if config.ip_address:
+        return config.ip_address
+    host, port = coordinator_address(config.coordinator_url)
+    return local_address(await resolve(host, port), port)
+
+
+def coordinator_address(url: str) -> tuple[str, int]:
+    """The host and port of a URL."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host, IPv4 first (Ollama listens on IPv4 by default); none if unknown."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    addresses = {str(sockaddr[0]): family for family, _, _, _, sockaddr in found}
+    return sorted(addresses, key=lambda address: addresses[address] != socket.AF_INET)
+
+
+async def accepts(host: str, port: int) -> bool:
+    """Whether a TCP connection to a port of this machine is accepted."""
+    try:
+        async with asyncio.timeout(ACCEPT_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError:  # a TimeoutError is one
+        return False
+    writer.close()
+    return True

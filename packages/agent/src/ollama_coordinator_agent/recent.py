@@ -1,6 +1,6 @@
-"""The last lines of the agent's log and of the `ollama serve` it started, for who looks from afar.
+"""The last lines of the agent's log and of the `ollama serve` it started, for the dashboard.
 
-Nothing of it leaves this machine unless the coordinator asks, which it does while somebody looks.
+They leave this machine only when the coordinator asks: while an operator looks at them there.
 """
 
 import asyncio
@@ -16,8 +16,13 @@ from ollama_coordinator_common.commandline import EventFormatter
 from ollama_coordinator_common.protocol import LogLine, LogReport
 
 LINES = 500
+"""Lines of each log: what an operator reads at most, at a page of the dashboard."""
+
 LINE_CHARACTERS = 2000
+"""A longer line is cut: with `LINES` of them a report stays below a few megabytes."""
+
 TAIL_BYTES = 128 * 1024
+"""What is read of the server's output to find its last lines."""
 
 
 class Recent(logging.Handler):
@@ -34,7 +39,7 @@ class Recent(logging.Handler):
         try:
             text = self.format(record)[:LINE_CHARACTERS]
         except Exception:  # noqa: BLE001
-            self.handleError(record)  # as every handler: who logs is not told
+            self.handleError(record)  # as every handler does: a log call raises nothing
             return
         self._number += 1
         at = datetime.fromtimestamp(record.created, UTC)
@@ -46,7 +51,7 @@ class Recent(logging.Handler):
 
 
 class Logs:
-    """What the coordinator is told of both logs; `server_file` is what `ollama serve` writes to."""
+    """What is sent of both logs; `server_file` is the one that `ollama serve` writes to."""
 
     def __init__(self, recent: Recent, server_file: Path) -> None:
         self._recent = recent

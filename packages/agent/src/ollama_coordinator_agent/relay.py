@@ -1,9 +1,9 @@
 """A TCP relay from this machine's network address to its Ollama on loopback.
 
-Raw bytes both ways with back-pressure. An end of one direction is passed on as that (half-close), a
-reset as a reset, so that each side learns at once what the other did: an abandoned request stops
-the generation, a killed Ollama ends the stream. Ollama asks no password, so only the coordinator
-and who the operator named get through.
+Raw bytes both ways, with back-pressure. The end of one direction is passed on as a half-close, a
+reset as a reset, so that each side notices at once what the other did: an abandoned request stops
+the generation, a killed Ollama ends the stream. Ollama asks for no password: only the coordinator
+and the peers that the operator named get through.
 """
 
 import asyncio
@@ -14,7 +14,8 @@ import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from .network import Address, parse_address
+from ollama_coordinator_common.network import Address, parse_address
+
 from .pacing import Reminder
 
 log = logging.getLogger(__name__)
@@ -23,20 +24,28 @@ Network = IPv4Network | IPv6Network
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 CHUNK_BYTES = 64 * 1024
+"""What is held of one direction at most, in each of its two buffers."""
+
 BACKLOG = 512
+"""Connections that may wait to be accepted: more than a coordinator opens at once."""
+
 REMEMBERED_PEERS = 1000
+"""Each refused peer is logged once; a scan of a network must not fill memory and log."""
+
 ACCEPT_AGAIN_SECONDS = 0.1
+"""The pause after a failed accept, usually for lack of file descriptors."""
+
 RESET_ON_CLOSE = struct.pack("hh" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "ii", 1, 0)
 """SO_LINGER on with no time: the close sends a reset (the fields are shorts on Windows)."""
 
 
-class Relay:
+class TcpRelay:
     """Listens for the coordinator and connects it with the Ollama at `host:port`."""
 
     def __init__(self, host: str, port: int, allowed: Iterable[Network] = ()) -> None:
         self.port: int | None = None
         self.open_connections = 0
-        self._target = (host, port)
+        self.target = (host, port)
         self._allowed = tuple(allowed)
         self._coordinator: frozenset[Address] = frozenset()
         self._refused: set[Address] = set()
@@ -60,7 +69,7 @@ class Relay:
         return self.port
 
     def admit_coordinator(self, addresses: Iterable[str]) -> None:
-        """The coordinator's addresses, as now known."""
+        """Admit the coordinator from these addresses, and from no earlier ones."""
         self._coordinator = frozenset(a for text in addresses if (a := parse_address(text)))
 
     async def run(self) -> None:
@@ -100,7 +109,7 @@ class Relay:
             return
         if not self.is_allowed(remote, local):
             peer.close()
-            self._tell_refused(remote)
+            self._log_refused(remote)
             return
         self.open_connections += 1
         try:
@@ -111,7 +120,7 @@ class Relay:
     async def _connect(self, peer: socket.socket) -> None:
         near = await asyncio.open_connection(sock=peer, limit=CHUNK_BYTES)
         try:
-            far = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
+            far = await asyncio.open_connection(*self.target, limit=CHUNK_BYTES)
         except OSError:
             _reset(near[1])  # what the peer would have met without a relay
             return
@@ -120,7 +129,7 @@ class Relay:
             raise
         await _join(near, far)
 
-    def _tell_refused(self, remote: str) -> None:
+    def _log_refused(self, remote: str) -> None:
         address = parse_address(remote)
         if address is None or address in self._refused or len(self._refused) > REMEMBERED_PEERS:
             return
@@ -179,7 +188,7 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 def _keep_alive(writer: asyncio.StreamWriter) -> None:
-    """Let the system notice, in time, a peer that vanished without a word."""
+    """Let the system notice a peer whose machine vanished."""
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 

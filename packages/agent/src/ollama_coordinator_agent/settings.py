@@ -3,12 +3,16 @@
 The table of `ollama_coordinator_common.settings` says which settings there are.
 """
 
+import platform
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import platformdirs
+
 from ollama_coordinator_common.error import ConfigError
-from ollama_coordinator_common.protocol import is_address
+from ollama_coordinator_common.network import is_address
 from ollama_coordinator_common.settings import AgentConfig
 
 from .relay import parse_networks
@@ -50,3 +54,14 @@ def _check_networks(entries: tuple[str, ...]) -> None:
     except ValueError as exc:
         expected = f"{exc}; give addresses or networks such as 192.168.1.5,10.0.0.0/8"
         raise ConfigError("AGENT_RELAY_ALLOW", ",".join(entries), expected) from exc
+
+
+def state_folder(config: AgentConfig) -> Path:
+    """Where the agent keeps its files."""
+    fallback = platformdirs.user_state_path("ollama-coordinator-agent", appauthor=False)
+    return config.state_dir or fallback
+
+
+def machine_name(config: AgentConfig) -> str:
+    """What people call this machine."""
+    return config.machine_name or platform.node() or "unknown"

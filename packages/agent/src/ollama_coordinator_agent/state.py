@@ -1,23 +1,38 @@
 """What the agent keeps on its disk: who this machine is, and what it did last.
 
 `machine-id` is shared by all agents of one machine; `agent-PORT.json` and `agent-PORT.lock` belong
-to the agent of one Ollama. A folder that cannot be read or written is told once and survived: the
-coordinator then knows the machine by its name and port.
+to the agent of one Ollama. If the folder cannot be read or written, that is logged once and the
+agent runs all the same: the coordinator then knows the machine by its name and port.
 """
 
 import logging
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from filelock import FileLock, Timeout
 from msgspec import Struct
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
 
 log = logging.getLogger(__name__)
 
 _MACHINE_ID = re.compile(r"[A-Za-z0-9-]{8,128}")
+
+
+class AlreadyRunning(OllamaCoordinatorError):
+    """Another agent on this machine looks after the same Ollama."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            "another agent on this machine already looks after this Ollama"
+            f" (it holds {file}); stop it, or set OLLAMA_PORT for a second Ollama"
+        )
 
 
 class ChildRecord(Struct, frozen=True):
@@ -27,8 +42,8 @@ class ChildRecord(Struct, frozen=True):
     created: float
 
 
-class Memory(Struct, frozen=True):
-    """What the agent of one Ollama remembers from its last run."""
+class LastRun(Struct, frozen=True):
+    """What the agent of one Ollama knows of its last run."""
 
     agent_id: str | None = None
     instance_id: str | None = None
@@ -36,16 +51,39 @@ class Memory(Struct, frozen=True):
     child: ChildRecord | None = None
 
 
-class State:
+class StateFolder:
     """The agent's files in `folder`, for the Ollama on one port."""
 
     def __init__(self, folder: Path, ollama_port: int) -> None:
         self.folder = folder
         self.log_file = folder / f"ollama-{ollama_port}.log"
-        self.lock_file = folder / f"agent-{ollama_port}.lock"
+        self._lock_file = folder / f"agent-{ollama_port}.lock"
         self._machine_id_file = folder / "machine-id"
-        self._memory_file = folder / f"agent-{ollama_port}.json"
-        self.memory = self._recall()
+        self._last_run_file = folder / f"agent-{ollama_port}.json"
+        self.last_run = self._recall()
+
+    @contextmanager
+    def only_agent(self) -> Iterator[None]:
+        """Be the only agent of this Ollama while the block runs.
+
+        The system frees the lock when the process ends, however it ends. Where the folder cannot
+        lock, that is logged and the block runs all the same.
+
+        Raises:
+            AlreadyRunning: another process has the lock.
+        """
+        lock = FileLock(self._lock_file)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout as exc:
+            raise AlreadyRunning(self._lock_file) from exc
+        except OSError as exc:
+            log.warning("a second agent would go unnoticed", extra={"reason": str(exc)})
+        try:
+            yield
+        finally:
+            lock.release()
 
     def machine_id(self, *, create: bool = True) -> str | None:
         """The machine's random id, made when there is none yet; `None` if it cannot be kept."""
@@ -54,7 +92,7 @@ class State:
         except FileNotFoundError:
             return self._make_machine_id(replace=False) if create else None
         except OSError as exc:
-            self._tell_by_name(exc)
+            self._log_unkept_id(exc)
             return None
         if _MACHINE_ID.fullmatch(text):
             return text
@@ -66,35 +104,35 @@ class State:
         return self._make_machine_id(replace=True) if create else None
 
     def remember(self, **changes: Any) -> None:
-        """Keep some facts for the next run; a disk that refuses only costs comfort."""
-        changed = msgspec.structs.replace(self.memory, **changes)
-        if changed == self.memory:
+        """Keep some facts for the next run; a disk that refuses them does no other harm."""
+        changed = msgspec.structs.replace(self.last_run, **changes)
+        if changed == self.last_run:
             return
-        self.memory = changed
+        self.last_run = changed
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self._memory_file, msgspec.json.encode(changed))
+            _write(self._last_run_file, msgspec.json.encode(changed))
         except OSError as exc:
             log.debug("not remembered", extra={"reason": str(exc)})
 
-    def _recall(self) -> Memory:
+    def _recall(self) -> LastRun:
         try:
-            return msgspec.json.decode(self._memory_file.read_bytes(), type=Memory)
+            return msgspec.json.decode(self._last_run_file.read_bytes(), type=LastRun)
         except FileNotFoundError:
-            return Memory()
+            return LastRun()
         except (OSError, msgspec.DecodeError) as exc:
             log.warning(
                 "what the last run remembered cannot be read; starting afresh",
-                extra={"file": str(self._memory_file), "reason": str(exc)},
+                extra={"file": str(self._last_run_file), "reason": str(exc)},
             )
-            return Memory()
+            return LastRun()
 
     def _make_machine_id(self, *, replace: bool) -> str | None:
         try:
             self._publish_machine_id(uuid.uuid4().hex, replace=replace)
             return self._machine_id_file.read_text("utf-8").strip()
         except OSError as exc:
-            self._tell_by_name(exc)
+            self._log_unkept_id(exc)
             return None
 
     def _publish_machine_id(self, fresh: str, *, replace: bool) -> None:
@@ -114,7 +152,7 @@ class State:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _tell_by_name(self, exc: OSError) -> None:
+    def _log_unkept_id(self, exc: OSError) -> None:
         log.warning(
             "the machine id cannot be kept, so the coordinator knows this machine by its name;"
             " make the folder readable and writable, or set AGENT_STATE_DIR",

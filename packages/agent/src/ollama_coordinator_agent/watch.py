@@ -1,36 +1,43 @@
-"""Watches the local Ollama and keeps what the coordinator is to know about it."""
+"""Watches the local Ollama and keeps the facts that the coordinator needs to know of it."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 from msgspec import Struct
 
 from ollama_coordinator_common.types import RunnerSettings
 
-from .keeper import Keeper
 from .manifests import model_blobs
-from .ollama import NOTHING_LOADED, Inventory, Ollama, OllamaError, Presence
-from .pacing import forever
-from .server_settings import model_folders, runner_settings
+from .ollama import (
+    NOTHING_LOADED,
+    ModelList,
+    Ollama,
+    OllamaError,
+    Presence,
+    environment_of_listener,
+    model_folders,
+    runner_settings,
+)
+from .pacing import AgentPace, forever
+from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
 TAGS_DUTY = 20
-"""`/api/tags` reads every manifest there: it is asked for at most one twentieth of the time."""
+"""`/api/tags` reads every manifest: asking takes at most one twentieth of the time."""
 
 
 class Facts(Struct, frozen=True):
-    """What is known of the local Ollama; `None` is not known (yet)."""
+    """What is known of the local Ollama; `None`: not known yet, or not at all."""
 
     presence: Presence = Presence.ABSENT
     version: str | None = None
-    tags: Inventory | None = None
-    ps: Inventory | None = None
+    tags: ModelList | None = None
+    ps: ModelList | None = None
     blobs: dict[str, str] = {}
     runner: RunnerSettings | None = None
 
@@ -40,7 +47,7 @@ class Facts(Struct, frozen=True):
         return self.presence is Presence.ANSWERING
 
     def news(self) -> tuple[object, ...]:
-        """What the coordinator is told at once when it changes."""
+        """The part whose change is reported at once."""
         return (
             self.presence is Presence.ANSWERING,
             self.version,
@@ -51,42 +58,27 @@ class Facts(Struct, frozen=True):
         )
 
 
-class WatchPace(Struct, frozen=True, kw_only=True):
-    """How often Ollama is looked at, and how long it may be silent or take to end, in seconds.
-
-    `output`: how often the size of its output is.
-    """
-
-    look: float = 1.0
-    tags: float = 2.0
-    silence: float = 10.0
-    stop: float = 10.0
-    output: float = 10.0
-
-
 class Watch:
-    """Looks at Ollama about once a second; `changed` is set when there is news."""
+    """Looks at Ollama about once a second; sets `changed` when there is news.
+
+    `environ` is the agent's own: it says where models are while that of the server is unknown.
+    """
 
     def __init__(
         self,
         ollama: Ollama,
-        keeper: Keeper,
-        *,
+        supervisor: Supervisor,
         environ: Mapping[str, str],
-        port: int,
         changed: asyncio.Event,
-        keep_server: bool = False,
-        pace: WatchPace,
+        pace: AgentPace,
     ) -> None:
         self.facts = Facts()
         self.looked = asyncio.Event()
         self.url = ollama.url
         self._ollama = ollama
-        self._keeper = keeper
+        self._supervisor = supervisor
         self._environ = environ
-        self._port = port
         self._changed = changed
-        self._keep_server = keep_server
         self._pace = pace
         self._answered_at: float | None = None
         self._answering = asyncio.Event()
@@ -94,21 +86,19 @@ class Watch:
         self._blobs_are_old = True
 
     async def run(self) -> None:
-        """Watch until cancelled; then end the server, if it is ours."""
-        self._keeper.reclaim()
+        """Watch until cancelled; then end the server that the supervisor started."""
+        self._supervisor.reclaim()
         try:
             async with asyncio.TaskGroup() as tasks:
-                for step in self._steps():
-                    tasks.create_task(forever(step))
+                tasks.create_task(forever(self._watch_presence))
+                tasks.create_task(forever(self._watch_memory))
+                tasks.create_task(forever(self._watch_disk))
+                tasks.create_task(forever(self._watch_output))
         finally:
-            if not self._keep_server:
-                await self._keeper.stop(self._pace.stop)
-
-    def _steps(self) -> list[Callable[[], Awaitable[float]]]:
-        return [self._watch_presence, self._watch_memory, self._watch_disk, self._watch_output]
+            await self._supervisor.stop()
 
     async def _watch_output(self) -> float:
-        await asyncio.to_thread(self._keeper.trim_log)
+        await asyncio.to_thread(self._supervisor.trim_log)
         return self._pace.output
 
     async def _watch_presence(self) -> float:
@@ -117,13 +107,13 @@ class Watch:
         is_new = not self._answering.is_set() or version != self.facts.version
         if presence is Presence.ANSWERING and is_new:
             await self._know_server(version)
-        self._keeper.observe(presence, loop.time())
+        self._supervisor.observe(presence, loop.time())
         self._note(presence, version)
         self.looked.set()
         return self._pace.look
 
     async def _look(self, now: float) -> tuple[Presence, str | None]:
-        """What is on the port; a short silence of a server that answered is no news."""
+        """What is on the port, and its version; a short silence of a known server is ignored."""
         try:
             version = await self._ollama.version()
         except OllamaError as exc:
@@ -172,7 +162,7 @@ class Watch:
         await self._note_tags(tags)
         return max(self._pace.tags, TAGS_DUTY * took)
 
-    async def _note_tags(self, tags: Inventory) -> None:
+    async def _note_tags(self, tags: ModelList) -> None:
         blobs = self.facts.blobs
         if self._blobs_are_old or self.facts.tags is None or tags.models != self.facts.tags.models:
             folders, is_certain = self._folders
@@ -182,10 +172,10 @@ class Watch:
         self._update(tags=tags, blobs=blobs)
 
     async def _know_server(self, version: str | None) -> None:
-        """Learn how the server that has just appeared was configured."""
-        environ = self._keeper.environ_of_child
+        """Read the settings and the folders of a server that has just appeared."""
+        environ = self._supervisor.environ_of_child
         if environ is None:
-            environ = await asyncio.to_thread(environment_of_listener, self._port)
+            environ = await asyncio.to_thread(environment_of_listener, self._ollama.port)
         self._folders = (model_folders(environ or self._environ), environ is not None)
         runner = None if environ is None else runner_settings(environ, version)
         self._blobs_are_old = True
@@ -195,16 +185,3 @@ class Watch:
         before, self.facts = self.facts, msgspec.structs.replace(self.facts, **facts)
         if self.facts.news() != before.news():
             self._changed.set()
-
-
-def environment_of_listener(port: int) -> dict[str, str] | None:
-    """The environment of the process that listens on a port, if this user may read it."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
-                continue
-            if connection.laddr.port == port and connection.pid:
-                return psutil.Process(connection.pid).environ()
-    except (psutil.Error, OSError):
-        return None
-    return None

@@ -5,26 +5,13 @@ yesterday's agent works with today's coordinator and the other way round. The fo
 `RegisterRequest` and of `HealthReport` without defaults are all that an agent must send.
 """
 
-import ipaddress
-import re
 from datetime import datetime
 from typing import Annotated
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
+from .network import is_address
 from .types import AgentId, AgentStatus, Gpu, Percent, Port, RunnerSettings
-
-_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
-
-
-def is_address(text: str) -> bool:
-    """Whether the text is an IP address or could be a host name."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return _HOST.fullmatch(text) is not None
-    return True
-
 
 HEARTBEAT_SECONDS = 10.0
 """How often our agent reports by itself; it also reports at once when its models change."""

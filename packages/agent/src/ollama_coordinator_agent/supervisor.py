@@ -1,54 +1,43 @@
-"""Keeps an Ollama running on this machine: adopts what is there, else starts one and watches it."""
+"""Keeps an Ollama running: uses the one that is there, else starts one, and again when it dies."""
 
 import logging
 from collections.abc import Mapping
 
-from msgspec import Struct
-
 from .ollama import Presence
-from .pacing import Backoff, Reminder
-from .serve import Child, ServeCommand
-from .server_log import keep_small
-from .state import ChildRecord, State
+from .pacing import AgentPace, Backoff, Reminder
+from .process import Child, ServeCommand, keep_small
+from .state import ChildRecord, StateFolder
 
 log = logging.getLogger(__name__)
 
 STABLE_SECONDS = 60.0
-"""A server of ours that ran for this long starts its back-off afresh when it dies."""
+"""After a run of this length a server that dies is started again without a longer back-off."""
 
 GET_OLLAMA = "install it from https://ollama.com/download, or set OLLAMA_BINARY"
 
 
-class KeeperPace(Struct, frozen=True, kw_only=True):
-    """How long nobody may answer before a server is started, in seconds.
+class Supervisor:
+    """Starts `ollama serve` where `may_start` allows it, and ends it unless it is to be kept.
 
-    `adopted_patience` is for a server that somebody else runs and that has disappeared: its own
-    supervisor (systemd, the desktop app) restarts it within seconds and needs the port for it.
+    `command` is `None` where Ollama is not installed.
     """
-
-    patience: float = 2.0
-    adopted_patience: float = 30.0
-    restart_first: float = 1.0
-    restart_ceiling: float = 60.0
-
-
-class Keeper:
-    """Decides, look by look, whether `ollama serve` is to be started."""
 
     def __init__(
         self,
         command: ServeCommand | None,
-        state: State,
+        state: StateFolder,
+        pace: AgentPace,
         *,
         may_start: bool = True,
-        pace: KeeperPace,
+        keep: bool = False,
     ) -> None:
         self.child: Child | None = None
         self.environ_of_child: Mapping[str, str] | None = None
         self._command = command
         self._state = state
-        self._may_start = may_start
         self._pace = pace
+        self._may_start = may_start
+        self._keep = keep
         self._backoff = Backoff(pace.restart_first, pace.restart_ceiling)
         self._reminder = Reminder()
         self._absent_since: float | None = None
@@ -56,14 +45,14 @@ class Keeper:
         self._not_before = 0.0
 
     def reclaim(self) -> None:
-        """Take back the server of an earlier agent that was killed before it could end it."""
-        record = self._state.memory.child
+        """Take over the server of an earlier agent that was killed and could not end it."""
+        record = self._state.last_run.child
         if record and (child := Child.reclaim(record.pid, record.created)):
             log.info("ollama serve of the previous run is ours again", extra={"pid": child.pid})
             self.child = child
 
     def observe(self, presence: Presence, now: float) -> None:
-        """Take in what a look at the port found; starts a server if one is due."""
+        """Note what a look at the port found at `now`; starts a server if one is due."""
         self._bury(now)
         if presence is Presence.ANSWERING:
             self._answering(now)
@@ -75,15 +64,17 @@ class Keeper:
                 self._say(now, "another program has Ollama's port; set OLLAMA_PORT to Ollama's")
 
     def trim_log(self) -> None:
-        """Keep the output of our server within bounds; it may block."""
+        """Keep the output of our server within bounds; blocks while it copies the file."""
         if self.child is not None:
             keep_small(self._state.log_file)
 
-    async def stop(self, grace_seconds: float) -> None:
-        """End the server, if it is ours."""
+    async def stop(self) -> None:
+        """End the server, if it is ours and is not to be kept."""
+        if self._keep:
+            return
         if self.child and self.child.is_alive():
             log.info("stopping ollama serve", extra={"pid": self.child.pid})
-            await self.child.stop(grace_seconds)
+            await self.child.stop(self._pace.stop)
         self._forget_child()
 
     def _forget_child(self) -> None:
@@ -91,7 +82,7 @@ class Keeper:
         self._state.remember(child=None)
 
     def _bury(self, now: float) -> None:
-        """Notice the death of our server and choose when the next one may start."""
+        """Notice that our server ended, and choose when the next one may start."""
         if self.child is None or self.child.is_alive():
             return
         if now - self._started_at >= STABLE_SECONDS:
@@ -112,7 +103,7 @@ class Keeper:
         self._absent_since = None
         self._reminder.over()
         if self.child is None:
-            self._not_before = now + self._pace.adopted_patience
+            self._not_before = now + self._pace.adopted_start_after
 
     def _absent(self, now: float) -> None:
         if self.child is not None:
@@ -128,7 +119,7 @@ class Keeper:
                 now,
                 f"no Ollama answers, and the ollama program is not here; start it, {GET_OLLAMA}",
             )
-        elif now >= max(self._not_before, self._absent_since + self._pace.patience):
+        elif now >= max(self._not_before, self._absent_since + self._pace.start_after):
             self._start(self._command, now)
 
     def _start(self, command: ServeCommand, now: float) -> None:

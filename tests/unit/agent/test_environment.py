@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ollama_coordinator_agent.network import netloc, reachable
-from ollama_coordinator_agent.serve import find_binary
-from ollama_coordinator_agent.server_settings import model_folders, runner_settings, serve_host
+from ollama_coordinator_agent.ollama import model_folders, ollama_host, runner_settings, serve_host
+from ollama_coordinator_agent.process import find_binary
+from ollama_coordinator_common.network import netloc
 from ollama_coordinator_common.types import RunnerSettings
 
 
@@ -65,9 +65,9 @@ def test_a_server_of_ours_binds_only_an_address_of_this_machine(
 
 @pytest.mark.spec("AGENT-28")
 def test_a_bound_host_is_reached_and_written_as_urls_have_it() -> None:
-    assert reachable("0.0.0.0") == "127.0.0.1"
-    assert reachable("::") == "127.0.0.1"
-    assert reachable("192.168.1.4") == "192.168.1.4"
+    assert ollama_host({"OLLAMA_HOST": "0.0.0.0"}) == "127.0.0.1"
+    assert ollama_host({"OLLAMA_HOST": "[::]:1"}) == "127.0.0.1"
+    assert ollama_host({"OLLAMA_HOST": "127.0.0.2:11434"}) == "127.0.0.2"
     assert netloc("::1", 11434) == "[::1]:11434"
     assert netloc("127.0.0.1", 11434) == "127.0.0.1:11434"
 

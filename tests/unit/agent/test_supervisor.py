@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from ollama_coordinator_agent.keeper import Keeper, KeeperPace
 from ollama_coordinator_agent.ollama import Presence
-from ollama_coordinator_agent.serve import ServeCommand
-from ollama_coordinator_agent.state import State
+from ollama_coordinator_agent.pacing import AgentPace
+from ollama_coordinator_agent.process import ServeCommand
+from ollama_coordinator_agent.state import StateFolder
+from ollama_coordinator_agent.supervisor import Supervisor
 
 ABSENT, SILENT, FOREIGN, ANSWERING = (
     Presence.ABSENT,
@@ -39,17 +40,19 @@ class FakeCommand:
         return child
 
 
-def keeper_of(command: FakeCommand | None, folder: Path, **settings: Any) -> Keeper:
-    pace = KeeperPace(patience=2, adopted_patience=30, restart_first=1, restart_ceiling=60)
-    return Keeper(cast(ServeCommand | None, command), State(folder, 11434), pace=pace, **settings)
+def supervisor_of(command: FakeCommand | None, folder: Path, **settings: Any) -> Supervisor:
+    program = cast(ServeCommand | None, command)
+    return Supervisor(program, StateFolder(folder, 11434), AgentPace(), **settings)
 
 
-def starts(keeper: Keeper, command: FakeCommand, presence: Presence, until: int) -> list[int]:
+def starts(
+    supervisor: Supervisor, command: FakeCommand, presence: Presence, until: int
+) -> list[int]:
     """The seconds at which a server is started while the port shows one thing."""
     started = []
     for now in range(until):
         before = len(command.children)
-        keeper.observe(presence, now)
+        supervisor.observe(presence, now)
         if len(command.children) > before:
             started.append(now)
             command.children[-1].lives = False
@@ -59,8 +62,8 @@ def starts(keeper: Keeper, command: FakeCommand, presence: Presence, until: int)
 @pytest.mark.spec("AGENT-23")
 def test_servers_that_die_at_once_are_started_at_growing_distances(tmp_path: Path) -> None:
     command = FakeCommand()
-    keeper = keeper_of(command, tmp_path)
-    times = starts(keeper, command, ABSENT, 400)
+    supervisor = supervisor_of(command, tmp_path)
+    times = starts(supervisor, command, ABSENT, 400)
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert times[0] == 2
     assert gaps[-1] >= 30
@@ -70,32 +73,32 @@ def test_servers_that_die_at_once_are_started_at_growing_distances(tmp_path: Pat
 @pytest.mark.spec("AGENT-23")
 def test_a_server_that_ran_for_long_is_restarted_soon(tmp_path: Path) -> None:
     command = FakeCommand()
-    keeper = keeper_of(command, tmp_path)
-    starts(keeper, command, ABSENT, 200)
+    supervisor = supervisor_of(command, tmp_path)
+    starts(supervisor, command, ABSENT, 200)
     for now in range(1000, 1003):  # the last one may have died in the very last second
-        keeper.observe(ABSENT, now)
-    assert keeper.child is not None
-    keeper.observe(ANSWERING, 1003)
+        supervisor.observe(ABSENT, now)
+    assert supervisor.child is not None
+    supervisor.observe(ANSWERING, 1003)
     command.children[-1].lives = False
     count = len(command.children)
     for now in range(2000, 2005):
-        keeper.observe(ABSENT, now)
+        supervisor.observe(ABSENT, now)
     assert len(command.children) == count + 1
 
 
 @pytest.mark.spec("AGENT-24")
 def test_an_adopted_server_gets_time_to_come_back(tmp_path: Path) -> None:
     command = FakeCommand()
-    keeper = keeper_of(command, tmp_path)
-    keeper.observe(ANSWERING, 0)
-    assert starts(keeper, command, ABSENT, 31)[:1] == [30]
+    supervisor = supervisor_of(command, tmp_path)
+    supervisor.observe(ANSWERING, 0)
+    assert starts(supervisor, command, ABSENT, 31)[:1] == [30]
 
 
 @pytest.mark.spec("AGENT-30")
 @pytest.mark.parametrize("presence", [SILENT, FOREIGN, ANSWERING])
 def test_an_open_port_is_never_taken(tmp_path: Path, presence: Presence) -> None:
     command = FakeCommand()
-    assert starts(keeper_of(command, tmp_path), command, presence, 300) == []
+    assert starts(supervisor_of(command, tmp_path), command, presence, 300) == []
 
 
 @pytest.mark.spec("AGENT-25")
@@ -111,8 +114,8 @@ def test_without_program_or_permission_it_says_what_to_do_and_keeps_looking(
     advice: str,
 ) -> None:
     command = FakeCommand()
-    keeper = keeper_of(command if has_program else None, tmp_path, may_start=may_start)
-    assert starts(keeper, command, ABSENT, 100) == []
+    supervisor = supervisor_of(command if has_program else None, tmp_path, may_start=may_start)
+    assert starts(supervisor, command, ABSENT, 100) == []
     assert 2 <= caplog.text.count(advice) <= 5
 
 
@@ -120,7 +123,7 @@ def test_without_program_or_permission_it_says_what_to_do_and_keeps_looking(
 def test_another_program_on_the_port_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper_of(None, tmp_path).observe(FOREIGN, 0)
+    supervisor_of(None, tmp_path).observe(FOREIGN, 0)
     assert "another program has Ollama's port" in caplog.text
 
 
@@ -130,8 +133,8 @@ def test_a_program_that_cannot_be_started_is_told_and_tried_again(
 ) -> None:
     command = FakeCommand()
     command.error = PermissionError("not executable")
-    keeper = keeper_of(command, tmp_path)
-    assert starts(keeper, command, ABSENT, 20) == []
+    supervisor = supervisor_of(command, tmp_path)
+    assert starts(supervisor, command, ABSENT, 20) == []
     assert "not executable" in caplog.text
     command.error = None
-    assert starts(keeper, command, ABSENT, 200)
+    assert starts(supervisor, command, ABSENT, 200)

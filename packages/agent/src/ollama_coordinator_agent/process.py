@@ -1,4 +1,9 @@
-"""The `ollama serve` process: where its program is, starting it, ending it, knowing it again."""
+"""An `ollama serve` that we start: its program, its process, and the file with its output.
+
+The server writes to the file itself, not through a pipe: the agent's death neither ends it nor
+makes it wait. So the file cannot be exchanged while it runs; it is copied and emptied in place.
+That works because the server appends: each write goes to where the end is by then.
+"""
 
 import asyncio
 import contextlib
@@ -8,20 +13,28 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from msgspec import Struct
 
-from .network import netloc
-from .server_log import fresh
-from .server_settings import serve_host
+from ollama_coordinator_common.network import netloc
+
+from .ollama import serve_host
 
 log = logging.getLogger(__name__)
 
 KILLED_WITHIN_SECONDS = 2.0
+"""How long the system may take to end a killed process."""
+
+LARGEST_BYTES = 10 * 1024 * 1024
+OLDER_FILES = 2
+"""`.log.1`, `.log.2`: those of the starts before, or earlier output of the same one."""
+
+PIECE_BYTES = 1024 * 1024
 
 
 def find_binary(configured: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -154,3 +167,84 @@ def _apart() -> dict[str, Any]:
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     return {"start_new_session": True}
+
+
+@contextmanager
+def fresh(file: Path) -> Iterator[int]:
+    """A descriptor that appends to an empty log file; what was in it is kept beside it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        _shift(file)
+        file.replace(_older(file, 1))
+    descriptor = _appending(file)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def keep_small(file: Path) -> None:
+    """Empty a log file that has grown too large; its last part is kept beside it.
+
+    What is written between the copy and the emptying is lost. On a disk that takes no copy the
+    file is emptied all the same, for else it would fill what is left of it.
+    """
+    try:
+        size = file.stat().st_size
+        if size <= LARGEST_BYTES:
+            return
+        try:
+            _shift(file)
+            _copy_end(file, _older(file, 1), size)
+        except OSError as exc:
+            _older(file, 1).unlink(missing_ok=True)
+            log.warning("output of ollama serve not kept", extra={"reason": str(exc)})
+        os.truncate(file, 0)
+    except OSError as exc:
+        log.debug("output of ollama serve not looked at", extra={"reason": str(exc)})
+
+
+def _older(file: Path, number: int) -> Path:
+    return file.with_suffix(f".log.{number}")
+
+
+def _shift(file: Path) -> None:
+    """Make room beside the file for one more older one."""
+    for number in range(OLDER_FILES, 1, -1):
+        if _older(file, number - 1).exists():
+            _older(file, number - 1).replace(_older(file, number))
+
+
+def _copy_end(source: Path, target: Path, size: int) -> None:
+    with source.open("rb") as old, target.open("wb") as new:
+        old.seek(max(0, size - LARGEST_BYTES))
+        left = LARGEST_BYTES
+        while left > 0 and (piece := old.read(min(left, PIECE_BYTES))):
+            new.write(piece)
+            left -= len(piece)
+
+
+if sys.platform == "win32":
+    import _winapi
+    import msvcrt
+
+    FILE_APPEND_DATA = 0x0004
+    SYNCHRONIZE = 0x0010_0000
+    SHARED = 0x0007  # to be read, written, and renamed by others meanwhile
+    OPEN_ALWAYS = 4
+
+    def _appending(file: Path) -> int:
+        """Python's own way to append only seeks to the end before it writes; a child does not."""
+        access = FILE_APPEND_DATA | SYNCHRONIZE
+        null = _winapi.NULL
+        handle = _winapi.CreateFile(str(file), access, SHARED, null, OPEN_ALWAYS, 0, null)
+        return msvcrt.open_osfhandle(handle, os.O_APPEND)
+
+else:
+
+    def _appending(file: Path) -> int:
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

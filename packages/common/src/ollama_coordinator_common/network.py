@@ -1,0 +1,55 @@
+"""Hosts, addresses and ports, as texts and as this machine's routes have them."""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+
+
+def is_address(text: str) -> bool:
+    """Whether the text is an IP address or could be a host name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return _HOST.fullmatch(text) is not None
+    return True
+
+
+def parse_address(text: str) -> Address | None:
+    """The address of a socket name: without its zone, IPv4 where it is IPv4 inside IPv6."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host; a name other than localhost is not looked up."""
+    address = parse_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def netloc(host: str, port: int) -> str:
+    """Host and port as URLs have them (RFC 3986, section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_address(remote: Sequence[str], port: int) -> str | None:
+    """The address that this machine has towards the first of `remote` it has a route to.
+
+    A UDP socket is connected: this asks the routing table and sends nothing.
+    """
+    for address in remote:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((address, port))
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return None
