@@ -322,7 +322,7 @@ async def test_an_agent_that_is_away_counts_with_what_it_reported(
 async def test_an_agent_that_does_not_say_holds_no_upload_up(
     coordinator: Running, ollama: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ollama_coordinator.operations.blobs.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("ollama_coordinator.operations.blobs.HEAD_SECONDS", 0.1)
     with ollama.faults.hang(paths=("/api/blobs/*",)):
         assert await _upload(coordinator) == 201
 

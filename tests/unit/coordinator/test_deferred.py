@@ -63,7 +63,7 @@ async def test_what_is_owed_already_keeps_its_time_and_its_place() -> None:
             (PULL, NOON),
             (LOAD, NOON + timedelta(minutes=1)),
         ]
-        deferred.void(AWAY, PULL)
+        deferred.supersede(AWAY, PULL)
         assert _owed(deferred) == [PULL, LOAD]
 
 
@@ -72,9 +72,9 @@ async def test_an_older_deed_that_gets_done_leaves_the_newer_one() -> None:
     async with Store(None) as store:
         deferred = Deferred(store)
         _owe(deferred, FIRST, SECOND)
-        deferred.settle(AWAY, FIRST)
+        deferred.finish(AWAY, FIRST)
         assert _owed(deferred) == [SECOND]
-        deferred.settle(AWAY, SECOND)
+        deferred.finish(AWAY, SECOND)
         assert _owed(deferred) == []
 
 

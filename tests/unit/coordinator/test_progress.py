@@ -92,13 +92,13 @@ def test_a_line_in_another_form_does_no_harm(line: dict[str, Any]) -> None:
 @pytest.mark.spec("SURFACE-18")
 async def test_who_comes_late_or_reads_slowly_gets_where_things_stand() -> None:
     feed = ProgressFeed()
-    feed.tell([{"status": "pulling manifest"}])
+    feed.publish([{"status": "pulling manifest"}])
     following = feed.follow()
     assert await anext(following) == b'{"status":"pulling manifest"}\n'
     for completed in range(1, 50):
-        feed.tell([_layer(completed)])
+        feed.publish([_layer(completed)])
     assert (await anext(following)).count(b"\n") == 1
-    feed.tell([{"status": "success"}])
+    feed.publish([{"status": "success"}])
     feed.end()
     late = b"".join([lines async for lines in feed.follow()])
     assert late == (

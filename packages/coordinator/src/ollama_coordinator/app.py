@@ -33,7 +33,6 @@ from .operations import (
     Blobs,
     Deferred,
     Operations,
-    Patience,
     Placement,
     Remote,
     TargetChooser,
@@ -63,23 +62,18 @@ def assembled(config: CoordinatorConfig) -> Parts:
     limits = Limits(config.history_rows, config.history_days)
     observation = Observation(registry, dispatch, store, clock, limits, status_of=status_of)
     agent_store = AgentStore(registry, store, clock)
-    interval = config.health_check_interval
-    monitor = Monitor(registry, dispatch, upstreams, agent_store, clock, interval=interval)
+    monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
     queries = AgentQueries(registry, monitor, upstreams, clock)
     targets = TargetChooser(registry, queries, Placement.parse(config.pull_placement))
     uploads = Uploads(
         uploads_folder(config.database_url), int(config.max_spool_gibibytes * GIBIBYTE)
     )
-    patience = Patience(config.pull_patience)
     operations = Operations(
-        registry,
         dispatch,
         monitor,
         Remote(upstreams, uploads),
-        uploads,
         Deferred(store),
-        clock,
-        patience,
+        return_seconds=config.pull_patience,
     )
     rows = Rows(registry, observation, clock, dispatch)
     snapshots = Snapshots(
@@ -103,7 +97,6 @@ def assembled(config: CoordinatorConfig) -> Parts:
         uploads=uploads,
         targets=targets,
         blobs=Blobs(queries, targets),
-        patience=patience,
         operations=operations,
         rows=rows,
         feed=Feed(snapshots.take),

@@ -6,7 +6,7 @@ it: what the block settled, else a cancellation.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from ollama_coordinator_common.types import AgentId
@@ -49,17 +49,17 @@ class Held:
 class Dispatch:
     """Hands out leases and carries out what the scheduler decides.
 
-    `on_failure` hears of every agent that an attempt took out of rotation.
+    `agent_failed` is set whenever an agent is taken out of rotation; the monitor waits for it.
     """
 
     def __init__(self, scheduler: Scheduler, registry: Registry, clock: Clock) -> None:
         self._scheduler = scheduler
-        self._registry = registry
-        self._clock = clock
+        self.registry = registry
+        self.clock = clock
         self._held: dict[LeaseId, Held] = {}
         self._pending: dict[RequestId, asyncio.Future[Held]] = {}
         self._alarm: asyncio.TimerHandle | None = None
-        self.on_failure: Callable[[AgentState], None] = lambda agent: None
+        self.agent_failed = asyncio.Event()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -72,7 +72,7 @@ class Dispatch:
 
     def now(self) -> float:
         """Monotonic seconds."""
-        return self._clock.now()
+        return self.clock.now()
 
     def in_flight(self, agent_id: AgentId) -> int:
         """How many leases an agent has."""
@@ -92,7 +92,7 @@ class Dispatch:
             self._settle(held)
 
     async def _granted(self, request: Request) -> Held:
-        self._scheduler.submit(request, self._clock.now())
+        self._scheduler.submit(request, self.clock.now())
         future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._pending[request.id] = future
         try:
@@ -109,18 +109,18 @@ class Dispatch:
         if future.done() and not future.cancelled() and future.exception() is None:
             self._settle(future.result())
         else:
-            self._scheduler.withdraw(request_id, self._clock.now())
+            self._scheduler.withdraw(request_id, self.clock.now())
             self.plan()
 
     def began(self, held: Held) -> None:
         """The first byte of the answer is here."""
-        held.began_at = held.progress_at = self._clock.now()
+        held.began_at = held.progress_at = self.clock.now()
         self._scheduler.began(held.lease.id, held.began_at)
         # A first byte shows that a load is over, and that there is a slot more than was known.
         self.plan()
 
     def _settle(self, held: Held) -> None:
-        now = self._clock.now()
+        now = self.clock.now()
         try:
             self._note(held.agent, held.lease, held.outcome, now)
         finally:
@@ -136,7 +136,7 @@ class Dispatch:
         """End a request wherever it stands; false when it neither waits nor runs."""
         future = self._pending.get(request_id)
         if future is not None and not future.done():
-            self._scheduler.withdraw(request_id, self._clock.now())
+            self._scheduler.withdraw(request_id, self.clock.now())
             future.set_exception(RequestCancelled(reason))
             self.plan()
             return True
@@ -151,14 +151,14 @@ class Dispatch:
         model, began = lease.request.model, lease.granted_at
         match outcome.result:
             case Result.SERVED | Result.ERRORED:
-                self._registry.succeeded(agent, model, lease.request.options.num_ctx)
+                self.registry.succeeded(agent, model, lease.request.options.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
                 self.take_out(agent, outcome.reason, began)
             case Result.BUSY | Result.MODEL_FAILED:
-                self._registry.fail_model(agent, model, outcome.reason, now, began=began)
+                self.registry.fail_model(agent, model, outcome.reason, now, began=began)
                 log.warning("model failed on agent", extra=_facts(agent, model, outcome.reason))
             case Result.MODEL_MISSING:
-                self._registry.note_missing(agent, model)
+                self.registry.note_missing(agent, model)
                 log.warning("model missing on agent", extra=_facts(agent, model, outcome.reason))
             case Result.CANCELLED:
                 pass
@@ -168,15 +168,15 @@ class Dispatch:
 
         `began` is when what it does not answer was sent, if before.
         """
-        was_resting, now = agent.resting, self._clock.now()
-        self._registry.fail(agent, reason, now, began=began)
+        was_resting, now = agent.resting, self.clock.now()
+        self.registry.fail(agent, reason, now, began=began)
         if agent.resting and not was_resting:
             log.warning("agent out of rotation", extra=_facts(agent, None, reason))
-        self.on_failure(agent)
+        self.agent_failed.set()
 
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""
-        now = self._clock.now()
+        now = self.clock.now()
         plan = self._scheduler.plan(now)
         for lease in plan.granted:
             self._grant(lease, now)
@@ -188,7 +188,7 @@ class Dispatch:
 
     def _grant(self, lease: Lease, now: float) -> None:
         future = self._pending[lease.request.id]
-        held = Held(lease, self._registry.get(lease.agent_id), now)
+        held = Held(lease, self.registry.get(lease.agent_id), now)
         self._held[lease.id] = held
         if future.done():
             # Its client left in this very moment and has not run yet: the place goes back, and
@@ -213,7 +213,7 @@ class Dispatch:
         for request_id, future in self._pending.items():
             if not future.done():
                 # A place granted later would find nobody who waits for it.
-                self._scheduler.withdraw(request_id, self._clock.now())
+                self._scheduler.withdraw(request_id, self.clock.now())
                 future.set_exception(AgentLost(reason))
         if self._alarm is not None:
             self._alarm.cancel()

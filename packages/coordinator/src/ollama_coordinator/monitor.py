@@ -1,8 +1,8 @@
-"""The periodic loop: who went offline, who is back, what the agents hold, what must be kept.
+"""Watches the agents: marks them offline, probes those in doubt, and learns their models.
 
-Four sources tell of an agent, each at its own speed: its heartbeats, what it says of its Ollama,
-what requests meet on the way to it, and the progress of its streams. This module asks the fifth:
-a probe of the Ollama itself, where the others leave a doubt.
+An agent's state has five sources: its heartbeats, what they report of its Ollama, the errors of
+requests to it, the progress of its answers, and probes of its Ollama. This module sends the probes
+where the other four leave a doubt.
 """
 
 import asyncio
@@ -16,60 +16,60 @@ import msgspec
 from ollama_coordinator_common.types import AgentId
 
 from .agent_store import AgentStore
-from .clock import Clock
 from .dispatch import Dispatch, Held
-from .registry import AgentState, Registry
+from .registry import AgentState
 from .upstream import Unreachable, Upstreams
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2.0
-"""Ollama answers `/api/version` within milliseconds, also while it loads or computes."""
+"""A probe's time limit: Ollama answers `/api/version` within milliseconds, also under load."""
 
 LISTS_SECONDS = 10.0
-"""Its lists are read from the disk, which a load may keep busy: slow ones are no sign of death."""
+"""Time limit for lists of models: they are read from the disk, which a load may keep busy."""
 
 SILENCE_SECONDS = 5.0
-"""An attempt without a byte for so long makes its agent be probed; silence alone is no failure."""
+"""An attempt without a byte for so long has its agent probed; silence alone is no failure."""
 
 PROBE_AGAIN_SECONDS = 1.0
+"""Time between probes of a silent agent after the first one failed."""
 
 SILENT_PROBES = 2
-"""Failed probes in a row that show that a silent agent hangs; its waiting requests move on."""
+"""Failed probes in a row after which an attempt without a first byte moves to another agent."""
 
 STALLED_PROBES = 5
-"""The same for an answer that has begun, with which no other agent can go on."""
+"""The same for an answer that has begun: no other agent can continue it, so more is waited."""
 
 AFTER_LOAD_SECONDS = 1.0
-"""How soon an agent that does not report by itself is asked what is in its memory after a load."""
+"""How soon after a load an agent without heartbeats is asked what is in its memory (FLEET-25)."""
 
 TICK_SECONDS = 0.5
+"""How often the agents are looked at; a failure is looked at at once."""
 
 
 class Monitor:
-    """Watches the agents; `run` is its loop, the other methods may be called at any time."""
+    """Watches the agents; `run` is its loop, the other methods may be called at any time.
+
+    `interval` is the time in seconds between questions to agents that report no models.
+    """
 
     def __init__(
         self,
-        registry: Registry,
         dispatch: Dispatch,
         upstreams: Upstreams,
         keeper: AgentStore,
-        clock: Clock,
         *,
         interval: float,
     ) -> None:
-        self._registry = registry
         self._dispatch = dispatch
+        self._registry = dispatch.registry
+        self._clock = dispatch.clock
         self._upstreams = upstreams
         self._keeper = keeper
-        self._clock = clock
         self.interval = interval
-        self._nudge = asyncio.Event()
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}
         self._asked_at: dict[AgentId, float] = {}
-        dispatch.on_failure = lambda agent: self._nudge.set()
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -77,7 +77,7 @@ class Monitor:
             try:
                 await self._watch()
             except Exception:
-                log.exception("the monitor stumbled and goes on")
+                log.exception("the monitor failed and starts again")
             await asyncio.sleep(TICK_SECONDS)
 
     async def _watch(self) -> None:
@@ -89,15 +89,15 @@ class Monitor:
                 await self._pause()
 
     async def _pause(self) -> None:
-        self._nudge.clear()
+        self._dispatch.agent_failed.clear()
         try:
             async with asyncio.timeout(TICK_SECONDS):
-                await self._nudge.wait()
+                await self._dispatch.agent_failed.wait()
         except TimeoutError:
             pass
 
     async def _greet(self, agent: AgentState) -> None:
-        """After a restart: an Ollama that answers is as good as a heartbeat, for one time-out."""
+        """After a restart: an Ollama that answers counts as one heartbeat of its agent."""
         if agent.left or agent.id in self._probes:
             return
         try:
@@ -134,7 +134,7 @@ class Monitor:
             return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
         if agent.brings_inventory or not lives:
             return False
-        # A model was loaded: which others had to leave for it is for its Ollama to say.
+        # A model was loaded: only its Ollama knows which others had to leave memory for it.
         interval = min(AFTER_LOAD_SECONDS if agent.inventory.is_inferred else inf, self.interval)
         return now - self._asked_at.get(agent.id, -inf) >= interval
 
@@ -150,7 +150,7 @@ class Monitor:
         return silent
 
     async def _probe(self, agent: AgentState, *, doubted: bool) -> None:
-        """Ask an Ollama for a sign of life, and for its models where nobody brings them."""
+        """Probe an Ollama, and list its models where no heartbeat brings them."""
         try:
             await self._ask_version(agent)
             if not (agent.brings_inventory or doubted):
@@ -189,7 +189,7 @@ class Monitor:
             held.lose(f"agent {agent.name} does not answer any more: {reason}")
 
     def _lost(self, agent: AgentState, failures: int, now: float) -> Iterable[Held]:
-        """The attempts that a number of failed probes in a row gives up."""
+        """The silent attempts on an agent that are lost after so many failed probes."""
         for held in list(self._dispatch.held()):
             silent = held.agent is agent and now - held.progress_at >= SILENCE_SECONDS
             if silent and failures >= (SILENT_PROBES if held.began_at is None else STALLED_PROBES):
@@ -198,7 +198,7 @@ class Monitor:
     # ── models of agents that do not bring them ───────────────────────────────────────────────
 
     async def look_at(self, agent: AgentState, *, seconds: float) -> None:
-        """Learn an agent's models now, waiting at most `seconds`."""
+        """Learn an agent's models now; one that does not answer in `seconds` leaves rotation."""
         try:
             async with asyncio.timeout(seconds):
                 await self._ask_models(agent)
@@ -211,7 +211,10 @@ class Monitor:
     async def refresh(
         self, agents: Iterable[AgentState], *, older_than: float, seconds: float
     ) -> None:
-        """Ask the living agents again whose models are older than `older_than` seconds."""
+        """List the models of routable agents again that were listed `older_than` seconds ago.
+
+        Returns after `seconds` at most.
+        """
         now = self._clock.now()
         stale = [
             agent
@@ -224,7 +227,7 @@ class Monitor:
         asked = [asyncio.ensure_future(self._ask_models(agent)) for agent in stale]
         try:
             await asyncio.wait(asked, timeout=seconds)
-        finally:  # also when whoever wanted to know has left
+        finally:  # also when the client that asked has left
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)

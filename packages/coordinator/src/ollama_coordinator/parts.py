@@ -11,7 +11,7 @@ from .dispatch import Dispatch
 from .feed import Feed, Rows
 from .journal import Observation
 from .monitor import Monitor
-from .operations import Blobs, Operations, Patience, Placement, TargetChooser, Uploads
+from .operations import Blobs, Operations, Placement, TargetChooser, Uploads
 from .registry import Registry
 from .scheduler import Scheduler
 from .settings import Settings
@@ -43,7 +43,6 @@ class Parts(Struct, kw_only=True, eq=False):
     uploads: Uploads
     targets: TargetChooser
     blobs: Blobs
-    patience: Patience
     operations: Operations
     rows: Rows
     feed: Feed
@@ -58,7 +57,7 @@ class Parts(Struct, kw_only=True, eq=False):
         self.observation.limits.rows = config.history_rows
         self.observation.limits.days = config.history_days
         self.targets.default = Placement.parse(config.pull_placement)
-        self.patience.return_seconds = config.pull_patience
+        self.operations.worker.return_seconds = config.pull_patience
         self.uploads.limit_bytes = int(config.max_spool_gibibytes * GIBIBYTE)
         self.dispatch.plan()
 

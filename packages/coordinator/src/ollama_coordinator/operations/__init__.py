@@ -19,7 +19,6 @@ from .types import (
     UnknownOperation,
 )
 from .uploads import UploadError, Uploads, digest_of
-from .worker import Patience
 
 __all__ = [
     "AgentCommand",
@@ -34,7 +33,6 @@ __all__ = [
     "OperationState",
     "OperationView",
     "Operations",
-    "Patience",
     "Placement",
     "Refused",
     "Remote",

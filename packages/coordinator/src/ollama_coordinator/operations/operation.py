@@ -1,4 +1,4 @@
-"""One operation under way: its parts on the agents, and what it tells to those who wait for it."""
+"""One operation: its parts on the agents, and the progress that its clients follow."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -19,10 +19,10 @@ from .types import AgentCommand, OperationKind, OperationState, OperationView, R
 
 
 class ProgressFeed:
-    """What an operation reports, for any number of clients that come and go at their own pace.
+    """An operation's progress lines, for any number of clients that each read at their own pace.
 
-    Of each layer and step only the newest line is kept. A client that reads slowly or comes late
-    gets the present state, so nothing piles up.
+    Only the newest line about each layer and step is kept. A client that is slow or comes late gets
+    the present state, so nothing piles up.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,8 @@ class ProgressFeed:
         self._changed = asyncio.Event()
         self.is_over = False
 
-    def tell(self, lines: Iterable[ProgressLine]) -> None:
-        """Publish lines."""
+    def publish(self, lines: Iterable[ProgressLine]) -> None:
+        """Replace what is known about the same layer or step."""
         for line in lines:
             about = str(line.get("digest") or line.get("status") or "error")
             self._lines.pop(about, None)
@@ -41,7 +41,7 @@ class ProgressFeed:
         self._wake()
 
     def end(self) -> None:
-        """Nothing more will be told."""
+        """No more lines follow."""
         self.is_over = True
         self._wake()
 
@@ -65,7 +65,7 @@ class ProgressFeed:
             await self._changed.wait()
 
     async def follow(self) -> AsyncIterator[bytes]:
-        """Where things stand, then what changes, until the end."""
+        """The newest lines, then each change, until the end."""
         seen = 0
         while True:
             changed, is_over = self._changed, self.is_over
@@ -88,7 +88,12 @@ class ProgressFeed:
 
 
 class Target:
-    """One agent's part. `away_since` is when it was last seen to be away, monotonic."""
+    """One agent's part of an operation. Times are monotonic seconds.
+
+    `heard_at`: its last progress; `probed_at`: its last probe for silence; `away_since`: when the
+    agent went away, minus infinity if it was away from the start, `None` while it is there.
+    `failures` counts attempts that broke off since the last progress.
+    """
 
     def __init__(self, agent: AgentState, command: AgentCommand) -> None:
         self.agent_id = agent.id
@@ -99,15 +104,16 @@ class Target:
         self.error: OllamaCoordinatorError | None = None
         self.away_since: float | None = None
         self.heard_at = float("-inf")
-        self.doubted_at = float("-inf")
+        self.probed_at = float("-inf")
         self.failures = 0
         self.interrupt: Interrupt | None = None
 
 
 class Operation:
-    """What was asked, by whom it is waited for, and how it ended.
+    """A command for several agents, with its followers, its progress and its end.
 
-    `detached`: it goes on when nobody waits for it any more.
+    `followers` counts the clients that wait for it. Without any, it continues if `detached`, and is
+    cancelled otherwise. `spare` are agents that replace those that fail.
     """
 
     def __init__(
@@ -116,15 +122,13 @@ class Operation:
         command: AgentCommand,
         placement: Placement,
         started_at: datetime,
-        *,
-        detached: bool,
     ) -> None:
         self.id = operation_id
         self.command = command
         self.placement = placement
         self.started_at = started_at
         self.ended_at: datetime | None = None
-        self.detached = detached
+        self.detached = False
         self.followers = 0
         self.targets: dict[AgentId, Target] = {}
         self.spare: list[AgentState] = []
@@ -132,10 +136,11 @@ class Operation:
         self.feed = ProgressFeed()
         self.error: OllamaCoordinatorError | None = None
         self.cancelled = False
+        self.task: asyncio.Task[None] | None = None
 
     @property
     def kind(self) -> OperationKind:
-        """What is done."""
+        """What is done to the model."""
         return self.command.kind
 
     @property
@@ -144,8 +149,15 @@ class Operation:
         return self.feed.is_over
 
     @property
+    def is_refused(self) -> bool:
+        """Whether it failed on an agent and worked on none, and nobody cancelled it."""
+        states = [target.state for target in self.targets.values()]
+        failed = OperationState.FAILED in states and OperationState.DONE not in states
+        return failed and not self.cancelled
+
+    @property
     def state(self) -> OperationState:
-        """Where it stands as a whole."""
+        """Its state as a whole."""
         if not self.is_over:
             return OperationState.RUNNING
         if self.cancelled:
@@ -155,7 +167,7 @@ class Operation:
     def add(
         self, agents: Iterable[AgentState], command: AgentCommand | None = None
     ) -> list[Target]:
-        """Take more agents in; those that are new."""
+        """Add agents; the targets of those that are new."""
         new = [
             Target(agent, command or self.command)
             for agent in agents
@@ -164,22 +176,22 @@ class Operation:
         self.targets.update((target.agent_id, target) for target in new)
         return new
 
-    # ── what its targets meet ─────────────────────────────────────────────────────────────────
+    # ── what happens to its targets ───────────────────────────────────────────────────────────
 
     def begins(self, target: Target) -> None:
-        """A target starts, perhaps again."""
+        """A target starts an attempt."""
         target.state, target.status, target.error = OperationState.RUNNING, "", None
         target.away_since = None
         self.progress.begin(target.agent_id)
 
-    def hears(self, target: Target, line: ProgressLine) -> None:
-        """A line of progress from a target."""
+    def reports(self, target: Target, line: ProgressLine) -> None:
+        """A target sends a line of progress."""
         status = line.get("status")
         target.status = status if isinstance(status, str) else target.status
-        self.feed.tell(self.progress.feed(target.agent_id, line))
+        self.feed.publish(self.progress.feed(target.agent_id, line))
 
     def is_away(self, target: Target, reason: OllamaCoordinatorError | None, now: float) -> None:
-        """A target's agent does not answer; it may come back."""
+        """A target's agent does not answer; the operation waits for it."""
         target.state = OperationState.WAITING
         target.error = reason or target.error
         if target.away_since is None:
@@ -188,26 +200,26 @@ class Operation:
     def succeeds(self, target: Target) -> None:
         """A target is done."""
         target.state, target.error = OperationState.DONE, None
-        self.feed.tell(self.progress.finish(target.agent_id))
+        self.feed.publish(self.progress.finish(target.agent_id))
 
     def gives_up(
         self, target: Target, state: OperationState, reason: OllamaCoordinatorError | None = None
     ) -> None:
-        """A target is not waited for any more."""
+        """The operation waits for a target no longer."""
         target.state = state
         target.error = reason or target.error
-        self.feed.tell(self.progress.leave(target.agent_id))
+        self.feed.publish(self.progress.leave(target.agent_id))
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────
 
     def end(self, at: datetime) -> None:
-        """Every target is over: one `success`, or what went wrong."""
+        """Publish `success` if any target is done, else keep the error."""
         if self.is_over:
             return
         self.ended_at = at
         states = [target.state for target in self.targets.values()]
         if OperationState.DONE in states:
-            self.feed.tell([{"status": "success"}])
+            self.feed.publish([{"status": "success"}])
         elif self.cancelled:
             self.error = self.error or Refused(499, "the operation was cancelled")
         else:
@@ -215,13 +227,13 @@ class Operation:
         self.feed.end()
 
     def forget_bodies(self) -> None:
-        """An operation is remembered; what was sent for it, perhaps megabytes, is not."""
+        """Drop the bodies of its commands, perhaps megabytes; the rest is remembered."""
         self.command = structs.replace(self.command, body="")
         for target in self.targets.values():
             target.command = structs.replace(target.command, body="")
 
     def _failure(self) -> OllamaCoordinatorError:
-        """What an Ollama said, rather than that others did not answer."""
+        """What an Ollama answered, if any did; else that an agent was not reached."""
         errors = [target.error for target in self.targets.values() if target.error is not None]
         said = next((error for error in errors if isinstance(error, Refused)), None)
         return said or next(iter(errors), Refused(503, "no agent could be reached"))

@@ -1,7 +1,7 @@
-"""Several agents' progress as one stream in Ollama's own format; pure.
+"""Merges several agents' progress into one stream in Ollama's own format; pure.
 
-A layer's bytes are those of the slowest agent, its total never changes, and a step at the end is
-told when the last agent has reached it. `success` is not told here: it belongs to the whole.
+A layer's bytes are those of the slowest agent, and its total never changes. A step after the layers
+is reported when the last agent has reached it. `success` is left to the operation.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ LATE = (
     "removing unused layers",
     "pushing manifest",
 )
-"""Steps after the layers, in Ollama's words; the others are told when the first agent is there."""
+"""Steps after the layers, in Ollama's words; all others are reported by the first agent."""
 
 
 class _Agent(Struct):
@@ -37,20 +37,20 @@ class _Agent(Struct):
 
 
 class Progress:
-    """Merges what agents report; every method returns the lines that are news to a client."""
+    """Merges agents' lines; every method returns the lines that are new to a client."""
 
     def __init__(self) -> None:
         self._agents: dict[AgentId, _Agent] = {}
         self._layers: dict[str, tuple[str, int]] = {}
         self._shown: dict[str, int] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def begin(self, agent_id: AgentId) -> None:
-        """An agent takes part, or starts anew."""
+        """An agent starts an attempt."""
         self._agents[agent_id] = _Agent()
 
     def feed(self, agent_id: AgentId, line: ProgressLine) -> list[ProgressLine]:
-        """A line of an agent."""
+        """An agent sends a line."""
         agent = self._agents[agent_id]
         status, digest, total = line.get("status"), line.get("digest"), line.get("total")
         if not isinstance(status, str):
@@ -59,42 +59,42 @@ class Progress:
             completed = line.get("completed")
             agent.layers[digest] = completed if isinstance(completed, int) else 0
             self._layers.setdefault(digest, (status, total))
-            return self._layer_news([digest])
+            return self._new_layer_lines([digest])
         agent.is_past_layers = agent.is_past_layers or status in LATE
         agent.steps.add(status)
         if status in LATE:
-            return self._news()
-        return self._tell(status)
+            return self._new_lines()
+        return self._report(status)
 
     def finish(self, agent_id: AgentId) -> list[ProgressLine]:
         """An agent has succeeded."""
         agent = self._agents[agent_id]
         agent.is_past_layers = agent.is_done = True
-        return self._news()
+        return self._new_lines()
 
     def leave(self, agent_id: AgentId) -> list[ProgressLine]:
-        """An agent is not waited for any more."""
+        """The operation waits for an agent no longer."""
         self._agents.pop(agent_id, None)
-        return self._news() if self._agents else []
+        return self._new_lines() if self._agents else []
 
     def of(self, agent_id: AgentId) -> tuple[int, int]:
-        """The bytes that one agent has, and those of all layers known."""
+        """The bytes that one agent has downloaded, and those of all layers."""
         agent = self._agents.get(agent_id)
         total = sum(size for _, size in self._layers.values())
         if agent is None:
             return 0, total
         return sum(agent.completed(d, size) for d, (_, size) in self._layers.items()), total
 
-    def _news(self) -> list[ProgressLine]:
+    def _new_lines(self) -> list[ProgressLine]:
         agents = self._agents.values()
-        lines = self._layer_news(self._layers)
+        lines = self._new_layer_lines(self._layers)
         for step in LATE:
             is_reported = any(step in agent.steps for agent in agents)
             if is_reported and all(agent.has_reached(step) for agent in agents):
-                lines += self._tell(step)
+                lines += self._report(step)
         return lines
 
-    def _layer_news(self, digests: Iterable[str]) -> list[ProgressLine]:
+    def _new_layer_lines(self, digests: Iterable[str]) -> list[ProgressLine]:
         lines: list[ProgressLine] = []
         for digest in digests:
             status, total = self._layers[digest]
@@ -105,8 +105,8 @@ class Progress:
                 lines.append({**line, "completed": least} if least else line)
         return lines
 
-    def _tell(self, status: str) -> list[ProgressLine]:
-        if status in self._told:
+    def _report(self, status: str) -> list[ProgressLine]:
+        if status in self._reported:
             return []
-        self._told.add(status)
+        self._reported.add(status)
         return [{"status": status}]

@@ -1,4 +1,4 @@
-"""One deed on one agent's Ollama: the request, its lines, and what counts as its success."""
+"""One command on one agent's Ollama: the request, its progress lines, and its success."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,45 +10,46 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks
 
 from .progress import ProgressLine
-from .types import AgentCommand, Lacking, OperationKind, Refused
+from .types import AgentCommand, MissingBlob, OperationKind, Refused
 from .uploads import Uploads
 
 JSON = [("content-type", "application/json")]
 QUICK = (OperationKind.COPY, OperationKind.DELETE, OperationKind.UNLOAD)
 QUICK_SECONDS = 30.0
-"""What only touches a few files, or answers at once, is not waited for any longer."""
+"""Time limit of commands that touch a few files, or answer at once."""
 
-LONGEST_LINE = 1024 * 1024
+LONGEST_LINE_BYTES = 1024 * 1024
+"""A line of progress has some hundred bytes; one without end must not fill the memory."""
 
 _line = msgspec.json.Decoder(dict[str, object])
 
 
 class Remote:
-    """Carries deeds out."""
+    """Sends commands to agents; `uploads` has the files that they need."""
 
     def __init__(self, upstreams: Upstreams, uploads: Uploads) -> None:
         self._upstreams = upstreams
-        self._uploads = uploads
+        self.uploads = uploads
 
     async def do(
-        self, agent: AgentState, command: AgentCommand, hear: Callable[[ProgressLine], None]
+        self, agent: AgentState, command: AgentCommand, report: Callable[[ProgressLine], None]
     ) -> None:
-        """One attempt; `hear` gets every line of progress but the last.
+        """One attempt; `report` gets every line of progress but the last.
 
         Raises:
-            Refused: the Ollama answered that it cannot.
-            UpstreamError: it broke off, or did not answer.
+            Refused: the Ollama answered with an error.
+            UpstreamError: the answer broke off, or there was none.
         """
         for digest in command.blobs:
-            await self._hand_over(agent, digest)
+            await self._send_blob(agent, digest)
         try:
             async with asyncio.timeout(QUICK_SECONDS if command.kind in QUICK else None):
-                await self._request(agent, command, hear)
+                await self._request(agent, command, report)
         except TimeoutError as exc:
             raise Unreachable(f"no answer within {QUICK_SECONDS:g} s") from exc
 
     async def _request(
-        self, agent: AgentState, command: AgentCommand, hear: Callable[[ProgressLine], None]
+        self, agent: AgentState, command: AgentCommand, report: Callable[[ProgressLine], None]
     ) -> None:
         async with self._upstreams.open(
             command.method, agent.url + command.path, headers=JSON, body=command.body.encode()
@@ -56,49 +57,49 @@ class Remote:
             if response.status >= 400:
                 await _refuse(response, command)
             elif command.kind.streams:
-                await _follow(response, hear)
+                await _follow(response, report)
             else:
                 async for _ in chunks(response):
                     pass
 
-    async def _hand_over(self, agent: AgentState, digest: str) -> None:
-        """Give an agent a blob that it does not have yet."""
+    async def _send_blob(self, agent: AgentState, digest: str) -> None:
+        """Upload a file to an agent that does not have it yet."""
         url = f"{agent.url}/api/blobs/{digest}"
         async with self._upstreams.open("HEAD", url) as response:
             if response.status == 200:
                 return
-        size = self._uploads.size(digest)
+        size = self.uploads.size(digest)
         if size is None:
-            raise Lacking(agent.name, digest)
+            raise MissingBlob(agent.name, digest)
         headers = [("content-type", "application/octet-stream"), ("content-length", str(size))]
-        body = self._uploads.read(digest)
+        body = self.uploads.read(digest)
         async with self._upstreams.open("POST", url, headers=headers, stream=body) as response:
             if response.status >= 400:
                 raise Refused(response.status, await _text_of(response))
 
 
-async def _follow(response: aiohttp.ClientResponse, hear: Callable[[ProgressLine], None]) -> None:
+async def _follow(response: aiohttp.ClientResponse, report: Callable[[ProgressLine], None]) -> None:
     async for line in _lines(response):
         error = line.get("error")
         if error is not None:
             raise Refused(500, error if isinstance(error, str) else str(error))
         if line.get("status") == "success":
             return
-        hear(line)
+        report(line)
     raise Cut("ended its progress without a success")
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[ProgressLine]:
-    held = b""
+    rest = b""
     async for chunk in chunks(response):
-        *whole, held = (held + chunk).split(b"\n")
-        if len(held) > LONGEST_LINE:
+        *whole, rest = (rest + chunk).split(b"\n")
+        if len(rest) > LONGEST_LINE_BYTES:
             raise Cut("sends a line of progress without end")
         for text in whole:
             if text.strip():
                 yield _decoded(text)
-    if held.strip():
-        yield _decoded(held)
+    if rest.strip():
+        yield _decoded(rest)
 
 
 def _decoded(text: bytes) -> ProgressLine:
@@ -111,7 +112,7 @@ def _decoded(text: bytes) -> ProgressLine:
 async def _refuse(response: aiohttp.ClientResponse, command: AgentCommand) -> None:
     text = await _text_of(response)
     if response.status == 404 and command.kind in (OperationKind.DELETE, OperationKind.UNLOAD):
-        return  # what is to go is gone
+        return  # the model is gone already
     raise Refused(response.status, text or f"answers {command.path} with status {response.status}")
 
 

@@ -1,4 +1,4 @@
-"""The operations under way: started, joined, taken up again, and ended."""
+"""The operations under way and the last that ended: started, joined, resumed, cancelled."""
 
 import asyncio
 import logging
@@ -8,14 +8,13 @@ from contextlib import asynccontextmanager
 from secrets import token_hex
 
 from ollama_coordinator.aio import OwnedTasks
-from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import AgentOperation
 from ollama_coordinator_common.types import AgentId
 
-from .deferred import Caretaker, Deferred
+from .deferred import Deferred
 from .operation import Operation
 from .remote import Remote
 from .targets import Placement
@@ -28,13 +27,12 @@ from .types import (
     Refused,
     UnknownOperation,
 )
-from .uploads import Uploads
-from .worker import Patience, Worker
+from .worker import LOOK_SECONDS, Worker
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 100
-"""Ended operations that `GET /api/operations` still shows."""
+"""Ended operations that `GET /api/operations` still shows: a day's worth, some kilobytes each."""
 
 
 class Operations:
@@ -42,42 +40,30 @@ class Operations:
 
     def __init__(
         self,
-        registry: Registry,
         dispatch: Dispatch,
         monitor: Monitor,
         remote: Remote,
-        uploads: Uploads,
         deferred: Deferred,
-        clock: Clock,
-        patience: Patience,
+        *,
+        return_seconds: float,
     ) -> None:
-        self._registry = registry
-        self._clock = clock
-        self._uploads = uploads
+        self._registry = dispatch.registry
+        self._clock = dispatch.clock
+        self._uploads = remote.uploads
         self._deferred = deferred
-        self._worker = Worker(registry, dispatch, monitor, remote, deferred, clock, patience)
+        self.worker = Worker(dispatch, monitor, remote, deferred, return_seconds)
         self._tasks = OwnedTasks()
-        self._caretaker = Caretaker(
-            registry,
-            monitor,
-            deferred,
-            clock,
-            self._tasks,
-            running=lambda: list(self._running.values()),
-            resume=self._resume,
-        )
         self._running: dict[str, Operation] = {}
-        self._tasks_of: dict[str, asyncio.Task[None]] = {}
         self._ended: deque[Operation] = deque(maxlen=REMEMBERED)
 
     async def __aenter__(self) -> "Operations":
         await self._deferred.restore()
-        for pending in self._deferred.all():
-            agent = self._registry.find(pending.agent_id)
-            if agent is not None and pending.command.kind is OperationKind.DELETE:
-                self._registry.note_missing(agent, pending.command.key)
+        for deferred in self._deferred.all():
+            agent = self._registry.find(deferred.agent_id)
+            if agent is not None and deferred.command.kind is OperationKind.DELETE:
+                self._registry.note_missing(agent, deferred.command.key)
         await self._tasks.__aenter__()
-        self._tasks.start(self._caretaker.run())
+        self._tasks.start(self._resume_for_ever())
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -86,25 +72,21 @@ class Operations:
     # ── what there is ─────────────────────────────────────────────────────────────────────────
 
     def views(self, agent_id: str | None = None) -> list[OperationView]:
-        """Every operation that is known, newest first; of one agent if asked."""
+        """The operations that are known, newest first; of one agent if given."""
         known = [*self._running.values(), *self._ended]
         known.sort(key=lambda operation: operation.started_at, reverse=True)
         return [o.view() for o in known if agent_id is None or AgentId(agent_id) in o.targets]
 
     def of_agent(self, agent_id: AgentId) -> list[AgentOperation]:
-        """An agent's part in every operation that is known, and what it owes."""
-        done = [
+        """An agent's part in the operations that are known, and its deferred commands."""
+        known = [
             operation.view_for(operation.targets[agent_id])
             for operation in (*self._running.values(), *reversed(self._ended))
             if agent_id in operation.targets
         ]
-        owed = [
-            AgentOperation(
-                "", pending.command.kind.value, pending.command.name, OperationState.PENDING.value
-            )
-            for pending in self._deferred.of(agent_id)
-        ]
-        return [*done, *owed]
+        deferred = [one.command for one in self._deferred.of(agent_id)]
+        state = OperationState.PENDING.value
+        return [*known, *(AgentOperation("", one.kind.value, one.name, state) for one in deferred)]
 
     def get(self, operation_id: str) -> Operation:
         """One operation.
@@ -118,7 +100,7 @@ class Operations:
         raise UnknownOperation(operation_id)
 
     def pending(self) -> list[DeferredCommand]:
-        """What agents that are away owe."""
+        """The commands of agents that are away."""
         return self._deferred.all()
 
     # ── starting and following ────────────────────────────────────────────────────────────────
@@ -132,46 +114,48 @@ class Operations:
         spare: Iterable[AgentState] = (),
         detached: bool = False,
     ) -> Operation:
-        """Begin a deed on these agents, or join the same one that is under way already."""
-        operation = self._same(command)
+        """Start a command on these agents; a pull joins one of the same model that is under way.
+
+        `spare` agents replace those that fail. A `detached` operation continues when no client
+        follows it, and after a restart.
+        """
+        operation = self._pull_under_way(command)
         if operation is None:
             operation = Operation(
                 token_hex(8),
                 command,
                 placement if placement is not None else Placement(),
                 self._clock.utc(self._clock.now()),
-                detached=detached,
             )
             self._running[operation.id] = operation
-            self._take_in(operation, agents)
+            self._add(operation, agents)
             operation.spare = list(spare)
-            self._tasks_of[operation.id] = self._tasks.start(self._run(operation))
+            operation.task = self._tasks.start(self._run(operation))
             log.info("operation started", extra=_facts(operation))
         else:
-            self._take_in(operation, agents)
-        if detached and not operation.detached:
-            operation.detached = True
+            self._add(operation, agents)
+        operation.detached = operation.detached or detached
         if operation.detached:
-            self._worker.owe(operation)
+            self.worker.defer(operation)
         return operation
 
-    def _same(self, command: AgentCommand) -> Operation | None:
-        """The operation that does this already; several clients that pull one model share it."""
+    def _pull_under_way(self, command: AgentCommand) -> Operation | None:
+        """The running pull of the same model, which several clients share."""
         if command.kind is not OperationKind.PULL:
             return None
         for operation in self._running.values():
-            same = (operation.kind, operation.command.key) == (command.kind, command.key)
-            if same and not operation.cancelled and not operation.is_over:
+            known = operation.command
+            if (known.kind, known.key) == (command.kind, command.key) and not operation.cancelled:
                 return operation
         return None
 
-    def _take_in(self, operation: Operation, agents: Iterable[AgentState]) -> None:
+    def _add(self, operation: Operation, agents: Iterable[AgentState]) -> None:
         for target in operation.add(agents):
-            self._deferred.void(target.agent_id, operation.command)
+            self._deferred.supersede(target.agent_id, operation.command)
 
     @asynccontextmanager
     async def followed(self, operation: Operation) -> AsyncIterator[None]:
-        """Wait for an operation; when the last who waits leaves, an attached one is given up."""
+        """Count a follower during the block; without any, an attached operation is cancelled."""
         operation.followers += 1
         try:
             yield
@@ -181,64 +165,75 @@ class Operations:
                 self.cancel(operation)
 
     def cancel(self, operation: Operation) -> None:
-        """End an operation; what the agents have got so far stays, and a repetition resumes it."""
-        task = self._tasks_of.get(operation.id)
-        if task is None or operation.is_over:
+        """End an operation; what the agents have downloaded stays, and a repetition resumes it."""
+        if operation.is_over or operation.task is None:
             return
         operation.cancelled = True
-        for target in operation.targets.values():
-            self._deferred.settle(target.agent_id, target.command)
-        task.cancel()
+        self._drop_deferred(operation)
+        operation.task.cancel()
         log.info("operation cancelled", extra=_facts(operation))
 
     def close(self, reason: str) -> None:
-        """Tell everyone who waits that nothing more will come; debts stay for the next process."""
+        """End every operation with an error; deferred commands stay for the next process."""
         for operation in list(self._running.values()):
             operation.error = Refused(503, reason)
-            self._tasks_of[operation.id].cancel()
+            if operation.task is not None:
+                operation.task.cancel()
 
     async def _run(self, operation: Operation) -> None:
         try:
-            await self._worker.carry_out(operation)
+            await self.worker.carry_out(operation)
         finally:
             for target in operation.targets.values():
                 if not target.state.is_over:
                     target.state = OperationState.CANCELLED
             operation.end(self._clock.utc(self._clock.now()))
-            del self._running[operation.id], self._tasks_of[operation.id]
+            del self._running[operation.id]
             self._ended.append(operation)
-            self._write_off(operation)
-            self._clear_uploads(operation)
+            if operation.is_refused:
+                # Agents that are away would be refused too.
+                self._drop_deferred(operation)
+            if operation.state is OperationState.DONE:
+                self._drop_uploads(operation)
             operation.forget_bodies()
         log.info("operation ended", extra=_facts(operation))
 
-    def _write_off(self, operation: Operation) -> None:
-        """What Ollama refused where it was asked, agents that are away need not try either."""
-        if operation.cancelled:
-            return  # nothing of it is owed any more, and the same may have begun anew
-        targets = operation.targets.values()
-        failed = any(target.state is OperationState.FAILED for target in targets)
-        if failed and not any(target.state is OperationState.DONE for target in targets):
-            for target in targets:
-                self._deferred.settle(target.agent_id, target.command)
+    def _drop_deferred(self, operation: Operation) -> None:
+        for target in operation.targets.values():
+            self._deferred.finish(target.agent_id, target.command)
 
-    def _clear_uploads(self, operation: Operation) -> None:
-        """Files that a model was created from are on the agents now."""
-        if operation.state is not OperationState.DONE:
-            return
-        wanted_by = [pending.command for pending in self._deferred.all()]
-        wanted_by += [other.command for other in self._running.values()]
-        wanted = {digest for command in wanted_by for digest in command.blobs}
-        for digest in set(operation.command.blobs) - wanted:
+    def _drop_uploads(self, operation: Operation) -> None:
+        """Drop the files of a created model: the agents have them now."""
+        others = [deferred.command for deferred in self._deferred.all()]
+        others += [other.command for other in self._running.values()]
+        needed = {digest for command in others for digest in command.blobs}
+        for digest in set(operation.command.blobs) - needed:
             self._uploads.drop(digest)
 
-    def _resume(self, pending: DeferredCommand, agent: AgentState) -> None:
-        """A debt is paid by an operation of its own, unless the one it came from still lasts."""
-        for operation in self._running.values():
-            target = operation.targets.get(agent.id)
-            if target is not None and target.command == pending.command:
-                return
-        self.start(pending.command, [agent], detached=True)
+    # ── deferred commands ─────────────────────────────────────────────────────────────────────
+
+    async def _resume_for_ever(self) -> None:
+        while True:
+            try:
+                self._resume(self._clock.now())
+            except Exception:
+                log.exception("resuming operations failed and is tried again")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _resume(self, now: float) -> None:
+        """Start deferred commands of agents that are back, one at a time on each agent."""
+        running = list(self._running.values())
+        busy = {t.agent_id for o in running for t in o.targets.values() if not t.state.is_over}
+        for deferred in self._deferred.all():
+            agent = self._registry.find(deferred.agent_id)
+            if agent is None:
+                self._deferred.forget(deferred.agent_id)
+            elif agent.id not in busy and self._registry.is_reachable(agent, now):
+                busy.add(agent.id)
+                targets = [o.targets[agent.id] for o in running if agent.id in o.targets]
+                # The operation that deferred it may still run on other agents: not beside it.
+                if deferred.command not in [target.command for target in targets]:
+                    self.start(deferred.command, [agent], detached=True)
 
 
 def _facts(operation: Operation) -> dict[str, object]:

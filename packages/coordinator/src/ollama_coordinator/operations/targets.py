@@ -1,4 +1,4 @@
-"""Which agents an operation concerns."""
+"""Placements, and the agents that an operation runs on."""
 
 from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
@@ -13,18 +13,18 @@ from ollama_coordinator_common.names import model_key
 
 from .types import NoAgentForModel
 
-WHAT_IS_RIGHT = "give all, a number of agents, label:NAME, or agents:NAME,NAME"
+EXPECTED = "give all, a number of agents, label:NAME, or agents:NAME,NAME"
 
 
 class WrongPlacement(OllamaCoordinatorError):
-    """A text that says in no way which agents are meant."""
+    """The text is not a placement."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(f"placement {text!r} is not understood: {WHAT_IS_RIGHT}")
+        super().__init__(f"placement {text!r} is not understood: {EXPECTED}")
 
 
 class Rule(Enum):
-    """How a placement chooses."""
+    """What a placement chooses by."""
 
     ALL = "all"
     COUNT = "count"
@@ -33,7 +33,7 @@ class Rule(Enum):
 
 
 class Placement(Struct, frozen=True):
-    """One rule and what it needs."""
+    """Which agents get a model: all, a number, those with a label, or those named."""
 
     rule: Rule = Rule.ALL
     count: int = 0
@@ -44,7 +44,7 @@ class Placement(Struct, frozen=True):
         """Read `all`, `2`, `label:gpu` or `agents:first,second`.
 
         Raises:
-            WrongPlacement: it is none of these.
+            WrongPlacement: the text is none of these.
         """
         word = text.strip()
         kind, _, rest = word.partition(":")
@@ -59,17 +59,15 @@ class Placement(Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The same as it was written."""
+        """As `parse` reads it."""
         if self.rule is Rule.ALL:
             return "all"
-        return str(self.count) if self.rule is Rule.COUNT else self._named
-
-    @property
-    def _named(self) -> str:
+        if self.rule is Rule.COUNT:
+            return str(self.count)
         return f"{self.rule.value}:{','.join(self.names)}"
 
-    def concerns(self, agent: AgentState) -> bool:
-        """Whether the rule means this agent at all."""
+    def matches(self, agent: AgentState) -> bool:
+        """Whether the rule may choose this agent."""
         if self.rule is Rule.LABEL:
             return not set(self.names).isdisjoint(agent.settings.labels)
         if self.rule is Rule.AGENTS:
@@ -78,7 +76,7 @@ class Placement(Struct, frozen=True):
 
 
 class Chosen(Struct, frozen=True):
-    """The agents chosen, and those that stand by should one of them fail."""
+    """The chosen agents, and the spare ones that replace those that fail."""
 
     chosen: Sequence[AgentState]
     spare: Sequence[AgentState] = ()
@@ -90,113 +88,112 @@ def choose(
     holders: Collection[AgentState],
     reachable: Collection[AgentState],
 ) -> Chosen:
-    """Choose among the agents; `holders` have some content of the model already.
+    """Choose among the agents; `holders` have some content under the model's name already.
 
-    Those that have the model are always among the chosen of `all` and of a number, also beyond
-    it: a pull that left one of them behind would leave two contents under one name. A number is
-    filled up with reachable agents, those with the most free disk first; for the other rules also
-    the agents that are away count, and get the model when they return.
+    `all` and a number always include the holders, also beyond the number: otherwise two contents
+    of one name would remain. A number is filled up with reachable agents, those with the most free
+    disk first. The other rules include agents that are away: they get the model when they are back.
     """
-    meant = [agent for agent in agents if placement.concerns(agent)]
+    matching = [agent for agent in agents if placement.matches(agent)]
     if placement.rule is not Rule.COUNT:
-        return Chosen([agent for agent in meant if not agent.settings.draining or agent in holders])
-    having = [agent for agent in meant if agent in holders]
+        return Chosen(
+            [agent for agent in matching if not agent.settings.draining or agent in holders]
+        )
+    having = [agent for agent in matching if agent in holders]
     others = sorted(
-        (a for a in meant if a in reachable and a not in holders and not a.settings.draining),
-        key=_room,
+        (a for a in matching if a in reachable and a not in holders and not a.settings.draining),
+        key=_by_free_disk,
     )
     missing = max(0, placement.count - sum(agent in reachable for agent in having))
     return Chosen([*having, *others[:missing]], others[missing:])
 
 
-def _room(agent: AgentState) -> tuple[float, int, str]:
+def _by_free_disk(agent: AgentState) -> tuple[float, int, str]:
     """Most free disk first; an agent that does not report it counts as having some."""
     free = agent.report.disk_free_bytes if agent.report is not None else None
     return -(free if free is not None else 1), len(agent.inventory.available), agent.id
 
 
 PUSH_LABEL = "push"
-"""Marks the agents whose key may push; where none has it, any holder is asked."""
+"""Label of agents whose key may push; without any, every holder is asked."""
 
 
 class TargetChooser:
-    """Applies placements to the fleet as it is now; `default` is the operator's setting."""
+    """Applies placements to the fleet as it is now; `default` is the operator's placement."""
 
-    def __init__(self, registry: Registry, asking: AgentQueries, default: Placement) -> None:
+    def __init__(self, registry: Registry, queries: AgentQueries, default: Placement) -> None:
         self._registry = registry
-        self._asking = asking
+        self._queries = queries
         self.default = default
 
     def copies(self, key: str) -> list[AgentState]:
-        """Every agent, living or not, that has some content under this name."""
+        """Every agent, online or not, that has some content under this routing key."""
         return [self._registry.get(agent_id) for agent_id in self._registry.copies(key)]
 
     def for_pull(self, name: str, placement: Placement) -> Chosen:
-        """The agents that are to have a model.
+        """The agents that pull a model.
 
         Raises:
-            NoAgentForModel: none of them can be asked now.
+            NoAgentForModel: none of them can be reached now.
         """
         everybody = list(self._registry)
-        reachable = self._asking.reachable(everybody)
+        reachable = self._queries.reachable(everybody)
         found = choose(placement, everybody, self.copies(model_key(name)), reachable)
         self._check(found.chosen, placement)
         return found
 
-    def concerned(self, placement: Placement) -> list[AgentState]:
-        """The agents that may have to build a model whose name is not known yet.
+    def candidates(self, placement: Placement) -> list[AgentState]:
+        """The agents that may have to create a model whose name is not known yet.
 
-        Those that drain, and those beyond a number, may have one of that name already.
+        Draining ones, and more than a number, are included: they may have that name already.
         """
-        return [agent for agent in self._registry if placement.concerns(agent)]
+        return [agent for agent in self._registry if placement.matches(agent)]
 
     async def for_create(self, name: str, source: str, placement: Placement) -> Chosen:
-        """The agents that build a model: of those that have what it is made from.
-
-        They are chosen as for a pull: with them, those that have a model of this name already.
+        """The agents that create a model, chosen as for a pull among those that have its source.
 
         Raises:
-            InvalidModelName: the source cannot be a name.
-            NoAgentForModel: none of them can be asked now.
+            InvalidModelName: the source cannot be a model's name.
+            NoAgentForModel: none of them can be reached now.
         """
         if not source:
             return self.for_pull(name, placement)
         try:
-            await self._asking.holders(source)
+            await self._queries.holders(source)
         except ModelNotFound:
-            return self.for_pull(name, placement)  # an agent pulls what it lacks by itself
+            return self.for_pull(name, placement)  # Ollama pulls a source that it lacks by itself
         holders = self._registry.holders(model_key(source))
-        reachable = self._asking.reachable(holders)
+        reachable = self._queries.reachable(holders)
         found = choose(placement, holders, self.copies(model_key(name)), reachable)
         self._check(found.chosen, placement, holders)
         return found
 
     async def for_push(self, name: str) -> AgentState:
-        """The one agent that pushes; where nobody has the model, anyone says so.
+        """The agent that pushes; where none has the model, any one, which answers with an error.
 
         Raises:
-            HoldersUnavailable: those that have it are away.
-            NoAgentForModel: there is nobody to ask.
+            HoldersUnavailable: the agents that have it are away.
+            NoAgentForModel: no agent can be reached.
         """
         try:
-            able = await self._asking.holders(name)
+            able = await self._queries.holders(name)
         except ModelNotFound:
-            able = self._asking.routable()
+            able = self._queries.routable()
         self._check(able, self.default)
         return min(able, key=lambda agent: (PUSH_LABEL not in agent.settings.labels, agent.id))
 
     async def for_load(self, name: str, placement: Placement) -> list[AgentState]:
-        """The agents that bring a model into memory; those that have it there count.
+        """The agents that load a model into memory, first those that have it loaded.
 
-        Those that drain get no requests: they are asked where nobody else can be.
+        Draining agents are chosen only if no other has the model.
 
         Raises:
             ModelNotFound: no agent has it on disk.
-            HoldersUnavailable: those that have it are away.
-            NoAgentForModel: the placement means none that has it.
+            HoldersUnavailable: the agents that have it are away.
+            NoAgentForModel: the placement excludes all agents that have it.
         """
         key = model_key(name)
-        holders = [a for a in await self._asking.holders(name) if placement.concerns(a)]
+        holders = [a for a in await self._queries.holders(name) if placement.matches(a)]
         holders = [agent for agent in holders if not agent.settings.draining] or holders
         holders.sort(key=lambda agent: (not agent.inventory.is_loaded(key), agent.id))
         count = placement.count if placement.rule is Rule.COUNT else len(holders)
@@ -210,12 +207,12 @@ class TargetChooser:
         placement: Placement,
         others: Sequence[AgentState] = (),
     ) -> None:
-        """Raise unless one of them can be asked; where there are none, tell of the others."""
-        if self._asking.reachable(agents):
+        """Raise if none of the agents can be reached; the error names them, or else the others."""
+        if self._queries.reachable(agents):
             return
-        away = self._asking.why_not(agents or others or list(self._registry))
-        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(away.items()))
+        away = self._queries.why_not(agents or others or list(self._registry))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(away.items()))
         raise NoAgentForModel(
             f"no agent that placement {placement.text} means can be reached "
-            f"({told or 'no agent is registered'})"
+            f"({reasons or 'no agent is registered'})"
         )

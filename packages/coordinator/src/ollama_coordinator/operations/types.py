@@ -1,8 +1,8 @@
-"""The nouns of model operations: what is done, to which model, on which agents, how far it is.
+"""Types of model operations: the request to one agent, the state, the views, the errors.
 
 OperationError
-├── Refused           an agent's Ollama answered that it cannot
-│   └── Lacking       it has no file of which the model is made
+├── Refused           an agent's Ollama answered with an error
+│   └── MissingBlob   neither the agent nor the coordinator has a file of the model
 ├── NoAgentForModel   the placement leaves no agent
 └── UnknownOperation  no operation has this id
 """
@@ -23,15 +23,15 @@ class OperationError(OllamaCoordinatorError):
 
 
 class Refused(OperationError):
-    """An agent's Ollama answered that it cannot; `status` is its own, 500 in mid-stream."""
+    """An agent's Ollama answered with an error; `status` is its own, 500 in mid-stream."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Lacking(Refused):
-    """An agent is to make a model of a file that neither it nor the coordinator has."""
+class MissingBlob(Refused):
+    """An agent needs a file for a model, and neither the agent nor the coordinator has it."""
 
     def __init__(self, agent_name: str, digest: str) -> None:
         text = f"agent {agent_name} does not have blob {digest}, nor does the coordinator"
@@ -39,7 +39,7 @@ class Lacking(Refused):
 
 
 class NoAgentForModel(OperationError):
-    """The placement leaves no agent that could be asked now."""
+    """The placement leaves no agent that can be reached now."""
 
 
 class UnknownOperation(OperationError):
@@ -67,25 +67,28 @@ class OperationKind(Enum):
 
 
 class OperationState(Enum):
-    """Where an operation, or its part on one agent, stands."""
+    """The state of an operation, or of its part on one agent."""
 
     WAITING = "waiting"
-    """The agent is away; it goes on as soon as it is back."""
+    """The agent is away; its part starts as soon as it is back."""
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
     PENDING = "pending"
-    """Nobody waits for it any more; it is done when the agent returns."""
+    """Deferred: the operation ends without this agent, which does its part when it is back."""
     CANCELLED = "cancelled"
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more happens of itself in this operation."""
+        """Whether the operation waits for it no longer."""
         return self not in (OperationState.WAITING, OperationState.RUNNING)
 
 
 class AgentCommand(Struct, frozen=True):
-    """What one agent's Ollama is to do: a request to it. `blobs` it must have before."""
+    """One request to an agent's Ollama. The agent needs the files `blobs` (digests) before it.
+
+    `name` is the model's name as the client wrote it, `key` its routing key.
+    """
 
     kind: OperationKind
     name: str
@@ -96,64 +99,65 @@ class AgentCommand(Struct, frozen=True):
     blobs: tuple[str, ...] = ()
 
     @classmethod
+    def _post(
+        cls, kind: OperationKind, name: str, path: str, fields: dict[str, object]
+    ) -> "AgentCommand":
+        body = msgspec.json.encode(fields).decode()
+        return cls(kind, name, model_key(name), "POST", path, body)
+
+    @classmethod
     def pull(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
-        """Fetch a model from a registry."""
-        body = _text(model=name, insecure=insecure, stream=True)
-        return cls(OperationKind.PULL, name, model_key(name), "POST", "/api/pull", body)
+        """Download a model from a model registry."""
+        fields = {"model": name, "insecure": insecure, "stream": True}
+        return cls._post(OperationKind.PULL, name, "/api/pull", fields)
 
     @classmethod
     def push(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
-        """Upload a model to a registry."""
-        body = _text(model=name, insecure=insecure, stream=True)
-        return cls(OperationKind.PUSH, name, model_key(name), "POST", "/api/push", body)
+        """Upload a model to a model registry."""
+        fields = {"model": name, "insecure": insecure, "stream": True}
+        return cls._post(OperationKind.PUSH, name, "/api/push", fields)
 
     @classmethod
     def create(cls, name: str, body: bytes, blobs: tuple[str, ...]) -> "AgentCommand":
-        """Build a model; `body` is the client's own, asking for a stream."""
-        return cls(
-            OperationKind.CREATE,
-            name,
-            model_key(name),
-            "POST",
-            "/api/create",
-            body.decode(),
-            blobs=blobs,
-        )
+        """Create a model; `body` is the client's, with `stream` true."""
+        key, text = model_key(name), body.decode()
+        return cls(OperationKind.CREATE, name, key, "POST", "/api/create", text, blobs)
 
     @classmethod
     def copy(cls, source: str, destination: str) -> "AgentCommand":
         """Give a model a second name."""
-        body = _text(source=source, destination=destination)
-        return cls(
-            OperationKind.COPY, destination, model_key(destination), "POST", "/api/copy", body
-        )
+        fields: dict[str, object] = {"source": source, "destination": destination}
+        return cls._post(OperationKind.COPY, destination, "/api/copy", fields)
 
     @classmethod
     def delete(cls, name: str) -> "AgentCommand":
-        """Remove a model from disk."""
-        body = _text(model=name, name=name)
+        """Delete a model from disk; older Ollamas read `name` in place of `model`."""
+        body = msgspec.json.encode({"model": name, "name": name}).decode()
         return cls(OperationKind.DELETE, name, model_key(name), "DELETE", "/api/delete", body)
 
     @classmethod
     def load(
         cls, name: str, *, keep_alive: int | str | None = None, embeds: bool = False
     ) -> "AgentCommand":
-        """Bring a model into memory; a model that embeds is not asked to generate."""
+        """Load a model into memory; an embedding model (`embeds`) cannot generate."""
         fields: dict[str, object] = {"model": name}
         if keep_alive is not None:
             fields["keep_alive"] = keep_alive
         path = "/api/embed" if embeds else "/api/generate"
-        return cls(OperationKind.LOAD, name, model_key(name), "POST", path, _text(**fields))
+        return cls._post(OperationKind.LOAD, name, path, fields)
 
     @classmethod
     def unload(cls, name: str) -> "AgentCommand":
-        """Drop a model from memory."""
-        body = _text(model=name, keep_alive=0)
-        return cls(OperationKind.UNLOAD, name, model_key(name), "POST", "/api/generate", body)
+        """Unload a model from memory."""
+        fields: dict[str, object] = {"model": name, "keep_alive": 0}
+        return cls._post(OperationKind.UNLOAD, name, "/api/generate", fields)
 
 
 class DeferredCommand(Struct, frozen=True):
-    """A deed that an agent still owes, kept across restarts."""
+    """A command for an agent that is away; it is kept across restarts of the coordinator.
+
+    Databases of earlier versions hold the command as `deed`.
+    """
 
     agent_id: AgentId
     command: AgentCommand = field(name="deed")
@@ -185,7 +189,3 @@ class OperationView(Struct, frozen=True):
     targets: list[TargetView]
     ended_at: datetime | None = None
     error: str | None = None
-
-
-def _text(**fields: object) -> str:
-    return msgspec.json.encode(fields).decode()

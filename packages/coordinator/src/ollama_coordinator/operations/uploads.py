@@ -1,9 +1,8 @@
 """Uploaded model files, kept by digest until the model is created from them.
 
-Ollama takes files before it is told what they are for, and which agents will need them is only
-known then. So they wait here: beside the database, verified, within a limit. Unfinished files have
-names of their own and are gone after a restart; finished ones go after the model was created, or
-when nobody has asked for them for a day.
+Ollama's clients upload files before they say for which model, so which agents need them is not
+known yet. The files are kept beside the database, verified, within a limit. An unfinished file is
+deleted at the next start; a finished one after the model was created, or after a day without use.
 """
 
 import asyncio
@@ -21,14 +20,19 @@ from .types import OperationError
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 24 * 3600.0
+"""How long an unused file is kept: a client whose upload failed may try again the next day."""
+
 PIECE_BYTES = 1024 * 1024
+"""Read and written at once: large enough that the thread change of each piece costs little."""
+
 PART = ".part-"
+"""In the names of unfinished files."""
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
 
 class UploadError(OperationError):
-    """An uploaded file cannot be taken; `status` is what Ollama, or HTTP, would answer."""
+    """An uploaded file is refused; `status` is what Ollama, or HTTP, would answer."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -36,10 +40,10 @@ class UploadError(OperationError):
 
 
 def digest_of(text: str) -> str:
-    """The digest as it is compared: `sha256:` and 64 lower-case digits.
+    """The canonical digest: `sha256:` and 64 lower-case hexadecimal digits.
 
     Raises:
-        UploadError: 400, it is none.
+        UploadError: 400, the text is no digest.
     """
     match = _DIGEST.fullmatch(text)
     if match is None:
@@ -48,7 +52,10 @@ def digest_of(text: str) -> str:
 
 
 class Uploads:
-    """Files by digest in one folder; `folder` is `None` for one that ends with the process."""
+    """Files by digest in `folder`; with `None`, in a temporary folder of this process.
+
+    `limit_bytes` may change while it is open.
+    """
 
     def __init__(self, folder: Path | None, limit_bytes: int) -> None:
         self._given = folder
@@ -81,15 +88,15 @@ class Uploads:
                 self._sizes[digest_of(file.name)] = file.stat().st_size
         self._expire()
 
-    # ── what is there ─────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────
 
     def size(self, digest: str) -> int | None:
-        """The bytes of a file, `None` if it is not here."""
+        """The size of a file in bytes, `None` if it is not here."""
         return self._sizes.get(digest)
 
     @property
     def used_bytes(self) -> int:
-        """What the files take, those under way included."""
+        """The bytes of all files, unfinished ones included."""
         return sum(self._sizes.values()) + self._arriving
 
     async def read(self, digest: str) -> AsyncIterator[bytes]:
@@ -104,15 +111,15 @@ class Uploads:
     def _file(self, digest: str) -> Path:
         return self._folder / digest.replace(":", "-")
 
-    # ── taking and dropping ───────────────────────────────────────────────────────────────────
+    # ── writing and dropping ──────────────────────────────────────────────────────────────────
 
     async def take(self, asked: str, pieces: AsyncIterator[bytes]) -> None:
-        """Keep a file, once all of it is here and is what it claims to be.
+        """Write a file, and keep it if its content has the digest.
 
-        `asked` is its digest as the client wrote it, which Ollama compares letter by letter.
+        `asked` is the digest as the client wrote it: Ollama compares it case-sensitively.
 
         Raises:
-            UploadError: 400, it is something else; 507, there is no room for it.
+            UploadError: 400, the digest differs; 507, the disk or the limit is full.
         """
         digest = digest_of(asked)
         part = self._folder / f"{digest.replace(':', '-')}{PART}{token_hex(6)}"
@@ -149,7 +156,7 @@ class Uploads:
         self._expire()
 
     def _expire(self) -> None:
-        """Drop what nobody has used for a day."""
+        """Drop the files that were not used for `KEPT_SECONDS`."""
         oldest = time.time() - KEPT_SECONDS
         for digest in list(self._sizes):
             file = self._file(digest)
@@ -157,7 +164,7 @@ class Uploads:
                 self.drop(digest)
 
     def drop(self, digest: str) -> None:
-        """Forget a file."""
+        """Delete a file."""
         if self._sizes.pop(digest, None) is not None:
             self._file(digest).unlink(missing_ok=True)
             log.info("uploaded file dropped", extra={"digest": digest})
@@ -174,12 +181,12 @@ def _write(file: object, found: "hashlib._Hash", piece: bytes) -> None:
 
 
 async def _joined(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Small pieces joined, so that not each one goes to the disk by itself."""
-    held = bytearray()
+    """Join small pieces to `PIECE_BYTES`, so that they are not written one by one."""
+    joined = bytearray()
     async for piece in pieces:
-        held += piece
-        if len(held) >= PIECE_BYTES:
-            yield bytes(held)
-            held.clear()
-    if held:
-        yield bytes(held)
+        joined += piece
+        if len(joined) >= PIECE_BYTES:
+            yield bytes(joined)
+            joined.clear()
+    if joined:
+        yield bytes(joined)

@@ -1,16 +1,13 @@
-"""How one operation gets done: a task for each agent, with patience for those that go away."""
+"""Carries one operation out: a task for each agent, which waits for an agent that goes away."""
 
 import asyncio
 import logging
 
-from msgspec import Struct
-
-from ollama_coordinator.aio import Interrupt
-from ollama_coordinator.clock import Clock
+from ollama_coordinator.aio import Interrupt, OwnedTasks
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
-from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator.upstream import UpstreamError
+from ollama_coordinator.registry import AgentState
+from ollama_coordinator.upstream import AgentLost, UpstreamError
 
 from .deferred import Deferred
 from .operation import Operation, Target
@@ -20,134 +17,143 @@ from .types import DeferredCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 32
-"""Agents of one operation that work at the same time; they share one line to the registry."""
+PARALLEL_AGENTS = 32
+"""Agents of one operation that work at the same time; they share one link to the registry."""
 
-LOOK_AGAIN_SECONDS = 0.25
+LOOK_SECONDS = 0.25
+"""How often agents that are away or silent are looked at; nobody notices a pull start so late."""
+
 LISTED_SECONDS = 2.0
-FAILURES = 8
-"""Attempts on one agent that break off in a row without any progress; then it is given up."""
+"""How long an operation waits for the agent's new list of models; a heartbeat brings it later."""
 
-HOPELESS = ("does not exist", "invalid", "not authorized", "unauthorized")
-"""Refusals that every other agent would answer too."""
+SILENCE_SECONDS = 10.0
+"""Ollama reports progress 16 times a second; a silent agent is probed."""
 
+PROBE_SECONDS = 5.0
+"""A probe's time limit: long, since the agent's disk is busy with a large file."""
 
-class Patience(Struct):
-    """How long an operation waits for agents that went away once no other agent is at work."""
+MOST_FAILURES = 8
+"""Attempts in a row on one agent that break off without any progress; then its part has failed."""
 
-    return_seconds: float = 15.0
+SAME_EVERYWHERE = ("does not exist", "invalid", "not authorized", "unauthorized")
+"""Words of refusals that every other agent would answer with too."""
 
 
 class Worker:
-    """Carries operations out."""
+    """Carries operations out.
+
+    `return_seconds` is how long an operation with progress waits for agents that went away, once no
+    other agent is at work; it may change while operations run.
+    """
 
     def __init__(
         self,
-        registry: Registry,
         dispatch: Dispatch,
         monitor: Monitor,
         remote: Remote,
         deferred: Deferred,
-        clock: Clock,
-        patience: Patience,
+        return_seconds: float,
     ) -> None:
-        self._registry = registry
         self._dispatch = dispatch
+        self._registry = dispatch.registry
+        self._clock = dispatch.clock
         self._monitor = monitor
         self._remote = remote
         self._deferred = deferred
-        self._clock = clock
-        self._patience = patience
+        self.return_seconds = return_seconds
 
-    def owe(self, operation: Operation) -> None:
-        """Note what every agent still has to do, so that a restart goes on with it."""
+    def defer(self, operation: Operation) -> None:
+        """Keep what every agent still has to do, so that a restart continues it."""
         for target in operation.targets.values():
             if not target.state.is_over:
-                self._owe(target)
+                self._defer(target)
 
-    def _owe(self, target: Target) -> None:
+    def _defer(self, target: Target) -> None:
         since = self._clock.utc(self._clock.now())
         self._deferred.add(DeferredCommand(target.agent_id, target.command, since))
 
     async def carry_out(self, operation: Operation) -> None:
-        """Run until every target is over; targets may join meanwhile."""
-        places = asyncio.Semaphore(AT_ONCE)
+        """Run until every target is over; targets may be added meanwhile."""
+        slots = asyncio.Semaphore(PARALLEL_AGENTS)
         started: set[Target] = set()
         running: set[asyncio.Task[None]] = set()
-        try:
-            while True:
-                for target in list(operation.targets.values()):
-                    if target not in started:
+        async with OwnedTasks() as probes:
+            try:
+                while True:
+                    for target in [t for t in operation.targets.values() if t not in started]:
                         started.add(target)
-                        work = self._work(operation, target, places)
+                        work = self._work(operation, target, slots)
                         running.add(asyncio.create_task(work))
-                if not running:
-                    return
-                done, running = await asyncio.wait(
-                    running, timeout=LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    task.result()
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+                    if not running:
+                        return
+                    done, running = await asyncio.wait(
+                        running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for task in done:
+                        task.result()
+                    for target in operation.targets.values():
+                        self._look_at(target, probes)
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
-    async def _work(self, operation: Operation, target: Target, places: asyncio.Semaphore) -> None:
+    async def _work(self, operation: Operation, target: Target, slots: asyncio.Semaphore) -> None:
         while not target.state.is_over:
             agent = self._registry.find(target.agent_id)
             if agent is None:
                 text = f"agent {target.agent_name} was removed"
-                operation.gives_up(target, OperationState.FAILED, Refused(503, text))
-                self._deferred.settle(target.agent_id, target.command)
+                self._fail(operation, target, Refused(503, text))
             elif self._registry.is_reachable(agent, self._clock.now()):
-                async with places:
+                async with slots:
                     await self._attempt(operation, target, agent)
             else:
                 await self._wait(operation, target)
         if target.state in (OperationState.FAILED, OperationState.PENDING):
-            self._stand_in(operation, target)
+            _replace(operation, target)
 
     async def _attempt(self, operation: Operation, target: Target, agent: AgentState) -> None:
-        def hear(line: ProgressLine) -> None:
+        def report(line: ProgressLine) -> None:
             target.heard_at, target.failures = self._clock.now(), 0
-            operation.hears(target, line)
+            operation.reports(target, line)
 
         operation.begins(target)
         target.heard_at = self._clock.now()
         target.interrupt = Interrupt()
         try:
             async with target.interrupt:
-                await self._remote.do(agent, target.command, hear)
+                await self._remote.do(agent, target.command, report)
         except Refused as exc:
             log.warning("agent refused", extra=_facts(operation, target, exc))
-            operation.gives_up(target, OperationState.FAILED, exc)
-            self._deferred.settle(target.agent_id, target.command)
+            self._fail(operation, target, exc)
         except UpstreamError as exc:
             log.warning("agent lost in an operation", extra=_facts(operation, target, exc))
             self._broke_off(operation, target, agent, exc)
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
         else:
-            self._deferred.settle(target.agent_id, target.command)
+            self._deferred.finish(target.agent_id, target.command)
             self._registry.answered(agent)
-            await self._take_over(target, agent)
+            await self._update_models(target, agent)
             operation.succeeds(target)
+
+    def _fail(self, operation: Operation, target: Target, reason: Refused) -> None:
+        operation.gives_up(target, OperationState.FAILED, reason)
+        self._deferred.finish(target.agent_id, target.command)
 
     def _broke_off(
         self, operation: Operation, target: Target, agent: AgentState, error: UpstreamError
     ) -> None:
-        """The agent comes back into rotation as soon as a probe succeeds, and is asked again."""
+        """Try again once a probe of the agent succeeds, unless it failed too often."""
         reason = Refused(503, f"agent {agent.name}: {error}")
         target.failures += 1
-        if target.failures >= FAILURES:
-            operation.gives_up(target, OperationState.FAILED, reason)
-            self._deferred.settle(target.agent_id, target.command)
+        if target.failures >= MOST_FAILURES:
+            self._fail(operation, target, reason)
             return
         self._dispatch.take_out(agent, str(error))
         operation.is_away(target, reason, self._clock.now())
 
-    async def _take_over(self, target: Target, agent: AgentState) -> None:
-        """Know at once what is on the agent now: the next request asks for it."""
+    async def _update_models(self, target: Target, agent: AgentState) -> None:
+        """Learn at once which models the agent has now: the next request may ask for this one."""
         key = target.command.key
         if target.command.kind is OperationKind.DELETE:
             self._registry.note_missing(agent, key)
@@ -156,28 +162,47 @@ class Worker:
         if target.command.kind is not OperationKind.PUSH:
             await self._monitor.look_at(agent, seconds=LISTED_SECONDS)
 
+    # ── agents that are silent or away ────────────────────────────────────────────────────────
+
+    def _look_at(self, target: Target, probes: OwnedTasks) -> None:
+        """End the attempt on an agent that is lost; probe one that is silent."""
+        if target.state is not OperationState.RUNNING or target.interrupt is None:
+            return
+        now = self._clock.now()
+        agent = self._registry.find(target.agent_id)
+        silent = now - target.heard_at >= SILENCE_SECONDS
+        online = agent is not None and self._registry.is_online(agent, now)
+        if agent is None or not online or (silent and agent.out_of_rotation() is not None):
+            reason = f"agent {target.agent_name} does not answer any more"
+            target.interrupt.fire(AgentLost(reason))
+        elif silent and now - target.probed_at >= SILENCE_SECONDS:
+            # Ollama is silent too while it checks a large file: only a failed probe counts.
+            target.probed_at = now
+            probes.start(self._monitor.look_at(agent, seconds=PROBE_SECONDS))
+
     async def _wait(self, operation: Operation, target: Target) -> None:
-        """For an agent that is away, as long as others are at work and then a little longer."""
+        """Wait for an agent that is away while others are at work, then `return_seconds` more."""
         now = self._clock.now()
         if target.away_since is None:
-            # It was away when the operation began: nobody has reason to wait for it.
+            # It was away when the operation began: there is no reason to expect it back soon.
             target.away_since = float("-inf")
         at_work = any(other.state is OperationState.RUNNING for other in operation.targets.values())
-        patience = self._patience.return_seconds if operation.kind.streams else 0.0
-        if at_work or now - target.away_since < patience:
+        wait_seconds = self.return_seconds if operation.kind.streams else 0.0
+        if at_work or now - target.away_since < wait_seconds:
             operation.is_away(target, None, now)
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             return
         away = Refused(503, f"agent {target.agent_name} is away; it goes on when it is back")
         operation.gives_up(target, OperationState.PENDING, target.error or away)
         if operation.kind is not OperationKind.PUSH:
-            self._owe(target)
+            self._defer(target)
 
-    def _stand_in(self, operation: Operation, target: Target) -> None:
-        """Where a number of agents was asked for, another one takes the place of one that fails."""
-        text = str(target.error)
-        if operation.spare and not any(sign in text for sign in HOPELESS):
-            operation.add([operation.spare.pop(0)])
+
+def _replace(operation: Operation, target: Target) -> None:
+    """Let a spare agent do the part of one that failed, where a number of agents was asked for."""
+    text = str(target.error)
+    if operation.spare and not any(words in text for words in SAME_EVERYWHERE):
+        operation.add([operation.spare.pop(0)])
 
 
 def _facts(operation: Operation, target: Target, reason: Exception) -> dict[str, object]:
