@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ollama_coordinator.commands.follower import Follower
-from ollama_coordinator.commands.screen import screen
+from ollama_coordinator.commands.top import Follower, screen
 from ollama_coordinator.main import app
 from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS

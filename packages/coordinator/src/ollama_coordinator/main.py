@@ -16,7 +16,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import server
 from .aio import loop_of
-from .commands import agents, models, scheduling
+from .commands import fleet, scheduling
 from .commands.top import top
 from .settings import read
 
@@ -52,11 +52,11 @@ def default(
         raise typer.Exit(2)
 
 
-app.add_typer(models.app, name="models")
-app.command()(agents.agents)
+app.add_typer(fleet.models, name="models")
+app.command()(fleet.agents)
 app.command()(scheduling.explain)
 app.command()(scheduling.replay)
-app.command()(models.ps)
+app.command()(fleet.ps)
 app.command()(top)
 
 

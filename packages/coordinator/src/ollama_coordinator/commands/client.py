@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -14,6 +14,22 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
+"""How long a coordinator may take to accept; an answer may take any time."""
+
+DEFAULT = "http://localhost:8080"
+"""The coordinator of this machine on its default port."""
+
+CoordinatorUrl = Annotated[
+    str,
+    typer.Option(
+        "--coordinator",
+        envvar="COORDINATOR_URL",
+        metavar="URL",
+        help="The coordinator to ask.",
+        show_envvar=True,
+    ),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")]
 
 
 class NoAnswer(OllamaCoordinatorError):
@@ -28,10 +44,10 @@ class Client:
         self._session = session
 
     async def json(self, method: str, path: str, body: object = None) -> Any:
-        """The JSON of an answer; `None` where there is no body.
+        """The JSON of an answer; `None` where it has no body.
 
         Raises:
-            NoAnswer: there is none, or it is an error.
+            NoAnswer: nothing answers, or the answer is an error.
         """
         async with self._answer(method, path, body) as response:
             text = await response.read()
@@ -41,7 +57,7 @@ class Client:
         """The objects of a stream of lines.
 
         Raises:
-            NoAnswer: it broke off, or one of them is an error.
+            NoAnswer: the stream broke off, or one of the objects is an error.
         """
         async with self._answer("GET", path) as response:
             try:
@@ -67,11 +83,11 @@ class Client:
             ) from exc
         async with response:
             if response.status >= 400:
-                raise NoAnswer(_said(await response.read()) or f"status {response.status}")
+                raise NoAnswer(_error_of(await response.read()) or f"status {response.status}")
             yield response
 
 
-def _said(body: bytes) -> str:
+def _error_of(body: bytes) -> str:
     try:
         error = msgspec.json.decode(body, type=dict[str, Any]).get("error")
     except (msgspec.DecodeError, UnicodeDecodeError):

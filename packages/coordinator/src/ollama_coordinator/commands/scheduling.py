@@ -1,26 +1,53 @@
-"""`explain` and `replay`: why a request goes where it goes, and where it would have gone."""
+"""`explain` and `replay`: why a request goes to an agent, and what other policies would do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
+from msgspec import Struct, structs
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ollama_coordinator.registry import Registry
-from ollama_coordinator.scheduler import POLICIES, Scheduler, create_scheduler
-from ollama_coordinator.simulation import Simulation, Summary, read_trace, summarise
+from ollama_coordinator.scheduler import POLICIES, Kind, Lane, Scheduler, create_scheduler
+from ollama_coordinator.simulation import (
+    Fleet,
+    MachineSpec,
+    ModelSpec,
+    Simulation,
+    Summary,
+    TraceRequest,
+    read_trace,
+    summarise,
+)
+from ollama_coordinator.simulation.machine import GIB, TYPICAL_BYTES
+from ollama_coordinator_common.names import model_key
 
-from .client import Client, NoAnswer, connected, finished
-from .models import DEFAULT, Coordinator, Model
-from .recorded import Recorded, fleet_of, trace_of
-from .showing import table
+from .client import DEFAULT, Client, CoordinatorUrl, Model, NoAnswer, connected, finished
+from .tables import table
 
 TERMS = ("wait", "load", "evict", "prefill", "decode", "crowding", "failure")
+"""The terms of an estimate, in the order of its table."""
+
+Row = Mapping[str, Any]
+
+UNKNOWN_MEMORY_BYTES = 24 * GIB
+"""Of an agent that does not report its memory: that of a common large GPU."""
+
+
+class Recorded(Struct, frozen=True):
+    """The answers of `/api/agents`, `/api/models`, `/api/estimates` and the history's export."""
+
+    agents: Sequence[Row]
+    models: Sequence[Row]
+    estimates: Sequence[Row]
+    requests: Sequence[Row]
 
 
 def explain(
@@ -29,7 +56,7 @@ def explain(
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", metavar="TOKENS", help="The context to ask for.")
     ] = None,
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Show where a request would go, and why; it is not sent. Times are in seconds."""
     body: dict[str, Any] = {"model": model, "prompt": prompt}
@@ -53,14 +80,14 @@ def _candidates(decision: Mapping[str, Any]) -> Table:
     known = [one for one in decision["candidates"] if one["cost"] is not None]
     refused = [one for one in decision["candidates"] if one["cost"] is None]
     for one in (*sorted(known, key=lambda one: float(one["cost"])), *refused):
-        told = [f"{one[f'{term}_seconds']:.2f}" for term in TERMS]
+        seconds = [f"{one[f'{term}_seconds']:.2f}" for term in TERMS]
         is_chosen = one["agent_id"] == decision["chosen"]
         cost = "" if one["cost"] is None else f"{one['cost']:.2f}"
         made.add_row(
             Text(one["agent"]),
             one["action"],
             cost,
-            *(told if cost else [""] * len(TERMS)),
+            *(seconds if cost else [""] * len(TERMS)),
             str(one["cached_tokens"] or ""),
             Text(one["refused"] or ("← chosen" if is_chosen else "")),
             style="bold" if is_chosen else "dim" if not cost else "",
@@ -94,7 +121,7 @@ def replay(
         list[str] | None,
         typer.Option("--add", metavar="AGENT", help="One more agent like this one; repeat."),
     ] = None,
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Play what was recorded again, on the fleet as it was learned, under other policies.
 
@@ -150,3 +177,85 @@ def _add_summary(made: Table, policy: str, summary: Summary) -> None:
     times = [f"{value:.2f}" for value in (summary.mean, summary.p50, summary.p95, summary.p99)]
     share, loads = f"{summary.goodput:.1%}", f"{summary.loads_per_hour:.0f}"
     made.add_row(policy, *times, share, loads, str(summary.failed))
+
+
+def trace_of(recorded: Recorded) -> list[TraceRequest]:
+    """The recorded requests whose tokens were counted, in order of arrival."""
+    names = {model_key(row["name"]): str(row["name"]) for row in recorded.models}
+    rows = [row for row in recorded.requests if model_key(row["model"]) in names]
+    rows = [row for row in rows if row["prompt_tokens"] or row["output_tokens"]]
+    arrivals = [datetime.fromisoformat(row["arrived_at"]).timestamp() for row in rows]
+    start = min(arrivals, default=0.0)
+    trace = [
+        _request(row, names[model_key(row["model"])], at - start)
+        for row, at in zip(rows, arrivals, strict=True)
+    ]
+    return sorted(trace, key=lambda request: request.at)
+
+
+def _request(row: Row, model: str, at: float) -> TraceRequest:
+    embeds = "embed" in row["path"]
+    generates = row["path"].endswith(("/generate", "/v1/completions"))
+    return TraceRequest(
+        at=at,
+        model=model,
+        client=row["client"],
+        kind=Kind.EMBED if embeds else Kind.GENERATE if generates else Kind.CHAT,
+        lane=Lane.EMBEDDING if embeds else Lane.INTERACTIVE,
+        prompt_tokens=row["prompt_tokens"] or 0,
+        output_tokens=row["output_tokens"] or 0,
+    )
+
+
+def fleet_of(recorded: Recorded, doubled: Iterable[str]) -> Fleet:
+    """The online agents with their learned speeds, and one more of each name in `doubled`.
+
+    Raises:
+        NoAnswer: there is no such agent.
+    """
+    models = {model_key(row["name"]): row for row in recorded.models}
+    machines = {
+        str(row["machine_name"]): _machine(row, recorded.estimates, models)
+        for row in recorded.agents
+        if row["status"] != "offline"
+    }
+    more = []
+    for number, name in enumerate(doubled, 2):
+        if name not in machines:
+            raise NoAnswer(f"no living agent is called '{name}'; see /api/agents")
+        more.append(structs.replace(machines[name], name=f"{name} ({number})"))
+    return Fleet(machines=(*machines.values(), *more))
+
+
+def _machine(agent: Row, estimates: Sequence[Row], models: Mapping[str, Row]) -> MachineSpec:
+    mine = {
+        row["model"]: row
+        for row in estimates
+        if row["agent_id"] == agent["id"] and row["model"] in models
+    }
+    learned = {key: row for key, row in mine.items() if any(row["samples"])} or mine
+    sizes = {key: max(int(models[key]["size"]), 1) for key in learned}
+    video = sum(gpu.get("memory_total_bytes") or 0 for gpu in agent["gpus"])
+    runner = agent["runner"] or {}
+    return MachineSpec(
+        name=agent["machine_name"],
+        models=tuple(ModelSpec(str(models[key]["name"]), int(models[key]["size"])) for key in mine),
+        memory_bytes=video or agent["memory_total_bytes"] or UNKNOWN_MEMORY_BYTES,
+        slots=runner.get("num_parallel") or max((row["slots"] for row in mine.values()), default=1),
+        prefill_tokens_per_second=_typical(learned, sizes, "prefill_tokens_per_second"),
+        decode_tokens_per_second=_typical(learned, sizes, "decode_tokens_per_second"),
+        load_bytes_per_second=_load_rate(learned, sizes),
+        has_gpu=bool(agent["gpus"]),
+    )
+
+
+def _typical(learned: Mapping[str, Row], sizes: Mapping[str, int], rate: str) -> float:
+    """An agent's rate for a model of typical size: rates fall as models grow."""
+    rates = [float(row[rate]) * sizes[key] / TYPICAL_BYTES for key, row in learned.items()]
+    return median(rates) if rates else 40.0
+
+
+def _load_rate(learned: Mapping[str, Row], sizes: Mapping[str, int]) -> float:
+    seconds = {key: max(float(row["load_seconds"]) - 1.0, 0.1) for key, row in learned.items()}
+    rates = [sizes[key] / seconds[key] for key in seconds]
+    return median(rates) if rates else 1.5e9

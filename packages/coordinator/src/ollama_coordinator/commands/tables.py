@@ -1,4 +1,4 @@
-"""How models and operations look in a terminal."""
+"""How agents, models and operations look in a terminal."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-AGENT_STATES = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
+STATUS_COLOURS = {"online": "green", "offline": "red", "draining": "yellow"}
+TARGET_COLOURS = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
 
 
 def table(*columns: str) -> Table:
@@ -20,8 +21,36 @@ def table(*columns: str) -> Table:
     return made
 
 
+def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
+    """Every agent, how it is, and what it does."""
+    made = table("NAME", "STATUS", "IN FLIGHT", "LOADED", "ON DISK", "OLLAMA", "URL", "ID")
+    for agent in agents:
+        # As texts, not as markup: a machine may be called anything.
+        cells = (
+            Text(agent["display_name"] or agent["machine_name"]),
+            _status(agent),
+            Text(str(agent["in_flight"])),
+            Text(", ".join(agent["loaded_models"]) or "-"),
+            Text(str(len(agent["models"]))),
+            Text(agent["ollama_version"]),
+            Text(agent["url"]),
+            Text(agent["id"]),
+        )
+        made.add_row(*cells)
+    return made
+
+
+def _status(agent: Mapping[str, Any]) -> Text:
+    status = str(agent["status"])
+    if agent.get("conflict"):
+        return Text(f"{status}; {agent['conflict']}", "red")
+    if status != "offline" and agent["out_of_rotation"]:
+        return Text(f"out of rotation: {agent['out_of_rotation']}", "red")
+    return Text(status, STATUS_COLOURS[status])
+
+
 def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> Table:
-    """Every model, who has it, and where it is in memory."""
+    """Every model, its holders, and where it is in memory."""
     made = table("NAME", "ID", "SIZE", "AGENTS", "LOADED ON", "")
     for model in models:
         made.add_row(
@@ -36,7 +65,7 @@ def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) 
 
 
 def holders_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> Table:
-    """Who has a model, and where it is in memory."""
+    """The holders of a model, and which of them have it in memory."""
     made = table("AGENT", "IN MEMORY", "")
     for model in models:
         for content in model["contents"]:
@@ -69,7 +98,7 @@ def targets_table(operation: Mapping[str, Any]) -> Table:
     made = table("AGENT", "STATE", "DETAIL")
     for target in operation["targets"]:
         state = target["state"]
-        colour = AGENT_STATES.get(state, "cyan")
+        colour = TARGET_COLOURS.get(state, "cyan")
         detail = target["error"] or target["status"]
         made.add_row(Text(target["agent"]), Text(state, colour), Text(detail))
     return made
@@ -90,7 +119,7 @@ class Bars:
         self._layers: dict[str, TaskID] = {}
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Take over one line."""
+        """Show one line."""
         digest, status = line.get("digest"), str(line.get("status", ""))
         if digest is None:
             self.progress.console.print(Text(status))

@@ -1,4 +1,4 @@
-"""`models …` and `ps`: the fleet's models from the command line."""
+"""`agents`, `models …` and `ps`: the fleet from the command line."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -8,27 +8,23 @@ from rich.console import Console
 
 from ollama_coordinator_common.names import ModelName
 
-from .client import Client, NoAnswer, connected, finished
-from .showing import Bars, holders_table, loaded_table, models_table, targets_table
+from .client import DEFAULT, Client, CoordinatorUrl, Model, NoAnswer, connected, finished
+from .tables import (
+    Bars,
+    agents_table,
+    holders_table,
+    loaded_table,
+    models_table,
+    targets_table,
+)
 
-app = typer.Typer(
+models = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="The fleet's models: list, pull, remove, show, copy, load, unload.",
 )
 
-Coordinator = Annotated[
-    str,
-    typer.Option(
-        "--coordinator",
-        envvar="COORDINATOR_URL",
-        metavar="URL",
-        help="The coordinator to ask.",
-        show_envvar=True,
-    ),
-]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")]
 Replicas = Annotated[
     int | None,
     typer.Option("--replicas", metavar="NUMBER", min=1, help="On how many agents."),
@@ -43,11 +39,20 @@ On = Annotated[
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
 
-DEFAULT = "http://localhost:8080"
+
+def agents(coordinator: CoordinatorUrl = DEFAULT) -> None:
+    """List every agent, how it is, and what it does."""
+
+    async def work() -> None:
+        async with connected(coordinator) as client:
+            listed = await client.json("GET", "/api/agents")
+        Console().print(agents_table(listed))
+
+    finished(work())
 
 
-@app.command("list")
-def list_models(coordinator: Coordinator = DEFAULT) -> None:
+@models.command("list")
+def list_models(coordinator: CoordinatorUrl = DEFAULT) -> None:
     """List every model, the agents that have it, and where it is in memory."""
 
     async def work() -> None:
@@ -58,20 +63,20 @@ def list_models(coordinator: Coordinator = DEFAULT) -> None:
     finished(work())
 
 
-@app.command()
+@models.command()
 def pull(
     model: Model,
     replicas: Replicas = None,
     on: On = None,
     detach: Detach = False,
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Pull a model onto agents. It goes on when this command is interrupted."""
     wanted = {"kind": "pull", "model": model, **_placement(replicas, on)}
     finished(_operation(coordinator, wanted, detach=detach))
 
 
-@app.command()
+@models.command()
 def load(
     model: Model,
     replicas: Replicas = None,
@@ -79,35 +84,35 @@ def load(
     keep_alive: Annotated[
         str | None, typer.Option("--keep-alive", metavar="DURATION", help="Such as 30m or -1s.")
     ] = None,
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
-    """Bring a model into memory, on one agent unless told otherwise."""
+    """Bring a model into memory, on one agent if not said otherwise."""
     kept = {} if keep_alive is None else {"keep_alive": keep_alive}
     wanted = {"kind": "load", "model": model, **kept, **_placement(replicas, on)}
     finished(_operation(coordinator, wanted))
 
 
-@app.command()
-def unload(model: Model, coordinator: Coordinator = DEFAULT) -> None:
+@models.command()
+def unload(model: Model, coordinator: CoordinatorUrl = DEFAULT) -> None:
     """Drop a model from memory on every agent."""
     finished(_operation(coordinator, {"kind": "unload", "model": model}))
 
 
-@app.command()
+@models.command()
 def cp(
     source: Model,
     destination: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Give a model a second name on every agent that has it."""
     wanted = {"kind": "copy", "model": source, "destination": destination}
     finished(_operation(coordinator, wanted))
 
 
-@app.command()
+@models.command()
 def rm(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")],
-    coordinator: Coordinator = DEFAULT,
+    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Delete models on every agent; those that are away do it when they return."""
 
@@ -121,9 +126,9 @@ def rm(
     finished(work())
 
 
-@app.command()
-def show(model: Model, coordinator: Coordinator = DEFAULT) -> None:
-    """Show what a model is and who has it."""
+@models.command()
+def show(model: Model, coordinator: CoordinatorUrl = DEFAULT) -> None:
+    """Show what a model is and which agents have it."""
 
     async def work() -> None:
         async with connected(coordinator) as client:
@@ -142,7 +147,7 @@ def show(model: Model, coordinator: Coordinator = DEFAULT) -> None:
     finished(work())
 
 
-def ps(coordinator: Coordinator = DEFAULT) -> None:
+def ps(coordinator: CoordinatorUrl = DEFAULT) -> None:
     """List the models in memory and the agents they are on."""
 
     async def work() -> None:
@@ -167,7 +172,7 @@ async def _names(client: Client) -> dict[str, str]:
 
 
 async def _operation(url: str, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
-    """Start an operation, show it until its end, then how every agent fared."""
+    """Start an operation, show its progress until its end, then the outcome on every agent."""
     console = Console()
     async with connected(url) as client:
         operation = await client.json("POST", "/api/operations", wanted)
