@@ -34,8 +34,8 @@ LONGEST_TURN = max(TRACE, key=lambda request: len(request.prefix))
 @pytest.mark.parametrize("request_", TRACE[:40], ids=lambda request: request.kind.value)
 def test_a_prompt_has_as_many_tokens_as_the_trace_says(request_: TraceRequest) -> None:
     path, body = Writer(TRACE, Dialect.OLLAMA).ask(request_)
-    surface = next(one for one in INFERENCE_ROUTES if one.path == path)
-    routing = read_routing(surface, msgspec.json.encode(body))
+    route = next(one for one in INFERENCE_ROUTES if one.path == path)
+    routing = read_routing(route, msgspec.json.encode(body))
     per_message = 3
     most = per_message * (2 * len(request_.prefix) + 1)
     assert abs(routing.prompt_tokens - request_.prompt_tokens) <= most

@@ -20,16 +20,14 @@ from ollama_coordinator.api.http.dialects import (
 )
 from ollama_coordinator.scheduler import Timings
 
-BY_PATH = {surface.path: surface for surface in INFERENCE_ROUTES}
+BY_PATH = {route.path: route for route in INFERENCE_ROUTES}
 CHAT = BY_PATH["/api/chat"]
 OPENAI = BY_PATH["/v1/chat/completions"]
 COMPLETIONS = BY_PATH["/v1/completions"]
 RESPONSES = BY_PATH["/v1/responses"]
 ANTHROPIC = BY_PATH["/v1/messages"]
 
-each_surface = pytest.mark.parametrize(
-    "surface", INFERENCE_ROUTES, ids=lambda surface: surface.path
-)
+each_route = pytest.mark.parametrize("route", INFERENCE_ROUTES, ids=lambda route: route.path)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────
@@ -83,10 +81,10 @@ def event(record: bytes) -> tuple[str | None, Any]:
     return fields.get("event"), json.loads(fields["data"])
 
 
-@each_surface
-def test_an_error_record_is_one_whole_record(surface: InferenceRoute) -> None:
-    record = error_record(surface, "agent gpu-1:\nbroken")
-    separator = surface.dialect.separator
+@each_route
+def test_an_error_record_is_one_whole_record(route: InferenceRoute) -> None:
+    record = error_record(route, "agent gpu-1:\nbroken")
+    separator = route.dialect.separator
     assert record.endswith(separator)
     assert record.count(separator) == 1
     assert "broken" in record.decode()
@@ -191,7 +189,7 @@ def test_anthropic_tells_its_tokens_before_it_stops() -> None:
     assert read_ending(ANTHROPIC, last, 9).timings == Timings(prompt_tokens=3, output_tokens=4)
 
 
-@each_surface
+@each_route
 @pytest.mark.parametrize(
     "last",
     [
@@ -212,9 +210,9 @@ def test_anthropic_tells_its_tokens_before_it_stops() -> None:
 )
 @pytest.mark.parametrize("records", [0, 1])
 def test_an_ending_that_cannot_be_read_tells_nothing(
-    surface: InferenceRoute, last: bytes, records: int
+    route: InferenceRoute, last: bytes, records: int
 ) -> None:
-    ending = read_ending(surface, last, records)
+    ending = read_ending(route, last, records)
     assert ending.error is None
     assert ending.timings in (None, Timings(), Timings(output_tokens=records))
 
@@ -230,10 +228,10 @@ PIECES = st.lists(
 
 @given(st.sampled_from(INFERENCE_ROUTES), PIECES, st.integers(0, 5))
 def test_nothing_an_agent_sends_makes_reading_fail(
-    surface: InferenceRoute, last: bytes, records: int
+    route: InferenceRoute, last: bytes, records: int
 ) -> None:
-    assert isinstance(read_ending(surface, last, records), Ending)
-    assert swallowed_error(surface, last) in (True, False)
+    assert isinstance(read_ending(route, last, records), Ending)
+    assert swallowed_error(route, last) in (True, False)
 
 
 # ── an error that Ollama swallowed ────────────────────────────────────────────────────────────
@@ -290,9 +288,9 @@ def test_an_end_with_something_to_say_is_none(last: bytes) -> None:
     assert not swallowed_error(OPENAI, last)
 
 
-@pytest.mark.parametrize("surface", [CHAT, RESPONSES, ANTHROPIC], ids=lambda s: s.path)
-def test_only_two_routes_swallow_errors_in_this_way(surface: InferenceRoute) -> None:
-    assert not swallowed_error(surface, EMPTY)
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, ANTHROPIC], ids=lambda s: s.path)
+def test_only_two_routes_swallow_errors_in_this_way(route: InferenceRoute) -> None:
+    assert not swallowed_error(route, EMPTY)
 
 
 def test_every_route_of_the_table_is_there_once() -> None:

@@ -19,22 +19,22 @@ from ollama_coordinator.api.inference.request import (
 )
 from ollama_coordinator.scheduler import RunnerOptions
 
-BY_PATH = {surface.path: surface for surface in INFERENCE_ROUTES}
+BY_PATH = {route.path: route for route in INFERENCE_ROUTES}
 CHAT = BY_PATH["/api/chat"]
 GENERATE = BY_PATH["/api/generate"]
 EMBED = BY_PATH["/api/embed"]
 OPENAI = BY_PATH["/v1/chat/completions"]
-NATIVE = [surface for surface in INFERENCE_ROUTES if surface.dialect is Dialect.NATIVE]
+NATIVE = [route for route in INFERENCE_ROUTES if route.dialect is Dialect.NATIVE]
 
 
-def routing(body: Any, surface: InferenceRoute = CHAT) -> Routing:
+def routing(body: Any, route: InferenceRoute = CHAT) -> Routing:
     encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_routing(surface, encoded)
+    return read_routing(route, encoded)
 
 
-def refused(body: bytes, surface: InferenceRoute = CHAT) -> tuple[int, str]:
+def refused(body: bytes, route: InferenceRoute = CHAT) -> tuple[int, str]:
     with pytest.raises(HttpError) as caught:
-        read_routing(surface, body)
+        read_routing(route, body)
     return caught.value.status, str(caught.value)
 
 
@@ -66,12 +66,12 @@ def test_the_name_stays_as_the_client_wrote_it() -> None:
     assert routing({"model": "Library/Qwen3:4B"}).name == "Library/Qwen3:4B"
 
 
-@pytest.mark.parametrize("surface", INFERENCE_ROUTES, ids=lambda surface: surface.path)
+@pytest.mark.parametrize("route", INFERENCE_ROUTES, ids=lambda route: route.path)
 @pytest.mark.parametrize("body", [b"{}", b"null", b'{"model":""}', b'{"model":null}', b'{"n":1}'])
 def test_a_request_without_a_name_gets_its_routes_answer(
-    surface: InferenceRoute, body: bytes
+    route: InferenceRoute, body: bytes
 ) -> None:
-    assert refused(body, surface) == surface.nameless
+    assert refused(body, route) == route.nameless
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ FIELDS = st.sampled_from(
 
 @given(st.dictionaries(FIELDS, ODD), st.sampled_from(INFERENCE_ROUTES), st.booleans())
 def test_no_other_field_matters_whatever_it_holds(
-    odd: dict[str, Any], surface: InferenceRoute, slow: bool
+    odd: dict[str, Any], route: InferenceRoute, slow: bool
 ) -> None:
-    assert routing({**odd, "Model" if slow else "model": "m"}, surface).name == "m"
+    assert routing({**odd, "Model" if slow else "model": "m"}, route).name == "m"
 
 
 @given(st.dictionaries(st.sampled_from(["num_ctx", "num_predict", "num_gpu", "use_mmap"]), ODD))
@@ -256,7 +256,7 @@ def test_shift_is_read_where_it_is_said(shift: Any, read: bool | None) -> None:
 # ── load and unload ───────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("surface", NATIVE, ids=lambda surface: surface.path)
+@pytest.mark.parametrize("route", NATIVE, ids=lambda route: route.path)
 @pytest.mark.parametrize(
     "body",
     [
@@ -267,8 +267,8 @@ def test_shift_is_read_where_it_is_said(shift: Any, read: bool | None) -> None:
         b'{"Model":"m","Messages":[]}',
     ],
 )
-def test_a_request_with_nothing_to_say_only_loads(surface: InferenceRoute, body: bytes) -> None:
-    read = routing(body, surface)
+def test_a_request_with_nothing_to_say_only_loads(route: InferenceRoute, body: bytes) -> None:
+    read = routing(body, route)
     assert read.load_only
     assert not read.unload_only
 

@@ -358,16 +358,17 @@ class CloudAccess:
         """
         return await self.ask(method, path, body, what="remote model details are")
 
-    async def offer(self, key: str, name: str) -> None:
+    async def offer(self, key: str, name: str, holders: Iterable[AgentState]) -> list[AgentState]:
         """Let the scheduler choose among the agents that can pass a cloud model's name on.
 
-        A model that is pulled on an agent that takes requests goes there as any other model does.
+        These are returned. A model that is pulled on an agent that takes requests (one of
+        `holders`) goes there as any other model does.
         """
         now = self._clock.now()
-        holders = self._registry.holders(key)
         is_there = any(self._registry.is_routable(agent, now) for agent in holders)
         able = [] if is_there else await self.able()
         self._registry.offer(key, name, [agent.id for agent in able])
+        return able
 
     @staticmethod
     def _stale(agents: Iterable[AgentState], known: Believed, now: float) -> list[AgentState]:

@@ -134,15 +134,15 @@ def error_body(dialect: Dialect, status: int, message: str) -> bytes:
     )
 
 
-def error_record(surface: InferenceRoute, message: str) -> bytes:
+def error_record(route: InferenceRoute, message: str) -> bytes:
     """The record that tells a client in the middle of a stream that its answer ends here."""
-    if surface.dialect is Dialect.NATIVE:
+    if route.dialect is Dialect.NATIVE:
         return msgspec.json.encode({"error": message}) + b"\n"
-    if surface.path == "/v1/responses":
+    if route.path == "/v1/responses":
         event = {"type": "error", "code": "server_error", "message": message, "param": None}
         return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
-    body = error_body(surface.dialect, 500, message)
-    prefix = b"event: error\n" if surface.dialect is Dialect.ANTHROPIC else b""
+    body = error_body(route.dialect, 500, message)
+    prefix = b"event: error\n" if route.dialect is Dialect.ANTHROPIC else b""
     return prefix + b"data: " + body + b"\n\n"
 
 
@@ -184,14 +184,14 @@ _counted = msgspec.json.Decoder(_Counted)
 _DATA = re.compile(rb"^data: (\{.*\})\s*$", re.MULTILINE)
 
 
-def read_ending(surface: InferenceRoute, last: bytes, records: int) -> Ending:
+def read_ending(route: InferenceRoute, last: bytes, records: int) -> Ending:
     """Read the last records of an answer, or a whole one that was not streamed.
 
     Never raises: what cannot be read tells nothing. `records` is how many were streamed, an
     estimate of the tokens where the dialect does not count them.
     """
     try:
-        if surface.dialect is Dialect.NATIVE:
+        if route.dialect is Dialect.NATIVE:
             return _native_ending(last.rstrip(b"\n").rpartition(b"\n")[2])
         return Ending(timings=_counted_timings(last, records))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError):
@@ -234,13 +234,13 @@ _EMPTY_CHUNK = re.compile(
 )
 
 
-def swallowed_error(surface: InferenceRoute, last: bytes) -> bool:
+def swallowed_error(route: InferenceRoute, last: bytes) -> bool:
     """Whether Ollama swallowed an error at the end of a `/v1` stream.
 
     It turns the error line into a chunk with nothing in it and ends without `data: [DONE]`. A
     stream that merely ends early (Ollama stops one that repeats itself) ends with text.
     """
-    if surface.path not in ("/v1/chat/completions", "/v1/completions"):
+    if route.path not in ("/v1/chat/completions", "/v1/completions"):
         return False
     records = last.rstrip().rpartition(b"\n\n")[2]
     return not records.endswith(b"data: [DONE]") and _EMPTY_CHUNK.search(records) is not None

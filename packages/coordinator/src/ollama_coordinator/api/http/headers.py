@@ -42,19 +42,21 @@ NOT_FOR_OLLAMA = HOP_BY_HOP | {
 }
 
 RUNNER_HEADER = b"x-ollama-coordinator-runner"
-"""Tells a client that a runner with a larger context than it asked for serves it."""
+"""Says to a client that a runner with a larger context than it asked for serves it."""
 
 NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"date", b"server"}
 
 
 def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
     """A client's headers as the agent's Ollama may see them."""
-    received = list(headers)
-    dropped = NOT_FOR_OLLAMA | _named_by_connection(received)
+    received = [(name.lower(), name, value) for name, value in headers]
+    dropped = NOT_FOR_OLLAMA
+    if any(lowered == b"connection" for lowered, _, _ in received):
+        dropped |= _named_by_connection((lowered, value) for lowered, _, value in received)
     return [
-        (name.decode("latin-1"), _text(value))
-        for name, value in received
-        if name.lower() not in dropped
+        (name.decode("latin-1"), value.decode() if value.isascii() else _text(value))
+        for lowered, name, value in received
+        if lowered not in dropped
     ]
 
 
@@ -69,7 +71,9 @@ def _text(value: bytes) -> str:
 def to_client(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
     """Ollama's headers as the client may see them; CORS is answered here, not there."""
     received = [(name.lower(), value) for name, value in headers]
-    dropped = NOT_FOR_CLIENTS | _named_by_connection(received)
+    dropped = NOT_FOR_CLIENTS
+    if any(name == b"connection" for name, _ in received):
+        dropped |= _named_by_connection(received)
     return [
         (name, value)
         for name, value in received
@@ -81,13 +85,13 @@ def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
     return frozenset(
         token.strip().lower()
         for name, value in headers
-        if name.lower() == b"connection"
+        if name == b"connection"
         for token in value.split(b",")
     )
 
 
 def served_by(agent_name: str, request_id: str) -> list[tuple[bytes, bytes]]:
-    """Who served a request, for those who want to know."""
+    """The headers that say which agent served a request, and the request's id."""
     return [
         (b"x-ollama-coordinator-agent", quote(agent_name).encode()),
         (b"x-ollama-coordinator-request", request_id.encode()),

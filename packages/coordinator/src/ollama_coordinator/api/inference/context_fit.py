@@ -9,7 +9,7 @@ context among the model's own parameters.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from msgspec import Struct, structs
 
@@ -51,40 +51,38 @@ class ContextFit:
         self._settings = parts.settings
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
-    async def fit(self, surface: InferenceRoute, request: Request, body: bytes) -> Fitted:
-        """The request less the agents that cannot serve it, on a context that is in memory."""
-        unfit = self._registry.strangers(request.model) | self._too_old(surface, request)
+    async def fit(
+        self, route: InferenceRoute, request: Request, body: bytes, agents: Sequence[AgentState]
+    ) -> Fitted:
+        """The request less the agents that cannot serve it, on a context that is in memory.
+
+        `agents` have the preferred content of the model, or can pass its name on to ollama.com.
+        """
+        unfit = self._registry.strangers(request.model)
+        if route.path in SINCE:
+            unfit |= _too_old(agents, SINCE[route.path])
         if unfit:
             request = request.without(unfit)
-        if not self._settings.config.larger_context or surface.dialect is not Dialect.NATIVE:
-            return Fitted(request, body)
-        context = await self._context(request)
-        if context is None:
-            return Fitted(request, body)
-        raised = _with_context(body, context)
-        if raised is None:
+        context = await self._context(route, request, agents)
+        raised = None if context is None else _with_context(body, context)
+        if context is None or raised is None:
             return Fitted(request, body)
         wanted = request.options.num_ctx or "default"
         options = structs.replace(request.options, num_ctx=context)
         note = f"num_ctx={context}; wanted={wanted}"
         return Fitted(structs.replace(request, options=options), raised, note)
 
-    def _too_old(self, surface: InferenceRoute, request: Request) -> frozenset[AgentId]:
-        """None if all of them are: then the client hears what an old Ollama says."""
-        since = SINCE.get(surface.path)
-        if since is None:
-            return frozenset()
-        holders = self._registry.servers(request.model)
-        old = [a.id for a in holders if is_older(a.registration.ollama_version, since)]
-        return frozenset(old) if len(old) < len(holders) else frozenset()
-
-    async def _context(self, request: Request) -> int | None:
+    async def _context(
+        self, route: InferenceRoute, request: Request, agents: Sequence[AgentState]
+    ) -> int | None:
         """The smallest larger context in memory, unless one that fits exactly is there too."""
+        if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
+            return None
         options = request.options
         if structs.replace(options, num_ctx=None) != RunnerOptions():
             return None  # something else may force a reload, and then the wanted size is right
         best: int | None = None
-        for has, default in self._in_memory(request.model):
+        for has, default in self._in_memory(request.model, agents):
             wants = options.num_ctx or default
             if wants <= 0 or has < wants:
                 continue
@@ -95,33 +93,36 @@ class ContextFit:
             return None
         return best
 
-    def _in_memory(self, key: str) -> list[tuple[int, int]]:
+    def _in_memory(self, key: str, agents: Sequence[AgentState]) -> list[tuple[int, int]]:
         """The context of every runner in memory, and its agent's default (0: not known)."""
-        if not self._registry.holders(key):
-            return []
+        if not agents:
+            return []  # not remembered: clients ask for any name
         changes, found = self._contexts.get(key, (-1, []))
         if changes != self._registry.changes:
+            now = self._clock.now()
             found = [
                 (context, _default_context(agent))
-                for agent in self._loaded_on(key)
-                if (context := _loaded_context(agent, key)) is not None
+                for agent in agents
+                if agent.inventory.loaded
+                and self._registry.is_routable(agent, now)
+                and (context := _loaded_context(agent, key)) is not None
             ]
             self._contexts[key] = (self._registry.changes, found)
         return found
 
-    def _loaded_on(self, key: str) -> Iterable[AgentState]:
-        now = self._clock.now()
-        for agent in self._registry.holders(key):
-            if agent.inventory.loaded and self._registry.is_routable(agent, now):
-                yield agent
-
     async def _has_own(self, name: str) -> bool:
-        """Whether the model's own parameters set a context; assumed where nobody tells soon."""
+        """Whether the model's own parameters set a context; assumed where no answer comes soon."""
         try:
             async with asyncio.timeout(SHOW_SECONDS):
                 return await self._model_info.context_parameter(name) is not None
         except (OllamaCoordinatorError, TimeoutError):
             return True
+
+
+def _too_old(agents: Sequence[AgentState], since: str) -> frozenset[AgentId]:
+    """The agents older than the route; none if all are, so that the client gets Ollama's 404."""
+    old = [agent.id for agent in agents if is_older(agent.registration.ollama_version, since)]
+    return frozenset(old) if len(old) < len(agents) else frozenset()
 
 
 def _loaded_context(agent: AgentState, key: str) -> int | None:

@@ -13,10 +13,10 @@ from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from ollama_coordinator.api.http.headers import declared_length, to_ollama
-from ollama_coordinator.api.inference.request import NotDecompressed, plain_body
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import Following
 from ollama_coordinator.parts import Parts
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import ModelNotFound, Request, SchedulerError
 from ollama_coordinator.upstream import UpstreamError
 from ollama_coordinator_common.error import OllamaCoordinatorError
@@ -24,7 +24,14 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
-from .request import Routing, read_body, read_routing, take_in
+from .request import (
+    NotDecompressed,
+    Routing,
+    plain_body,
+    read_body,
+    read_routing,
+    schedulable,
+)
 from .unload import make_room, unload_everywhere
 
 OF_THE_CLOUD = (":cloud", "-cloud")
@@ -44,14 +51,18 @@ class Proxy:
         self._journal = parts.observation.journal
         self._route = route
         self._context_fit = context_fit
+        self._settings = parts.settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            declared = declared_length(dict(scope["headers"]))
-            body = await read_body(receive, self._parts.settings.config.max_body_bytes, declared)
+            limit = self._settings.config.max_body_bytes
+            headers = dict(scope["headers"])
+            body = await read_body(receive, limit, declared_length(headers))
             async with until_disconnect(receive):
-                call = await self._read(scope, body, send)
+                routing = await self._read_routing(headers, body)
+                request = schedulable(self._route, routing, scope, self._clock.now())
+                call = await self._prepare(request, routing, scope, body, send)
                 if call.unloads:
                     await unload_everywhere(self._parts, call)
                     return
@@ -66,34 +77,30 @@ class Proxy:
 
     # ── read ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _read(self, scope: Scope, body: bytes, send: Send) -> Call:
-        routing = await self._routing(dict(scope["headers"]), body)
-        request = take_in(self._route, routing, scope, self._clock.now())
-        if not self._registry.holders(request.model):
-            # Perhaps pulled a moment ago on an agent that does not report its models by itself.
-            await self._parts.monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
-        if request.model.endswith(OF_THE_CLOUD):
-            await self._cloud.offer(request.model, request.name)
-        fitted = await self._context_fit.fit(self._route, request, body)
-        return Call(
-            self._route,
-            fitted.request,
-            to_ollama(scope["headers"]),
-            fitted.body,
-            send,
-            unloads=routing.unload_only and not self._is_remote(request),
-            note=fitted.note,
-        )
-
-    def _is_remote(self, request: Request) -> bool:
-        """Whether ollama.com runs it; what it has in its memory is no affair of the fleet's."""
-        servers = self._registry.servers(request.model)
-        return bool(servers) and not self._registry.holders(request.model)
-
-    async def _routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
+    async def _read_routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
         if self._route.path == audio.PATH:
             return audio.read_form(headers.get(b"content-type", b"").decode("latin-1"), body)
-        return read_routing(self._route, await plain_body(self._route, headers, body))
+        if b"content-encoding" in headers:
+            body = await plain_body(self._route, headers, body)
+        return read_routing(self._route, body)
+
+    async def _prepare(
+        self, request: Request, routing: Routing, scope: Scope, body: bytes, send: Send
+    ) -> Call:
+        """The request as it goes on: who holds its model is asked here, and in the scheduler."""
+        holders = self._registry.holders(request.model)
+        if not holders:
+            # Perhaps pulled a moment ago on an agent that does not report its models by itself.
+            await self._parts.monitor.refresh(self._registry, older_than=0.5, seconds=1.0)
+            holders = self._registry.holders(request.model)
+        offered: list[AgentState] = []
+        if request.model.endswith(OF_THE_CLOUD):
+            offered = await self._cloud.offer(request.model, request.name, holders)
+        fitted = await self._context_fit.fit(self._route, request, body, [*holders, *offered])
+        # What ollama.com has in its memory is no affair of the fleet's.
+        unloads = routing.unload_only and not (offered and not holders)
+        headers = to_ollama(scope["headers"])
+        return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted.note)
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
@@ -127,13 +134,14 @@ class Proxy:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""
         relay = Relay(call, held, self._dispatch)
         held.note = call.note
-        await make_room(self._parts, held.agent, held.lease.unload)
+        if held.lease.unload:
+            await make_room(self._parts, held.agent, held.lease.unload)
         try:
             async with (
                 held.interrupt,
                 self._upstreams.open(
                     "POST",
-                    held.agent.url + call.surface.path,
+                    held.agent.url + call.route.path,
                     headers=call.headers,
                     body=call.body,
                 ) as response,

@@ -48,7 +48,7 @@ class Call(Struct, frozen=True):
     `unloads`: it only asks to drop the model from memory. `note`: what was done to it, if anything.
     """
 
-    surface: InferenceRoute
+    route: InferenceRoute
     request: Request
     headers: list[tuple[str, str]]
     body: bytes
@@ -65,7 +65,7 @@ class Relay:
         self._held = held
         self._dispatch = dispatch
         self._started = False
-        self._records = Records(call.surface.dialect.separator)
+        self._records = Records(call.route.dialect.separator)
 
     async def run(self, response: aiohttp.ClientResponse) -> Failure | None:
         """Relay the answer.
@@ -111,7 +111,7 @@ class Relay:
                 await self._forward(b"".join(parts))
                 parts.clear()
         body = b"".join(parts)
-        self._settle(read_ending(self._call.surface, body, 0))
+        self._settle(read_ending(self._call.route, body, 0))
         if self._started:
             await self._finish(body)
         else:
@@ -142,16 +142,16 @@ class Relay:
         return None
 
     async def _end_stream(self) -> None:
-        surface, records = self._call.surface, self._records
-        self._settle(read_ending(surface, records.last, records.count))
+        route, records = self._call.route, self._records
+        self._settle(read_ending(route, records.last, records.count))
         rest = records.rest
-        if swallowed_error(surface, records.last):
-            rest += error_record(surface, f"agent {self._held.agent.name} broke off the answer")
+        if swallowed_error(route, records.last):
+            rest += error_record(route, f"agent {self._held.agent.name} broke off the answer")
         await self._finish(rest)
 
     def _stillborn(self, first: bytes) -> Failure | None:
         """An error in place of the first record, from an agent that cannot run the model."""
-        error = read_ending(self._call.surface, first, 1).error
+        error = read_ending(self._call.route, first, 1).error
         if error is None or not cannot_run(error):
             return None
         outcome = Outcome(Result.MODEL_FAILED, error)
@@ -176,7 +176,7 @@ class Relay:
         if isinstance(error, AgentLost):
             reason = str(error)
         if self._records.count:
-            await self._finish(error_record(self._call.surface, reason))
+            await self._finish(error_record(self._call.route, reason))
         # An answer without records has no place for an error: it ends unfinished, and the server
         # then closes the connection, which tells the client.
         return None
@@ -187,7 +187,7 @@ class Relay:
         if not self._started:
             raise error
         if self._records.count:
-            await self._finish(error_record(self._call.surface, str(error)))
+            await self._finish(error_record(self._call.route, str(error)))
 
     # ── to the client ─────────────────────────────────────────────────────────────────────────
 

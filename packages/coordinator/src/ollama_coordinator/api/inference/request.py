@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from math import inf
 from secrets import token_hex
 from typing import Any
@@ -40,7 +41,8 @@ async def read_body(receive: Receive, limit: int, declared: int | None) -> bytes
     """
     parts: list[bytes] = []
     size = 0
-    _check_size(declared or 0, limit)
+    if (declared or 0) > limit:
+        raise _too_large(limit)
     more = True
     while more:
         message: Message = await receive()
@@ -50,17 +52,55 @@ async def read_body(receive: Receive, limit: int, declared: int | None) -> bytes
         if part:
             parts.append(part)
             size += len(part)
-            _check_size(size, limit)
+            if size > limit:
+                raise _too_large(limit)
         more = message.get("more_body", False)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise HttpError(
-            413, f"request body too large: the limit is {limit} bytes (COORDINATOR_MAX_BODY_MIB)"
-        )
+def _too_large(limit: int) -> HttpError:
+    text = f"request body too large: the limit is {limit} bytes (COORDINATOR_MAX_BODY_MIB)"
+    return HttpError(413, text)
 
+
+ZSTD_ROUTES = frozenset(
+    f"/v1/{route}"
+    for route in ("chat/completions", "completions", "embeddings", "responses", "messages")
+)
+ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
+ZSTD_PLAIN_BYTES = 20 * 1024 * 1024
+"""Ollama's own limits on the decoder's memory and on the decompressed body."""
+
+
+class NotDecompressed(HttpError):
+    """A compressed body cannot be read; its answer has the native shape on every route."""
+
+
+async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body: bytes) -> bytes:
+    """The body as JSON text, decompressed where the route allows it.
+
+    Raises:
+        NotDecompressed: it is not zstd, or too large.
+    """
+    encoding = headers.get(b"content-encoding", b"").strip().lower()
+    if encoding != b"zstd" or route.path not in ZSTD_ROUTES:
+        return body
+    return await asyncio.to_thread(_decompress, body)
+
+
+def _decompress(body: bytes) -> bytes:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
+    try:
+        with decompressor.stream_reader(body) as reader:
+            plain = reader.read(ZSTD_PLAIN_BYTES + 1)
+    except zstandard.ZstdError as exc:
+        raise NotDecompressed(400, f"zstd: {exc}") from exc
+    if len(plain) > ZSTD_PLAIN_BYTES:
+        raise NotDecompressed(413, "request body too large")
+    return plain
+
+
+# ── what routing reads ────────────────────────────────────────────────────────────────────────
 
 ABSENT = Raw()
 
@@ -123,7 +163,7 @@ _limits = msgspec.json.Decoder(_Limits)
 _integer = msgspec.json.Decoder(int | None)
 
 
-def read_routing(surface: InferenceRoute, body: bytes) -> Routing:
+def read_routing(route: InferenceRoute, body: bytes) -> Routing:
     """Read the model's name and what the estimates need.
 
     Raises:
@@ -132,9 +172,9 @@ def read_routing(surface: InferenceRoute, body: bytes) -> Routing:
     """
     fields = _read_plainly(body)
     if fields is None or not fields.model:
-        fields = _read_as_go_does(surface, body)
+        fields = _read_as_go_does(route, body)
     if not fields.model.strip():
-        raise HttpError(*surface.nameless)
+        raise HttpError(*route.nameless)
     tokens, prefix = _read_messages(fields.messages)
     for text in (fields.prompt, fields.input):
         tokens += _text_tokens(bytes(text))
@@ -144,7 +184,7 @@ def read_routing(surface: InferenceRoute, body: bytes) -> Routing:
         prefix=prefix,
         output_limit=_output_limit(fields),
         options=_runner_options(fields),
-        load_only=surface.dialect is Dialect.NATIVE and _is_empty(fields),
+        load_only=route.dialect is Dialect.NATIVE and _is_empty(fields),
         keep_alive=bytes(fields.keep_alive),
     )
 
@@ -215,10 +255,10 @@ def _read_plainly(body: bytes) -> _Fields | None:
     return _Fields(model, **{name: given[name] for name in _RAW if name in given})
 
 
-def _read_as_go_does(surface: InferenceRoute, body: bytes) -> _Fields:
+def _read_as_go_does(route: InferenceRoute, body: bytes) -> _Fields:
     """The slow path, for what the fast one cannot read or finds no name in."""
-    native = surface.dialect is Dialect.NATIVE
-    fields = read_fields(body, surface.go_type, "missing request body" if native else "EOF")
+    native = route.dialect is Dialect.NATIVE
+    fields = read_fields(body, route.go_type, "missing request body" if native else "EOF")
     known: dict[str, Any] = {
         name: Raw(json.dumps(fields.values[name]).encode())
         for name in _Fields.__struct_fields__
@@ -229,118 +269,60 @@ def _read_as_go_does(surface: InferenceRoute, body: bytes) -> _Fields:
 
 # ── for the scheduler ─────────────────────────────────────────────────────────────────────────
 
-
-def client_of(scope: Scope) -> str:
-    """Who asks, for fairness between clients: the address they ask from."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""
-
-
-LANE = b"x-ollama-coordinator-lane"
 MAX_WAIT = b"x-ollama-coordinator-max-wait"
+LANE = b"x-ollama-coordinator-lane"
+LANES = {b"": Lane.INTERACTIVE, b"interactive": Lane.INTERACTIVE, b"batch": Lane.BATCH}
+
+_kept_key = lru_cache(maxsize=1024)(model_key)
+"""Few names are asked for again and again, and parsing one takes several steps."""
+
+KEPT_NAME_CHARACTERS = 200
+"""A longer name is parsed each time: clients may send any."""
 
 
-def lane_of(surface: InferenceRoute, scope: Scope) -> Lane:
-    """How urgent it is: embeddings have a lane of their own; `batch` is for who says so.
+def schedulable(route: InferenceRoute, routing: Routing, scope: Scope, now: float) -> Request:
+    """The request as the scheduler takes it; the address of its client is for fairness.
 
-    Raises:
-        HttpError: the header names no lane.
-    """
-    if surface.kind is Kind.EMBED:
-        return Lane.EMBEDDING
-    wanted = _header(scope, LANE) or b"interactive"
-    if wanted not in (b"interactive", b"batch"):
-        raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
-    return Lane(wanted.decode())
-
-
-def deadline_of(scope: Scope, now: float) -> float | None:
-    """Until when it waits for a place, if its client says for how many seconds it does.
-
-    Raises:
-        HttpError: the header is no number of seconds.
-    """
-    wanted = _header(scope, MAX_WAIT)
-    if wanted is None:
-        return None
-    try:
-        seconds = float(wanted)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < inf:
-        raise HttpError(400, "X-Ollama-Coordinator-Max-Wait: give a number of seconds, 0 or more")
-    return now + seconds
-
-
-def _header(scope: Scope, wanted: bytes) -> bytes | None:
-    return next((value for name, value in scope["headers"] if name == wanted), None)
-
-
-def take_in(surface: InferenceRoute, routing: Routing, scope: Scope, now: float) -> Request:
-    """The request as the scheduler sees it.
+    Embeddings have a lane of their own; other requests name theirs, and how long they wait for a
+    place, in headers.
 
     Raises:
         InvalidModelName: the model's name cannot be one, and the route says so.
         HttpError: the same on a route that only says that there is no such model; a wrong header.
     """
+    headers, client = dict(scope["headers"]), scope.get("client")
+    lane = Lane.EMBEDDING if route.kind is Kind.EMBED else LANES.get(headers.get(LANE, b""))
+    if lane is None:
+        raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
+    try:
+        short = len(routing.name) <= KEPT_NAME_CHARACTERS
+        key = (_kept_key if short else model_key)(routing.name)
+    except InvalidModelName as exc:
+        if route.checks_names:
+            raise
+        raise HttpError(404, route.missing.format(name=routing.name)) from exc
     return Request(
         id=RequestId(token_hex(8)),
-        model=_key(surface, routing.name),
+        model=key,
         name=routing.name,
         arrived_at=now,
-        kind=surface.kind,
-        lane=lane_of(surface, scope),
-        client=client_of(scope),
+        kind=route.kind,
+        lane=lane,
+        client=str(client[0]) if client else "",
         prompt_tokens=routing.prompt_tokens,
         prefix=routing.prefix,
         output_limit=routing.output_limit,
         options=routing.options,
         load_only=routing.load_only,
-        deadline=deadline_of(scope, now),
+        deadline=now + _seconds(headers[MAX_WAIT]) if MAX_WAIT in headers else None,
     )
 
 
-def _key(surface: InferenceRoute, name: str) -> str:
+def _seconds(text: bytes) -> float:
     try:
-        return model_key(name)
-    except InvalidModelName as exc:
-        if surface.checks_names:
-            raise
-        raise HttpError(404, surface.missing.format(name=name)) from exc
-
-
-ROUTES = frozenset(
-    f"/v1/{route}"
-    for route in ("chat/completions", "completions", "embeddings", "responses", "messages")
-)
-WINDOW_BYTES = 8 * 1024 * 1024
-PLAIN_BYTES = 20 * 1024 * 1024
-"""Ollama's own limits on the decoder's memory and on the decompressed body."""
-
-
-class NotDecompressed(HttpError):
-    """A compressed body cannot be read; told in the native shape on every route, as Ollama does."""
-
-
-async def plain_body(surface: InferenceRoute, headers: Mapping[bytes, bytes], body: bytes) -> bytes:
-    """The body as JSON text, decompressed where the route allows it.
-
-    Raises:
-        NotDecompressed: it is not zstd, or too large.
-    """
-    encoding = headers.get(b"content-encoding", b"").strip().lower()
-    if encoding != b"zstd" or surface.path not in ROUTES:
-        return body
-    return await asyncio.to_thread(_decompress, body)
-
-
-def _decompress(body: bytes) -> bytes:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES)
-    try:
-        with decompressor.stream_reader(body) as reader:
-            plain = reader.read(PLAIN_BYTES + 1)
-    except zstandard.ZstdError as exc:
-        raise NotDecompressed(400, f"zstd: {exc}") from exc
-    if len(plain) > PLAIN_BYTES:
-        raise NotDecompressed(413, "request body too large")
-    return plain
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise HttpError(400, "X-Ollama-Coordinator-Max-Wait: give a number of seconds, 0 or more")
+    return seconds

@@ -30,9 +30,9 @@ async def unload_everywhere(parts: Parts, call: Call) -> None:
     try:
         holders = await parts.queries.holders(request.name)
     except ModelNotFound as exc:
-        raise HttpError(404, call.surface.missing.format(name=request.name)) from exc
+        raise HttpError(404, call.route.missing.format(name=request.name)) from exc
     answers = await parts.queries.each(
-        _loaded_on(parts, request.model) or holders, "POST", call.surface.path, call.body
+        _loaded_on(parts, request.model) or holders, "POST", call.route.path, call.body
     )
     for answer in answers:
         if isinstance(answer, Answer) and answer.status == 200:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.http.errors import HttpError, own_body, reply
 from ollama_coordinator.api.http.openapi import Either, operation
-from ollama_coordinator.api.inference.request import read_routing, take_in
+from ollama_coordinator.api.inference.request import read_routing, schedulable
 from ollama_coordinator.db import Finished
 from ollama_coordinator.journal import (
     Attempt,
@@ -150,7 +150,7 @@ class ExplainApi:
         """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
         routing = read_routing(CHAT, await own_body(request))
         now = self._clock.now()
-        asked = take_in(CHAT, routing, request.scope, now)
+        asked = schedulable(CHAT, routing, request.scope, now)
         return reply(self._scheduler.explain(asked, now))
 
     @operation(
