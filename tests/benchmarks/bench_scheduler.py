@@ -124,7 +124,7 @@ def _rows(rows: list[dict[str, object]]) -> Raw:
 
 
 def main() -> None:
-    """Print a line for each case; fail when one is over its budget and `--check` is given."""
+    """Print a queue for each case; fail when one is over its budget and `--check` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

@@ -4,8 +4,8 @@ from msgspec import Struct, structs
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import Scheduler, create_scheduler
-from ollama_coordinator.scheduler.learning import Lengths
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
+from ollama_coordinator.scheduler.rates import OutputLengths
 from ollama_coordinator.simulation import Fleet, Simulation, Summary, summarise
 
 from .fleet import mixed_fleet, with_outages, with_wrong_timings
@@ -27,7 +27,7 @@ class Run(Struct, frozen=True):
     scenario: str = ""
 
 
-class KnownLengths(Lengths):
+class KnownLengths(OutputLengths):
     """An oracle: a request's limit is exactly the length of its answer."""
 
     def expected(self, client: str, model: str, limit: int | None) -> float:

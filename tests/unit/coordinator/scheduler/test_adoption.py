@@ -110,9 +110,9 @@ def test_a_takeover_loses_nobody_and_keeps_the_order(policy: str) -> None:
         assert world.plan() == []
         assert [lease.id for lease in world.scheduler.leases()] == [running.id]
         assert world.scheduler.in_flight(AgentId("a")) == 1
-        line = world.scheduler.waiting(world.now)
-        assert [one.request.id for one in line] == [request.id for request in waiting]
-        assert world.scheduler.waiting_count() == len(line)
+        queue = world.scheduler.waiting(world.now)
+        assert [one.request.id for one in queue] == [request.id for request in waiting]
+        assert world.scheduler.waiting_count() == len(queue)
     ids = {running.id}
     lease = running
     for expected in waiting:

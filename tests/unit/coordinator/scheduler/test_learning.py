@@ -7,11 +7,10 @@ import pytest
 from msgspec import UNSET, Raw, structs
 
 from ollama_coordinator.scheduler import Kind, Timings
-from ollama_coordinator.scheduler.affinity import PromptCaches
-from ollama_coordinator.scheduler.demand import Demand
-from ollama_coordinator.scheduler.learning import Lengths, Rates
-from ollama_coordinator.scheduler.priors import Quantity, prior
-from ollama_coordinator.scheduler.state import Estimate, Learned
+from ollama_coordinator.scheduler.export import Estimate, Learned
+from ollama_coordinator.scheduler.prompt_cache import PromptCaches
+from ollama_coordinator.scheduler.queue import Demand
+from ollama_coordinator.scheduler.rates import OutputLengths, Quantity, Rates, prior
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, M, World
 
@@ -123,7 +122,7 @@ def test_a_pair_never_seen_is_judged_by_its_agent_and_its_model() -> None:
 
 @pytest.mark.spec("SCHED-54")
 def test_output_lengths_are_learned_by_client_and_model() -> None:
-    lengths = Lengths()
+    lengths = OutputLengths()
     assert lengths.expected("c", "m", None) == 150
     for _ in range(20):
         lengths.observe("short", "m", 10)

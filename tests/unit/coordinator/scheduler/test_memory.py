@@ -6,8 +6,8 @@ from msgspec import UNSET, Raw, structs
 
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Kind, Result, RunnerOptions, Timings
-from ollama_coordinator.scheduler.memory import Fit, Memory
-from ollama_coordinator.scheduler.options import normal, serves
+from ollama_coordinator.scheduler.memory import Fit, MemoryLimits
+from ollama_coordinator.scheduler.types import normal, serves
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.protocol import HealthReport
 from ollama_coordinator_common.types import AgentId
@@ -55,7 +55,7 @@ def test_of_an_agent_that_tells_no_memory_eviction_is_left_to_ollama() -> None:
 
 @pytest.mark.spec("SCHED-42")
 def test_what_fitted_fits_and_what_pushed_another_out_does_not() -> None:
-    memory = Memory()
+    memory = MemoryLimits()
     assert memory.fit(5 * GB, 5 * GB, 2) is Fit.MAYBE
     memory.fitted(5 * GB, 5 * GB, 2)
     assert memory.fit(4 * GB, 6 * GB, 2) is Fit.YES
@@ -66,7 +66,7 @@ def test_what_fitted_fits_and_what_pushed_another_out_does_not() -> None:
 
 @pytest.mark.spec("SCHED-42")
 def test_the_share_of_free_memory_that_ollama_fills_is_learned() -> None:
-    memory = Memory(total=20 * GB)
+    memory = MemoryLimits(total=20 * GB)
     assert memory.fit(8 * GB, 10 * GB, 2) is Fit.YES
     assert memory.fit(9 * GB, 10 * GB, 2) is Fit.MAYBE
     assert memory.fit(11 * GB, 10 * GB, 2) is Fit.NO

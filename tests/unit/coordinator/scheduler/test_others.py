@@ -3,7 +3,7 @@
 import pytest
 
 from ollama_coordinator.scheduler import Lane, Lease, Result, Timings
-from ollama_coordinator.scheduler.fleet import Machine
+from ollama_coordinator.scheduler.state import Machine
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, World
 
@@ -26,7 +26,7 @@ def fast_and_slow(slow: Timings = SLOW) -> World:
 
 
 def machine_of(world: World, name: str) -> Machine:
-    return world.predictor._mirror.machines[AgentId(name)]
+    return world.predictor._machines.by_agent[AgentId(name)]
 
 
 def send(world: World, lane: Lane = Lane.INTERACTIVE) -> Lease:
@@ -61,10 +61,10 @@ def test_who_waited_in_vain_is_counted_no_longer() -> None:
     for seconds in (0.2, 0.2, 0.2, 60.0):
         world.submit("x", prompt_tokens=100, deadline=world.now + seconds)
     assert world.plan() == []
-    assert machine_of(world, "fast").awaited == 4.0
+    assert machine_of(world, "fast").waiting_load == 4.0
     assert world.plan(after=0.2) == []
     assert len(world.refused) == 3
-    assert machine_of(world, "fast").awaited == 1.0
+    assert machine_of(world, "fast").waiting_load == 1.0
 
 
 @pytest.mark.spec("SCHED-9")
@@ -81,7 +81,7 @@ def test_the_waiting_of_an_agent_that_vanished_does_not_come_back_with_it() -> N
     world.agent("fast", models=["m", "x"], loaded=["m", "x"], slots=1)
     world.plan(after=2.0)
     machine = machine_of(world, "fast")
-    assert machine.awaited == 0.0
+    assert machine.waiting_load == 0.0
     assert not machine.busy
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import POLICIES, create_scheduler
-from ollama_coordinator.scheduler.policies import Random, cpu, least_connections, round_robin
+from ollama_coordinator.scheduler.counting import Random, cpu, least_connections, round_robin
 from unit.coordinator.scheduler.world import World
 
 

@@ -150,11 +150,11 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        line = {one.request.id for one in self.world.scheduler.waiting(self.world.now)}
-        assert line == self.waiting.keys()
-        assert self.world.scheduler.waiting_count() == len(line)
-        # Until the next plan, one more of each line may be in it: who has a free place.
-        assert len(line) <= 12 + len(MODELS) * len(CONTEXTS)
+        queue = {one.request.id for one in self.world.scheduler.waiting(self.world.now)}
+        assert queue == self.waiting.keys()
+        assert self.world.scheduler.waiting_count() == len(queue)
+        # Until the next plan, one more of each queue may be in it: who has a free place.
+        assert len(queue) <= 12 + len(MODELS) * len(CONTEXTS)
 
     @invariant()
     def nobody_is_sent_more_than_it_runs(self) -> None:
@@ -179,9 +179,9 @@ class AnyInterleaving(RuleBasedStateMachine):
     def predicted_ends_are_in_order_and_add_up(self) -> None:
         if not isinstance(self.world.scheduler, PredictedScheduler):
             return
-        for line in self.world.scheduler._lines._lines.values():
-            assert line.ends == sorted((run.ends_at, run.number, run) for *_, run in line.ends)
-        for machine in self.world.scheduler._mirror.machines.values():
+        for queue in self.world.scheduler._queues._queues.values():
+            assert queue.ends == sorted((run.ends_at, run.number, run) for *_, run in queue.ends)
+        for machine in self.world.scheduler._machines.by_agent.values():
             ends = [run.ends_at for place in machine.busy for run in place.running.values()]
             assert machine.ends == pytest.approx(sum(ends))
             assert machine.running == len(ends)
@@ -194,11 +194,11 @@ class AnyInterleaving(RuleBasedStateMachine):
     def no_free_slot_is_overlooked(self) -> None:
         if not isinstance(self.world.scheduler, PredictedScheduler):
             return
-        lines = self.world.scheduler._lines
-        for line in lines._lines.values():
-            lines.refresh(line, self.world.now)
-            free = {place for place in line.hot if len(place.running) < place.slots.limit}
-            assert set(line.with_free_slot()) == free
+        queues = self.world.scheduler._queues
+        for queue in queues._queues.values():
+            queues.refresh(queue, self.world.now)
+            free = {place for place in queue.hot if len(place.running) < place.slots.limit}
+            assert set(queue.with_free_slot()) == free
 
     @invariant()
     def whoever_waits_is_looked_after(self) -> None:
@@ -224,9 +224,9 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert list(world.scheduler.leases()) == []
         assert world.scheduler.wake_at(world.now) is None
         if isinstance(world.scheduler, PredictedScheduler):
-            for machine in world.scheduler._mirror.machines.values():
-                assert machine.awaited == 0.0
-                assert all(place.awaited == 0.0 for place in machine.places.values())
+            for machine in world.scheduler._machines.by_agent.values():
+                assert machine.waiting_load == 0.0
+                assert all(place.waiting_load == 0.0 for place in machine.places.values())
 
 
 @pytest.mark.spec("SCHED-80")

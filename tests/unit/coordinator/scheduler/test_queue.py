@@ -1,4 +1,4 @@
-"""The waiting line: limit, order, deadlines, leaving."""
+"""The waiting queue: limit, order, deadlines, leaving."""
 
 import pytest
 
@@ -137,9 +137,9 @@ def test_the_line_tells_positions_and_predicted_starts() -> None:
     for _ in range(3):
         world.submit(output_limit=100)
     world.plan()
-    line = world.scheduler.waiting(world.now)
-    assert [waiting.position for waiting in line] == [1, 2, 3]
-    starts = [waiting.start_in_seconds for waiting in line]
+    queue = world.scheduler.waiting(world.now)
+    assert [waiting.position for waiting in queue] == [1, 2, 3]
+    starts = [waiting.start_in_seconds for waiting in queue]
     assert starts == pytest.approx([2.0, 4.0, 6.0], rel=0.35)
 
 

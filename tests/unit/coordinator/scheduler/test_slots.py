@@ -5,9 +5,9 @@ from msgspec import structs
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import Kind, Learned, Result, Timings
+from ollama_coordinator.scheduler.export import LearnedSlots
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
-from ollama_coordinator.scheduler.slots import Slots, Usual
-from ollama_coordinator.scheduler.state import LearnedSlots
+from ollama_coordinator.scheduler.slots import AgentSlots, Slots
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec, Simulation, TraceRequest
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.types import AgentId
@@ -160,8 +160,8 @@ def test_what_one_model_runs_at_once_is_believed_of_the_agents_others() -> None:
 
 @pytest.mark.spec("SCHED-27")
 def test_a_model_that_runs_fewer_than_is_usual_counts_for_itself() -> None:
-    usual = Usual()
-    one, two, three = Slots(usual), Slots(usual), Slots(usual)
+    agent_slots = AgentSlots()
+    one, two, three = Slots(agent_slots), Slots(agent_slots), Slots(agent_slots)
     one.prove(4)
     assert (two.limit, three.limit) == (4, 4)
     two.refute(1, now=10.0)
@@ -170,8 +170,8 @@ def test_a_model_that_runs_fewer_than_is_usual_counts_for_itself() -> None:
 
 @pytest.mark.spec("SCHED-27")
 def test_two_models_that_run_no_more_speak_for_the_others_until_one_shows_more() -> None:
-    usual = Usual()
-    one, two, three = Slots(usual), Slots(usual), Slots(usual)
+    agent_slots = AgentSlots()
+    one, two, three = Slots(agent_slots), Slots(agent_slots), Slots(agent_slots)
     assert three.allowance(0.0) == 2
     one.refute(1, now=0.0)
     assert three.allowance(0.0) == 2
@@ -183,8 +183,8 @@ def test_two_models_that_run_no_more_speak_for_the_others_until_one_shows_more()
 
 @pytest.mark.spec("SCHED-27")
 def test_an_agent_that_was_set_to_run_fewer_is_believed_when_its_models_show_it() -> None:
-    usual = Usual()
-    one, two = Slots(usual), Slots(usual)
+    agent_slots = AgentSlots()
+    one, two = Slots(agent_slots), Slots(agent_slots)
     one.prove(4)
     one.refute(2, now=0.0)
     assert (one.limit, two.limit) == (2, 2)
@@ -192,11 +192,11 @@ def test_an_agent_that_was_set_to_run_fewer_is_believed_when_its_models_show_it(
 
 @pytest.mark.spec("SCHED-27")
 def test_models_that_are_gone_leave_what_they_showed() -> None:
-    usual = Usual()
-    one, two = Slots(usual), Slots(usual)
+    agent_slots = AgentSlots()
+    one, two = Slots(agent_slots), Slots(agent_slots)
     one.prove(2)
-    usual.keep({two})
-    assert (usual.members, two.limit) == ([two], 2)
+    agent_slots.keep({two})
+    assert (agent_slots.members, two.limit) == ([two], 2)
 
 
 @pytest.mark.spec("SCHED-27")
@@ -215,12 +215,12 @@ def test_a_model_that_was_deleted_while_it_ran_tells_nothing_of_the_others() -> 
     for lease in (first, second, third):
         world.end(lease, timings=waited)
     assert world.scheduler.in_flight(first.agent_id) == 0
-    usual = Usual()
+    agent_slots = AgentSlots()
     for _ in range(3):
-        gone = Slots(usual)
-        usual.keep(set())
+        gone = Slots(agent_slots)
+        agent_slots.keep(set())
         gone.refute(1, now=0.0)
-    assert not usual.is_settled
+    assert not agent_slots.is_settled
 
 
 @pytest.mark.spec("SCHED-56")
@@ -228,7 +228,7 @@ def test_a_model_that_runs_one_at_a_time_is_known_to_after_a_restart() -> None:
     world = World()
     world.agent("a", models=["one", "many"], loaded=["one", "many"])
     world.plan()
-    (machine,) = world.predictor._mirror.machines.values()
+    (machine,) = world.predictor._machines.by_agent.values()
     places = machine.places
     one, many = places[model_key("one")], places[model_key("many")]
     many.slots.prove(4)
@@ -248,7 +248,7 @@ def test_what_was_known_of_slots_counts_once() -> None:
     world.scheduler.import_state(Learned(slots=[LearnedSlots(AgentId("a"), model_key("m"), 4)]))
     world.agent("a", models=["m", "n"])
     world.plan()
-    (machine,) = world.predictor._mirror.machines.values()
+    (machine,) = world.predictor._machines.by_agent.values()
     machine.places[model_key("m")].slots.refute(1, now=0.0)
     world.agent("a", models=["n"])
     world.plan()

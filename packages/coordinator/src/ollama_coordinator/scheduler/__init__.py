@@ -11,10 +11,10 @@ from .error import (
     SchedulerError,
 )
 from .explain import Candidate, Decision
-from .factory import create_scheduler
+from .export import Estimate, Learned
+from .policies import create_scheduler
 from .predicted import PredictedScheduler
 from .protocol import Plan, Scheduler, Waiting
-from .state import Estimate, Learned
 from .types import (
     Kind,
     Lane,

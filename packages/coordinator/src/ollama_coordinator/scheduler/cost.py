@@ -1,32 +1,46 @@
-"""What a request costs where: the terms of the estimate, in seconds.
+"""What a request costs where, in seconds. The formula, its symbols and an example: `DESIGN.md`.
 
 Time to the first token counts in full, writing the answer by a tenth: people read along. Of the
-delay for those who run a half counts, of that for those who wait all of it.
+delay for the requests that run a half counts, of that for those that wait all of it.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import islice
 
-from .fleet import Place
-from .types import Lane
+from .prompt_cache import CacheHits
+from .queue import PredictedEnd, Queue, QueueEntry
+from .state import Action, Choice, Place
 
 NO_PLACE = float("inf")
+"""The cost where no place comes into question: anything is cheaper."""
 
 DECODE_WEIGHT = 0.1
+"""A person reads about a tenth as fast as a model writes. At 1 the fastest writer gets all, and
+first tokens wait for it; at 0 a model on a CPU, ten times as slow, counts as equal."""
+
 HELD_WEIGHT = 1.5
-"""Whoever waits for a slot while another is free holds up those behind by its whole answer."""
+"""Waiting for a slot while another is free holds up the requests behind by the whole answer, and
+some more come meanwhile. At 0 all wait for the fastest agent; with much more slow agents get
+chats."""
 
 HARM_WEIGHT = 0.5
-COURTESY: Mapping[Lane, float] = {Lane.INTERACTIVE: 1.0, Lane.BATCH: 20.0, Lane.EMBEDDING: 1.0}
-"""By how much more the seconds of others count: who asks for batch has time."""
+"""The delay of a request that runs is half as bad as one's own: its first token is there already,
+and others will end. At 0 everything crowds onto one agent; at 1 busy agents are avoided too
+much."""
 
 OVERLAP = 0.7
 """How much of the slow-down found at the start lasts: others end while a request runs."""
 
-COMPANY_TO_COME = 1.3
+CONCURRENCY_TO_COME = 1.3
 """How much the slow-down grows by the time the slot is free: where others run, more come.
 
 Measured on the simulated fleet. A choice compares what a request adds, and so goes by `OVERLAP`.
 """
+
+LOOK_BEYOND = 4
+"""So many slots that get free one after the other are compared: a later one may be a faster one.
+The costs of a fleet's slots differ by less than the time in which four of them get free."""
 
 
 def alone_seconds(place: Place, tokens: float, output: float) -> float:
@@ -39,8 +53,17 @@ def run_seconds(
 ) -> float:
     """The weighted cost of reading `tokens` and writing `output`, with the delay of others.
 
-    Others are delayed for as long as the request really stays, all of its writing included. A
-    model that begins to run delays those too who wait for what runs here now.
+    With a = `alone_seconds`, T = the unweighted time alone, k = places at work on the machine, this
+    one included, n = requests at this place, b = the batch factor, and w = `courtesy`:
+
+        slow-down   s = 1 + OVERLAP (k (1 + b n) - 1)
+        for others  d = OVERLAP b / (1 + b (n - 1))    at a place at work
+                    d = OVERLAP / (k - 1)              at an idle one, for all of the machine
+        cost          = a s + w d (HARM_WEIGHT min(left, m T s) + waiting T s)
+
+    `left` is the sum of the predicted seconds left of the m requests that are delayed; as `ends`
+    sums absolute times, it is ends - m now. `waiting` requests wait for the machine's other places:
+    only a model that begins to run delays them.
     """
     machine = place.machine
     reading, writing = tokens * place.prefill, output * place.decode
@@ -59,20 +82,132 @@ def run_seconds(
         others, left = machine.running, machine.ends - machine.running * now
     slow_down = 1 + OVERLAP * (active * (1 + batch * beside) - 1)
     run = alone * slow_down
-    stay = (reading + writing) * slow_down
-    harmed = HARM_WEIGHT * max(min(left, others * stay), 0.0)
+    service = (reading + writing) * slow_down
+    harmed = HARM_WEIGHT * max(min(left, others * service), 0.0)
     if not beside:
-        harmed += (machine.awaited - place.awaited) * stay
+        harmed += (machine.waiting_load - place.waiting_load) * service
     return run + courtesy * slower * harmed
 
 
-def pace(place: Place) -> float:
-    """By how much what runs at this place now is slower than alone on its machine."""
-    machine = place.machine
-    return len(machine.busy) * (1 + machine.batch * (len(place.running) - 1))
-
-
-def stay_seconds(place: Place, tokens: float, output: float) -> float:
+def service_seconds(place: Place, tokens: float, output: float) -> float:
     """How long a request holds its slot beside what runs there now, and what is to come."""
-    now = place.pace if place.running else len(place.machine.busy) + 1
-    return (tokens * place.prefill + output * place.decode) * (1 + COMPANY_TO_COME * (now - 1))
+    now = place.slow_down if place.running else len(place.machine.busy) + 1
+    return (tokens * place.prefill + output * place.decode) * (1 + CONCURRENCY_TO_COME * (now - 1))
+
+
+# ── the wait for a slot ───────────────────────────────────────────────────────────────────────
+
+
+def wait_for_slot(
+    queue: Queue, entry: QueueEntry, ahead: int, hits: CacheHits, now: float
+) -> Choice:
+    """The best slot that will be free once the requests ahead have had theirs."""
+    excluded = entry.request.excluded
+    tokens, output = entry.request.prompt_tokens, entry.output
+    best = Choice(Action.WAIT, None, NO_PLACE)
+    for wait, place in _freeing(queue, entry, ahead, now):
+        if wait >= best.cost:
+            break
+        if excluded and place.machine.id in excluded:
+            continue
+        cached = hits.get(place, 0) if hits else 0
+        run = alone_seconds(place, max(tokens - cached, 0), output)
+        if (cost := (wait + run) / place.machine.preference) < best.cost:
+            best = Choice(Action.WAIT, place, cost, wait, run, cached)
+    return best
+
+
+def start_in(queue: Queue, entry: QueueEntry, position: int, now: float) -> float | None:
+    """The predicted wait in seconds at this position; `None` where none can be predicted."""
+    excluded = entry.request.excluded
+    for wait, place in _freeing(queue, entry, position, now):
+        if place.machine.id not in excluded:
+            return wait
+    soonest = [
+        max(_loading_left(place, now), place.remaining(now)) + place.load
+        for place in queue.cold
+        if place.machine.id not in excluded
+    ]
+    return min(soonest, default=None)
+
+
+def _freeing(
+    queue: Queue, entry: QueueEntry, ahead: int, now: float
+) -> Iterable[tuple[float, Place]]:
+    """In how many seconds the slots after the first `ahead` get free, soonest first."""
+    away = _away(queue, now) if queue.away else []
+    loading = _loading(queue, now) if queue.loading else []
+    known = len(queue.ends) - len(away) + len(loading)
+    if not known:
+        return []
+    if ahead >= known:
+        return [_beyond(queue, entry, ahead - known, away, loading, now)]
+    # So many places being loaded shift the order of the ends by no more than their number.
+    start = max(ahead - len(loading), 0)
+    ends = _ending(queue, start, ahead - start + LOOK_BEYOND, away)
+    frees = ((end.run.remaining(now), end.run.place) for end in ends)
+    if not loading:
+        return frees
+    return sorted([*frees, *loading], key=_first)[ahead - start : ahead - start + LOOK_BEYOND]
+
+
+def _beyond(
+    queue: Queue,
+    entry: QueueEntry,
+    further: int,
+    away: list[int],
+    loading: list[tuple[float, Place]],
+    now: float,
+) -> tuple[float, Place]:
+    """A slot that gets free after all known ones, by the service time of one."""
+    if len(queue.ends) > len(away):
+        run = _ending(queue, len(queue.ends) - len(away) - 1, 1, away)[0].run
+        last, place = run.remaining(now), run.place
+    else:
+        last, place = loading[-1]
+    slots = sum(place.slots.limit for place in queue.hot) or len(queue.ends) + len(loading)
+    service = queue.mean_service or service_seconds(
+        place, entry.request.prompt_tokens, entry.output
+    )
+    return last + (further + 1) * service / slots, place
+
+
+def _ending(queue: Queue, start: int, most: int, away: list[int]) -> list[PredictedEnd]:
+    """So many of the ends from a position on, without those that are away."""
+    if not away:
+        return queue.ends[start : start + most]
+    for index in away:
+        start += index <= start
+    found = (index for index in range(start, len(queue.ends)) if index not in away)
+    return [queue.ends[index] for index in islice(found, most)]
+
+
+def _away(queue: Queue, now: float) -> list[int]:
+    """The ends that free no slot for this queue: the agent is out of rotation, or drains."""
+    found = []
+    for place in queue.away:
+        if place.draining_until > now or not place.machine.routable:
+            for run in place.running.values():
+                index = bisect_left(queue.ends, (run.ends_at, run.number))
+                if index < len(queue.ends) and queue.ends[index].run is run:
+                    found.append(index)
+    found.sort()
+    return found
+
+
+def _loading(queue: Queue, now: float) -> list[tuple[float, Place]]:
+    """The slots that get free with the loads under way."""
+    return [
+        (max((place.loading_until or now) - now, 0.0), place)
+        for place in queue.loading
+        for _ in range(place.slots.limit - len(place.running))
+    ]
+
+
+def _loading_left(place: Place, now: float) -> float:
+    loading = place.machine.loading
+    return max((loading.loading_until or now) - now, 0.0) if loading is not None else 0.0
+
+
+def _first(pair: tuple[float, Place]) -> float:
+    return pair[0]

@@ -11,7 +11,8 @@ from .error import HoldersUnavailable, ModelNotFound, NoAgentRegistered, Schedul
 from .types import Request
 
 RECOVERY_SECONDS = 5.0
-"""How long a request waits for the only agents of its model when these are out of rotation."""
+"""How long a request waits while all agents of its model are out of rotation: a few probes, which
+find an Ollama that was restarted. Longer, and a client that could ask elsewhere waits in vain."""
 
 
 class Eligible(Struct, frozen=True):
@@ -28,7 +29,7 @@ class Eligible(Struct, frozen=True):
 def eligible(registry: Registry, request: Request, now: float) -> Eligible:
     """Sort the holders of the request's model into those that may serve it and the others.
 
-    An agent on which this model failed a moment ago comes into question only when no other does.
+    An agent on which this model failed a moment ago may serve it only when no other may.
     """
     agents: list[AgentState] = []
     resting_model: list[AgentState] = []
@@ -58,7 +59,7 @@ def _refusal(registry: Registry, agent: AgentState, request: Request, now: float
 def unavailable(
     registry: Registry, request: Request, found: Eligible, now: float
 ) -> SchedulerError:
-    """The error that tells why nobody can serve the request."""
+    """The error that says why no agent can serve the request."""
     if len(registry) == 0:
         return NoAgentRegistered()
     if not registry.servers(request.model):

@@ -2,7 +2,7 @@
 
 SchedulerError
 ├── ModelNotFound        no agent of the fleet has the model
-├── NoAgentRegistered    there is no fleet yet
+├── NoAgentRegistered    no agent is registered
 ├── HoldersUnavailable   the agents that have the model cannot take a request now
 ├── QueueFull            as many requests wait as may
 └── DoesNotPredict       the policy has no estimates
@@ -26,7 +26,7 @@ class ModelNotFound(SchedulerError):
 
 
 class NoAgentRegistered(SchedulerError):
-    """There is no fleet yet."""
+    """No agent is registered."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -39,10 +39,10 @@ class HoldersUnavailable(SchedulerError):
     """The agents that have the model cannot take a request now; `reasons` by their names."""
 
     def __init__(self, name: str, reasons: Mapping[str, str], others: Iterable[str] = ()) -> None:
-        told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(reasons.items()))
+        listed = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(reasons.items()))
         online = ", ".join(sorted(others)) or "none"
         super().__init__(
-            f"no agent that has model '{name}' can serve it now ({told}). "
+            f"no agent that has model '{name}' can serve it now ({listed}). "
             f"Other agents online: {online}. Start one that has it, or pull the model elsewhere"
         )
         self.name = name
@@ -50,7 +50,7 @@ class HoldersUnavailable(SchedulerError):
 
 
 class QueueFull(SchedulerError):
-    """As many requests wait as may; `retry_after` is when a place is predicted to be free."""
+    """As many requests wait as may; `retry_after_seconds` is when there will probably be room."""
 
     def __init__(self, retry_after_seconds: float) -> None:
         # Ollama's own text, with its two spaces: clients match on it.

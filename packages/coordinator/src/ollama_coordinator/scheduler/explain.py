@@ -1,22 +1,39 @@
-"""Decisions that can be told: the candidates, each term of the estimate, and why not."""
+"""Explained decisions: the candidates, each term of their cost, and why one cannot serve."""
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
 
-from .cost import COURTESY, DECODE_WEIGHT
-from .fleet import Action, Choice, Place
+from .choose import Chooser
+from .cost import DECODE_WEIGHT
+from .eligibility import eligible, unavailable
+from .prompt_cache import CacheHits
+from .queue import COURTESY, Queue, QueueEntry, Tag
+from .state import Action, Choice, Place, Running
 from .types import Request, RequestId
+
+MOST_EXPLAINED = 50
+"""Candidates of one decision that are kept, and so evaluated at most: a page of them, some 10 KB in
+the history."""
+
+EVALUATIONS_PER_SECOND = 2000.0
+EVALUATIONS_AT_ONCE = 400.0
+"""What accounts may take in the long run, and after a rest: some percent of a core at 20 us
+each."""
+
+NO_TAG = Tag(0.0, 0.0, 0)
+"""The order of a request that is explained and not queued."""
 
 
 class Candidate(Struct, frozen=True):
     """One agent for one request; all terms in seconds.
 
-    `cost` is what is compared: the wait, the load and reading the prompt in full, writing in part
-    (`decode_seconds` is that part), the crowding (how much slower it runs for what runs there, half
-    of what they lose, all that those lose who wait there), how much an evicted model will be
-    missed, and recent failures; all divided by the agent's preference. For batch, what others lose
-    counts as many times as `COURTESY` says. `None`: it cannot serve it now, and `refused` says why.
+    `cost` is what is compared: the sum of the other seconds, divided by the agent's preference.
+    `decode_seconds` is the weighted part of writing. `crowding_seconds` is how much slower it runs
+    beside others, and the weighted delay of these. `evict_seconds` is how much the evicted models
+    will be missed. In the batch lane what others lose counts `COURTESY` times. `None`: the agent
+    cannot serve the request now, and `refused` says why.
     """
 
     agent_id: AgentId
@@ -37,11 +54,11 @@ class Candidate(Struct, frozen=True):
 
 
 class Decision(Struct, frozen=True):
-    """What was decided for a request, and between whom.
+    """What was decided for a request, and between which agents.
 
-    `chosen` is `None` when no agent comes into question; `action` is `go`, `load` or `wait`.
-    `position` counts from 1 in the line of its model; a request not sent would be the last.
-    `unevaluated` is how many more agents have the model that nobody took the time to estimate.
+    `chosen` is `None` when no agent may serve it; `action` is `go`, `load` or `wait`. `position`
+    counts from 1 in the queue of its model; a request not sent would be the last. `unevaluated`
+    holders of the model were not evaluated.
     """
 
     request_id: RequestId
@@ -55,24 +72,125 @@ class Decision(Struct, frozen=True):
     unevaluated: int = 0
 
 
-def brief(request: Request, choice: Choice, output: float) -> Decision:
-    """A decision with the best alternative of each kind, as it was taken."""
+def brief(run: Running) -> Decision:
+    """What the choice compared: the chosen place and the best alternative of each kind."""
+    request, choice = run.lease.request, run.choice
     return Decision(
         request_id=request.id,
         model=request.model,
         action=choice.action.value,
         chosen=choice.place.machine.id if choice.place else None,
         start_in_seconds=choice.wait,
-        expected_output_tokens=output,
+        expected_output_tokens=run.output,
         candidates=tuple(
-            candidate(request, one, one.place, output)
+            _candidate(request, one, one.place, run.output)
             for one in (choice, *choice.others)
             if one.place is not None
         ),
     )
 
 
-def candidate(
+class Accounts:
+    """Accounts of decisions just taken: full ones as long as there is time for them.
+
+    What the choice itself compared is always in them. The other holders of the model are evaluated
+    as they were at the grant: those with it in memory first, then those that load soonest.
+    """
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._left = EVALUATIONS_AT_ONCE
+        self._at = 0.0
+
+    def of(self, run: Running, queue: Queue) -> Decision:
+        """The account of a lease that was granted a moment ago."""
+        request, now = run.lease.request, run.lease.granted_at
+        decision = brief(run)
+        places = [
+            place
+            for place in (*queue.hot, *queue.loading, *queue.cold)
+            if not request.excluded or place.machine.id not in request.excluded
+        ]
+        count = self._afford(min(len(places), MOST_EXPLAINED), now)
+        known = {one.agent_id for one in decision.candidates}
+        unknown = [place for place in places[:count] if place.machine.id not in known]
+        others: list[Candidate] = []
+        if unknown:
+            entry = QueueEntry(request, NO_TAG, queue, run.output, 0.0)
+            hits = self._chooser.hits(entry)
+            others = [
+                _evaluate(self._chooser, hits, entry, place, 0, now)
+                for place in unknown[: MOST_EXPLAINED - len(known)]
+            ]
+            others.sort(key=_dearest_last)
+            known.update(one.agent_id for one in others)
+        return structs.replace(
+            decision,
+            candidates=(*decision.candidates, *others),
+            unevaluated=max(len(places) - len(known), 0),
+        )
+
+    def _afford(self, wanted: int, now: float) -> int:
+        """How many evaluations there is time for; they count as done."""
+        rested = max(now - self._at, 0.0) * EVALUATIONS_PER_SECOND
+        self._left = min(self._left + rested, EVALUATIONS_AT_ONCE)
+        self._at = now
+        count = min(wanted, int(self._left))
+        self._left -= count
+        return count
+
+
+def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float) -> Decision:
+    """What would be decided for this entry if it were the last of its queue.
+
+    Raises:
+        ModelNotFound, NoAgentRegistered, HoldersUnavailable: no agent may ever serve it.
+    """
+    request, queue = entry.request, entry.queue
+    found = eligible(registry, request, now)
+    if not found.agents and not found.recovering:
+        raise unavailable(registry, request, found, now)
+    choice = chooser.choose(queue, entry, queue.size, now)
+    candidates = [
+        _refused(agent, found.refused[agent.name])
+        for agent in registry.servers(request.model)
+        if agent.name in found.refused
+    ]
+    hits = chooser.hits(entry)
+    candidates += [
+        _evaluate(chooser, hits, entry, place, queue.size if place in queue.hot else 0, now)
+        for place in (*queue.hot, *queue.loading, *queue.cold)
+        if place.machine.id not in request.excluded
+    ]
+    candidates.sort(key=_dearest_last)
+    return Decision(
+        request_id=request.id,
+        model=request.model,
+        action=choice.action.value,
+        chosen=choice.place.machine.id if choice.place is not None else None,
+        position=queue.size + 1,
+        start_in_seconds=choice.wait if choice.place is not None else None,
+        expected_output_tokens=entry.output,
+        candidates=tuple(candidates),
+    )
+
+
+def _dearest_last(one: Candidate) -> tuple[bool, float, str]:
+    return one.cost is None, one.cost or 0.0, one.agent
+
+
+def _evaluate(
+    chooser: Chooser, hits: CacheHits, entry: QueueEntry, place: Place, ahead: int, now: float
+) -> Candidate:
+    """The same evaluation with this place as the only one, behind so many others."""
+    choice = chooser.choose_with(hits, entry.queue.only(place), entry, ahead, now)
+    if choice.place is None:
+        return _refused(place.machine.agent, _blocked(place))
+    failure = place.machine.penalty(now)
+    return _candidate(entry.request, choice, place, entry.output, failure=failure)
+
+
+def _candidate(
     request: Request, choice: Choice, place: Place, output: float, *, failure: float = 0.0
 ) -> Candidate:
     """One possibility in the terms of its cost."""
@@ -86,12 +204,27 @@ def candidate(
         cost=choice.cost,
         wait_seconds=0.0 if loads else choice.wait,
         load_seconds=choice.wait if loads else 0.0,
-        evict_seconds=COURTESY[request.lane] * choice.room.penalty,
+        evict_seconds=COURTESY[request.lane] * choice.eviction.penalty,
         prefill_seconds=prefill,
         decode_seconds=decode,
         crowding_seconds=max(choice.run - prefill - decode, 0.0),
         failure_seconds=failure,
         preference=machine.preference,
         cached_tokens=choice.cached,
-        unload=tuple(victim.model for victim in choice.room.victims),
+        unload=tuple(victim.model for victim in choice.eviction.victims),
     )
+
+
+def _blocked(place: Place) -> str:
+    machine = place.machine
+    if machine.loading is not None:
+        return f"it is loading {machine.loading.model}"
+    if machine.reserved is not None and machine.reserved is not place:
+        return f"it makes way for {machine.reserved.model}"
+    if place.running:
+        return "the model is in use there with other options"
+    return "what is in its memory is in use, or was loaded a moment ago"
+
+
+def _refused(agent: AgentState, reason: str) -> Candidate:
+    return Candidate(agent_id=agent.id, agent=agent.name, action=Action.WAIT.value, refused=reason)

@@ -1,9 +1,9 @@
 """What fits into an agent's memory.
 
 What an agent reports decides, with a margin: Ollama loads a model beside others only where it is
-predicted to fit well, and how well is learned. Of an agent that reports nothing, what was seen
-together fits, what was seen to push another model out does not, and between the two it is tried:
-the agent's Ollama then decides itself who leaves.
+predicted to fit well, and how well is learned. Where an agent reports nothing, what was seen
+together fits, and what was seen to push another model out does not. Between the two it is tried:
+then the agent's Ollama decides itself which model leaves.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,25 @@ from enum import Enum
 from ollama_coordinator.registry import AgentState
 
 MEMORY_SHARE_WITHOUT_GPU = 0.8
+"""The rest is for the system and other programs."""
+
 MODELS_PER_DEVICE = 3
-OVERHEAD_BYTES = 200_000_000
+"""Ollama's own default of `OLLAMA_MAX_LOADED_MODELS`."""
+
 OVERHEAD_FACTOR = 1.1
+OVERHEAD_BYTES = 200_000_000
+"""Beside its weights a model takes its context and buffers, at Ollama's default context about so
+much. Too little, and models push each other out; too much, and memory stands empty."""
+
+DRIVER_BYTES = 5 * OVERHEAD_BYTES
+"""The desktop and the driver take so much of a GPU and are not another program."""
+
 CAREFUL_SHARE = 0.8
-"""The share of the free memory that a model may take for certain, until a larger one did."""
+"""The share of the free memory that a model may take for certain, until a larger one did: Ollama
+loads a model beside others when its estimate fits, and its estimates are off by some 20 %."""
+
+SAFE_FACTOR = 0.98
+"""What was refused is not certain either when it is only a little smaller."""
 
 
 class Fit(Enum):
@@ -28,11 +42,12 @@ class Fit(Enum):
 
 
 @dataclass(slots=True)
-class Memory:
+class MemoryLimits:
     """The limits of one agent: reported, and seen.
 
-    `share` of what is free was seen to be enough room, `refused` was not. Without a known `total`,
-    `most` bytes were seen together, and `tight` bytes were not.
+    A model that took `share` of the free memory was seen to fit, one that took `refused` was not.
+    Without a known `total`, `most` bytes were seen together, and `tight` bytes were not. `models`
+    may be loaded at once by the agent's settings; `most_models` were seen.
     """
 
     total: int | None = None
@@ -87,7 +102,7 @@ class Memory:
         self.most = min(self.most, self.tight - 1)
         if self.total is not None:
             self.refused = min(self.refused, self.taken_share(new, beside))
-            self.share = min(self.share, self.refused * 0.98)
+            self.share = min(self.share, self.refused * SAFE_FACTOR)
 
     def read(self, agent: AgentState) -> None:
         """Take over what the agent reports of its memory."""
@@ -113,7 +128,7 @@ def _foreign_bytes(agent: AgentState) -> int:
     used = sum(gpu.memory_used_bytes or 0 for gpu in report.gpus)
     own = sum(row.model.size_vram or row.model.size for row in agent.inventory.loaded.values())
     # The runner's own overhead is not in Ollama's figure; a tenth more is not a foreign program.
-    return max(0, int(used - own * OVERHEAD_FACTOR - OVERHEAD_BYTES * 5))
+    return max(0, int(used - own * OVERHEAD_FACTOR - DRIVER_BYTES))
 
 
 def predicted_bytes(disk_bytes: int) -> int:

@@ -1,7 +1,7 @@
 """The default scheduler: requests go where they are predicted to finish first, as late as can be.
 
-An agent gets at most what it runs at once; everybody else waits here and is planned anew on every
-event. See `choice` for the estimate, `room` for evictions, `drains` for models that starve.
+An agent gets at most what it runs at once; all other requests wait here and are planned anew on
+every event. `DESIGN.md` has the state, the order of events and the cost formula.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,38 +9,37 @@ from collections.abc import Iterable, Mapping
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.types import AgentId
 
-from . import lessons
-from .affinity import PromptCaches
-from .arrivals import Arrivals
-from .choice import Chooser
-from .drains import Drains
+from . import observations
+from .choose import Chooser
+from .cost import start_in
 from .eligibility import eligible, unavailable
-from .explain import Decision, brief
-from .explaining import Accounts, explain
-from .fleet import Machine
-from .learning import Lengths, Rates
-from .ledger import Ledger
-from .line import Entry, Line
-from .lines import Lines
-from .mirror import Mirror
-from .options import normal
+from .eviction import Drains, Evictions
+from .explain import NO_TAG, Accounts, Decision, brief, explain
+from .export import Estimate, Learned, estimate, estimates, export_learned, import_learned
+from .leases import Leases
+from .prompt_cache import PromptCaches
 from .protocol import Plan, Waiting
-from .room import Rooms
+from .queue import Queue, QueueEntry
+from .queues import Queues
+from .rates import OutputLengths, Rates
 from .serving import BOTH, HEAD, TAIL, Serving
-from .state import Estimate, Learned, estimate, estimates, export_learned, import_learned
+from .state import Machine
+from .sync import Machines
 from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
-from .waits import start_in
 
 TICK_SECONDS = 0.5
-LINES_LOOKED_AT_PER_SECOND = 40
-"""Lines that nothing happened to are looked at again only so often."""
+"""How often queues are looked at although nothing happens, and drains are predicted anew. A load is
+2 s at least: half a second more is not felt, and a tick of a large fleet costs some ms."""
+
+QUEUES_LOOKED_AT_PER_SECOND = 40
+"""Of very many queues a tick looks at so many a second: each may cost 100 us."""
 
 
 class PredictedScheduler:
     """A `Scheduler` that predicts.
 
-    `weights`: a client's share of a contended model where it is not 1. `lengths`: an own idea of
-    how long answers get.
+    `weights`: a client's share of a contended model where it is not 1. `lengths` predict how long
+    answers get.
     """
 
     policy = "predicted"
@@ -51,95 +50,94 @@ class PredictedScheduler:
         *,
         max_queue: int,
         weights: Mapping[str, float] | None = None,
-        lengths: Lengths | None = None,
+        lengths: OutputLengths | None = None,
     ) -> None:
         self._registry = registry
         self.max_queue = max_queue
         self._rates, self._caches = Rates(), PromptCaches()
-        self._lengths = lengths or Lengths()
-        self._mirror = Mirror(registry, self._rates, self._caches)
-        self._lines = Lines(self._mirror)
-        self._arrivals = Arrivals(registry, self._lines, self._lengths, weights or {})
-        rooms = Rooms(self._lines.demands, self._mirror.replicas, self._lines.backlog)
-        self._chooser = Chooser(self._caches, rooms)
+        self._lengths = lengths or OutputLengths()
+        self._machines = Machines(registry, self._rates, self._caches)
+        self._queues = Queues(registry, self._machines, self._lengths, weights or {})
+        evictions = Evictions(self._queues.demands, self._machines.replicas, self._queues.backlog)
+        self._chooser = Chooser(self._caches, evictions)
         self._accounts = Accounts(self._chooser)
-        self._ledger = Ledger(self._mirror, self._lines)
-        self._lessons = lessons.Lessons(self._rates, self._lengths, self._caches)
+        self._leases = Leases(self._machines, self._queues)
+        self._observer = observations.Observer(self._rates, self._lengths, self._caches)
         self._drains = Drains()
-        self._serving = Serving(registry, self._lines, self._chooser, self._ledger)
-        self._dirty: dict[Line, int] = {}
+        self._serving = Serving(registry, self._queues, self._chooser, self._leases)
+        self._dirty: dict[Queue, int] = {}
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
 
-    # ── what happens ──────────────────────────────────────────────────────────────────────────
+    # ── events ────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request, now: float) -> None:
         """See `Scheduler.submit`."""
         self._sync(now)
-        line = self._arrivals.line(request, now)
-        if request.excluded or not (line.hot or line.cold or line.loading):
+        queue = self._queues.of_request(request, now)
+        if request.excluded or not (queue.hot or queue.cold or queue.loading):
             found = eligible(self._registry, request, now)
             if not found.agents and not found.recovering:
                 raise unavailable(self._registry, request, found, now)
-        if len(self._serving.entries) >= self.max_queue and not _has_place(line):
+        if len(self._serving.entries) >= self.max_queue and not _has_place(queue):
             raise self._serving.full(now)
-        line.demand.arrived(now)
-        self._serving.add(self._arrivals.entry(request, line))
-        self._look(line, TAIL)
+        queue.demand.arrived(now)
+        self._serving.add(self._queues.entry(request, queue))
+        self._look(queue, TAIL)
 
-    def _look(self, line: Line, part: int) -> None:
-        self._dirty[line] = self._dirty.get(line, 0) | part
+    def _look(self, queue: Queue, part: int) -> None:
+        self._dirty[queue] = self._dirty.get(queue, 0) | part
 
     def withdraw(self, request_id: RequestId, now: float) -> None:
         """See `Scheduler.withdraw`."""
         entry = self._serving.entries.get(request_id)
         if entry is not None:
             self._serving.give_up(entry)
-            self._look(entry.line, BOTH)
+            self._look(entry.queue, BOTH)
 
     def began(self, lease_id: LeaseId, now: float) -> None:
         """See `Scheduler.began`."""
-        known = self._ledger.running.get(lease_id)
+        known = self._leases.running.get(lease_id)
         if known is None:  # it ended in the same moment
             return
-        run, line = known
+        run, queue = known
         place, slots = run.place, run.place.slots.limit
-        lessons.began(run, now)
+        observations.began(run, now)
         loaded = run.loads and place.loading_until is not None
-        self._ledger.heard(place)
+        self._leases.answered(place)
         if loaded:
-            self._ledger.loaded(place, now)
+            self._leases.loaded(place, now)
             self._idle[place.machine] = None
-        # A first byte by itself changes nothing for those who wait.
-        if line.size and (loaded or place.slots.limit != slots):
-            self._look(line, BOTH)
+        # A first byte by itself changes nothing for the requests that wait.
+        if queue.size and (loaded or place.slots.limit != slots):
+            self._look(queue, BOTH)
 
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
         """See `Scheduler.end`."""
-        run, line = self._ledger.finish(lease_id, now)
+        run, queue = self._leases.finish(lease_id, now)
         place, machine = run.place, run.place.machine
         served = outcome.result in (Result.SERVED, Result.ERRORED)
-        lessons.ended(run, outcome.result, outcome.timings, now)
+        observations.ended(run, outcome.result, outcome.timings, now)
         if served:
-            self._ledger.heard(place)
+            self._leases.answered(place)
         if run.loads and place.loading_until is not None:
             if served:
-                self._ledger.loaded(place, now)
+                self._leases.loaded(place, now)
             else:
-                self._ledger.load_failed(place)
+                self._leases.load_failed(place)
         if served:
-            machine.served(now)
-            self._lessons.served(run, outcome.timings, now)
-            held = now - run.lease.granted_at - (place.load if run.loads else 0.0)
-            line.held(max(held, 0.0))
-            place.held(max(held, 0.0))
+            machine.succeeded(now)
+            self._observer.served(run, outcome.timings, now)
+            service = now - run.lease.granted_at - (place.load if run.loads else 0.0)
+            queue.served_for(max(service, 0.0))
+            place.served_for(max(service, 0.0))
         elif outcome.result is not Result.CANCELLED:
             machine.failed(now)
         if not self._serving.entries:
             return
-        for freed in self._lines.of(place.names):
+        for freed in self._queues.of(place.names):
             if freed.size:
-                self._look(freed, HEAD if freed is line and served else BOTH)
+                self._look(freed, HEAD if freed is queue and served else BOTH)
         if not place.running:
             self._idle[machine] = None
 
@@ -147,15 +145,15 @@ class PredictedScheduler:
         """See `Scheduler.adopt`."""
         self._sync(now)
         request = lease.request
-        machine = self._mirror.machines.get(lease.agent_id)
+        machine = self._machines.by_agent.get(lease.agent_id)
         place = machine.places.get(request.model) if machine is not None else None
         if place is None:
             return False
-        line = self._lines.get(request, normal(request.options), now)
-        self._ledger.adopt(line, place, lease, self._arrivals.expected_output(request), now)
+        queue = self._queues.of_lease(request, now)
+        self._leases.adopt(queue, place, lease, self._queues.expected_output(request), now)
         return True
 
-    # ── what follows ──────────────────────────────────────────────────────────────────────────
+    # ── decisions ─────────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> Plan:
         """See `Scheduler.plan`."""
@@ -165,89 +163,89 @@ class PredictedScheduler:
         if not serving.entries:
             self._dirty.clear()
             self._idle.clear()
-            self._ledger.repredict(now)
+            self._leases.repredict(now)
             return Plan()
         if now >= self._tick_at:
             self._tick(now)
         dirty, self._dirty = self._dirty, {}
-        for line in sorted(dirty, key=_urgency) if len(dirty) > 1 else dirty:
-            serving.serve(line, now, dirty[line])
+        for queue in sorted(dirty, key=_urgency) if len(dirty) > 1 else dirty:
+            serving.serve(queue, now, dirty[queue])
         while self._idle:
             serving.offer(self._idle.popitem()[0], now)
-        serving.expire(now)  # last: who waits for nothing is served by what is free
-        self._ledger.repredict(now)
+        serving.expire(now)  # last: a request without time to wait may take what is free
+        self._leases.repredict(now)
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()
         serving.refused.clear()
         return plan
 
     def _sync(self, now: float) -> None:
-        concerned = self._mirror.sync(now)
+        concerned = self._machines.sync(now)
         if concerned is None:
             return
-        for line in self._lines.of(concerned):
-            line.fresh_until = float("-inf")
-            self._look(line, BOTH)
-        for machine in self._mirror.machines.values():
+        for queue in self._queues.of(concerned):
+            queue.stale()
+            self._look(queue, BOTH)
+        for machine in self._machines.by_agent.values():
             if machine.down_since == now:
-                self._ledger.lost(machine)
+                self._leases.lost(machine)
 
     def _advance(self, now: float) -> None:
-        """Loads that should be over are, save for those that are found to wait there."""
-        over = self._ledger.over_loads(now)
+        """Assume the end of loads that should be over, except for those found to be blocked."""
+        over = self._leases.assume_loaded(now)
         for place in over:
             self._idle[place.machine] = None
-        for place in (*over, *self._ledger.blocked_loads(now)):
-            for line in self._lines.of(place.names):
-                self._look(line, BOTH)
+        for place in (*over, *self._leases.blocked_loads(now)):
+            for queue in self._queues.of(place.names):
+                self._look(queue, BOTH)
 
     def _tick(self, now: float) -> None:
-        """Look again at lines that nothing happened to, and at models that starve."""
+        """Look again at queues that nothing happened to, and at models that starve."""
         self._tick_at = now + TICK_SECONDS
         for drain in self._drains.settle(now):
             self._idle[drain.place.machine] = None
-        lines = self._lines.waiting()
-        look_again = max(len(lines) / LINES_LOOKED_AT_PER_SECOND, TICK_SECONDS)
-        for line in lines:
-            stranded = line.retried or not (line.hot or line.cold or line.loading)
-            if stranded or now - line.looked_at >= look_again:
-                self._look(line, BOTH)
-            if (drained := self._drains.consider(line, now)) is not None:
-                self._lines.drained(drained.machine)
+        queues = self._queues.waiting()
+        look_again = max(len(queues) / QUEUES_LOOKED_AT_PER_SECOND, TICK_SECONDS)
+        for queue in queues:
+            stranded = queue.retried or not (queue.hot or queue.cold or queue.loading)
+            if stranded or now - queue.looked_at >= look_again:
+                self._look(queue, BOTH)
+            if (drained := self._drains.consider(queue, now)) is not None:
+                self._queues.drained(drained.machine)
 
-    # ── what is known ─────────────────────────────────────────────────────────────────────────
+    # ── counts and reasons ────────────────────────────────────────────────────────────────────────
 
     def wake_at(self, now: float) -> float | None:
         """See `Scheduler.wake_at`."""
         if not self._serving.entries:
             return None
         wake_at = self._tick_at
-        for place in self._ledger.loads:
+        for place in self._leases.loads:
             wake_at = min(wake_at, place.loading_until or now)
         if self._serving.deadlines:
-            wake_at = min(wake_at, self._serving.deadlines[0][0])
+            wake_at = min(wake_at, self._serving.deadlines[0].at)
         return max(wake_at, now)
 
     def leases(self) -> Iterable[Lease]:
         """See `Scheduler.leases`."""
-        return [run.lease for run, _ in self._ledger.running.values()]
+        return [run.lease for run, _ in self._leases.running.values()]
 
     def in_flight(self, agent_id: AgentId) -> int:
         """See `Scheduler.in_flight`."""
-        return self._ledger.by_agent.get(agent_id, 0)
+        return self._leases.by_agent.get(agent_id, 0)
 
     def waiting(self, now: float) -> list[Waiting]:
         """See `Scheduler.waiting`."""
-        line_up: list[tuple[float, Waiting]] = []
-        for line in self._lines.waiting():
-            self._lines.refresh(line, now)
+        in_order: list[tuple[float, Waiting]] = []
+        for queue in self._queues.waiting():
+            self._queues.refresh(queue, now)
             due = float("-inf")
-            for position, entry in enumerate(line.entries()):
-                start = start_in(line, entry, position, now)
-                due = max(due, entry.due)  # nobody is listed before those who go before it
-                line_up.append((due, Waiting(entry.request, position + 1, start)))
-        line_up.sort(key=_due)
-        return [waiting for _, waiting in line_up]
+            for position, entry in enumerate(queue.entries()):
+                start = start_in(queue, entry, position, now)
+                due = max(due, entry.due)  # after all that go before it in its own queue
+                in_order.append((due, Waiting(entry.request, position + 1, start)))
+        in_order.sort(key=_due)
+        return [waiting for _, waiting in in_order]
 
     def waiting_count(self) -> int:
         """See `Scheduler.waiting_count`."""
@@ -255,49 +253,51 @@ class PredictedScheduler:
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
         """See `Scheduler.decision`."""
-        known = self._ledger.running.get(lease_id)
-        if known is None or known[0].adopted:
+        known = self._leases.running.get(lease_id)
+        if known is None:
             return None
-        run = known[0]
-        return brief(run.lease.request, run.choice, run.output)
+        run, _ = known
+        return None if run.adopted else brief(run)
 
     def account(self, lease_id: LeaseId) -> Decision | None:
         """See `Scheduler.account`."""
-        known = self._ledger.running.get(lease_id)
-        return None if known is None or known[0].adopted else self._accounts.of(*known)
+        known = self._leases.running.get(lease_id)
+        if known is None:
+            return None
+        run, queue = known
+        return None if run.adopted else self._accounts.of(run, queue)
 
     def explain(self, request: Request, now: float) -> Decision:
         """See `Scheduler.explain`."""
         self._sync(now)
-        line = self._arrivals.line(request, now)
-        output = self._arrivals.expected_output(request)
-        entry = Entry(request, (0.0, 0.0, 0), line, output, 0.0)
-        return explain(self._registry, self._mirror, self._chooser, entry, now)
+        queue = self._queues.of_request(request, now)
+        entry = QueueEntry(request, NO_TAG, queue, self._queues.expected_output(request), 0.0)
+        return explain(self._registry, self._chooser, entry, now)
 
     def estimates(self) -> list[Estimate]:
         """See `Scheduler.estimates`."""
-        return estimates(self._mirror, self._rates)
+        return estimates(self._machines, self._rates)
 
     def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
         """See `Scheduler.estimate`."""
-        return estimate(self._mirror, self._rates, agent_id, model)
+        return estimate(self._machines, self._rates, agent_id, model)
 
     def export_state(self) -> Learned:
         """See `Scheduler.export_state`."""
-        return export_learned(self._mirror, self._rates, self._lengths)
+        return export_learned(self._machines, self._rates, self._lengths)
 
     def import_state(self, learned: Learned) -> None:
         """See `Scheduler.import_state`."""
-        import_learned(learned, self._mirror, self._rates, self._lengths)
+        import_learned(learned, self._machines, self._rates, self._lengths)
 
 
-def _has_place(line: Line) -> bool:
-    """Whether a request of this line would not have to wait."""
-    return not line.size and bool(line.with_free_slot())
+def _has_place(queue: Queue) -> bool:
+    """Whether a request of this queue would not have to wait."""
+    return not queue.size and bool(queue.with_free_slot())
 
 
-def _urgency(line: Line) -> float:
-    return line.due
+def _urgency(queue: Queue) -> float:
+    return queue.due
 
 
 def _due(pair: tuple[float, Waiting]) -> float:

@@ -9,7 +9,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .error import SchedulerError
 from .explain import Decision
-from .state import Estimate, Learned
+from .export import Estimate, Learned
 from .types import Lease, LeaseId, Outcome, Request, RequestId
 
 

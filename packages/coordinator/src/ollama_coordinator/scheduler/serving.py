@@ -1,79 +1,122 @@
-"""The waiting requests, and who of them is sent where now."""
+"""The waiting requests, and which of them are sent where now."""
 
 from heapq import heapify, heappop, heappush
+from math import exp
+from typing import NamedTuple
 
 from ollama_coordinator.registry import Registry
 
-from .choice import Chooser
+from .choose import Chooser
+from .cost import wait_for_slot
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
-from .fleet import Action, Choice, Machine
-from .ledger import Ledger
-from .line import Entry, Line
-from .lines import Lines
-from .pace import Pace
+from .leases import Leases
+from .queue import Queue, QueueEntry
+from .queues import Queues
+from .state import Action, Choice, Machine
 from .types import Lease, Request, RequestId
-from .waits import wait_for_slot
 
 OFFER_SECONDS = 0.1
-LINES_OFFERED = 4
-"""How many other models are looked at when an agent's model becomes idle, and how often at most."""
+QUEUES_OFFERED = 4
+"""How many other models are looked at when an agent's model becomes idle, and how often at most: a
+busy agent becomes idle many times a second, and each look evaluates evictions."""
+
+RATE_MEMORY_SECONDS = 20.0
+"""The rate of grants fades by this time constant: some answers long, so that pauses do not show."""
+
+SOONEST_SECONDS = 1.0
+LATEST_SECONDS = 60.0
+"""Bounds of `Retry-After`: its unit is 1 s, and after a minute everything may have changed."""
+
+SHARE_AHEAD = 0.1
+"""Coming back pays when about this share of the queue has gone: sooner, and it is full again."""
+
+SPARE_DEADLINES = 64
+"""The heap of deadlines is cleared of requests that have left when they are more than half of
+it."""
 
 HEAD, TAIL = 1, 2
 BOTH = HEAD | TAIL
-"""What to look at in a line: who is next, and whether somebody far back goes elsewhere."""
+"""What to look at in a queue: the next request, and whether one far back goes elsewhere."""
+
+
+class Deadline(NamedTuple):
+    """When a request must be served or refused; the number breaks ties."""
+
+    at: float
+    number: int
+    request_id: RequestId
+
+
+class GrantRate:
+    """How fast the queues move, and so when a refused client should come back."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._at = 0.0
+
+    def granted(self, now: float) -> None:
+        """A lease was granted."""
+        self._weight = self._weight * exp((self._at - now) / RATE_MEMORY_SECONDS) + 1.0
+        self._at = now
+
+    def retry_after(self, waiting: int, now: float) -> float:
+        """Seconds until there will be room behind so many."""
+        rate = self._weight * exp((self._at - now) / RATE_MEMORY_SECONDS) / RATE_MEMORY_SECONDS
+        if rate <= 0:
+            return LATEST_SECONDS if waiting else SOONEST_SECONDS
+        ahead = max(waiting * SHARE_AHEAD, 1.0)
+        return min(max(ahead / rate, SOONEST_SECONDS), LATEST_SECONDS)
 
 
 class Serving:
-    """Serves lines. What was granted and refused is collected until it is taken."""
+    """Serves queues. What was granted and refused is collected until it is taken."""
 
     def __init__(
-        self,
-        registry: Registry,
-        lines: Lines,
-        chooser: Chooser,
-        ledger: Ledger,
+        self, registry: Registry, queues: Queues, chooser: Chooser, leases: Leases
     ) -> None:
         self._registry = registry
-        self._lines = lines
+        self._queues = queues
         self._chooser = chooser
-        self._ledger = ledger
-        self.pace = Pace()
-        self.entries: dict[RequestId, Entry] = {}
-        self.deadlines: list[tuple[float, int, RequestId]] = []
+        self._leases = leases
+        self._rate = GrantRate()
+        self.entries: dict[RequestId, QueueEntry] = {}
+        self.deadlines: list[Deadline] = []
         self.granted: list[Lease] = []
         self.refused: list[tuple[RequestId, SchedulerError]] = []
 
-    # ── who waits ─────────────────────────────────────────────────────────────────────────────
+    # ── what waits ────────────────────────────────────────────────────────────────────────────
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: QueueEntry) -> None:
         """A request begins to wait."""
-        entry.line.add(entry)
-        self.entries[entry.request.id] = entry
-        if entry.request.deadline is not None:
-            heappush(self.deadlines, (entry.request.deadline, entry.tag[2], entry.request.id))
-            if len(self.deadlines) > 2 * len(self.entries) + 64:
-                self.deadlines = [one for one in self.deadlines if one[2] in self.entries]
+        request, queue = entry.request, entry.queue
+        queue.add(entry)
+        self.entries[request.id] = entry
+        if request.deadline is not None:
+            heappush(self.deadlines, Deadline(request.deadline, entry.tag.number, request.id))
+            if len(self.deadlines) > 2 * len(self.entries) + SPARE_DEADLINES:
+                self.deadlines = [one for one in self.deadlines if one.request_id in self.entries]
                 heapify(self.deadlines)
 
-    def give_up(self, entry: Entry) -> None:
+    def give_up(self, entry: QueueEntry) -> None:
         """A request leaves without having been served; its client's turn is given back."""
         self._leave(entry)
-        entry.line.tell()
-        entry.line.clock.give_back(entry.request.client, entry.work)
+        entry.queue.share_waiting()
+        entry.queue.clock.give_back(entry.request.client, entry.work)
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: QueueEntry) -> None:
+        queue = entry.queue
+        queue.remove(entry)
         del self.entries[entry.request.id]
-        entry.line.remove(entry)
 
     def full(self, now: float) -> QueueFull:
-        """The answer to whom there is no room for."""
-        return QueueFull(self.pace.retry_after(len(self.entries), now))
+        """The error for a request that there is no room for."""
+        return QueueFull(self._rate.retry_after(len(self.entries), now))
 
     def expire(self, now: float) -> None:
-        """Refuse who wanted to be served by now."""
-        while self.deadlines and self.deadlines[0][0] <= now:
-            entry = self.entries.get(heappop(self.deadlines)[2])
+        """Refuse the requests whose deadline has come."""
+        while self.deadlines and self.deadlines[0].at <= now:
+            entry = self.entries.get(heappop(self.deadlines).request_id)
             if entry is not None and (entry.request.deadline or now) <= now:
                 self._refuse(entry, self._too_late(entry.request, now))
 
@@ -81,106 +124,104 @@ class Serving:
         found = eligible(self._registry, request, now)
         return self.full(now) if found.agents else unavailable(self._registry, request, found, now)
 
-    def _refuse(self, entry: Entry, error: SchedulerError) -> None:
+    def _refuse(self, entry: QueueEntry, error: SchedulerError) -> None:
         self.give_up(entry)
         self.refused.append((entry.request.id, error))
 
-    # ── one line ──────────────────────────────────────────────────────────────────────────────
+    # ── one queue ─────────────────────────────────────────────────────────────────────────────
 
-    def serve(self, line: Line, now: float, part: int = BOTH) -> None:
-        """Send whoever goes now: from the head; then who is far enough back; then trials."""
-        if not line.size:
+    def serve(self, queue: Queue, now: float, part: int = BOTH) -> None:
+        """Send what can go now: from the head; then what is far enough back; then trials."""
+        if not queue.size:
             return
-        self._lines.refresh(line, now)
-        if not (line.hot or line.cold or line.loading) or line.retried:
-            self._strand(line, now)
+        self._queues.refresh(queue, now)
+        if not (queue.hot or queue.cold or queue.loading) or queue.retried:
+            self._strand(queue, now)
             part = BOTH
-        if part & HEAD or line.size == 1:
-            self._serve_head(line, now)
+        if part & HEAD or queue.size == 1:
+            self._serve_head(queue, now)
         if part & TAIL:
-            line.looked_at = now
-            self._serve_tail(line, now)
-        if line.size and line.guesses:
-            self._try_more(line, now)
-        line.tell()
+            queue.looked(now)
+            self._serve_tail(queue, now)
+        if queue.size and queue.guesses:
+            self._try_more(queue, now)
+        queue.share_waiting()
 
-    def _serve_head(self, line: Line, now: float) -> None:
-        """Send the first ones until one would rather wait.
+    def _serve_head(self, queue: Queue, now: float) -> None:
+        """Send the first requests until one would rather wait.
 
-        When the last free slot is taken the next one is not asked: it could only prefer a load,
-        and whoever is farther back, and is asked, prefers it sooner.
+        Once all slots are taken only a load could serve the next one; a load pays off for the last
+        request of a lane before it pays off for this one, and `_serve_tail` looks there.
         """
-        while line.size and self._send(line, 0, now):
-            if line.size > 1 and not line.with_free_slot():
+        while queue.size and self._send(queue, 0, now):
+            if queue.size > 1 and not queue.with_free_slot():
                 return
 
-    def _serve_tail(self, line: Line, now: float) -> None:
-        while line.size > 1:
-            position = self._chooser.first_to_go(line, now)
-            if position is None or not self._send(line, position, now):
+    def _serve_tail(self, queue: Queue, now: float) -> None:
+        while queue.size > 1:
+            position = self._chooser.first_to_go(queue, now)
+            if position is None or not self._send(queue, position, now):
                 return
 
-    def _send(self, line: Line, position: int, now: float) -> bool:
+    def _send(self, queue: Queue, position: int, now: float) -> bool:
         """Grant what is best for the request at this position, unless that is waiting."""
-        self._lines.refresh(line, now)
-        entry = line.at(position)
-        choice = self._chooser.choose(line, entry, position, now)
+        self._queues.refresh(queue, now)
+        entry = queue.at(position)
+        choice = self._chooser.choose(queue, entry, position, now)
         if choice.action is Action.WAIT or choice.place is None:
             return False
         self._grant(entry, choice, now)
         return True
 
-    def _grant(self, entry: Entry, choice: Choice, now: float, *, tries: bool = False) -> None:
+    def _grant(self, entry: QueueEntry, choice: Choice, now: float, *, tries: bool = False) -> None:
         self._leave(entry)
-        line = entry.line
-        line.clock.serve(entry.tag[0])
-        self.granted.append(self._ledger.grant(line, entry, choice, now, tries=tries))
-        self.pace.granted(now)
+        queue = entry.queue
+        queue.clock.serve(entry.tag.start)
+        self.granted.append(self._leases.grant(queue, entry, choice, now, tries=tries))
+        self._rate.granted(now)
 
-    def _try_more(self, line: Line, now: float) -> None:
-        """Everything that is known to be free is taken, and somebody waits: try what is not."""
-        while line.size:
-            entry = line.at(0)
-            choice = self._chooser.beyond(line, entry, now)
+    def _try_more(self, queue: Queue, now: float) -> None:
+        """All slots that are known to be free are taken, and requests wait: try one more."""
+        while queue.size:
+            entry = queue.at(0)
+            choice = self._chooser.beyond(queue, entry, now)
             if choice is None:
                 return
             self._grant(entry, choice, now, tries=True)
 
-    def _strand(self, line: Line, now: float) -> None:
+    def _strand(self, queue: Queue, now: float) -> None:
         """Requests that no agent may serve wait for a moment if one may come back, else go."""
-        candidates = {place.machine.id for place in (*line.hot, *line.loading, *line.cold)}
-        for entry in list(line.entries()):
+        candidates = {place.machine.id for place in (*queue.hot, *queue.loading, *queue.cold)}
+        for entry in list(queue.entries()):
             if candidates - entry.request.excluded:
-                entry.stranded_since = None
+                entry.may_be_served()
                 continue
             found = eligible(self._registry, entry.request, now)
-            if entry.stranded_since is None:
-                entry.stranded_since = now
-            hopeless = now - entry.stranded_since >= RECOVERY_SECONDS or not found.recovering
+            hopeless = entry.stranded(now) >= RECOVERY_SECONDS or not found.recovering
             if hopeless and not found.agents:
                 self._refuse(entry, unavailable(self._registry, entry.request, found, now))
 
     # ── one machine ───────────────────────────────────────────────────────────────────────────
 
     def offer(self, machine: Machine, now: float) -> None:
-        """A machine with something idle looks at the models of others, the most urgent first."""
+        """A machine with something idle is offered to the queues of others, most urgent first."""
         if not machine.routable or now - machine.offered_at < OFFER_SECONDS:
             return
-        machine.offered_at = now
-        for line in self._lines.wanting(machine, LINES_OFFERED):
-            if machine.loading is None and self._wanted(line, machine, now):
-                line.futile = (0.0, 0.0)
-                self.serve(line, now)
+        machine.offered(now)
+        for queue in self._queues.wanting(machine, QUEUES_OFFERED):
+            if machine.loading is None and self._wanted(queue, machine, now):
+                queue.search_again()
+                self.serve(queue, now)
 
-    def _wanted(self, line: Line, machine: Machine, now: float) -> bool:
-        """Whether the last one of a lane would rather have the model loaded there."""
-        self._lines.refresh(line, now)
-        place = machine.places[line.model]
-        if place not in line.could_load:
+    def _wanted(self, queue: Queue, machine: Machine, now: float) -> bool:
+        """Whether the last request of a lane would rather have the model loaded there."""
+        self._queues.refresh(queue, now)
+        place = machine.places[queue.model]
+        if place not in queue.could_load:
             return False
-        for last in line.lasts():
-            entry = line.at(last)
-            wait = wait_for_slot(line, entry, last, None, now)
+        for last in queue.lasts():
+            entry = queue.at(last)
+            wait = wait_for_slot(queue, entry, last, None, now)
             if self._chooser.load_at(place, entry, wait.cost, now) is not None:
                 return True
         return False

@@ -1,17 +1,26 @@
-"""How many requests of one model an agent runs at once: told, or found out by careful trying."""
+"""How many requests of one model an agent runs at once: reported, or found by careful trials."""
 
 from dataclasses import dataclass, field
 
 EMBEDDING_EXTRA = 2
-"""Embeddings in flight beyond the slot, to hide the round trip."""
+"""Embeddings in flight beyond the slot: one takes some ms, about as long as the round trip. With
+fewer the runner stands idle between two; with more a chat waits behind them."""
+
+BURST_SECONDS = 0.1
+"""Trials begin together for so long: one plan and the next, as a single one shows little."""
 
 TRY_AGAIN_SECONDS = 20.0
+"""A trial that showed nothing is repeated when its answers have probably ended."""
+
 FIRST_REST_SECONDS = 60.0
+MOST_DOUBLINGS = 10
 LONGEST_REST_SECONDS = 1800.0
-BURST_SECONDS = 0.1
+"""A trial that failed made one request wait: it is repeated after twice as long each time. Without
+repeating, an agent that was restarted with more slots would never be found."""
 
 ENOUGH_REFUTED = 2
-"""So many models of an agent that run no more than is usual there speak for the others."""
+"""So many models of an agent that run no more than its others speak for all: Ollama has one setting
+for all models, but one model alone may run fewer (see `SERIAL_FAMILIES`)."""
 
 SERIAL_FAMILIES = frozenset(
     {
@@ -19,14 +28,15 @@ SERIAL_FAMILIES = frozenset(
         "nemotron_h", "nemotron_h_moe", "nemotron_h_omni",
     }
 )  # fmt: skip
-"""Model families that Ollama runs one request at a time, whatever it is configured to."""
+"""Model families that Ollama runs one request at a time, whatever it is configured to: the list in
+its `server/sched.go`."""
 
 
 @dataclass(slots=True, eq=False)
-class Usual:
-    """What the models of one agent run at once, as far as they were seen: the setting is for all.
+class AgentSlots:
+    """What the models of one agent were seen to run at once: its Ollama has one setting for all.
 
-    `refuted`: those that were sent more than `count` in vain since `count` has last changed.
+    `refuted` are those that were sent more than `count` in vain since `count` last changed.
     """
 
     count: int = 1
@@ -39,7 +49,7 @@ class Usual:
         return len(self.refuted) >= ENOUGH_REFUTED
 
     def keep(self, members: "set[Slots]") -> None:
-        """These are the agent's models now; what others have shown is still believed."""
+        """These are the agent's models now; what others have shown still counts."""
         self.members = [one for one in self.members if one in members]
         self.refuted &= members
 
@@ -49,7 +59,7 @@ class Usual:
             self._set(count)
 
     def failed(self, slots: "Slots") -> None:
-        """A model was sent one more than it runs; one that is gone tells nothing of the others."""
+        """A model was sent one more than it runs. One that was deleted does not count."""
         if slots not in self.members:
             return
         if slots.proven >= self.count:
@@ -61,19 +71,20 @@ class Usual:
         self.count = count
         self.refuted.clear()
         for one in self.members:
-            one.lean()
+            one.refresh()
 
 
 @dataclass(slots=True, eq=False)
 class Slots:
     """The slots of one model on one agent.
 
-    `fixed` is what the agent said. Else `proven` were seen at work together, or what is usual on
-    the agent is believed. Beyond them one more is tried, twice as many once two were proven. A
-    trial that shows nothing rests for a while, one that fails for longer each time.
+    `fixed` is what the agent reported. Else `proven` were seen at work together; a model that was
+    never seen is assumed to run what others on its agent do. Beyond that one more is tried, or
+    twice as many once two were proven. A trial that shows nothing is repeated after a while, one
+    that failed after longer each time. `extra` may be in flight beyond the slots.
     """
 
-    usual: Usual = field(default_factory=Usual)
+    agent_slots: AgentSlots = field(default_factory=AgentSlots)
     fixed: int | None = None
     extra: int = 0
     proven: int = 1
@@ -84,8 +95,8 @@ class Slots:
     """How many may be in flight without trying anything."""
 
     def __post_init__(self) -> None:
-        self.usual.members.append(self)
-        self.lean()
+        self.agent_slots.members.append(self)
+        self.refresh()
 
     @property
     def is_seen(self) -> bool:
@@ -94,17 +105,17 @@ class Slots:
 
     @property
     def count(self) -> int:
-        """How many are taken to run at once."""
+        """How many run at once, as far as known."""
         if self.fixed is not None:
             return self.fixed
-        return self.proven if self.is_seen else self.usual.count
+        return self.proven if self.is_seen else self.agent_slots.count
 
-    def lean(self) -> None:
-        """What is usual on the agent has changed."""
+    def refresh(self) -> None:
+        """What is assumed of the agent's models has changed."""
         self.limit = self.count + self.extra
 
     def fix(self, count: int | None, *, extra: int = 0) -> None:
-        """The agent says how many it runs, or says it no longer."""
+        """The agent reports how many it runs, or no longer does (`None`)."""
         self.fixed, self.extra = count, extra
         self.limit = self.count + extra
 
@@ -112,7 +123,7 @@ class Slots:
         """How many may be in flight, trials included."""
         if self.fixed is not None or (now < self.try_from and now > self.burst_until):
             return self.limit
-        if self.usual.is_settled and not self.is_seen:
+        if self.agent_slots.is_settled and not self.is_seen:
             return self.limit
         count = self.count
         return count + 1 if count < 2 else count * 2
@@ -126,11 +137,11 @@ class Slots:
     def remember(self, proven: int, failures: int) -> None:
         """Take over what was seen before."""
         self.proven, self.failures = proven, failures
-        self.lean()
+        self.refresh()
         if proven > 1:
-            self.usual.proved(proven)
+            self.agent_slots.proved(proven)
         if failures:
-            self.usual.failed(self)
+            self.agent_slots.failed(self)
 
     def prove(self, count: int) -> None:
         """So many were at work together."""
@@ -138,15 +149,15 @@ class Slots:
             self.proven = count
             self.failures = 0
             self.try_from = 0.0
-            self.lean()
-            self.usual.proved(count)
+            self.refresh()
+            self.agent_slots.proved(count)
 
     def refute(self, count: int, now: float) -> None:
-        """One waited although only `count` others were there."""
+        """A request waited although only `count` others were there."""
         self.proven = min(self.count, max(count, 1))
         self.failures += 1
-        self.lean()
-        self.usual.failed(self)
-        rest = FIRST_REST_SECONDS * 2.0 ** min(self.failures - 1, 10)
+        self.refresh()
+        self.agent_slots.failed(self)
+        rest = FIRST_REST_SECONDS * 2.0 ** min(self.failures - 1, MOST_DOUBLINGS)
         self.try_from = now + min(rest, LONGEST_REST_SECONDS)
         self.burst_until = -1.0

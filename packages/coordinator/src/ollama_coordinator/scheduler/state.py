@@ -1,173 +1,587 @@
-"""What was learned, as plain rows that survive a restart and can be shown."""
+"""Machines, places and running leases: the one module that writes their fields.
+
+A `Place` is one model on one agent's disk (two names of the same weights share it). A `Machine` is
+the agent with its memory. Other modules read every field, and change them by the methods here, each
+named for what happened. `DESIGN.md` lists the fields, and the module that calls each transition.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from math import exp
+from typing import NamedTuple
 
 from msgspec import Struct
 
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
 
-from .fleet import Place
-from .learning import Lengths, Mean, Rates
-from .mirror import Mirror
+from .memory import MemoryLimits
+from .rates import BATCH_FACTOR, Quantity, Rates, prior
+from .slots import AgentSlots, Slots
+from .types import Lease, LeaseId, RunnerOptions
 
-Triple = tuple[Mean, Mean, Mean]
+TROUBLE_SECONDS = 0.5
+"""What one recent failure adds to a cost: a place as good wins, a much slower one does not."""
+
+TROUBLE_HALF_LIFE_SECONDS = 10.0
+"""A machine that failed once is equal again within a minute, as a restart of Ollama takes."""
+
+LEAST_TROUBLE_SECONDS = 0.01
+"""Costs this close are equal (see `choose`), so that less is no longer worth an `exp`."""
+
+SPILL_FACTOR = 8.0
+"""How much slower a model is whose layers are all outside the GPU: memory of 50 beside 400 GB/s."""
+
+SERVICE_GAIN = 0.2
+"""The newest of some five requests count: how long answers are changes with the client."""
+
+LOAD_DELAY_SHARE = 0.25
+SHORTEST_LOAD_DELAY_SECONDS = 1.0
+"""A load that is not over when it should be is expected after a quarter more of its age: it is
+asked about a dozen times while it takes ten times as long, and not more than once a second."""
+
+SMALLEST_PREFERENCE = 0.01
+"""An operator's 0 must not divide by zero: it means "only if nobody else can"."""
+
+NEVER = float("-inf")
 
 
-class LearnedRates(Struct, frozen=True):
-    """A pair of agent and model: logarithms of tokens per second read and written, and of a load.
+class MemoryFacts(NamedTuple):
+    """What the priors of a place depend on."""
 
-    The last one is of seconds.
+    model_bytes: int
+    total_bytes: int | None
+    has_gpu: bool
+
+
+class Eviction(Struct, frozen=True):
+    """What has to leave so that a model fits, and what that costs in seconds."""
+
+    victims: tuple["Place", ...] = ()
+    penalty: float = 0.0
+
+
+NO_EVICTION = Eviction()
+
+
+class KnownEviction(NamedTuple):
+    """The cheapest eviction for a place, found at this time in this epoch of its machine."""
+
+    epoch: int
+    at: float
+    eviction: Eviction
+
+
+class Full(NamedTuple):
+    """In this epoch and until this time a machine has no room for a model of so many bytes."""
+
+    epoch: int
+    until: float
+    memory_bytes: int
+
+
+NOT_FULL = Full(-1, NEVER, 0)
+
+
+class FitTrial(NamedTuple):
+    """A load beside other models: the next list of loaded models shows whether all of them fit."""
+
+    place: "Place"
+    beside: tuple["Place", ...]
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One model on one agent: in memory or not, its slots, its requests, its rates.
+
+    `memory_bytes` are predicted until they are `measured`. `options` are those of the runner,
+    `None` when somebody else loaded it; `context` is the runner's own, as listed. `blocked`: the
+    load was assumed to be over and then found to wait for memory. `loading_until` is the predicted
+    end of a load, `loaded_at` its end, `unloaded_at` when an eviction was asked for, and
+    `touched_at` when a lease began or ended. `last_used` is the newest lease's id.
+
+    `ends` is the sum of the predicted ends of what runs here, so that the time left is known
+    without a loop; `slow_down` the factor by which these were taken to be slower than alone.
+    `concurrency_seconds` is the number of requests here, summed over time until `counted_at`.
+    `waiting_load` is how many interactive requests wait for a slot here: those of its queues, each
+    shared among the places that may serve it. `prefill` and `decode` are seconds per token, `load`
+    the seconds of a load. `solo` counts the answers that ran alone. `mean_service` is the mean of
+    the seconds for which requests held their slots.
     """
 
-    agent_id: AgentId
+    machine: "Machine"
     model: str
-    means: Triple
+    weights: str
+    disk_bytes: int
+    memory_bytes: int
+    slots: Slots
+    measured: bool = False
+    names: set[str] = field(default_factory=set)
+    resident: bool = False
+    loading_until: float | None = None
+    loading_since: float = NEVER
+    blocked: bool = False
+    options: RunnerOptions | None = None
+    context: int | None = None
+    loaded_at: float = NEVER
+    touched_at: float = NEVER
+    unloaded_at: float = NEVER
+    last_used: int = 0
+    draining_until: float = NEVER
+    running: "dict[LeaseId, Running]" = field(default_factory=dict)
+    ends: float = 0.0
+    slow_down: float = 1.0
+    waiting_load: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    load: float = 0.0
+    solo: int = 0
+    mean_service: float | None = None
+    concurrency_seconds: float = 0.0
+    counted_at: float = 0.0
+    priors: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    priors_of: MemoryFacts | None = None
+    known_eviction: KnownEviction | None = None
 
+    # ── rates ─────────────────────────────────────────────────────────────────────────────────
 
-class LearnedKin(Struct, frozen=True):
-    """An agent, or a model: logarithms of the ratios of the same to what is believed at first.
+    def prior(self, quantity: Quantity) -> float:
+        """What is assumed before anything was measured: tokens per second, or seconds of a load."""
+        machine = self.machine
+        facts = MemoryFacts(self.memory_bytes, machine.memory.total, machine.has_gpu)
+        if self.priors_of != facts:
+            slower = 1 + SPILL_FACTOR * self._spilled()
+            prefill, decode, load = (
+                prior(one, self.disk_bytes, has_gpu=machine.has_gpu) for one in Quantity
+            )
+            self.priors_of, self.priors = facts, (prefill / slower, decode / slower, load)
+        return self.priors[quantity]
 
-    The other one of the two is empty.
-    """
+    def _spilled(self) -> float:
+        """The share of the model that the GPU has no memory for."""
+        total = self.machine.memory.total
+        return 0.0 if total is None else max(0.0, 1 - total / max(self.memory_bytes, 1))
 
-    agent_id: AgentId
-    model: str
-    means: Triple
+    def take_rates(self, rates: Rates) -> None:
+        """Take over everything learned since the last time."""
+        for quantity in Quantity:
+            assumed = self.prior(quantity)
+            self.take_rate(quantity, rates.rate(quantity, self.machine.id, self.model, assumed))
 
-
-class LearnedBatch(Struct, frozen=True):
-    """How much one more request in the same runner slows the others of an agent."""
-
-    agent_id: AgentId
-    mean: Mean
-
-
-class LearnedLength(Struct, frozen=True):
-    """The mean output tokens of a client's requests to a model; of everybody's without a client."""
-
-    model: str
-    mean: Mean
-    client: str | None = None
-
-
-class LearnedSlots(Struct, frozen=True):
-    """How many requests of a model were seen to run at once on an agent.
-
-    `failures` counts the attempts in vain to run more.
-    """
-
-    agent_id: AgentId
-    model: str
-    proven: int
-    failures: int = 0
-
-
-class Estimate(Struct, frozen=True):
-    """What is predicted of a model on an agent, for people; `samples` of the three in order."""
-
-    agent_id: AgentId
-    model: str
-    load_seconds: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    slots: int
-    slots_told: bool
-    samples: tuple[int, int, int] = (0, 0, 0)
-
-
-class Learned(Struct, frozen=True):
-    """Everything that a scheduler learned."""
-
-    pairs: list[LearnedRates] = []
-    kin: list[LearnedKin] = []
-    batch: list[LearnedBatch] = []
-    lengths: list[LearnedLength] = []
-    slots: list[LearnedSlots] = []
-
-
-def export_learned(mirror: Mirror, rates: Rates, lengths: Lengths) -> Learned:
-    """The rows of what is known: those of rates and lengths are live, and go on learning.
-
-    There may be a hundred thousand of them, and copies take several times as long.
-    """
-    nobody = AgentId("")
-    return Learned(
-        pairs=[LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()],
-        kin=[
-            *(LearnedKin(agent, "", means) for agent, means in rates.agents.items()),
-            *(LearnedKin(nobody, model, means) for model, means in rates.models.items()),
-        ],
-        batch=[LearnedBatch(agent, mean) for agent, mean in rates.batch.items()],
-        lengths=[
-            *(LearnedLength(model, mean) for model, mean in lengths.models.items()),
-            *(LearnedLength(m, mean, c) for (c, m), mean in lengths.clients.items()),
-        ],
-        slots=[
-            LearnedSlots(machine.id, name, place.slots.proven, place.slots.failures)
-            for machine in mirror.machines.values()
-            for name, place in machine.places.items()
-            if place.slots.fixed is None and place.slots.is_seen
-        ],
-    )
-
-
-def import_learned(learned: Learned, mirror: Mirror, rates: Rates, lengths: Lengths) -> None:
-    """Take over the rows; they replace what is known of the same pairs."""
-    for row in learned.pairs:
-        rates.pairs[row.agent_id, row.model] = _copy(row.means)
-    for kin in learned.kin:
-        if kin.agent_id:
-            rates.agents[kin.agent_id] = _copy(kin.means)
+    def take_rate(self, quantity: Quantity, rate: float) -> None:
+        """The newest rate of one quantity: tokens per second, or seconds of a load."""
+        if quantity is Quantity.LOAD:
+            self.load = rate
+        elif quantity is Quantity.DECODE:
+            self.decode = 1 / rate
         else:
-            rates.models[kin.model] = _copy(kin.means)
-    for batch in learned.batch:
-        rates.batch[batch.agent_id] = _one(batch.mean)
-    for length in learned.lengths:
-        if length.client is None:
-            lengths.models[length.model] = _one(length.mean)
+            self.prefill = 1 / rate
+
+    def ran_alone(self) -> None:
+        """An answer was written with nothing beside it: `decode` is that of one request."""
+        self.solo += 1
+
+    def served_for(self, seconds: float) -> None:
+        """A request held its slot for so long."""
+        before = seconds if self.mean_service is None else self.mean_service
+        self.mean_service = before + SERVICE_GAIN * (seconds - before)
+
+    # ── memory ────────────────────────────────────────────────────────────────────────────────
+
+    def measure(self, memory_bytes: int, context: int | None) -> None:
+        """Ollama lists the model as loaded, with its memory and the runner's context."""
+        self.memory_bytes, self.measured, self.context = memory_bytes, True, context
+
+    def expect_bytes(self, memory_bytes: int) -> None:
+        """The memory it will probably take, by what other models take there."""
+        self.memory_bytes = memory_bytes
+
+    def begin_load(self, options: RunnerOptions, seconds: float, now: float) -> None:
+        """The agent begins to load the model, which takes its memory from now on."""
+        machine = self.machine
+        machine.loading = self
+        machine.fit_trial = FitTrial(self, tuple(machine.residents))
+        if machine.reserved is self:
+            machine.reserved = None
+        self.options = options
+        self.loading_since, self.blocked = now, False
+        self.loading_until = self.loaded_at = now + seconds
+
+    def delay_load(self, now: float) -> None:
+        """The load should be over by now and is not."""
+        more = (now - self.loading_since) * LOAD_DELAY_SHARE
+        self.loading_until = now + max(more, SHORTEST_LOAD_DELAY_SECONDS)
+
+    def block_load(self, now: float) -> None:
+        """The load was assumed to be over, and the agent does not list the model."""
+        self.resident, self.blocked = False, True
+        self.delay_load(now)
+        self.machine.loading = self.machine.loading or self
+        self.machine.epoch += 1
+
+    def load_ended(self, next_load: "Place | None", *, at: float | None) -> None:
+        """The load ended: the model is in memory since `at`, or never came there (`None`).
+
+        `next_load` is another load on the same machine.
+        """
+        if self.machine.loading is self:
+            self.machine.loading = next_load
+        if at is None:
+            self.loading_until = None
         else:
-            lengths.clients[length.client, length.model] = _one(length.mean)
-    for slots in learned.slots:
-        mirror.known_slots[slots.agent_id, slots.model] = slots.proven, slots.failures
-    mirror.relearn()
+            self.loaded_at = at
+
+    def enter_memory(self) -> bool:
+        """The model takes memory, loaded or being loaded. Whether it took none before."""
+        machine = self.machine
+        machine.epoch += 1
+        is_new = self not in machine.residents
+        if is_new:
+            machine.residents[self] = None
+        return is_new
+
+    def ready(self, *, options_known: bool) -> None:
+        """The model is in memory; somebody else loaded it where the options are not known."""
+        self.resident, self.loading_until = True, None
+        if not options_known:
+            self.options = None
+
+    def runs_elsewhere(self) -> None:
+        """A cloud model needs no memory here and no load."""
+        self.resident = True
+
+    def adopt_runner(self, options: RunnerOptions) -> None:
+        """A lease taken over from another scheduler shows how the model was loaded."""
+        self.options = options
+
+    def leave_memory(self) -> bool:
+        """The model is no longer in memory. Whether it took any."""
+        machine = self.machine
+        self.resident, self.options = False, None
+        machine.epoch += 1
+        took = self in machine.residents
+        if took:
+            del machine.residents[self]
+        return took
+
+    def evicted(self, now: float) -> None:
+        """Its agent was asked to unload it."""
+        self.unloaded_at = now
+
+    def keep_eviction(self, eviction: Eviction, now: float) -> None:
+        """The cheapest eviction for this model, valid while nothing changes on the machine."""
+        self.known_eviction = KnownEviction(self.machine.epoch, now, eviction)
+
+    # ── leases ────────────────────────────────────────────────────────────────────────────────
+
+    def remaining(self, now: float) -> float:
+        """The predicted seconds until nothing runs here."""
+        return max((run.remaining(now) for run in self.running.values()), default=0.0)
+
+    def current_slow_down(self) -> float:
+        """By how much what runs here now is slower than alone on its machine."""
+        machine = self.machine
+        return len(machine.busy) * (1 + machine.batch * (len(self.running) - 1))
+
+    def begin(self, run: "Running", now: float) -> None:
+        """A lease begins."""
+        machine = self.machine
+        run.concurrency_seconds = self._count(now)
+        if not self.running:
+            machine.epoch += 1
+            machine.busy[self] = None
+            self.slow_down = len(machine.busy)
+        self.running[run.lease.id] = run
+        self.ends += run.ends_at
+        self.touched_at = now
+        self.last_used = run.number
+        machine.running += 1
+        machine.ends += run.ends_at
+
+    def end(self, run: "Running", now: float) -> None:
+        """A lease ends."""
+        machine = self.machine
+        beside = self._count(now) - run.concurrency_seconds
+        run.mean_beside = max(beside / max(now - run.lease.granted_at, 1e-6) - 1, 0.0)
+        del self.running[run.lease.id]
+        self.touched_at = now
+        self.ends -= run.ends_at
+        machine.running -= 1
+        machine.ends -= run.ends_at
+        if not self.running:
+            machine.epoch += 1
+            del machine.busy[self]
+            self.ends = 0.0
+        if not machine.running:
+            machine.ends = 0.0
+
+    def _count(self, now: float) -> float:
+        """The number of requests here, summed over all time until now."""
+        self.concurrency_seconds += len(self.running) * (now - self.counted_at)
+        self.counted_at = now
+        return self.concurrency_seconds
+
+    def slow_down_changed(self, slow_down: float) -> None:
+        """Other requests run beside those here than when their ends were predicted."""
+        self.slow_down = slow_down
+
+    def delay_end(self, run: "Running", seconds: float) -> None:
+        """A lease is predicted to end later, or sooner where `seconds` are negative."""
+        run.ends_at += seconds
+        self.ends += seconds
+        self.machine.ends += seconds
+
+    def wait_for(self, more: float) -> None:
+        """So many more interactive requests wait for a slot here; fewer if negative."""
+        self.waiting_load += more
+        self.machine.waiting_load += more
+
+    # ── drains ────────────────────────────────────────────────────────────────────────────────
+
+    def drain(self, until: float) -> None:
+        """Only requests that are predicted to end before this time may begin here."""
+        self.draining_until = until
+
+    def drained(self) -> None:
+        """The drain is over."""
+        self.draining_until = NEVER
 
 
-def estimates(mirror: Mirror, rates: Rates) -> list[Estimate]:
-    """What is predicted of every model on every agent."""
-    return [
-        _estimate(name, place, rates)
-        for machine in mirror.machines.values()
-        for name, place in machine.places.items()
-    ]
+class RegistryFacts(NamedTuple):
+    """What was last read of an agent in the registry; while it is equal, nothing has changed."""
+
+    routable: bool
+    settings: object
+    runner: object
+    available: object
+    available_count: int
+    loaded_list: object
+    loaded: tuple[str, ...]
+    lacks_gpu: bool
+    cooldowns: tuple[tuple[str, object], ...]
+    offered: tuple[str, ...]
 
 
-def estimate(mirror: Mirror, rates: Rates, agent_id: AgentId, model: str) -> Estimate | None:
-    """What is predicted of this model on this agent; `None` if it does not have it."""
-    machine = mirror.machines.get(agent_id)
-    place = machine.places.get(model) if machine is not None else None
-    return None if place is None else _estimate(model, place, rates)
+@dataclass(slots=True, eq=False)
+class Machine:
+    """One agent: whether it may be used, its memory, and what all its places do together.
+
+    `epoch` grows when a model comes, goes, or changes between idle and in use. `residents` take
+    memory, loaded or being loaded. `loading` is the first of the loads under way. `reserved` is the
+    place for which others are drained, `drain_from` when the next drain may begin. `busy` are the
+    places where something runs, `running` the number of leases, `ends` the sum of their predicted
+    ends. `full`: no room was found in this epoch.
+
+    `has_gpu` is assumed until a report says otherwise; `used_gpu`: a model was seen in a GPU's
+    memory. `sized`: its memory was known when its rates were last judged. `unsettled` is the time
+    of a list of loaded models that contradicts what happened a moment before; a later one decides.
+    `trouble` counts recent failures, decaying since `trouble_at`. `down_since` is when it was last
+    found offline. `batch` is how much one more request in a runner slows each of the others.
+    """
+
+    id: AgentId
+    agent: AgentState
+    memory: MemoryLimits
+    routable: bool = False
+    places: dict[str, Place] = field(default_factory=dict)
+    residents: dict[Place, None] = field(default_factory=dict)
+    loading: Place | None = None
+    fit_trial: FitTrial | None = None
+    reserved: Place | None = None
+    drain_from: float = NEVER
+    running: int = 0
+    busy: dict[Place, None] = field(default_factory=dict)
+    ends: float = 0.0
+    has_gpu: bool = True
+    used_gpu: bool = False
+    sized: bool = False
+    unsettled: float | None = None
+    batch: float = BATCH_FACTOR
+    epoch: int = 0
+    full: Full = NOT_FULL
+    offered_at: float = NEVER
+    waiting_load: float = 0.0
+    preference: float = 1.0
+    trouble: float = 0.0
+    trouble_at: float = 0.0
+    facts: RegistryFacts | None = None
+    down_since: float | None = None
+    context_length: int | None = None
+    agent_slots: AgentSlots = field(default_factory=AgentSlots)
+
+    # ── failures ──────────────────────────────────────────────────────────────────────────────
+
+    def failed(self, now: float) -> None:
+        """A request failed here."""
+        self.trouble = self._trouble(now) + 1.0
+        self.trouble_at = now
+
+    def succeeded(self, now: float) -> None:
+        """A request was served here: half of what went wrong is forgotten."""
+        if self.trouble:
+            self.trouble = self._trouble(now) / 2
+            self.trouble_at = now
+
+    def penalty(self, now: float) -> float:
+        """Seconds that recent failures add to a cost."""
+        seconds = self._trouble(now) * TROUBLE_SECONDS
+        return seconds if seconds > LEAST_TROUBLE_SECONDS else 0.0
+
+    def _trouble(self, now: float) -> float:
+        if not self.trouble:
+            return 0.0
+        return self.trouble * exp((self.trouble_at - now) * 0.693 / TROUBLE_HALF_LIFE_SECONDS)
+
+    # ── what the registry says ────────────────────────────────────────────────────────────────
+
+    def read(self, facts: RegistryFacts) -> None:
+        """Something that the registry knows of the agent has changed."""
+        self.facts = facts
+        self.epoch += 1
+        self.preference = max(self.agent.settings.preference, SMALLEST_PREFERENCE)
+        self.memory.read(self.agent)
+
+    def in_rotation(self, *, routable: bool, down: bool, now: float) -> bool:
+        """Whether it may be used, and whether its Ollama is down; whether it went down just now.
+
+        A machine that comes back starts without its earlier failures.
+        """
+        if routable and not self.routable:
+            self.trouble = 0.0
+        if down:
+            self.down_since = now
+        self.routable = routable
+        return self.down_since == now
+
+    def removed(self) -> None:
+        """The agent is no longer registered."""
+        self.routable = False
+
+    def list_places(self, places: dict[str, Place]) -> None:
+        """These models are on its disk, by every name they have there."""
+        for name in self.places.keys() - places.keys():
+            self.places[name].names.discard(name)
+        for name, place in places.items():
+            place.names.add(name)
+        self.places = places
+        self.agent_slots.keep({place.slots for place in places.values()})
+
+    def judge(self, *, used_gpu: bool, lacks_gpu: bool) -> bool:
+        """Whether it has a GPU and known memory; whether that changed, and its priors with it."""
+        self.used_gpu = self.used_gpu or used_gpu
+        has_gpu = self.used_gpu or not lacks_gpu
+        sized = self.memory.total is not None
+        if (has_gpu, sized) == (self.has_gpu, self.sized):
+            return False
+        self.has_gpu, self.sized = has_gpu, sized
+        return True
+
+    def configure(self, context_length: int | None) -> None:
+        """The context that its Ollama loads models with where a request does not say."""
+        self.context_length = context_length
+
+    def fit_judged(self) -> None:
+        """A list of loaded models showed the outcome of the load beside others."""
+        self.fit_trial = None
+
+    def reconcile(self, unsettled: float | None) -> None:
+        """A list of loaded models was read; it is `unsettled` where a later one must decide."""
+        self.unsettled = unsettled
+        self.epoch += 1
+
+    # ── decisions ─────────────────────────────────────────────────────────────────────────────
+
+    def is_full(self, memory_bytes: int, now: float) -> bool:
+        """Whether it was found a moment ago that no model of this size can come."""
+        full = self.full
+        return full.epoch == self.epoch and now < full.until and memory_bytes >= full.memory_bytes
+
+    def found_full(self, memory_bytes: int, until: float) -> None:
+        """There is no room for a model of so many bytes while nothing changes, until this time."""
+        self.full = Full(self.epoch, until, memory_bytes)
+
+    def reserve(self, place: Place) -> None:
+        """Others are drained so that this place can be loaded."""
+        self.reserved = place
+
+    def drain_ended(self, place: Place, drain_from: float) -> None:
+        """The drain for this place is over; the next one may begin at this time."""
+        if self.reserved is place:
+            self.reserved = None
+        self.drain_from = drain_from
+
+    def offered(self, now: float) -> None:
+        """The queues of other models were offered what is idle here."""
+        self.offered_at = now
+
+    def take_batch(self, batch: float) -> None:
+        """The newest estimate of how much requests in one runner slow each other down."""
+        self.batch = batch
 
 
-def _estimate(name: str, place: Place, rates: Rates) -> Estimate:
-    return Estimate(
-        agent_id=place.machine.id,
-        model=name,
-        load_seconds=place.load,
-        prefill_tokens_per_second=1 / place.prefill,
-        decode_tokens_per_second=1 / place.decode,
-        slots=place.slots.count,
-        slots_told=place.slots.fixed is not None,
-        samples=_samples(rates.pairs.get((place.machine.id, place.model))),
-    )
+class Action(Enum):
+    """What a request does at a place."""
+
+    GO = "go"
+    LOAD = "load"
+    WAIT = "wait"
 
 
-def _samples(means: Triple | None) -> tuple[int, int, int]:
-    if means is None:
-        return (0, 0, 0)
-    return (means[0].samples, means[1].samples, means[2].samples)
+class Choice(Struct):
+    """One possibility and its cost in seconds.
+
+    `wait` is the time until a slot is free, `run` the cost once it is there, `cached` the prompt
+    tokens expected in the prompt cache, `others` the best alternative of each kind.
+    """
+
+    action: Action
+    place: Place | None
+    cost: float
+    wait: float = 0.0
+    run: float = 0.0
+    cached: int = 0
+    eviction: Eviction = NO_EVICTION
+    others: "tuple[Choice, ...]" = ()
 
 
-def _copy(means: Triple) -> Triple:
-    return (_one(means[0]), _one(means[1]), _one(means[2]))
+class Running(Struct, eq=False):
+    """A lease with what was predicted of it, and what was seen since.
 
+    `number` is the lease's id. `loads`: it made the agent load the model; `tries`: it was sent
+    beyond the proven slots. `rank` counts the requests of its place when it was granted, itself
+    included. `output` are the expected tokens of its answer. `saw_end_at` is when one of the
+    earlier ones last ended, `beside` how many of those there were then; `mean_beside` how many ran
+    beside it on average, once it has ended. `adopted`: another scheduler granted it, so what ran
+    beside it is not known.
+    """
 
-def _one(mean: Mean) -> Mean:
-    return Mean(mean.value, mean.samples)
+    lease: Lease
+    place: Place
+    number: int
+    ends_at: float
+    loads: bool
+    tries: bool
+    rank: int
+    cached: int
+    output: float
+    choice: Choice
+    concurrency_seconds: float = 0.0
+    mean_beside: float = 0.0
+    began_at: float | None = None
+    saw_end_at: float | None = None
+    beside: int = 0
+    adopted: bool = False
+
+    def remaining(self, now: float) -> float:
+        """The predicted seconds left; never less than a quarter of its age."""
+        left = self.ends_at - now
+        least = (now - self.lease.granted_at) / 4
+        return max(least, left)
+
+    def began(self, now: float) -> None:
+        """The first byte of its answer came."""
+        self.began_at = now
+
+    def saw_end(self, beside: int, now: float) -> None:
+        """One of the requests granted before it ended; so many had been there with it."""
+        self.saw_end_at, self.beside = now, beside

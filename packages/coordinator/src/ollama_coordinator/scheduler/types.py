@@ -1,4 +1,4 @@
-"""What the scheduler is told and what it answers: requests, leases, outcomes."""
+"""Requests, leases and outcomes, and the runner options that a loaded model must have."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -21,7 +21,7 @@ class Kind(Enum):
 
 
 class Lane(Enum):
-    """How long a request may wait before someone minds; shorter budgets go first."""
+    """How long a request may wait before it is late; shorter budgets go first."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
@@ -49,12 +49,12 @@ NO_OPTIONS = RunnerOptions()
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One request as the scheduler sees it.
+    """One request as the scheduler sees it; times are monotonic seconds.
 
-    `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate;
-    `prefix` the chain of hashes of the conversation's messages, oldest first, each over all before
-    it; `output_limit` the client's own bound on the answer in tokens; `deadline` a monotonic time
-    after which the client no longer wants to wait for a place. `excluded`: already tried.
+    `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
+    `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
+    `output_limit` is the client's own bound on the answer in tokens. After `deadline` the client no
+    longer wants to wait for a lease. `excluded` are agents that were tried already.
     """
 
     id: RequestId
@@ -80,7 +80,7 @@ class Request(Struct, frozen=True, kw_only=True):
 class Lease(Struct, frozen=True, kw_only=True):
     """One attempt's place on one agent, from its grant until its end; every count derives from it.
 
-    `unload`: routing keys of models the agent should drop first, so that this one fits.
+    `unload` are routing keys of models that the agent should unload first, so that this one fits.
     """
 
     id: LeaseId
@@ -131,3 +131,53 @@ class Outcome(Struct, frozen=True):
     result: Result
     reason: str = ""
     timings: Timings | None = None
+
+
+SMALLEST_CONTEXT = 4
+DEFAULT_BATCH = 512
+"""Ollama's own: it raises a smaller `num_ctx`, and takes this `num_batch` where none is given."""
+
+
+def normal(options: RunnerOptions) -> RunnerOptions:
+    """The same options with every value that Ollama treats as its default left out."""
+    if options is NO_OPTIONS or options == NO_OPTIONS:
+        return NO_OPTIONS
+    context = options.num_ctx or None
+    return structs.replace(
+        options,
+        num_ctx=max(context, SMALLEST_CONTEXT) if context else None,
+        num_batch=None if options.num_batch in (0, DEFAULT_BATCH) else options.num_batch,
+        num_gpu=None if (options.num_gpu or 0) < 0 else options.num_gpu,
+        main_gpu=options.main_gpu or None,
+        num_thread=options.num_thread or None,
+        draft_num_predict=options.draft_num_predict or None,
+        shift=None if options.shift else options.shift,
+    )
+
+
+def serves(
+    loaded: RunnerOptions | None,
+    wanted: RunnerOptions,
+    *,
+    context: int | None = None,
+    default_context: int | None = None,
+) -> bool:
+    """Whether a runner loaded with `loaded` takes a request that wants `wanted`, both normal.
+
+    `loaded` is `None` when somebody else loaded it: it is then assumed to have been loaded without
+    options but the `context` that Ollama lists. `default_context` is the agent's own.
+    """
+    if loaded is wanted:
+        return True
+    if loaded is None:
+        loaded = NO_OPTIONS
+        default_context = context or default_context
+    has = loaded.num_ctx or default_context
+    wants = wanted.num_ctx or default_context
+    if loaded.num_ctx != wanted.num_ctx and has != wants:
+        return False
+    if wanted.num_gpu is not None and wanted.num_gpu != loaded.num_gpu:
+        return False
+    return structs.replace(loaded, num_ctx=None, num_gpu=None) == structs.replace(
+        wanted, num_ctx=None, num_gpu=None
+    )

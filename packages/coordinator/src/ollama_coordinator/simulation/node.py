@@ -6,7 +6,7 @@ something will happen by itself, and `happened` lists first tokens and ends sinc
 
 from collections import deque
 
-from ollama_coordinator.scheduler.options import normal, serves
+from ollama_coordinator.scheduler.types import normal, serves
 
 from .machine import MachineSpec
 from .runner import TINY, Job, Runner

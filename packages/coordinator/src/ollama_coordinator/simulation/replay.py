@@ -20,7 +20,7 @@ from ollama_coordinator.scheduler import (
     SchedulerError,
     Timings,
 )
-from ollama_coordinator.scheduler.options import normal
+from ollama_coordinator.scheduler.types import normal
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 

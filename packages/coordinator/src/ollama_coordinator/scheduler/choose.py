@@ -1,67 +1,76 @@
 """Where a request should go now, or whether it should rather wait: the cheapest prediction."""
 
-from .affinity import Hits, PromptCaches
-from .cost import HELD_WEIGHT, NO_PLACE, alone_seconds, run_seconds, stay_seconds
-from .fleet import Action, Choice, Place, Room
-from .line import Entry, Line
-from .priors import UNLOAD_SECONDS
-from .room import Rooms
-from .waits import wait_for_slot
-
-FASTEST_LOOKED_AT = 12
-OTHERS_LOOKED_AT = 8
-"""Machines on which a load is evaluated: those that load fastest, and some others in turn."""
+from .cost import (
+    HELD_WEIGHT,
+    NO_PLACE,
+    alone_seconds,
+    run_seconds,
+    service_seconds,
+    wait_for_slot,
+)
+from .eviction import Evictions
+from .prompt_cache import CacheHits, PromptCaches
+from .queue import Queue, QueueEntry
+from .rates import UNLOAD_SECONDS
+from .state import Action, Choice, Eviction, Place
 
 SEARCH_AGAIN_SECONDS = 2.0
 MUCH_WORSE = 1.25
-"""A search that found no machine is repeated when the wait is so much longer, or after a while."""
+"""A search that found no machine is repeated when the wait is so much longer, or after a while: it
+costs some 100 us, and what frees a machine offers it to the queues by itself."""
 
 NEARLY = 1.05
 NEARLY_SECONDS = 0.01
-"""Costs this close are equal: the place that was used longest ago is taken."""
+"""Costs this close are equal, as rates are no better known; then the place that was used longest
+ago is taken. Without it the first of equal agents gets everything; with more, faster ones stand
+idle."""
 
 
 class Chooser:
-    """Evaluates the candidates of a line."""
+    """Evaluates the candidates of a queue."""
 
-    def __init__(self, caches: PromptCaches, rooms: Rooms) -> None:
+    def __init__(self, caches: PromptCaches, evictions: Evictions) -> None:
         self._caches = caches
-        self._rooms = rooms
+        self._evictions = evictions
 
-    def choose(self, line: Line, entry: Entry, ahead: int, now: float) -> Choice:
+    def choose(self, queue: Queue, entry: QueueEntry, ahead: int, now: float) -> Choice:
         """The cheapest possibility of a request that has `ahead` others before it."""
-        return self.choose_with(self.hits(entry), line, entry, ahead, now)
+        return self.choose_with(self.hits(entry), queue, entry, ahead, now)
 
-    def choose_with(self, hits: Hits, line: Line, entry: Entry, ahead: int, now: float) -> Choice:
+    def choose_with(
+        self, hits: CacheHits, queue: Queue, entry: QueueEntry, ahead: int, now: float
+    ) -> Choice:
         """The same, where what is in the prompt caches is known already."""
-        go = self._go(line, entry, hits, now)
-        wait = wait_for_slot(line, entry, ahead, hits, now)
-        best, other = (go, wait) if go.cost <= held_cost(wait, entry) else (wait, go)
-        if line.cold and line.quickest_load < best.cost:
-            load = self._load(line, entry, best.cost, now)
+        go = self._go(queue, entry, hits, now)
+        wait = wait_for_slot(queue, entry, ahead, hits, now)
+        best, other = (go, wait) if go.cost <= waiting_cost(wait, entry) else (wait, go)
+        if queue.cold and queue.quickest_load < best.cost:
+            load = self._load(queue, entry, best.cost, now)
             if load.cost < best.cost:
                 load.others = (best, other)
                 return load
         best.others = (other,)
         return best
 
-    def hits(self, entry: Entry) -> Hits:
+    def hits(self, entry: QueueEntry) -> CacheHits:
         """The prompt tokens that each place is expected to have in its cache."""
         prefix = entry.request.prefix
         return (self._caches.expected(prefix) or None) if prefix else None
 
-    def _go(self, line: Line, entry: Entry, hits: Hits, now: float) -> Choice:
+    def _go(self, queue: Queue, entry: QueueEntry, hits: CacheHits, now: float) -> Choice:
         """The best place that is in memory and has a slot."""
         excluded = entry.request.excluded
         tokens, output, courtesy = entry.request.prompt_tokens, entry.output, entry.courtesy
         best: Place | None = None
         best_cost = floor = NO_PLACE
-        for place in line.with_free_slot():
+        for place in queue.with_free_slot():
             machine = place.machine
             if excluded and machine.id in excluded:
                 continue
             new = max(tokens - hits.get(place, 0), 0) if hits else tokens
-            cost = run_seconds(place, new, output, now, courtesy) + self._queueing(place)
+            cost = run_seconds(place, new, output, now, courtesy)
+            if place.slots.extra:
+                cost += _wait_behind(place)
             if machine.trouble:
                 cost += machine.penalty(now)
             if machine.preference != 1.0:
@@ -82,34 +91,26 @@ class Chooser:
             return Choice(Action.GO, None, NO_PLACE)
         return Choice(Action.GO, best, best_cost, 0.0, best_cost, hits.get(best, 0) if hits else 0)
 
-    def _queueing(self, place: Place) -> float:
-        """Embeddings go to a busy place too, and wait there for the one before them."""
-        if not place.slots.extra:
-            return 0.0
-        beyond = len(place.running) - place.slots.count + 1
-        return beyond * (place.occupancy or 0.0) if beyond > 0 else 0.0
-
-    def _load(self, line: Line, entry: Entry, below: float, now: float) -> Choice:
+    def _load(self, queue: Queue, entry: QueueEntry, below: float, now: float) -> Choice:
         """The best machine to load the model, if one costs less than `below`.
 
         When there was none a moment ago it is not searched again: what changes meanwhile is a
-        machine with something idle, and such are offered to the lines.
+        machine with something idle, and such are offered to the queues.
         """
         best = Choice(Action.LOAD, None, below)
         usual = entry.courtesy == 1.0 and not entry.request.excluded
-        futile_below, futile_until = line.futile
-        if usual and now < futile_until and below <= futile_below:
+        if usual and now < queue.futile.until and below <= queue.futile.below:
             return best
-        for place in _looked_at(line):
+        for place in queue.to_load():
             if place.load / place.machine.preference >= best.cost:
                 break  # the others take longer
             if (load := self.load_at(place, entry, best.cost, now)) is not None:
                 best = load
         if best.place is None and usual:
-            line.futile = (below * MUCH_WORSE, now + SEARCH_AGAIN_SECONDS)
+            queue.search_failed(below * MUCH_WORSE, now + SEARCH_AGAIN_SECONDS)
         return best
 
-    def load_at(self, place: Place, entry: Entry, below: float, now: float) -> Choice | None:
+    def load_at(self, place: Place, entry: QueueEntry, below: float, now: float) -> Choice | None:
         """Loading the model at this place, if that can start now and costs less than `below`."""
         machine = place.machine
         if machine.loading is not None or place.running:
@@ -126,61 +127,63 @@ class Chooser:
             return None
         run = run_seconds(place, tokens, output, now, entry.courtesy)
         least = place.load + run + machine.penalty(now)
-        if least >= below or (room := self._rooms.make(place, now)) is None:
+        if least >= below or (eviction := self._evictions.find(place, now)) is None:
             return None
-        leave = UNLOAD_SECONDS if room.victims or place.resident else 0.0
+        leave = UNLOAD_SECONDS if eviction.victims or place.resident else 0.0
         if place.resident:  # loaded with other options, it is missed itself, as it is
-            missed = room.penalty + self._rooms.loss(place, now)
-            room = Room(room.victims, missed)
-        cost = least + leave + entry.courtesy * room.penalty
+            missed = eviction.penalty + self._evictions.loss(place, now)
+            eviction = Eviction(eviction.victims, missed)
+        cost = least + leave + entry.courtesy * eviction.penalty
         if cost >= below:
             return None
         cost /= machine.preference
-        return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, room)
+        return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, eviction)
 
-    def first_to_go(self, line: Line, now: float) -> int | None:
+    def first_to_go(self, queue: Queue, now: float) -> int | None:
         """The first position behind the head for which another place beats its wait.
 
-        Waits grow with the position: the last one tells whether there is any, and halving finds
-        it. Retries may not go everywhere, so each of them is asked by itself.
+        Waits grow with the position: the last one shows whether there is any, and halving finds it.
+        Retries may not go everywhere, so each of them is evaluated by itself.
         """
-        if line.retried:
-            for position, entry in enumerate(line.entries()):
+        if queue.retried:
+            for position, entry in enumerate(queue.entries()):
                 if position and entry.request.excluded:
-                    choice = self.choose(line, entry, position, now)
+                    choice = self.choose(queue, entry, position, now)
                     if choice.action is not Action.WAIT and choice.place is not None:
                         return position
         first = 1
-        for last in line.lasts():
-            if first <= last and (found := self._first_between(line, first, last, now)) is not None:
-                return found
+        for last in queue.lasts():
+            if first <= last:
+                found = self._first_between(queue, first, last, now)
+                if found is not None:
+                    return found
             first = last + 1
         return None
 
-    def _first_between(self, line: Line, low: int, high: int, now: float) -> int | None:
-        """The same among the positions of one lane, which weigh alike what they cost others."""
-        choice = self.choose(line, line.at(high), high, now)
+    def _first_between(self, queue: Queue, low: int, high: int, now: float) -> int | None:
+        """The same among the positions of one lane, whose requests weigh alike what others lose."""
+        choice = self.choose(queue, queue.at(high), high, now)
         if choice.action is Action.WAIT or choice.place is None:
             return None
         while low < high:
             middle = (low + high) // 2
-            if self._rather_waits(line, middle, choice, now):
+            if self._rather_waits(queue, middle, choice, now):
                 low = middle + 1
             else:
                 high = middle
         return high
 
-    def _rather_waits(self, line: Line, position: int, other: Choice, now: float) -> bool:
-        entry = line.at(position)
-        wait = wait_for_slot(line, entry, position, self.hits(entry), now)
-        cost = held_cost(wait, entry) if other.action is Action.GO else wait.cost
+    def _rather_waits(self, queue: Queue, position: int, other: Choice, now: float) -> bool:
+        entry = queue.at(position)
+        wait = wait_for_slot(queue, entry, position, self.hits(entry), now)
+        cost = waiting_cost(wait, entry) if other.action is Action.GO else wait.cost
         return cost < other.cost
 
-    def beyond(self, line: Line, entry: Entry, now: float) -> Choice | None:
+    def beyond(self, queue: Queue, entry: QueueEntry, now: float) -> Choice | None:
         """A place where one request more than is known to run at once may be tried."""
         open_places = [
             place
-            for place in line.hot
+            for place in queue.hot
             if place.slots.fixed is None
             and place.draining_until <= now
             and place.machine.id not in entry.request.excluded
@@ -188,32 +191,28 @@ class Chooser:
         ]
         if not open_places:
             return None
-        place = min(open_places, key=_crowded)
+        place = min(open_places, key=_share_taken)
         tokens, output = entry.request.prompt_tokens, entry.output
         run = run_seconds(place, tokens, output, now, entry.courtesy)
         return Choice(Action.GO, place, run, 0.0, run)
 
 
-def _crowded(place: Place) -> tuple[float, int]:
-    return len(place.running) / place.slots.count, place.last_used
-
-
-def held_cost(wait: Choice, entry: Entry) -> float:
+def waiting_cost(wait: Choice, entry: QueueEntry) -> float:
     """What waiting costs beside a free place: the contended slot is held for the whole answer."""
     if wait.place is None:
         return wait.cost
     return wait.cost + entry.courtesy * HELD_WEIGHT * entry.output * wait.place.decode
 
 
-def _looked_at(line: Line) -> list[Place]:
-    """All places on disk of a small fleet; of a large one the fastest, and others in turn."""
-    cold = line.cold
-    if len(cold) <= FASTEST_LOOKED_AT + OTHERS_LOOKED_AT:
-        return cold
-    start = line.turn = max(line.turn % len(cold), FASTEST_LOOKED_AT)
-    line.turn += OTHERS_LOOKED_AT
-    return cold[:FASTEST_LOOKED_AT] + cold[start : start + OTHERS_LOOKED_AT]
+def _wait_behind(place: Place) -> float:
+    """Embeddings go to a busy place too, and wait there for the one before them: seconds."""
+    beyond = len(place.running) - place.slots.count + 1
+    return beyond * (place.mean_service or 0.0) if beyond > 0 else 0.0
+
+
+def _share_taken(place: Place) -> tuple[float, int]:
+    return len(place.running) / place.slots.count, place.last_used
 
 
 def _ends_in_time(place: Place, tokens: float, output: float, now: float) -> bool:
-    return now + stay_seconds(place, tokens, output) <= place.draining_until
+    return now + service_seconds(place, tokens, output) <= place.draining_until

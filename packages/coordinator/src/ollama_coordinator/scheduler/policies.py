@@ -3,8 +3,15 @@
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.settings import POLICIES
 
-from .immediate import Choose, ImmediateScheduler
-from .policies import Random, cpu, least_connections, loaded_first, round_robin
+from .counting import (
+    Choose,
+    CountingScheduler,
+    Random,
+    cpu,
+    least_connections,
+    loaded_first,
+    round_robin,
+)
 from .predicted import PredictedScheduler
 from .protocol import Scheduler
 
@@ -26,4 +33,4 @@ def create_scheduler(policy: str, registry: Registry, *, max_queue: int) -> Sche
         "random": Random(seed=1),
         "cpu": cpu,
     }
-    return ImmediateScheduler(policy, registry, counting[policy], max_queue=max_queue)
+    return CountingScheduler(policy, registry, counting[policy], max_queue=max_queue)

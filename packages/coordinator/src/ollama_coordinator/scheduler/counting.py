@@ -1,10 +1,11 @@
-"""The plain scheduler: a policy picks an agent as soon as one of the eligible has a place.
+"""Policies that count and do not predict, and the scheduler that asks them.
 
-It serves the policies that count and do not predict. A request waits only while every eligible
-agent has as many leases of its model as that agent said it runs at once.
+A policy picks an agent as soon as one of the eligible has a slot. A request waits only while every
+eligible agent has as many leases of its model as it reported to run at once.
 """
 
-from collections import defaultdict
+import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from ollama_coordinator.registry import AgentState, Registry
@@ -13,19 +14,64 @@ from ollama_coordinator_common.types import AgentId
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import DoesNotPredict, QueueFull, SchedulerError
 from .explain import Decision
+from .export import Estimate, Learned
 from .protocol import Plan, Waiting
-from .state import Estimate, Learned
 from .types import Lease, LeaseId, Outcome, Request, RequestId
 
 RETRY_AFTER_SECONDS = 1.0
+"""Without a prediction: the least that `Retry-After` can say."""
 
-Choose = Callable[[Sequence[AgentState], Request, Callable[[AgentId], int]], AgentState]
-"""A policy: the candidates (never empty, least recently chosen first), the request, and the leases
-in flight of an agent; the answer is one of the candidates."""
+InFlight = Callable[[AgentId], int]
+Choose = Callable[[Sequence[AgentState], Request, InFlight], AgentState]
+"""A policy: from the candidates (never empty, least recently chosen first), the request, and the
+leases of an agent, it returns one of the candidates."""
 
 
-class ImmediateScheduler:
-    """A `Scheduler` around a policy without memory."""
+def round_robin(agents: Sequence[AgentState], request: Request, in_flight: InFlight) -> AgentState:
+    """Each agent in turn."""
+    return agents[0]
+
+
+class Random:
+    """Any agent; the seed makes a run repeatable."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(
+        self, agents: Sequence[AgentState], request: Request, in_flight: InFlight
+    ) -> AgentState:
+        """One of the candidates."""
+        return self._random.choice(agents)
+
+
+def least_connections(
+    agents: Sequence[AgentState], request: Request, in_flight: InFlight
+) -> AgentState:
+    """The agent with the fewest leases, whatever it has in memory; equal agents take turns."""
+    return min(agents, key=lambda agent: in_flight(agent.id))
+
+
+def loaded_first(agents: Sequence[AgentState], request: Request, in_flight: InFlight) -> AgentState:
+    """Agents that have the model in memory first, then as `least_connections`."""
+    return min(
+        agents,
+        key=lambda agent: (not agent.inventory.is_loaded(request.model), in_flight(agent.id)),
+    )
+
+
+def cpu(agents: Sequence[AgentState], request: Request, in_flight: InFlight) -> AgentState:
+    """The agent whose CPU and memory are used least; one without a report counts as idle."""
+    return min(agents, key=_used_percent)
+
+
+def _used_percent(agent: AgentState) -> float:
+    report = agent.report
+    return 0.0 if report is None else report.cpu_usage + report.memory_usage
+
+
+class CountingScheduler:
+    """A `Scheduler` that asks a policy which counts."""
 
     def __init__(self, policy: str, registry: Registry, choose: Choose, *, max_queue: int) -> None:
         self.policy = policy
@@ -64,7 +110,7 @@ class ImmediateScheduler:
         """See `Scheduler.plan`."""
         granted: list[Lease] = []
         refused: list[tuple[RequestId, SchedulerError]] = []
-        none_free: set[str] = set()  # models that nobody has a place for now, nor in this plan
+        none_free: set[str] = set()  # models without a free slot, now and so in this plan
         for request in list(self._waiting.values()):
             usual = not (request.excluded or request.deadline)
             if usual and request.model in none_free:
@@ -82,7 +128,7 @@ class ImmediateScheduler:
 
     def _decide(self, request: Request, now: float) -> Lease | SchedulerError | None:
         found = eligible(self._registry, request, now)
-        free = [agent for agent in found.agents if self._has_place(agent, request)]
+        free = [agent for agent in found.agents if self._has_slot(agent, request)]
         if free:
             free.sort(key=lambda agent: self._last_chosen.get(agent.id, 0))
             return self._grant(request, self._choose(free, request, self.in_flight), now)
@@ -95,7 +141,7 @@ class ImmediateScheduler:
             return unavailable(self._registry, request, found, now)
         return None
 
-    def _has_place(self, agent: AgentState, request: Request) -> bool:
+    def _has_slot(self, agent: AgentState, request: Request) -> bool:
         runner = agent.report.runner if agent.report else None
         if runner is None or runner.num_parallel is None:
             return True
@@ -105,17 +151,17 @@ class ImmediateScheduler:
     def _grant(self, request: Request, agent: AgentState, now: float) -> Lease:
         lease_id = LeaseId(self._last_id + 1)
         lease = Lease(id=lease_id, request=request, agent_id=agent.id, granted_at=now)
-        self._hold(lease)
+        self._count(lease)
         return lease
 
     def adopt(self, lease: Lease, now: float) -> bool:
         """See `Scheduler.adopt`."""
         if self._registry.find(lease.agent_id) is None:
             return False
-        self._hold(lease)
+        self._count(lease)
         return True
 
-    def _hold(self, lease: Lease) -> None:
+    def _count(self, lease: Lease) -> None:
         self._last_id = max(self._last_id, lease.id)
         self._leases[lease.id] = lease
         self._by_agent[lease.agent_id].add(lease.id)
@@ -140,12 +186,12 @@ class ImmediateScheduler:
 
     def waiting(self, now: float) -> list[Waiting]:
         """See `Scheduler.waiting`."""
-        seen: defaultdict[str, int] = defaultdict(int)
-        line = []
+        position: Counter[str] = Counter()
+        waiting = []
         for request in self._waiting.values():
-            seen[request.model] += 1
-            line.append(Waiting(request, seen[request.model], None))
-        return line
+            position[request.model] += 1
+            waiting.append(Waiting(request, position[request.model], None))
+        return waiting
 
     def waiting_count(self) -> int:
         """See `Scheduler.waiting_count`."""

@@ -1,18 +1,22 @@
 """Which conversations an agent has in its prompt cache, as hashes of their prefixes.
 
-A saving in the estimate, never a pin: an agent's runner remembers about one conversation per slot,
-so the oldest is forgotten here too.
+A saving in the cost, never a pin: a runner keeps about one conversation per slot, and so the oldest
+is forgotten here too.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 
 MOST_CONVERSATIONS = 64
+"""No runner has more slots; it bounds what an agent that reports 1,000 of them may cost here."""
+
 LONGEST_CHAIN = 128
+"""The newest messages of a conversation that are looked for: an older beginning matters only to a
+conversation that branches there, and each link costs some 100 bytes for each place."""
 
 Chain = tuple[int, ...]
 
-Hits = Mapping[Hashable, int] | None
+CacheHits = Mapping[Hashable, int] | None
 """Prompt tokens expected in the cache, by place."""
 
 
@@ -25,17 +29,17 @@ class PromptCaches:
     def __init__(self) -> None:
         self._index: dict[int, dict[Hashable, int]] = {}
         self._further: Counter[tuple[int, Hashable]] = Counter()
-        self._held: dict[Hashable, OrderedDict[int, Chain]] = {}
+        self._chains: dict[Hashable, OrderedDict[int, Chain]] = {}
 
     def __len__(self) -> int:
         return len(self._index) + len(self._further)
 
     def expected(self, prefix: Chain) -> Mapping[Hashable, int]:
-        """The tokens of a prompt with this chain that each place is expected to have."""
+        """The tokens of a prompt with this chain that each place is expected to have cached."""
         found: dict[Hashable, int] = {}
         for link in reversed(prefix[-LONGEST_CHAIN:]):
             seen = self._index.get(link)
-            if seen and len(seen) > len(found):  # who knows a link knows those before it
+            if seen and len(seen) > len(found):  # a place with this link has those before it
                 found = {**seen, **found} if found else seen
         return found
 
@@ -44,18 +48,18 @@ class PromptCaches:
         if not prefix:
             return
         chain = prefix[-LONGEST_CHAIN:]
-        held = self._held.setdefault(place, OrderedDict())
+        chains = self._chains.setdefault(place, OrderedDict())
         self._add(place, chain, tokens)
         for link in chain:  # the conversation goes on: it replaces its earlier self
-            if (earlier := held.pop(link, None)) is not None:
+            if (earlier := chains.pop(link, None)) is not None:
                 self._remove(place, earlier)
-        held[chain[-1]] = chain
-        while len(held) > min(max(slots, 1), MOST_CONVERSATIONS):
-            self._remove(place, held.popitem(last=False)[1])
+        chains[chain[-1]] = chain
+        while len(chains) > min(max(slots, 1), MOST_CONVERSATIONS):
+            self._remove(place, chains.popitem(last=False)[1])
 
     def forget(self, place: Hashable) -> None:
         """The model left the memory of that place."""
-        for chain in self._held.pop(place, OrderedDict()).values():
+        for chain in self._chains.pop(place, OrderedDict()).values():
             self._remove(place, chain)
 
     def _add(self, place: Hashable, chain: Chain, tokens: int) -> None:

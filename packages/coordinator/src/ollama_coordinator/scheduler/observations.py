@@ -1,47 +1,70 @@
-"""What an ended request teaches: rates, output lengths, slots, cache hits.
+"""What an ended request shows: rates, output lengths, slots, prompt caches.
 
-Ollama's own dialect tells durations. Elsewhere only tokens are known, and wall times stand in for
+Ollama's own dialect reports durations. Elsewhere only tokens are known, and wall times stand in for
 durations where they can mean one thing only.
 """
 
 from msgspec import structs
 
-from .affinity import PromptCaches
-from .fleet import Place, Running
-from .learning import Lengths, Rates
-from .priors import Quantity
+from .prompt_cache import PromptCaches
+from .rates import OutputLengths, Quantity, Rates
+from .state import Place, Running
 from .types import Kind, Result, Timings
 
 FEWEST_NEW_TOKENS = 50
+"""Reading fewer tokens takes as long as the overhead around it: the rate would be too low."""
+
 FEWEST_OUTPUT_TOKENS = 8
+"""The same for writing."""
+
 FEWEST_PROMPT_TOKENS_BY_WALL = 200
+"""By our own clock the network and Ollama's start of the request are in it, some tens of ms."""
+
 SHORTEST_STREAM_SECONDS = 0.1
+SHORTEST_STREAM_SHARE = 0.1
+"""An answer whose first byte comes this close to its end came in one piece, and shows no rate."""
+
 WAITED_SECONDS = 0.1
 WAITED_SHARE = 0.2
+"""Time that is neither load, reading nor writing is a wait for a slot when it is more than both:
+Ollama's own overhead is some tens of ms, and grows with the request. Less, and an agent is taken
+for serial that is merely slow; more, and a wait behind a short answer is overlooked."""
+
 OVERLAP_SHARE = 0.3
-RERATE_OFTEN = 32
-RERATE_EVERY = 512
+"""Less than this share of the time beside others is alone, more than the rest is beside one: what
+is between says nothing for certain."""
+
+FIRST_BYTE_SLACK_SECONDS = 0.3
+"""A first byte takes so long beyond reading the prompt: sampling, the network, a busy CPU."""
+
+SHORTEST_LOAD_SECONDS = 0.001
+"""A load of 0 s has no logarithm."""
+
+TAKE_OFTEN = 32
+TAKE_EVERY = 512
+"""Places that lean on their agent's factors take them anew after the 1st, 2nd, 4th ... 32nd answer,
+then after every 512th: there may be hundreds of them, and factors hardly move later."""
 
 
-class Lessons:
-    """Learns from the ends of requests; tells whether costs of the whole agent should be redone."""
+class Observer:
+    """Learns from the ends of requests."""
 
-    def __init__(self, rates: Rates, lengths: Lengths, caches: PromptCaches) -> None:
+    def __init__(self, rates: Rates, lengths: OutputLengths, caches: PromptCaches) -> None:
         self._rates = rates
         self._lengths = lengths
         self._caches = caches
-        self._lessons: dict[str, int] = {}
+        self._answers: dict[str, int] = {}
 
     def served(self, run: Running, timings: Timings | None, now: float) -> None:
-        """A request ended well."""
+        """A request ended well. An adopted one teaches no rate: what ran beside it is not known."""
         request, place = run.lease.request, run.place
         if timings is None:
             return
         if request.kind is not Kind.EMBED and timings.output_tokens > 0:
             self._lengths.observe(request.client, request.model, timings.output_tokens)
         tokens = timings.prompt_tokens or request.prompt_tokens
-        read = tokens + timings.output_tokens
         if place.resident:
+            read = tokens + timings.output_tokens
             self._caches.remember(place, request.prefix, read, place.slots.count)
         if run.adopted:
             return
@@ -51,16 +74,12 @@ class Lessons:
             # An embedding's durations are the whole and the load: the rest is reading.
             reading = (timings.total_seconds or 0.0) - (timings.load_seconds or 0.0)
             timings = structs.replace(timings, prompt_seconds=max(reading, 0.0))
-        self._load(run, timings)
-        slower = _in_force(run)
+        if run.loads and timings.load_seconds is not None:
+            self._observe(Quantity.LOAD, place, max(timings.load_seconds, SHORTEST_LOAD_SECONDS))
+        slower = _slow_down(run)
         self._prefill(run, timings, slower)
         self._decode(run, timings, slower)
-        self._rerate(place)
-
-    def _load(self, run: Running, timings: Timings) -> None:
-        if run.loads and timings.load_seconds is not None:
-            seconds = max(timings.load_seconds, 0.001)
-            self._observe(Quantity.LOAD, run.place, seconds)
+        self._take_factors(place)
 
     def _prefill(self, run: Running, timings: Timings, slower: float) -> None:
         seconds, tokens = timings.prompt_seconds, timings.prompt_tokens
@@ -69,48 +88,49 @@ class Lessons:
             self._observe(Quantity.PREFILL, run.place, new / seconds * slower)
 
     def _decode(self, run: Running, timings: Timings, slower: float) -> None:
-        """The speed alone, or, where that is known, how much company slowed it."""
+        """The rate alone, or, where that is known, how much the requests beside it slowed it."""
         seconds, tokens = timings.output_seconds, timings.output_tokens
         if not seconds or tokens < FEWEST_OUTPUT_TOKENS:
             return
-        place, rate = run.place, tokens / seconds
-        company = run.company
-        if company < OVERLAP_SHARE and len(place.machine.busy) <= 1:
-            place.solo += 1
-        elif company > 1 - OVERLAP_SHARE and place.solo > 1 and len(place.machine.busy) <= 1:
-            slowed = 1 / (rate * place.decode) - 1
-            self._rates.observe_batch(place.machine.id, slowed / company)
-            place.machine.batch = self._rates.batch_factor(place.machine.id)
-            return
+        place, rate, beside = run.place, tokens / seconds, run.mean_beside
+        machine = place.machine
+        if len(machine.busy) <= 1:
+            if beside < OVERLAP_SHARE:
+                place.ran_alone()
+            elif beside > 1 - OVERLAP_SHARE and place.solo > 1:
+                slowed = 1 / (rate * place.decode) - 1
+                self._rates.observe_batch(machine.id, slowed / beside)
+                machine.take_batch(self._rates.batch_factor(machine.id))
+                return
         self._observe(Quantity.DECODE, place, rate * slower)
 
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:
-        believed = place.prior(quantity)
-        rate = self._rates.observe(quantity, place.machine.id, place.model, value, believed)
-        place.rate_one(quantity, rate)
+        assumed = place.prior(quantity)
+        rate = self._rates.observe(quantity, place.machine.id, place.model, value, assumed)
+        place.take_rate(quantity, rate)
 
-    def _rerate(self, place: Place) -> None:
-        """The costs of those of the agent's places that lean on their kin, ever more rarely."""
+    def _take_factors(self, place: Place) -> None:
+        """The agent's places that lean on its factors take these anew, ever more rarely."""
         agent = place.machine.id
-        lessons = self._lessons[agent] = self._lessons.get(agent, 0) + 1
-        often = lessons <= RERATE_OFTEN and lessons & (lessons - 1) == 0
-        if often or lessons % RERATE_EVERY == 0:
+        answers = self._answers[agent] = self._answers.get(agent, 0) + 1
+        often = answers <= TAKE_OFTEN and answers & (answers - 1) == 0
+        if often or answers % TAKE_EVERY == 0:
             for other in place.machine.places.values():
                 if self._rates.leans(agent, other.model):
-                    other.rate(self._rates)
+                    other.take_rates(self._rates)
 
 
-def _in_force(run: Running) -> float:
-    """The slow-down while it ran."""
+def _slow_down(run: Running) -> float:
+    """By how much slower than alone it ran; it is out of its place already."""
     machine = run.place.machine
     active = max(len(machine.busy) + (not run.place.running), 1)
-    return active * (1 + machine.batch * run.company)
+    return active * (1 + machine.batch * run.mean_beside)
 
 
 def by_wall(run: Running, timings: Timings, now: float) -> Timings:
-    """Durations by our own clock, for a stream; an answer in one piece tells nothing."""
+    """Durations by our own clock, for a stream; an answer in one piece has none."""
     granted, began = run.lease.granted_at, run.began_at
-    if began is None or now - began < max(SHORTEST_STREAM_SECONDS, (now - granted) * 0.1):
+    if began is None or not _streamed(began, granted, now):
         return timings
     first = began - granted
     prompt: float | None = None
@@ -128,12 +148,17 @@ def by_wall(run: Running, timings: Timings, now: float) -> Timings:
     )
 
 
+def _streamed(began: float, granted: float, now: float) -> bool:
+    """Whether the first byte came well before the end."""
+    return now - began >= max(SHORTEST_STREAM_SECONDS, (now - granted) * SHORTEST_STREAM_SHARE)
+
+
 # ── slots ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def began(run: Running, now: float) -> None:
-    """Its first byte came: whoever was granted before it and still runs was at work beside it."""
-    run.began_at = now
+    """Its first byte came: what was granted before it and still runs was at work beside it."""
+    run.began(now)
     place = run.place
     if place.slots.fixed is None:
         earlier = sum(other.number < run.number for other in place.running.values())
@@ -141,11 +166,14 @@ def began(run: Running, now: float) -> None:
 
 
 def ended(run: Running, result: Result, timings: Timings | None, now: float) -> None:
-    """Judge by its own waiting whether it had a slot at once; `run` is out of its place already."""
+    """Judge by its waiting whether it had a slot at once; `run` is out of its place already."""
     place = run.place
     if place.slots.fixed is not None:
         return
-    _mark_end(run, now)
+    later = [other for other in place.running.values() if other.number > run.number]
+    earlier = len(place.running) - len(later)
+    for index, other in enumerate(later):
+        other.saw_end(earlier + index + 1, now)
     if result is not Result.SERVED or run.rank < 2 or run.lease.request.kind is Kind.EMBED:
         return
     waited = _waited(run, timings, now)
@@ -157,36 +185,26 @@ def ended(run: Running, result: Result, timings: Timings | None, now: float) -> 
             place.slots.prove(run.beside + 1)
 
 
-def _mark_end(run: Running, now: float) -> None:
-    """Those granted later note that one before them has ended."""
-    later = [other for other in run.place.running.values() if other.number > run.number]
-    earlier = len(run.place.running) - len(later)
-    for index, other in enumerate(later):
-        other.saw_end_at, other.beside = now, earlier + index + 1
-
-
 def _waited(run: Running, timings: Timings | None, now: float) -> bool | None:
-    """Whether it waited for a slot; `None` when that cannot be told."""
+    """Whether it waited for a slot; `None` when that is not known."""
     if timings is not None and timings.total_seconds is not None:
         parts = (timings.load_seconds, timings.prompt_seconds, timings.output_seconds)
         if timings.output_seconds is not None:
             wait = timings.total_seconds - sum(part or 0.0 for part in parts)
             return wait > max(WAITED_SECONDS, WAITED_SHARE * timings.total_seconds)
-    if run.saw_end_at is None:
-        return None
-    return _waited_by_wall(run, timings, now)
+    return None if run.saw_end_at is None else _waited_by_wall(run, run.saw_end_at, timings, now)
 
 
-def _waited_by_wall(run: Running, timings: Timings | None, now: float) -> bool | None:
-    """A first byte soon after another's end, and long after its own grant, tells of waiting.
+def _waited_by_wall(run: Running, freed: float, timings: Timings | None, now: float) -> bool | None:
+    """A first byte soon after another's end, and long after its own grant, shows waiting.
 
-    An answer in one piece tells by its length: it cannot have been written since that end.
+    An answer in one piece shows it by its length: it cannot have been written since that end.
     """
-    granted, freed, began_at = run.lease.granted_at, run.saw_end_at or now, run.began_at
-    if began_at is not None and now - began_at > max(SHORTEST_STREAM_SECONDS, (now - granted) / 10):
-        expected = run.place.prefill * run.lease.request.prompt_tokens + 0.3
+    granted, began_at = run.lease.granted_at, run.began_at
+    if began_at is not None and _streamed(began_at, granted, now):
+        reading = run.place.prefill * run.lease.request.prompt_tokens + FIRST_BYTE_SLACK_SECONDS
         return freed < began_at < freed + OVERLAP_SHARE * (began_at - granted) and (
-            freed - granted > 2 * expected
+            freed - granted > 2 * reading
         )
     tokens = timings.output_tokens if timings is not None else 0
     if tokens >= FEWEST_OUTPUT_TOKENS and (now - freed) < tokens * run.place.decode / 2:

@@ -1,0 +1,170 @@
+"""What was learned, as plain rows that survive a restart, and estimates for people."""
+
+from msgspec import Struct, field
+
+from ollama_coordinator_common.types import AgentId
+
+from .rates import Mean, Means, OutputLengths, Rates
+from .state import Place
+from .sync import KnownSlots, Machines
+
+
+class LearnedRates(Struct, frozen=True):
+    """An agent and a model: logarithms of tokens/s read and written, and of a load's seconds."""
+
+    agent_id: AgentId
+    model: str
+    means: Means
+
+
+class LearnedFactors(Struct, frozen=True):
+    """The factors of an agent, or of a model; the other one of the two is empty."""
+
+    agent_id: AgentId
+    model: str
+    means: Means
+
+
+class LearnedBatch(Struct, frozen=True):
+    """The batch factor of an agent."""
+
+    agent_id: AgentId
+    mean: Mean
+
+
+class LearnedLength(Struct, frozen=True):
+    """The mean output tokens of a client's requests to a model; without a client, of all."""
+
+    model: str
+    mean: Mean
+    client: str | None = None
+
+
+class LearnedSlots(Struct, frozen=True):
+    """What was seen of a model's slots on an agent; see `Slots`."""
+
+    agent_id: AgentId
+    model: str
+    proven: int
+    failures: int = 0
+
+
+class Estimate(Struct, frozen=True):
+    """What is predicted of a model on an agent, for people.
+
+    `slots_told`: its agent reports them. `samples` are those of reading, writing and loading.
+    """
+
+    agent_id: AgentId
+    model: str
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    slots: int
+    slots_told: bool
+    samples: tuple[int, int, int] = (0, 0, 0)
+
+
+class Learned(Struct, frozen=True):
+    """Everything that a scheduler learned. Saved as `kin` before factors had that name."""
+
+    pairs: list[LearnedRates] = []
+    factors: list[LearnedFactors] = field(default_factory=list, name="kin")
+    batch: list[LearnedBatch] = []
+    lengths: list[LearnedLength] = []
+    slots: list[LearnedSlots] = []
+
+
+def export_learned(machines: Machines, rates: Rates, lengths: OutputLengths) -> Learned:
+    """The rows of what is known. Those of rates and lengths are live, and go on learning.
+
+    There may be a hundred thousand rows, and copies take several times as long.
+    """
+    nobody = AgentId("")
+    return Learned(
+        pairs=[LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()],
+        factors=[
+            *(LearnedFactors(agent, "", means) for agent, means in rates.agents.items()),
+            *(LearnedFactors(nobody, model, means) for model, means in rates.models.items()),
+        ],
+        batch=[LearnedBatch(agent, mean) for agent, mean in rates.batches.items()],
+        lengths=[
+            *(LearnedLength(model, mean) for model, mean in lengths.models.items()),
+            *(LearnedLength(m, mean, c) for (c, m), mean in lengths.clients.items()),
+        ],
+        slots=[
+            LearnedSlots(machine.id, name, place.slots.proven, place.slots.failures)
+            for machine in machines.by_agent.values()
+            for name, place in machine.places.items()
+            if place.slots.fixed is None and place.slots.is_seen
+        ],
+    )
+
+
+def import_learned(
+    learned: Learned, machines: Machines, rates: Rates, lengths: OutputLengths
+) -> None:
+    """Take over the rows; they replace what is known of the same pairs."""
+    for row in learned.pairs:
+        rates.pairs[row.agent_id, row.model] = _copy(row.means)
+    for factors in learned.factors:
+        if factors.agent_id:
+            rates.agents[factors.agent_id] = _copy(factors.means)
+        else:
+            rates.models[factors.model] = _copy(factors.means)
+    for batch in learned.batch:
+        rates.batches[batch.agent_id] = _one(batch.mean)
+    for length in learned.lengths:
+        if length.client is None:
+            lengths.models[length.model] = _one(length.mean)
+        else:
+            lengths.clients[length.client, length.model] = _one(length.mean)
+    machines.relearn(
+        {
+            (slots.agent_id, slots.model): KnownSlots(slots.proven, slots.failures)
+            for slots in learned.slots
+        }
+    )
+
+
+def estimates(machines: Machines, rates: Rates) -> list[Estimate]:
+    """What is predicted of every model on every agent."""
+    return [
+        _estimate(name, place, rates)
+        for machine in machines.by_agent.values()
+        for name, place in machine.places.items()
+    ]
+
+
+def estimate(machines: Machines, rates: Rates, agent_id: AgentId, model: str) -> Estimate | None:
+    """What is predicted of this model on this agent; `None` if it does not have it."""
+    machine = machines.by_agent.get(agent_id)
+    place = machine.places.get(model) if machine is not None else None
+    return None if place is None else _estimate(model, place, rates)
+
+
+def _estimate(name: str, place: Place, rates: Rates) -> Estimate:
+    return Estimate(
+        agent_id=place.machine.id,
+        model=name,
+        load_seconds=place.load,
+        prefill_tokens_per_second=1 / place.prefill,
+        decode_tokens_per_second=1 / place.decode,
+        slots=place.slots.count,
+        slots_told=place.slots.fixed is not None,
+        samples=_samples(rates.pairs.get((place.machine.id, place.model))),
+    )
+
+
+def _samples(means: Means | None) -> tuple[int, int, int]:
+    if means is None:
+        return (0, 0, 0)
+    return (means[0].samples, means[1].samples, means[2].samples)
+
+
+def _copy(means: Means) -> Means:
+    return (_one(means[0]), _one(means[1]), _one(means[2]))
+
+
+def _one(mean: Mean) -> Mean:
+    return Mean(mean.value, mean.samples)

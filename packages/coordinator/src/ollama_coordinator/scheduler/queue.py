@@ -1,0 +1,431 @@
+"""The queue of one model with one set of runner options, and the places that may serve it.
+
+Each lane is sorted by start-time fair queueing between clients over predicted work; the lane whose
+head is late first goes first. `Queue` alone writes its fields, as `state` does those of places.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import exp
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from .state import NEVER, Place, Running
+from .types import Lane, Request, RunnerOptions, serves
+
+BUDGET_SECONDS: Mapping[Lane, float] = {
+    Lane.INTERACTIVE: 6.0,
+    Lane.BATCH: 90.0,
+    Lane.EMBEDDING: 3.0,
+}
+"""How long a request may wait before it is late. People leave a chat after some 10 s, an embedding
+is a part of something that a person waits for, and nobody watches a batch. They order the lanes
+only: nothing is refused for being late."""
+
+COURTESY: Mapping[Lane, float] = {Lane.INTERACTIVE: 1.0, Lane.BATCH: 20.0, Lane.EMBEDDING: 1.0}
+"""By how much more the seconds of others count: a batch has time. At 1 it sits beside people who
+wait for their answers; with much more it would wait for idle agents for ever."""
+
+MOST_TAGS = 1024
+"""So many clients' turns are kept before those that have caught up are dropped."""
+
+DEMAND_MEMORY_SECONDS = 120.0
+"""Arrivals fade by this time constant: shorter, and a model between two chats seems unwanted;
+longer, and yesterday's model keeps its memory."""
+
+WANTED_SECONDS = 60.0
+"""An evicted model is missed if it is wanted within this time, some loads of a large one."""
+
+SERVICE_GAIN = 0.1
+"""The newest of some ten requests count; a queue has several places, so that it moves more slowly
+than `state.SERVICE_GAIN`."""
+
+WAITING_TOLERANCE = 0.25
+"""Places learn how many wait for them when that is off by a quarter: it weighs a cost that is no
+better known than that, and a long queue changes with each request."""
+
+WAITING_STEP = 256
+"""Shares are multiples of a 256th, which floats add up and subtract exactly: at rest all is 0."""
+
+FASTEST_LOOKED_AT = 12
+OTHERS_LOOKED_AT = 8
+"""Places on which one search evaluates a load: those that load fastest, and some others in turn.
+Twenty evictions cost some 100 us; fewer, and a fleet of hundreds overlooks its free machines."""
+
+
+class Tag(NamedTuple):
+    """The order in a lane: a start in virtual time, then the arrival, then a number."""
+
+    start: float
+    arrived_at: float
+    number: int
+
+
+@dataclass(slots=True)
+class FairClock:
+    """Start-time fair queueing: a client's next request starts where its last one finished."""
+
+    virtual: float = 0.0
+    finished: dict[str, float] = field(default_factory=dict)
+
+    def start(self, client: str, work: float, weight: float) -> float:
+        """The start tag of one more request of this client."""
+        start = max(self.virtual, self.finished.get(client, 0.0))
+        self.finished[client] = start + work / weight
+        return start
+
+    def give_back(self, client: str, work: float) -> None:
+        """A request of this client left without being served; `work` as weighted as it was."""
+        if client in self.finished:
+            self.finished[client] -= work
+
+    def serve(self, start: float) -> None:
+        """The request with this tag is being served. Clients that have caught up need no memory."""
+        self.virtual = max(self.virtual, start)
+        if len(self.finished) > MOST_TAGS:
+            now = self.virtual
+            self.finished = {client: end for client, end in self.finished.items() if end > now}
+
+
+@dataclass(slots=True)
+class Demand:
+    """How often a model is asked for: arrivals, each weighing less the longer ago it was."""
+
+    weight: float = 0.0
+    at: float = 0.0
+
+    def arrived(self, now: float) -> None:
+        """One more request."""
+        self.weight = self.weight * exp((self.at - now) / DEMAND_MEMORY_SECONDS) + 1.0
+        self.at = now
+
+    def wanted_again(self, now: float) -> float:
+        """The probability of another request within `WANTED_SECONDS`."""
+        rate = self.weight * exp((self.at - now) / DEMAND_MEMORY_SECONDS) / DEMAND_MEMORY_SECONDS
+        return 1.0 - exp(-rate * WANTED_SECONDS)
+
+
+class QueueEntry(Struct, eq=False):
+    """A waiting request: its order, and what is predicted of it.
+
+    `output` are the expected tokens of its answer, `work` what its client was charged. `due` is
+    when it begins to be late, `courtesy` how much more the seconds of others count.
+    `stranded_since` is when it was first found that no agent may serve it.
+    """
+
+    request: Request
+    tag: Tag
+    queue: "Queue"
+    output: float
+    work: float
+    stranded_since: float | None = None
+    due: float = 0.0
+    courtesy: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.due = self.request.arrived_at + BUDGET_SECONDS[self.request.lane]
+        self.courtesy = COURTESY[self.request.lane]
+
+    def may_be_served(self) -> None:
+        """Some agent may serve it."""
+        self.stranded_since = None
+
+    def stranded(self, now: float) -> float:
+        """No agent may serve it: for how many seconds that is so."""
+        if self.stranded_since is None:
+            self.stranded_since = now
+        return now - self.stranded_since
+
+
+class PredictedEnd(NamedTuple):
+    """When a slot gets free; the number breaks ties."""
+
+    at: float
+    number: int
+    run: Running
+
+
+class FutileSearch(NamedTuple):
+    """A search found no machine to load the model for less than this cost; valid until then."""
+
+    below: float
+    until: float
+
+
+NOT_SEARCHED = FutileSearch(0.0, 0.0)
+
+
+class Queue:
+    """Requests that one loaded runner can serve alike, in the order in which they go.
+
+    `hot` are the places with the model in memory, `loading` those where it is being loaded, `cold`
+    those with it on disk only, the fastest to load first. `away` are places where a slot that gets
+    free may be of no use. `ends` are the predicted ends of what runs, soonest first. `guesses`:
+    some place has slots that were not reported. `retried` counts entries that failed elsewhere.
+    """
+
+    def __init__(self, model: str, options: RunnerOptions, demand: Demand) -> None:
+        self.model = model
+        self.options = options
+        self.demand = demand
+        self.clock = FairClock()
+        self._lanes: dict[Lane, list[tuple[Tag, QueueEntry]]] = {lane: [] for lane in Lane}
+        self._interactive = self._lanes[Lane.INTERACTIVE]
+        self._urgent: list[list[tuple[Tag, QueueEntry]]] = []  # those in use, most urgent first
+        self.size = 0
+        self.retried = 0
+        self.due = float("inf")
+        self.hot: list[Place] = []
+        self.loading: list[Place] = []
+        self.cold: list[Place] = []
+        self.could_load: set[Place] = set()
+        self.away: set[Place] = set()
+        self.guesses = False
+        self.embeds = False
+        self.ends: list[PredictedEnd] = []
+        self.mean_service: float | None = None
+        self.futile = NOT_SEARCHED
+        self.fresh_until = NEVER
+        self.drain_at = NEVER
+        self.looked_at = 0.0
+        self.used_at = 0.0
+        self._open: list[Place] = []  # those of `hot` that may have a free slot
+        self._turn = 0
+        self._waiting_for: list[Place] = []
+        self._share = 0.0
+        self._places_changed = True
+
+    # ── the order ─────────────────────────────────────────────────────────────────────────────
+
+    def add(self, entry: QueueEntry) -> None:
+        """One more request waits."""
+        lane = self._lanes[entry.request.lane]
+        insort(lane, (entry.tag, entry))
+        self.size += 1
+        if lane[0][1] is entry:
+            self._sort_lanes()
+        self.retried += bool(entry.request.excluded)
+
+    def remove(self, entry: QueueEntry) -> None:
+        """It waits no longer."""
+        lane = self._lanes[entry.request.lane]
+        index = bisect_left(lane, (entry.tag,))
+        del lane[index]
+        self.size -= 1
+        if not index:
+            self._sort_lanes()
+        self.retried -= bool(entry.request.excluded)
+        if not self.size:
+            self.share_waiting()
+
+    def _sort_lanes(self) -> None:
+        """The head of a lane is another one."""
+        used = [lane for lane in self._lanes.values() if lane]
+        if len(used) > 1:
+            used.sort(key=_due_of_head)
+        self._urgent = used
+        self.due = used[0][0][1].due if used else float("inf")
+
+    def at(self, position: int) -> QueueEntry:
+        """The request at this position, from 0."""
+        for lane in self._urgent:
+            if position < len(lane):
+                return lane[position][1]
+            position -= len(lane)
+        raise IndexError(position)
+
+    def lasts(self) -> Iterator[int]:
+        """The position of the last one of each lane, that of the most urgent lane first."""
+        position = -1
+        for lane in self._urgent:
+            position += len(lane)
+            yield position
+
+    def entries(self) -> Iterator[QueueEntry]:
+        """All of them, next first."""
+        for lane in self._urgent:
+            for _, entry in lane:
+                yield entry
+
+    # ── the places ────────────────────────────────────────────────────────────────────────────
+
+    def sort(self, places: Iterable[Place], now: float) -> None:
+        """These places may serve the queue: in memory, being loaded, or on disk only."""
+        self.hot, self.loading, self.cold = [], [], []
+        self.futile = NOT_SEARCHED
+        self.guesses = False
+        for place in places:
+            self.guesses = self.guesses or place.slots.fixed is None
+            if (part := self._part(place)) is not None:
+                part.append(place)
+        self.away = {
+            run.place
+            for _, _, run in self.ends
+            if not run.place.machine.routable or run.place.draining_until > now
+        }
+        self.cold.sort(key=load_seconds)
+        self.could_load = set(self.cold)
+        self.rearranged()
+
+    def _part(self, place: Place) -> list[Place] | None:
+        """Which part a place belongs to: none while it loads with other options."""
+        loading = place.loading_until is not None
+        if not (loading or place.resident):
+            return self.cold
+        fits = serves(
+            place.options,
+            self.options,
+            context=place.context,
+            default_context=place.machine.context_length,
+        )
+        if fits:
+            return self.loading if loading else self.hot
+        return None if loading else self.cold
+
+    def moved(self, place: Place) -> None:
+        """What is in memory there has changed. A place that did not count is sorted with all."""
+        for part in (self.hot, self.loading, self.cold):
+            if place in part:
+                part.remove(place)
+                self.could_load.discard(place)
+                break
+        else:
+            self.stale()
+            return
+        new_part = self._part(place)
+        if new_part is self.cold:
+            insort(new_part, place, key=_load_and_id)
+            self.could_load.add(place)
+        elif new_part is not None:
+            insort(new_part, place, key=_id)
+        self.rearranged()
+        self.search_again()
+
+    def stale(self) -> None:
+        """The places must be sorted anew before they are used."""
+        self.fresh_until = NEVER
+
+    def fresh(self, until: float) -> None:
+        """The places need not be sorted anew until this time, unless something happens."""
+        self.fresh_until = until
+
+    def rearranged(self) -> None:
+        """Which places may serve has changed, or what is known of their slots."""
+        self._places_changed = True
+        self._open = list(self.hot)
+
+    def draining(self, place: Place) -> None:
+        """A place begins to drain: slots that get free there are for others."""
+        self.away.add(place)
+
+    def freed(self, place: Place) -> None:
+        """A slot there got free."""
+        if place in self.hot and place not in self._open:
+            self._open.append(place)
+
+    def with_free_slot(self) -> list[Place]:
+        """The places in memory that have one."""
+        found = [place for place in self._open if len(place.running) < place.slots.limit]
+        if not self.guesses:  # where slots are learned, there may be more of them at any time
+            self._open = found
+        return found
+
+    def to_load(self) -> list[Place]:
+        """Places on disk only: all of a small fleet; of a large one the fastest, others in turn."""
+        cold = self.cold
+        if len(cold) <= FASTEST_LOOKED_AT + OTHERS_LOOKED_AT:
+            return cold
+        start = max(self._turn % len(cold), FASTEST_LOOKED_AT)
+        self._turn = start + OTHERS_LOOKED_AT
+        return cold[:FASTEST_LOOKED_AT] + cold[start : start + OTHERS_LOOKED_AT]
+
+    def search_failed(self, below: float, until: float) -> None:
+        """There was no machine to load the model for less than this cost."""
+        self.futile = FutileSearch(below, until)
+
+    def search_again(self) -> None:
+        """There may be one now."""
+        self.futile = NOT_SEARCHED
+
+    @property
+    def quickest_load(self) -> float:
+        """The seconds of the fastest load that may be possible."""
+        return load_seconds(self.cold[0]) if self.cold else float("inf")
+
+    def only(self, place: Place) -> "Queue":
+        """The same queue, empty, as if its model had this place alone."""
+        alone = Queue(self.model, self.options, self.demand)
+        alone.hot = [place] if place in self.hot else []
+        alone.loading = [place] if place in self.loading else []
+        alone.cold = [place] if place in self.cold else []
+        alone.rearranged()
+        alone.ends = sorted(
+            PredictedEnd(run.ends_at, run.number, run) for run in place.running.values()
+        )
+        alone.mean_service = self.mean_service
+        return alone
+
+    def share_waiting(self) -> None:
+        """Tell the places how many interactive requests wait for them: an equal share for each."""
+        waiting, ready = len(self._interactive), len(self.hot) + len(self.loading)
+        share = round(waiting / ready * WAITING_STEP) / WAITING_STEP if ready and waiting else 0.0
+        before = self._share
+        if not self._places_changed and abs(share - before) <= WAITING_TOLERANCE * before:
+            return
+        self._places_changed = False
+        if not share and not before:
+            return
+        for place in self._waiting_for:
+            place.wait_for(-before)
+        self._waiting_for, self._share = ([*self.hot, *self.loading] if share else []), share
+        for place in self._waiting_for:
+            place.wait_for(share)
+
+    # ── what happens ──────────────────────────────────────────────────────────────────────────
+
+    def started(self, run: Running) -> None:
+        """A request of this queue runs."""
+        insort(self.ends, PredictedEnd(run.ends_at, run.number, run))
+
+    def ended(self, run: Running) -> None:
+        """It runs no longer."""
+        del self.ends[bisect_left(self.ends, (run.ends_at, run.number))]
+
+    def served_for(self, seconds: float) -> None:
+        """A request held its slot for so long."""
+        before = seconds if self.mean_service is None else self.mean_service
+        self.mean_service = before + SERVICE_GAIN * (seconds - before)
+
+    def used(self, now: float, *, embeds: bool) -> None:
+        """A request came; the first embedding changes how many a place takes."""
+        self.used_at = now
+        if embeds and not self.embeds:
+            self.embeds = True
+            self.stale()
+
+    def looked(self, now: float) -> None:
+        """Every request was considered for every place."""
+        self.looked_at = now
+
+    def drain_later(self, at: float) -> None:
+        """No place can be drained for this queue now."""
+        self.drain_at = at
+
+
+def load_seconds(place: Place) -> float:
+    """The seconds of a load there, as places are compared."""
+    return place.load / place.machine.preference
+
+
+def _due_of_head(lane: list[tuple[Tag, QueueEntry]]) -> float:
+    return lane[0][1].due
+
+
+def _id(place: Place) -> str:
+    return place.machine.id
+
+
+def _load_and_id(place: Place) -> tuple[float, str]:
+    return load_seconds(place), place.machine.id

@@ -1,0 +1,224 @@
+"""Rates and output lengths, learned from answers: decaying means that outliers hardly move.
+
+Of each (agent, model) the logarithm of the rate itself is kept, as the prior may change. For pairs
+never seen, each agent and each model keeps a factor: the logarithm of its ratio to the prior.
+"""
+
+from collections import OrderedDict, defaultdict
+from enum import IntEnum
+from math import exp, log
+
+from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
+
+TYPICAL_BYTES = 4_900_000_000
+"""An 8B model in 4 bits: the size at which the rates below are stated."""
+
+PREFILL_TOKENS_PER_SECOND = 800.0
+DECODE_BYTES_PER_SECOND = 150e9
+LOAD_OVERHEAD_SECONDS = 1.0
+LOAD_BYTES_PER_SECOND = 1.5e9
+"""A machine with a GPU of the middle: what 8B models read there, the memory that weights are read
+from for each token, and an SSD with the start of a runner. Three answers replace them; until then a
+wrong one sends a new fleet's first requests to the wrong machines."""
+
+UNLOAD_SECONDS = 0.6
+"""Ollama waits for the GPU to report its memory free before it loads the next model."""
+
+OUTPUT_TOKENS = 150.0
+"""The length of an answer before any was seen: a paragraph."""
+
+BATCH_FACTOR = 0.4
+"""How much one more request in a runner slows each of the others: llama.cpp's batches on GPUs cost
+0.2 to 0.6. At 0 slots look free of cost; at 1 as if there were only one."""
+
+BATCH_PRIOR_SAMPLES = 2
+BATCH_MOST = 1.5
+BATCH_MOST_SAMPLES = 20
+"""`BATCH_FACTOR` counts as two observations, one beyond 1.5 is an outlier, and more than twenty do
+not outweigh it any further: the mean itself goes on decaying."""
+
+WITHOUT_GPU_PREFILL = 1 / 15
+WITHOUT_GPU_DECODE = 1 / 5
+"""Reading is arithmetic, where a CPU is farther behind; writing is memory, where it is less so."""
+
+SLOWEST_GAIN = 0.25
+"""The newest of some four answers count: a lasting change is learned within a dozen requests."""
+
+FACTOR_GAIN = 0.1
+"""Factors stand for many models or agents, and so move more slowly."""
+
+LONGEST_STEP = 1.5
+FIRST_STEP = 6.0
+"""In logarithms: one answer counts as at most 4.5 times faster or slower than the mean, the first
+as 400 times. Priors are off by no more, and what is off further is a clock or a pause."""
+
+MOST_CLIENTS = 4096
+"""Clients whose output lengths are kept, some 1 MB; an address costs one."""
+
+ENOUGH_SAMPLES = 3
+"""From so many on a mean stands for itself; before, it leans on what is known of others."""
+
+FACTOR_WEIGHT = 0.5
+"""Prior and factors count as half a sample: the first own answer has two thirds of the weight."""
+
+LENGTH_GAIN_MODEL = 0.02
+LENGTH_GAIN_CLIENT = 0.1
+"""Lengths scatter by themselves: a mean of fifty answers of a model, of ten of a client."""
+
+LENGTH_MOST_FACTOR = 4
+"""One answer counts as at most so many times the mean, and `OUTPUT_TOKENS` more."""
+
+
+class Quantity(IntEnum):
+    """What is learned of a model on an agent."""
+
+    PREFILL = 0
+    DECODE = 1
+    LOAD = 2
+
+
+def prior(quantity: Quantity, size: int, *, has_gpu: bool = True) -> float:
+    """Tokens per second read or written, or the seconds of a load, for weights of `size` bytes."""
+    weight = max(size or TYPICAL_BYTES, 1)
+    if quantity is Quantity.PREFILL:
+        rate = PREFILL_TOKENS_PER_SECOND * TYPICAL_BYTES / weight
+        return rate if has_gpu else rate * WITHOUT_GPU_PREFILL
+    if quantity is Quantity.DECODE:
+        rate = DECODE_BYTES_PER_SECOND / weight
+        return rate if has_gpu else rate * WITHOUT_GPU_DECODE
+    return LOAD_OVERHEAD_SECONDS + weight / LOAD_BYTES_PER_SECOND
+
+
+class Mean(Struct):
+    """A decaying mean with its number of samples."""
+
+    value: float = 0.0
+    samples: int = 0
+
+    def learn(self, seen: float, slowest: float = SLOWEST_GAIN) -> None:
+        """Move towards `seen`: at once at first, then by a quarter, never by more than a step."""
+        samples = self.samples = self.samples + 1
+        step = LONGEST_STEP if samples > 1 else FIRST_STEP
+        away = seen - self.value
+        if not -step < away < step:
+            away = step if away > 0 else -step
+        self.value += away * max(slowest, 1 / samples)
+
+
+Means = tuple[Mean, Mean, Mean]
+"""Logarithms, one for each `Quantity`, which is the index."""
+
+
+def _unseen() -> Means:
+    return Mean(), Mean(), Mean()
+
+
+UNSEEN = _unseen()
+"""Stands for a pair of which nothing is known; never changed."""
+
+
+class Rates:
+    """The rates of each (agent, model), the factors of agents and models, the batch factors."""
+
+    def __init__(self) -> None:
+        self.pairs: defaultdict[tuple[AgentId, str], Means] = defaultdict(_unseen)
+        self.agents: defaultdict[AgentId, Means] = defaultdict(_unseen)
+        self.models: defaultdict[str, Means] = defaultdict(_unseen)
+        self.batches: dict[AgentId, Mean] = {}
+
+    def rate(self, quantity: Quantity, agent: AgentId, model: str, prior: float) -> float:
+        """Tokens per second, or seconds of a load; a pair seen seldom leans on the factors."""
+        own = self.pairs.get((agent, model), UNSEEN)[quantity]
+        of_agent = self.agents.get(agent, UNSEEN)[quantity]
+        of_model = self.models.get(model, UNSEEN)[quantity]
+        return _rate(own, of_agent, of_model, prior)
+
+    def leans(self, agent: AgentId, model: str) -> bool:
+        """Whether the factors change the rates of this pair."""
+        return any(own.samples < ENOUGH_SAMPLES for own in self.pairs.get((agent, model), UNSEEN))
+
+    def observe(
+        self, quantity: Quantity, agent: AgentId, model: str, seen: float, prior: float
+    ) -> float:
+        """So much was measured where `prior` was assumed at first: what `rate` is now."""
+        if not 0 < seen < float("inf"):
+            return self.rate(quantity, agent, model, prior)
+        own, assumed = self.pairs[agent, model][quantity], log(prior)
+        of_agent, of_model = self.agents[agent][quantity], self.models[model][quantity]
+        away = log(seen) - assumed
+        of_agent.learn(away - of_model.value, FACTOR_GAIN)
+        of_model.learn(away - of_agent.value, FACTOR_GAIN)
+        if not own.samples:
+            own.value = assumed
+        own.learn(assumed + away)
+        return _rate(own, of_agent, of_model, prior)
+
+    def batch_factor(self, agent: AgentId) -> float:
+        """How much one more request in the same runner slows each of the others."""
+        mean = self.batches.get(agent)
+        if mean is None:
+            return BATCH_FACTOR
+        weighted = BATCH_FACTOR * BATCH_PRIOR_SAMPLES + mean.value * mean.samples
+        return weighted / (BATCH_PRIOR_SAMPLES + mean.samples)
+
+    def observe_batch(self, agent: AgentId, factor: float) -> None:
+        """A request was slowed by `factor` for each of the others beside it."""
+        mean = self.batches.setdefault(agent, Mean())
+        mean.learn(min(max(factor, 0.0), BATCH_MOST), FACTOR_GAIN)
+        mean.samples = min(mean.samples, BATCH_MOST_SAMPLES)
+
+    def forget(self, agent: AgentId) -> None:
+        """The agent was removed."""
+        self.agents.pop(agent, None)
+        self.batches.pop(agent, None)
+        for pair in [pair for pair in self.pairs if pair[0] == agent]:
+            del self.pairs[pair]
+
+
+def _rate(own: Mean, of_agent: Mean, of_model: Mean, prior: float) -> float:
+    """The rate of a pair seen often enough; else prior and factors count as half a sample.
+
+    A model's factor counts fully only once some agents have measured it.
+    """
+    if own.samples >= ENOUGH_SAMPLES:
+        return exp(own.value)
+    lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
+    others = log(prior) + of_agent.value + of_model.value * lean
+    return exp((own.value * own.samples + others * FACTOR_WEIGHT) / (own.samples + FACTOR_WEIGHT))
+
+
+class OutputLengths:
+    """How long answers are, by client and model; the least recently used clients are forgotten."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Mean] = {}
+        self.clients: OrderedDict[tuple[str, str], Mean] = OrderedDict()
+
+    def expected(self, client: str, model: str, limit: int | None) -> float:
+        """The expected tokens of an answer."""
+        of_model = self.models.get(model)
+        length = of_model.value if of_model is not None else OUTPUT_TOKENS
+        own = self.clients.get((client, model))
+        if own is not None:
+            lean = max(ENOUGH_SAMPLES - own.samples, 0)
+            length = (own.value * own.samples + length * lean) / (own.samples + lean)
+        return length if limit is None or limit < 0 else min(length, limit)
+
+    def observe(self, client: str, model: str, tokens: int) -> None:
+        """An answer had so many tokens."""
+        _learn_length(self.models.setdefault(model, Mean()), tokens, LENGTH_GAIN_MODEL)
+        own = self.clients.setdefault((client, model), Mean())
+        _learn_length(own, tokens, LENGTH_GAIN_CLIENT)
+        self.clients.move_to_end((client, model))
+        if len(self.clients) > MOST_CLIENTS:
+            self.clients.popitem(last=False)
+
+
+def _learn_length(mean: Mean, tokens: int, slowest: float) -> None:
+    """Lengths are averaged as they are: a wait is a sum of lengths, not of their logarithms."""
+    gain = max(slowest, 1 / (mean.samples + 1))
+    most = mean.value * LENGTH_MOST_FACTOR + OUTPUT_TOKENS if mean.samples else float("inf")
+    mean.value += gain * (min(tokens, most) - mean.value)
+    mean.samples += 1
