@@ -308,7 +308,7 @@ async def test_sparklines_go_on_after_a_restart(tmp_path: Path) -> None:
             assert (await coordinator.chat())[0] == 200
             observation = coordinator.parts.observation
             observation.sampler.sparklines.number = 0
-            observation.sampler.sample(observation.journal)
+            observation.sampler.sample(observation.journal.live)
             before = observation.sampler.sparklines.agents[AgentId(agent)][-1]
             assert before > 0
         async with running(database_url=database) as coordinator:

@@ -234,7 +234,7 @@ async def test_statistics_sample_the_queue_and_the_machines() -> None:
         await coordinator.until(lambda: journal.waiting() == 1)
         sampler = coordinator.parts.observation.sampler
         sampler.sparklines.number = 0
-        sampler.sample(journal)
+        sampler.sample(journal.live)
         fleet = (await coordinator.get("/api/statistics?minutes=15"))["points"][-1]
         mine = (await coordinator.get(f"/api/statistics?minutes=15&agent={agent}"))["points"][-1]
         ollama.release()

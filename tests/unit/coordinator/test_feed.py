@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ollama_coordinator.feed import Feed, Snapshot
 from ollama_coordinator.feed import feed as module
-from ollama_coordinator.feed.feed import Feed, Snapshot, difference
+from ollama_coordinator.feed.feed import difference
 from support.viewer import merge
 
 VALUES = st.recursive(

@@ -129,12 +129,12 @@ async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: b
 @pytest.mark.spec("DASH-12")
 async def test_numbers_whose_write_is_cancelled_are_written_later(coordinator: Running) -> None:
     observation, store = coordinator.parts.observation, coordinator.parts.store
-    observation.series.fresh("someone").readings += 1
+    observation.sampler.series.fresh("someone").readings += 1
     busy = asyncio.create_task(store.run(lambda db: list(db.execute(SLOW))))
     await asyncio.sleep(0)
     writing = asyncio.create_task(observation.sampler.write(everything=True))
     await asyncio.sleep(0)
     writing.cancel()
     await asyncio.gather(busy, writing, return_exceptions=True)
-    rows = observation.series.take_changed(fleet_only=False)
+    rows = observation.sampler.series.take_changed(fleet_only=False)
     assert [row.name for row in rows].count("someone") == 2

@@ -26,7 +26,7 @@ from .api.routes import endpoints
 from .clock import Clock
 from .db import Store, database_path
 from .dispatch import Dispatch
-from .feed import Feed, Rows, Snapshots
+from .feed import Feed, Snapshots
 from .journal import Limits, Observation, SavedSparklines
 from .monitor import Monitor
 from .operations import (
@@ -60,7 +60,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
     dispatch = Dispatch(scheduler, registry, clock)
     upstreams = Upstreams()
     limits = Limits(config.history_rows, config.history_days)
-    observation = Observation(registry, dispatch, store, clock, limits, status_of=status_of)
+    observation = Observation(dispatch, store, limits, status_of=status_of)
     agent_store = AgentStore(registry, store, clock)
     monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
     queries = AgentQueries(registry, monitor, upstreams, clock)
@@ -75,10 +75,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         Deferred(store),
         return_seconds=config.pull_patience,
     )
-    rows = Rows(registry, observation, clock, dispatch)
-    snapshots = Snapshots(
-        rows, dispatch, observation, store, clock, config=config, operations=operations
-    )
+    snapshots = Snapshots(dispatch, observation, operations, config)
     return Parts(
         settings=settings,
         clock=clock,
@@ -98,7 +95,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         targets=targets,
         blobs=Blobs(queries, targets),
         operations=operations,
-        rows=rows,
+        snapshots=snapshots,
         feed=Feed(snapshots.take),
     )
 

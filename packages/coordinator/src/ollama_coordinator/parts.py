@@ -8,7 +8,7 @@ from .agent_store import AgentStore
 from .clock import Clock
 from .db import Store
 from .dispatch import Dispatch
-from .feed import Feed, Rows
+from .feed import Feed, Snapshots
 from .journal import Observation
 from .monitor import Monitor
 from .operations import Blobs, Operations, Placement, TargetChooser, Uploads
@@ -44,7 +44,7 @@ class Parts(Struct, kw_only=True, eq=False):
     targets: TargetChooser
     blobs: Blobs
     operations: Operations
-    rows: Rows
+    snapshots: Snapshots
     feed: Feed
     stopping: bool = False
 

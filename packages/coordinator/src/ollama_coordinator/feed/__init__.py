@@ -1,7 +1,6 @@
-"""The live picture of the fleet for everyone who looks at the dashboard."""
+"""The event stream of the dashboard."""
 
 from .feed import Feed
-from .rows import Rows
-from .snapshot import Snapshots
+from .snapshot import Snapshot, Snapshots
 
-__all__ = ["Feed", "Rows", "Snapshots"]
+__all__ = ["Feed", "Snapshot", "Snapshots"]

@@ -1,51 +1,47 @@
-"""One picture, computed once per tick while anybody looks, and its differences for all viewers.
+"""The dashboard's event stream: a snapshot for each new viewer, then the differences.
 
-A viewer holds nothing but a number: how far it has read. One that falls behind what is remembered
-gets a whole picture again, so a slow one costs no memory. Differences are JSON merge patches
-(RFC 7396); event ids carry the process they belong to, so that a restart is noticed.
+Snapshots are taken once per tick, and only while anybody watches. A viewer is only a number: how
+far it has read. One that is further behind than the remembered differences gets a snapshot again,
+so a slow viewer costs no memory. Differences are JSON merge patches (RFC 7396). Event ids contain
+the process's epoch, so that a viewer notices a restart.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from datetime import datetime
 from secrets import token_hex
-from typing import Any
 
 import msgspec
-from msgspec import Struct
+
+from .snapshot import Row, Snapshot
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
+"""Often enough that counters move smoothly, seldom enough for a thousand agents."""
+
 HEARTBEAT_SECONDS = 15.0
+"""How often an idle stream sends something: proxies end silent ones after 30 s or more."""
+
 REMEMBERED_PATCHES = 240
+"""A minute of differences: the time in which a page reconnects."""
+
 REMEMBERED_BYTES = 4 * 1024 * 1024
+"""The most memory for differences; a snapshot of a large fleet is about as long."""
+
 RETRY_MILLISECONDS = 1000
-
-State = dict[str, Any]
-
-
-class Snapshot(Struct, frozen=True):
-    """What a picture is made of: `state` is compared with the last one, `extra` is for new viewers.
-
-    `now` is the coordinator's clock at that moment.
-    """
-
-    now: datetime
-    state: State
-    extra: Callable[[], State]
+"""When a page reconnects."""
 
 
 class Feed:
-    """`run` is its loop; `follow` is one viewer."""
+    """`run` is its loop; `follow` is one viewer; `take` takes a snapshot."""
 
-    def __init__(self, draw: Callable[[], Snapshot]) -> None:
-        self._draw = draw
+    def __init__(self, take: Callable[[], Snapshot]) -> None:
+        self._take = take
         self._epoch = token_hex(4)
         self._number = 0
-        self._state: State = {}
+        self._state: Row = {}
         self._patches: deque[tuple[int, bytes]] = deque()
         self._bytes = 0
         self._changed = asyncio.Event()
@@ -54,27 +50,27 @@ class Feed:
         self.viewers = 0
 
     async def run(self) -> None:
-        """Compute while anybody looks, until cancelled."""
+        """Take snapshots while anybody watches, until cancelled."""
         while True:
             await self._watched.wait()
             try:
                 self.tick()
             except Exception:
-                log.exception("the dashboard's picture stumbled and goes on")
+                log.exception("the dashboard's feed failed and goes on")
             await asyncio.sleep(TICK_SECONDS)
 
     @property
     def remembered(self) -> int:
-        """How many differences a viewer may be behind."""
+        """How many differences are remembered."""
         return len(self._patches)
 
     def close(self) -> None:
-        """Send every viewer away; they come back to whoever serves next."""
+        """End every viewer's stream; the pages reconnect."""
         self._closed = True
         self._announce()
 
     async def follow(self, last_id: str | None) -> AsyncGenerator[bytes, None]:
-        """One viewer's events: what it missed since `last_id` if that is known, else everything."""
+        """One viewer's events: the differences since `last_id` if remembered, else a snapshot."""
         self.viewers += 1
         self._watched.set()
         try:
@@ -88,18 +84,18 @@ class Feed:
                 if events:
                     yield events
                 elif not await _happens(changed, HEARTBEAT_SECONDS):
-                    # Not a comment: pages cannot see those, and must notice a dead line.
+                    # Not a comment: pages cannot see those, and must notice a dead connection.
                     yield b"event: beat\ndata: {}\n\n"
         finally:
             self.viewers -= 1
             if not self.viewers:
                 self._watched.clear()
 
-    # ── the picture ───────────────────────────────────────────────────────────────────────────
+    # ── snapshots ─────────────────────────────────────────────────────────────────────────────
 
     def tick(self) -> None:
-        """Draw anew, and tell the difference if there is one."""
-        sketch = self._draw()
+        """Take a snapshot, and send the difference if there is one."""
+        sketch = self._take()
         patch = difference(self._state, sketch.state)
         if not patch:
             return
@@ -125,7 +121,7 @@ class Feed:
         return int(number) if epoch == self._epoch and number.isdigit() else -1
 
     def _since(self, position: int) -> bytes:
-        """The patches after a position, or the whole picture when they are not remembered."""
+        """The differences after a position; a snapshot if they are not remembered."""
         if position == self._number:
             return b""
         first = self._patches[0][0] if self._patches else self._number + 1
@@ -134,18 +130,18 @@ class Feed:
         return b"".join(event for number, event in self._patches if number > position)
 
     def _snapshot(self) -> bytes:
-        sketch = self._draw()
+        sketch = self._take()
         whole = {"now": sketch.now, "state": self._state, **sketch.extra()}
         return self._event("snapshot", whole)
 
-    def _event(self, kind: str, data: State) -> bytes:
+    def _event(self, kind: str, data: Row) -> bytes:
         head = f"id: {self._epoch}-{self._number}\nevent: {kind}\ndata: "
         return head.encode() + msgspec.json.encode(data) + b"\n\n"
 
 
-def difference(old: State, new: State) -> State:
+def difference(old: Row, new: Row) -> Row:
     """The merge patch that turns one object into another; neither has nulls in it."""
-    patch: State = {}
+    patch: Row = {}
     for key, value in new.items():
         before = old.get(key)
         if before is value or before == value:

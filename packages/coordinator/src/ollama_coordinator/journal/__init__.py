@@ -1,8 +1,8 @@
-"""What happens in the fleet, for people: each request's life, the numbers over time, the events."""
+"""The history of the fleet: each request's life, the numbers over time, the agents' events."""
 
-from .entry import Attempt, JournalEntry, RequestState, RequestView
+from .entry import Attempt, Ended, JournalEntry, RequestState, RequestView
 from .events import AgentEvent, EventLog
-from .journal import Ended, Following, Journal
+from .journal import Journal
 from .observation import Limits, Observation
 from .sampler import Sampler, SavedSparklines, Sparklines
 from .statistics import TIERS, Bucket, Point, Series, SeriesRow, Tier
@@ -14,7 +14,6 @@ __all__ = [
     "Bucket",
     "Ended",
     "EventLog",
-    "Following",
     "Journal",
     "JournalEntry",
     "Limits",

@@ -1,7 +1,7 @@
-"""The life of one request, read off what the request path counts anyway.
+"""The life of one request, derived from what the request path counts anyway.
 
 An entry keeps the attempts (`Held`) of a request and derives everything from them when somebody
-asks, so that a streamed token costs nothing here. Prompts and answers are never in it.
+asks, so that a streamed token costs nothing here. It never contains prompts or answers.
 """
 
 from datetime import datetime
@@ -20,7 +20,7 @@ from ollama_coordinator_common.types import AgentId
 
 
 class RequestState(Enum):
-    """Where a living request stands."""
+    """The state of a request in progress."""
 
     WAITING = "waiting"
     LOADING = "loading"
@@ -29,11 +29,11 @@ class RequestState(Enum):
 
 
 class Attempt(Struct, frozen=True, omit_defaults=True):
-    """One attempt on one agent, and why this one.
+    """One attempt on one agent, and why on this one, as the API shows it.
 
-    `decision` is what the scheduler weighed, where it does; `refused` the holders of the model
-    that could not take the request then, with the reason by their names; `runner` the context that
-    serves it where that is larger than what it asked for.
+    `decision` is what the scheduler compared, if it predicts. `refused` are the holders of the
+    model that could not take the request, with the reason by their names. `runner` is the context
+    that serves it, if that is larger than what it asked for.
     """
 
     agent_id: AgentId
@@ -47,7 +47,7 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
 
 
 class RequestView(Struct, frozen=True, kw_only=True):
-    """A living request as the API shows it; times are UTC. `tokens` counts streamed records."""
+    """A request in progress, as the API shows it; times are UTC. `tokens` counts records."""
 
     id: str
     state: RequestState
@@ -68,8 +68,15 @@ class RequestView(Struct, frozen=True, kw_only=True):
     attempts: int = 0
 
 
+class Ended(Struct, frozen=True):
+    """A finished request with its attempts."""
+
+    request: Finished
+    attempts: list[Attempt]
+
+
 class JournalAttempt(Struct):
-    """An attempt under way or over, with what was known when its agent was chosen."""
+    """An attempt in progress or over, with what was known when its agent was chosen."""
 
     held: Held
     decision: Decision | None
@@ -77,27 +84,27 @@ class JournalAttempt(Struct):
 
 
 class JournalEntry:
-    """One living request. `counted` is how many of its tokens the statistics have already."""
+    """A request in progress. `counted` is how many of its tokens the statistics have already."""
 
-    __slots__ = ("counted", "path", "request", "trials")
+    __slots__ = ("attempts", "counted", "path", "request")
 
     def __init__(self, request: Request, path: str) -> None:
         self.request = request
         self.path = path
-        self.trials: list[JournalAttempt] = []
+        self.attempts: list[JournalAttempt] = []
         self.counted = 0
 
     @property
     def held(self) -> Held | None:
-        """The attempt under way, or the last one."""
-        return self.trials[-1].held if self.trials else None
+        """The attempt in progress, or the last one."""
+        return self.attempts[-1].held if self.attempts else None
 
     def is_waiting(self) -> bool:
-        """Whether the request has no place: not yet, or no more since its last attempt failed."""
+        """Whether it has no slot: not yet, or not since its last attempt failed."""
         return self.held is None or self.held.ended
 
     def state(self) -> RequestState:
-        """Where the request stands."""
+        """The request's state."""
         held = self.held
         if held is None or held.ended:
             return RequestState.WAITING
@@ -107,7 +114,7 @@ class JournalEntry:
         return RequestState.READING if loaded else RequestState.LOADING
 
     def view(self, clock: Clock, now: float) -> RequestView:
-        """The request as people see it; the place in the line is known elsewhere."""
+        """The request as the API shows it, without its position in the queue."""
         request, held = self.request, self.held
         granted = held if held is not None and not held.ended else None
         began_at = granted.began_at if granted else None
@@ -127,24 +134,24 @@ class JournalEntry:
             first_byte_at=clock.utc(began_at) if began_at is not None else None,
             tokens=tokens,
             tokens_per_second=_rate(tokens, began_at, now),
-            attempts=len(self.trials),
+            attempts=len(self.attempts),
         )
 
-    def attempts(self, clock: Clock) -> list[Attempt]:
-        """Every attempt so far, with its reasons."""
-        return [_attempt(trial, clock) for trial in self.trials]
+    def attempt_views(self, clock: Clock) -> list[Attempt]:
+        """Every attempt so far, with its reasons, as the API shows it."""
+        return [_attempt_view(attempt, clock) for attempt in self.attempts]
 
 
-def _attempt(trial: JournalAttempt, clock: Clock) -> Attempt:
-    held = trial.held
+def _attempt_view(attempt: JournalAttempt, clock: Clock) -> Attempt:
+    held = attempt.held
     return Attempt(
         agent_id=held.agent.id,
         agent=held.agent.name,
         granted_at=clock.utc(held.lease.granted_at),
         result=held.outcome.result.value if held.ended else None,
         reason=held.outcome.reason if held.ended else "",
-        decision=trial.decision,
-        refused=trial.refused,
+        decision=attempt.decision,
+        refused=attempt.refused,
         runner=held.note,
     )
 
@@ -155,10 +162,10 @@ def _rate(tokens: int, began_at: float | None, now: float) -> float | None:
     return tokens / (now - began_at)
 
 
-def ending(entry: JournalEntry, http_status: int | None, error: str) -> tuple[Status, int, str]:
-    """How a request ended: by the error that was raised (`http_status`), else by its last attempt.
+def _ending(entry: JournalEntry, http_status: int | None, error: str) -> tuple[Status, int, str]:
+    """Its status, HTTP status and error: from the error that was raised, else the last attempt.
 
-    `http_status` 499 is the client's departure or an operator's cancellation.
+    `http_status` is that of the raised error; 499: the client left or an operator cancelled it.
     """
     held = entry.held
     if http_status is None and held is not None:
@@ -180,9 +187,9 @@ def ending(entry: JournalEntry, http_status: int | None, error: str) -> tuple[St
 def finished(
     entry: JournalEntry, clock: Clock, now: float, *, http_status: int | None, error: str
 ) -> Finished:
-    """The entry's last word."""
+    """The row of a request that ended at `now`."""
     request, held = entry.request, entry.held
-    status, http_status, error = ending(entry, http_status, error)
+    status, http_status, error = _ending(entry, http_status, error)
     timings = held.outcome.timings if held is not None else None
     placed_at = held.lease.granted_at if held is not None else now
     streamed = held is not None and held.records > 0
@@ -201,7 +208,7 @@ def finished(
         error=error[:500],
         agent_id=held.agent.id if held is not None else None,
         agent=held.agent.name if held is not None else None,
-        attempts=len(entry.trials),
+        attempts=len(entry.attempts),
         streamed=streamed,
         prompt_tokens=timings.prompt_tokens if timings is not None else None,
         output_tokens=output,
@@ -212,7 +219,7 @@ def finished(
 
 
 def _first_token(entry: JournalEntry, now: float) -> float | None:
-    """A streamed answer's first record; one that came whole says how long its tokens took."""
+    """Seconds to the first token: the first record, else the end less Ollama's output time."""
     held = entry.held
     if held is None or held.began_at is None:
         return None
@@ -233,5 +240,5 @@ def _speed(held: Held, now: float) -> float | None:
 
 @lru_cache(maxsize=4096)
 def short_name(key: str) -> str:
-    """A routing key as people write the model's name."""
+    """The shortest name of a routing key."""
     return ModelName.parse(key).short

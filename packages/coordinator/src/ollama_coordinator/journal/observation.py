@@ -1,4 +1,4 @@
-"""Everything that watches the fleet for people, put together: one thing to start and to stop."""
+"""Everything that records the fleet's history, as one value to start and to stop."""
 
 import asyncio
 import logging
@@ -9,21 +9,22 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 from msgspec import Struct
 
-from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import DatabaseError, History, Store, StoredBucket
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .events import EventLog
 from .journal import Journal
 from .sampler import Sampler
-from .statistics import TIERS, Bucket, Point, Series, SeriesRow, Tier, merge, point, tier_for
+from .statistics import TIERS, Bucket, Point, SeriesRow, Tier, merge, point, tier_for
 
 log = logging.getLogger(__name__)
 
 PRUNE_SECONDS = 60.0
+"""How often old history is deleted: a minute more of it does no harm."""
+
 CHART_POINTS = 120
+"""The most points of a chart: more are closer than two pixels on a phone."""
 
 _bucket = msgspec.json.Decoder(Bucket)
 
@@ -36,39 +37,38 @@ class Limits(Struct):
 
 
 class Observation:
-    """The journal of requests, the numbers over time, the agents' events, and their history."""
+    """The journal of requests, the numbers over time, the agents' events, and their history.
+
+    `limits` may change while it runs. `status_of` gives the HTTP status of an error.
+    """
 
     def __init__(
         self,
-        registry: Registry,
         dispatch: Dispatch,
         store: Store,
-        clock: Clock,
         limits: Limits,
         *,
         status_of: Callable[[OllamaCoordinatorError], int],
     ) -> None:
-        self._clock = clock
+        self._clock = dispatch.clock
+        self.store = store
         self.limits = limits
         self.history = History(store)
-        self.series = Series()
         self.events = EventLog()
-        self.sampler = Sampler(registry, dispatch, self.series, self.history, clock)
-        self.journal = Journal(
-            registry, dispatch, clock, status_of=status_of, listeners=[self.sampler.finished]
-        )
+        self.sampler = Sampler(dispatch, self.history)
+        self.journal = Journal(dispatch, self.sampler, status_of)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch as long as the block runs; the database must be open before and after.
+        """Record as long as the block runs; the database must be open before and after.
 
         Raises:
             DatabaseError: the database cannot be read.
         """
         now = self._at()
         starts = {tier.seconds: int(now) // tier.seconds * tier.seconds for tier in TIERS}
-        self.series.restore(_rows(await self.history.last_buckets(starts)))
-        tasks = [asyncio.create_task(self.sampler.run(self.journal))]
+        self.sampler.series.restore(_rows(await self.history.last_buckets(starts)))
+        tasks = [asyncio.create_task(self.sampler.run(self.journal.live))]
         tasks.append(asyncio.create_task(self._prune_for_ever()))
         try:
             with self.events:
@@ -85,14 +85,14 @@ class Observation:
         Raises:
             DatabaseError: the database cannot be read.
         """
-        self.series.fold(self._at())
+        self.sampler.series.fold(self._at())
         tier = TIERS[1] if agent and seconds <= TIERS[1].keep_agents_seconds else tier_for(seconds)
         width = _width(tier, seconds)
         last = int(self._at())
         first = int(last - seconds)
         stored = await self.history.buckets(tier.seconds, name, first // width * width, last)
         by_start = {row.start: row for row in _rows(stored)}
-        by_start |= {row.start: row for row in self.series.unwritten(tier.seconds, name)}
+        by_start |= {row.start: row for row in self.sampler.series.unwritten(tier.seconds, name)}
         merged = merge(by_start.values(), width, first, last)
         return [
             point(bucket, datetime.fromtimestamp(start, UTC), min(width, max(last - start, 1)))

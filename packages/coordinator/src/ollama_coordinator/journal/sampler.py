@@ -1,6 +1,6 @@
-"""The once-a-second look at the fleet: tokens written, queues, readings, and since when what is so.
+"""Samples the fleet once a second: tokens, queues, readings of machines, states of agents.
 
-It also carries the written-behind rows to the database, so that no request waits for that.
+It also writes finished requests and statistics to the database, so that no request waits for that.
 """
 
 import asyncio
@@ -11,20 +11,21 @@ from collections.abc import Container, Iterable, Mapping
 from msgspec import Struct
 from msgspec.json import encode
 
-from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import History, StoredBucket
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.registry import AgentState, Registry
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
-from .entry import JournalEntry
-from .journal import Ended, Journal
+from .entry import Ended, JournalEntry
 from .statistics import FLEET, Bucket, Series
 
 log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 1.0
+"""Every stretch of statistics (10 s at least) has some samples."""
+
 AGENTS_WRITTEN_SECONDS = 60.0
+"""How often agents' statistics are written: a thousand rows a second would wear the disk."""
 
 
 class Standing(Struct, frozen=True):
@@ -35,34 +36,27 @@ class Standing(Struct, frozen=True):
 
 
 class Sampler:
-    """`run` is its loop; `standing` and `sparklines` are for the pages that show agents."""
+    """`run` is its loop; `standing` and `sparklines` are shown on the dashboard."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        dispatch: Dispatch,
-        series: Series,
-        history: History,
-        clock: Clock,
-    ) -> None:
-        self._registry = registry
+    def __init__(self, dispatch: Dispatch, history: History) -> None:
         self._dispatch = dispatch
-        self._series = series
+        self._registry = dispatch.registry
+        self._clock = dispatch.clock
         self._history = history
-        self._clock = clock
         self._tokens: dict[str, int] = {}
         self._agents_written_at = float("-inf")
+        self.series = Series()
         self.standing: dict[AgentId, Standing] = {}
         self.sparklines = Sparklines()
 
-    async def run(self, journal: Journal) -> None:
-        """Sample until cancelled."""
+    async def run(self, live: Mapping[str, JournalEntry]) -> None:
+        """Sample until cancelled; `live` are the requests in progress."""
         while True:
             try:
-                self.sample(journal)
+                self.sample(live)
                 await self.write()
             except Exception:
-                log.exception("the sampler stumbled and goes on")
+                log.exception("the sampler failed and goes on")
             await asyncio.sleep(SAMPLE_SECONDS)
 
     # ── counting ──────────────────────────────────────────────────────────────────────────────
@@ -72,39 +66,40 @@ class Sampler:
         request = ended.request
         left = (request.output_tokens or 0) - entry.counted
         self._history.note(request, ended.attempts)
-        for name in (FLEET, request.agent_id or FLEET)[: 2 if request.agent_id else 1]:
+        for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
             self._tokens[name] = self._tokens.get(name, 0) + left
-            self._series.fresh(name).count(request, left)
+            self.series.fresh(name).count(request, left)
 
-    def sample(self, journal: Journal) -> None:
-        """Take one sample of everything."""
+    def sample(self, live: Mapping[str, JournalEntry]) -> None:
+        """Take one sample; `live` are the requests in progress."""
         now = self._clock.now()
-        for entry in journal.live.values():
+        for entry in live.values():
             held = entry.held
             if held is not None and held.records > entry.counted:
                 self._wrote(held.agent.id, held.records - entry.counted)
                 entry.counted = held.records
         in_flight = len(list(self._dispatch.held()))
-        self._series.fresh(FLEET).sample(journal.waiting(), in_flight)
+        waiting = sum(entry.is_waiting() for entry in live.values())
+        self.series.fresh(FLEET).sample(waiting, in_flight)
         for agent in self._registry:
             self._look(agent, now)
         self._forget()
         if self.sparklines.is_due(self._at()):
-            self._take_pulse()
+            self._take_point()
 
     def _wrote(self, agent_id: AgentId, tokens: int) -> None:
         for name in (FLEET, agent_id):
             self._tokens[name] = self._tokens.get(name, 0) + tokens
-            self._series.fresh(name).output_tokens += tokens
+            self.series.fresh(name).output_tokens += tokens
 
-    def _take_pulse(self) -> None:
+    def _take_point(self) -> None:
         """The next point of the sparklines, and the agents' readings."""
         tokens, self._tokens = self._tokens, {}
         known = [agent.id for agent in self._registry]
         self.sparklines.take(self._at(), tokens.pop(FLEET, 0), tokens, known)
         for agent in self._registry:
             if self._registry.is_online(agent, self._clock.now()):
-                bucket = self._series.fresh(agent.id)
+                bucket = self.series.fresh(agent.id)
                 bucket.sample(0, self._dispatch.in_flight(agent.id))
                 _read(bucket, agent)
 
@@ -120,32 +115,32 @@ class Sampler:
             del self.standing[agent_id]
             self.sparklines.forget(agent_id)
             self._tokens.pop(agent_id, None)
-            self._series.forget(agent_id)
+            self.series.forget(agent_id)
 
     # ── writing behind ────────────────────────────────────────────────────────────────────────
 
     async def write(self, *, everything: bool = False) -> None:
-        """Carry what is new to the database; what cannot be written waits for the next time."""
+        """Write what is new to the database; what cannot be written is tried again next time."""
         now = self._clock.now()
         due = everything or now - self._agents_written_at >= AGENTS_WRITTEN_SECONDS
         if due:
             self._agents_written_at = now
-        self._series.fold(self._at())
-        rows = self._series.take_changed(fleet_only=not due)
+        self.series.fold(self._at())
+        rows = self.series.take_changed(fleet_only=not due)
         stored = [StoredBucket(r.tier, r.start, r.name, encode(r.bucket)) for r in rows]
         written = False
         try:
             written = await self._history.write(stored)
         finally:
             if not written:
-                self._series.put_back(rows)
+                self.series.put_back(rows)
 
     def _at(self) -> float:
         return self._clock.utc(self._clock.now()).timestamp()
 
 
 def state_of(agent: AgentState, now: float, timeout: float) -> str:
-    """online, draining, offline, or `resting` when it lives but gets no requests."""
+    """Its status, or `resting` where it is online but out of rotation."""
     status = agent.status(now, timeout)
     if status is AgentStatus.ONLINE and agent.out_of_rotation() is not None:
         return "resting"
@@ -153,7 +148,7 @@ def state_of(agent: AgentState, now: float, timeout: float) -> str:
 
 
 def _read(bucket: Bucket, agent: AgentState) -> None:
-    """The machine's own readings."""
+    """Add the readings of the agent's last heartbeat."""
     report = agent.report
     if report is None:
         return
@@ -169,15 +164,16 @@ def _read(bucket: Bucket, agent: AgentState) -> None:
 
 
 POINT_SECONDS = 5
-"""How long one point is."""
+"""The length of one point: shorter ones would show single records, longer ones come late."""
 
 POINTS = 60
+"""Five minutes, as many as a small chart has pixels for."""
 
 
 class SavedSparklines(Struct, frozen=True):
-    """The points of an earlier process; `number` is that of the newest, idle agents are left out.
+    """Sparklines across a restart; `number` is that of the newest point.
 
-    Whatever was not kept is taken for nothing written.
+    Agents that wrote nothing are left out.
     """
 
     number: int = 0
@@ -186,7 +182,10 @@ class SavedSparklines(Struct, frozen=True):
 
 
 class Sparklines:
-    """Points, the newest last. `number` counts them since the epoch, in `POINT_SECONDS`."""
+    """Tokens per second in the last minutes, of the fleet and each agent; the newest point last.
+
+    `number` counts points since the Unix epoch.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -200,9 +199,9 @@ class Sparklines:
     def take(
         self, at: float, tokens: int, of_agents: Mapping[str, int], known: Iterable[AgentId]
     ) -> None:
-        """One more point: the tokens since the last one, of all and of each of the known agents."""
+        """Add a point from the tokens since the last one; `known` agents without any get zero."""
         self.number = _number(at)
-        # A fifth of a count has one decimal at most: nobody has to round it.
+        # A fifth of a count has one decimal at most: no rounding is needed.
         self.fleet.append(max(tokens, 0) / POINT_SECONDS)
         for agent_id in known:
             points = self.agents.setdefault(agent_id, deque(maxlen=POINTS))
@@ -218,9 +217,9 @@ class Sparklines:
         return SavedSparklines(self.number, list(self.fleet), agents)
 
     def restore(self, kept: SavedSparklines, at: float, known: Container[AgentId]) -> None:
-        """Go on where an earlier process stopped; nothing was written between.
+        """Continue an earlier process's points; between, nothing was written.
 
-        The points of agents that are not known any more are left out.
+        Agents that are not known any more are left out.
         """
         self.number = _number(at)
         missed = self.number - kept.number

@@ -14,7 +14,7 @@ from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from ollama_coordinator.api.http.headers import declared_length, to_ollama
 from ollama_coordinator.dispatch import Held
-from ollama_coordinator.journal import Following
+from ollama_coordinator.journal import JournalEntry
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import ModelNotFound, Request, SchedulerError
@@ -104,13 +104,13 @@ class Proxy:
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
-    async def _serve(self, call: Call, entry: Following) -> None:
+    async def _serve(self, call: Call, entry: JournalEntry) -> None:
         request = call.request
         failure: Failure | None = None
         while True:
             try:
                 async with self._dispatch.lease(request) as held:
-                    entry.leased(held)
+                    self._journal.leased(entry, held)
                     failure = await self._attempt(call, held)
             except ModelNotFound as exc:
                 if failure is None:

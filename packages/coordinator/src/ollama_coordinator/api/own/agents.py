@@ -73,7 +73,7 @@ class AgentsApi:
         self._agent_store = parts.agent_store
         self._operations = parts.operations
         self._observation = parts.observation
-        self._rows = parts.rows
+        self._snapshots = parts.snapshots
         self._logs = parts.agent_logs
         self._clock = parts.clock
 
@@ -152,7 +152,7 @@ class AgentsApi:
         agent = self._registry.get(request.path_params["agent_id"])
         return reply(
             AgentDetails(
-                agent=self._rows.agent(agent),
+                agent=self._snapshots.agent(agent),
                 models=[self._model(agent, key) for key in sorted(agent.inventory.available)],
                 events=self._observation.events.of(agent.id),
             )
@@ -198,5 +198,5 @@ class AgentsApi:
             details=row.model.details,
             capabilities=row.model.capabilities,
             loaded=agent.inventory.is_loaded(key),
-            estimate=self._rows.estimate(agent.id, key),
+            estimate=self._dispatch.scheduler.estimate(agent.id, key),
         )

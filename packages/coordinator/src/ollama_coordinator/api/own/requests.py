@@ -107,7 +107,7 @@ class RequestsApi:
         now = self._clock.now()
         view = next(view for view in self._journal.views(now) if view.id == entry.request.id)
         more = {
-            "attempts": entry.attempts(self._clock),
+            "attempts": entry.attempt_views(self._clock),
             "now": self._journal.explain(entry, now),
         }
         return LivingRequest(**{**structs.asdict(view), **more})
