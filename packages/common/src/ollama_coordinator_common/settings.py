@@ -37,9 +37,8 @@ class Setting(Struct, frozen=True):
     """One setting: what its field in a configuration says of it.
 
     A number is within `bounds`, both included; `zero` is what 0 means where it is possible beside
-    them. `live`: it can be changed while the program runs. `option` is its option
-    without the dashes, where that is not its name. `name`, `kind` (its type) and `default` are
-    those of the field.
+    them. `live`: it can be changed while the program runs. `option` is its option without the
+    dashes, where that is not its name. `name`, `kind` (its type) and `default` are the field's.
     """
 
     variable: str
@@ -162,15 +161,6 @@ class Setting(Struct, frozen=True):
             raise ConfigError(self.variable, given, self.expected)
 
 
-def _seconds(variable: str, help: str, *, least: float = SHORTEST, zero: str = "") -> Setting:
-    """A duration, which can be changed while the program runs."""
-    return Setting(variable, help, unit="s", bounds=(least, LONGEST), zero=zero, live=True)
-
-
-def _port(variable: str, help: str, *, zero: str = "") -> Setting:
-    return Setting(variable, help, metavar="PORT", bounds=(1, 65_535), zero=zero)
-
-
 class Config(Struct, frozen=True, kw_only=True):
     """A configuration: every field but `given` is annotated with its `Setting`.
 
@@ -213,164 +203,106 @@ def _table(config: type[Config]) -> tuple[Setting, ...]:
     return tuple(made)
 
 
+def _seconds(variable: str, help: str, *, least: float = SHORTEST, zero: str = "") -> Setting:
+    """A duration, which can be changed while the program runs."""
+    return Setting(variable, help, unit="s", bounds=(least, LONGEST), zero=zero, live=True)
+
+
+def _port(variable: str, help: str, *, zero: str = "") -> Setting:
+    return Setting(variable, help, metavar="PORT", bounds=(1, 65_535), zero=zero)
+
+
+# Two tables, a setting a paragraph.
+# fmt: off
 class CoordinatorConfig(Config, frozen=True, kw_only=True):
     """How a coordinator runs. The fields are in the order of the page of settings."""
 
-    policy: Annotated[
-        str, Setting("COORDINATOR_POLICY", "How to choose among the agents", choices=POLICIES)
-    ] = POLICIES[0]
-    max_queue: Annotated[
-        int,
-        Setting(
-            "COORDINATOR_MAX_QUEUE",
-            "How many requests may wait for a place; one more is answered 503",
-            unit="requests",
-            bounds=(0, 1_000_000),
-            live=True,
-        ),
-    ] = 512
-    agent_timeout: Annotated[
-        float,
-        _seconds("AGENT_TIMEOUT", "How long an agent may be silent before it counts as offline"),
-    ] = 60.0
-    health_check_interval: Annotated[
-        float,
-        _seconds(
-            "HEALTH_CHECK_INTERVAL",
-            "How often to ask agents that do not report their models by themselves",
-        ),
-    ] = 30.0
-    max_body_mebibytes: Annotated[
-        int,
-        Setting(
-            "COORDINATOR_MAX_BODY_MIB",
-            "The largest request body; a longer one is answered 413",
-            unit="MiB",
-            bounds=(1, 1_000_000),
-            live=True,
-            option="max_body",
-        ),
-    ] = 64
-    drain_timeout: Annotated[
-        float,
-        _seconds(
-            "COORDINATOR_DRAIN_TIMEOUT",
-            "How long running answers may go on after a request to stop",
-            least=0,
-        ),
-    ] = 300.0
-    stall_timeout: Annotated[
-        float,
-        _seconds(
-            "COORDINATOR_STALL_TIMEOUT",
-            "How long a client may take nothing of its answer",
-            zero="for ever",
-        ),
-    ] = 300.0
-    body_timeout: Annotated[
-        float,
-        _seconds(
-            "COORDINATOR_BODY_TIMEOUT",
-            "How long nothing may come of a request's body",
-            zero="for ever",
-        ),
-    ] = 60.0
-    larger_context: Annotated[
-        bool,
-        Setting(
-            "COORDINATOR_LARGER_CONTEXT",
-            "Serve a request on a runner with a larger context than it asks for, not by a reload",
-            live=True,
-        ),
-    ] = True
-    pull_placement: Annotated[
-        str,
-        Setting(
-            "COORDINATOR_PULL_PLACEMENT",
-            "Which agents get a model that is pulled or created",
-            metavar="all|NUMBER|label:NAME|agents:NAME,...",
-            live=True,
-        ),
-    ] = "all"
-    history_rows: Annotated[
-        int,
-        Setting(
-            "COORDINATOR_HISTORY_ROWS",
-            "How many finished requests to remember (never their texts)",
-            unit="requests",
-            bounds=(1, 1_000_000_000),
-            live=True,
-        ),
-    ] = 100_000
-    history_days: Annotated[
-        float,
-        Setting(
-            "COORDINATOR_HISTORY_DAYS",
-            "How long to remember them",
-            unit="days",
-            bounds=(0.001, 365_000),
-            live=True,
-        ),
-    ] = 30.0
-    pull_patience: Annotated[
-        float,
-        _seconds(
-            "COORDINATOR_PULL_PATIENCE",
-            "How long a pull waits for a lost agent when all others are done; it goes on later",
-            least=0,
-        ),
-    ] = 15.0
-    max_spool_gibibytes: Annotated[
-        float,
-        Setting(
-            "COORDINATOR_MAX_SPOOL_GIB",
-            "How much disk uploaded model files may take until their model is created",
-            unit="GiB",
-            bounds=(1e-9, 1_000_000),
-            live=True,
-            option="max_spool",
-        ),
-    ] = 64.0
-    host: Annotated[str, Setting("COORDINATOR_HOST", "Where to listen", metavar="ADDRESS")] = (
-        "0.0.0.0"
-    )
+    policy: Annotated[str, Setting(
+        "COORDINATOR_POLICY", "How to choose among the agents", choices=POLICIES,
+    )] = POLICIES[0]
+    max_queue: Annotated[int, Setting(
+        "COORDINATOR_MAX_QUEUE",
+        "How many requests may wait for a place; one more is answered 503",
+        unit="requests", bounds=(0, 1_000_000), live=True,
+    )] = 512
+    agent_timeout: Annotated[float, _seconds(
+        "AGENT_TIMEOUT", "How long an agent may be silent before it counts as offline",
+    )] = 60.0
+    health_check_interval: Annotated[float, _seconds(
+        "HEALTH_CHECK_INTERVAL",
+        "How often to ask agents that do not report their models by themselves",
+    )] = 30.0
+    max_body_mebibytes: Annotated[int, Setting(
+        "COORDINATOR_MAX_BODY_MIB", "The largest request body; a longer one is answered 413",
+        unit="MiB", bounds=(1, 1_000_000), live=True, option="max_body",
+    )] = 64
+    drain_timeout: Annotated[float, _seconds(
+        "COORDINATOR_DRAIN_TIMEOUT",
+        "How long running answers may go on after a request to stop",
+        least=0,
+    )] = 300.0
+    stall_timeout: Annotated[float, _seconds(
+        "COORDINATOR_STALL_TIMEOUT", "How long a client may take nothing of its answer",
+        zero="for ever",
+    )] = 300.0
+    body_timeout: Annotated[float, _seconds(
+        "COORDINATOR_BODY_TIMEOUT", "How long nothing may come of a request's body",
+        zero="for ever",
+    )] = 60.0
+    larger_context: Annotated[bool, Setting(
+        "COORDINATOR_LARGER_CONTEXT",
+        "Serve a request on a runner with a larger context than it asks for, not by a reload",
+        live=True,
+    )] = True
+    pull_placement: Annotated[str, Setting(
+        "COORDINATOR_PULL_PLACEMENT", "Which agents get a model that is pulled or created",
+        metavar="all|NUMBER|label:NAME|agents:NAME,...", live=True,
+    )] = "all"
+    history_rows: Annotated[int, Setting(
+        "COORDINATOR_HISTORY_ROWS", "How many finished requests to remember (never their texts)",
+        unit="requests", bounds=(1, 1_000_000_000), live=True,
+    )] = 100_000
+    history_days: Annotated[float, Setting(
+        "COORDINATOR_HISTORY_DAYS", "How long to remember them",
+        unit="days", bounds=(0.001, 365_000), live=True,
+    )] = 30.0
+    pull_patience: Annotated[float, _seconds(
+        "COORDINATOR_PULL_PATIENCE",
+        "How long a pull waits for a lost agent when all others are done; it goes on later",
+        least=0,
+    )] = 15.0
+    max_spool_gibibytes: Annotated[float, Setting(
+        "COORDINATOR_MAX_SPOOL_GIB",
+        "How much disk uploaded model files may take until their model is created",
+        unit="GiB", bounds=(1e-9, 1_000_000), live=True, option="max_spool",
+    )] = 64.0
+    host: Annotated[str, Setting(
+        "COORDINATOR_HOST", "Where to listen", metavar="ADDRESS",
+    )] = "0.0.0.0"
     port: Annotated[int, _port("COORDINATOR_PORT", "On which port", zero="for any")] = 8080
-    database_url: Annotated[
-        str,
-        Setting(
-            "DATABASE_URL",
-            "The SQLite file for agents and what was learned; sqlite://FILE is in the working"
-            " folder",
-            metavar="URL",
-        ),
-    ] = "sqlite://coordinator.db"
-    origins: Annotated[
-        tuple[str, ...],
-        Setting(
-            "COORDINATOR_ORIGINS",
-            "Web pages that may use the coordinator, beside those of this machine; * is any text",
-            metavar="ORIGIN,...",
-        ),
-    ] = ()
-    http: Annotated[
-        str,
-        Setting(
-            "COORDINATOR_HTTP",
-            "Which HTTP/1 serves clients: the fastest that works here, or Hypercorn's own",
-            choices=HTTP_CHOICES,
-        ),
-    ] = "auto"
-    loop: Annotated[
-        str,
-        Setting(
-            "COORDINATOR_LOOP",
-            "Which event loop runs it: uvloop where it is installed, or asyncio's",
-            choices=("auto", "asyncio", "uvloop"),
-        ),
-    ] = "auto"
-    log_level: Annotated[
-        str, Setting("COORDINATOR_LOG_LEVEL", "How much to log", choices=LOG_LEVELS)
-    ] = "INFO"
+    database_url: Annotated[str, Setting(
+        "DATABASE_URL",
+        "The SQLite file for agents and what was learned; sqlite://FILE is in the working folder",
+        metavar="URL",
+    )] = "sqlite://coordinator.db"
+    origins: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_ORIGINS",
+        "Web pages that may use the coordinator, beside those of this machine; * is any text",
+        metavar="ORIGIN,...",
+    )] = ()
+    http: Annotated[str, Setting(
+        "COORDINATOR_HTTP",
+        "Which HTTP/1 serves clients: the fastest that works here, or Hypercorn's own",
+        choices=HTTP_CHOICES,
+    )] = "auto"
+    loop: Annotated[str, Setting(
+        "COORDINATOR_LOOP",
+        "Which event loop runs it: uvloop where it is installed, or asyncio's",
+        choices=("auto", "asyncio", "uvloop"),
+    )] = "auto"
+    log_level: Annotated[str, Setting(
+        "COORDINATOR_LOG_LEVEL", "How much to log", choices=LOG_LEVELS,
+    )] = "INFO"
 
     @property
     def max_body_bytes(self) -> int:
@@ -381,71 +313,46 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
 class AgentConfig(Config, frozen=True, kw_only=True):
     """How an agent runs."""
 
-    coordinator_url: Annotated[
-        str, Setting("COORDINATOR_URL", "The coordinator", metavar="URL")
-    ] = "http://localhost:8080"
+    coordinator_url: Annotated[str, Setting(
+        "COORDINATOR_URL", "The coordinator", metavar="URL",
+    )] = "http://localhost:8080"
     ollama_port: Annotated[int, _port("OLLAMA_PORT", "The local Ollama's port")] = 11434
-    machine_name: Annotated[
-        str | None,
-        Setting(
-            "AGENT_MACHINE_NAME",
-            "What people call this machine; its host name if not given",
-            metavar="NAME",
-        ),
-    ] = None
-    ip_address: Annotated[
-        str | None,
-        Setting(
-            "AGENT_IP_ADDRESS",
-            "Where the coordinator reaches this machine; found out if not given",
-            metavar="ADDRESS",
-        ),
-    ] = None
-    state_dir: Annotated[
-        Path | None,
-        Setting(
-            "AGENT_STATE_DIR",
-            "Where the machine's id and Ollama's log are kept; the user's state folder if not"
-            " given",
-            metavar="FOLDER",
-        ),
-    ] = None
-    manage_ollama: Annotated[
-        bool,
-        Setting("AGENT_MANAGE_OLLAMA", "Whether to start `ollama serve` when no Ollama answers"),
-    ] = True
-    keep_ollama: Annotated[
-        bool,
-        Setting(
-            "AGENT_KEEP_OLLAMA", "Whether an `ollama serve` that the agent started outlives it"
-        ),
-    ] = False
-    ollama_binary: Annotated[
-        Path | None,
-        Setting(
-            "OLLAMA_BINARY",
-            "The ollama program; looked for on PATH and where it is installed if not given",
-            metavar="FILE",
-        ),
-    ] = None
-    relay: Annotated[
-        str,
-        Setting(
-            "AGENT_RELAY",
-            "Whether to relay the coordinator to an Ollama that listens on loopback only",
-            choices=("auto", "always", "never"),
-        ),
-    ] = "auto"
+    machine_name: Annotated[str | None, Setting(
+        "AGENT_MACHINE_NAME", "What people call this machine; its host name if not given",
+        metavar="NAME",
+    )] = None
+    ip_address: Annotated[str | None, Setting(
+        "AGENT_IP_ADDRESS", "Where the coordinator reaches this machine; found out if not given",
+        metavar="ADDRESS",
+    )] = None
+    state_dir: Annotated[Path | None, Setting(
+        "AGENT_STATE_DIR",
+        "Where the machine's id and Ollama's log are kept; the user's state folder if not given",
+        metavar="FOLDER",
+    )] = None
+    manage_ollama: Annotated[bool, Setting(
+        "AGENT_MANAGE_OLLAMA", "Whether to start `ollama serve` when no Ollama answers",
+    )] = True
+    keep_ollama: Annotated[bool, Setting(
+        "AGENT_KEEP_OLLAMA", "Whether an `ollama serve` that the agent started outlives it",
+    )] = False
+    ollama_binary: Annotated[Path | None, Setting(
+        "OLLAMA_BINARY",
+        "The ollama program; looked for on PATH and where it is installed if not given",
+        metavar="FILE",
+    )] = None
+    relay: Annotated[str, Setting(
+        "AGENT_RELAY",
+        "Whether to relay the coordinator to an Ollama that listens on loopback only",
+        choices=("auto", "always", "never"),
+    )] = "auto"
     relay_port: Annotated[int, _port("AGENT_RELAY_PORT", "The relay's port", zero="for any")] = 0
-    relay_allow: Annotated[
-        tuple[str, ...],
-        Setting(
-            "AGENT_RELAY_ALLOW",
-            "Addresses and networks, split by commas, that may use the relay besides the"
-            " coordinator",
-            metavar="LIST",
-        ),
-    ] = ()
-    log_level: Annotated[str, Setting("AGENT_LOG_LEVEL", "How much to log", choices=LOG_LEVELS)] = (
-        "INFO"
-    )
+    relay_allow: Annotated[tuple[str, ...], Setting(
+        "AGENT_RELAY_ALLOW",
+        "Addresses and networks, split by commas, that may use the relay besides the coordinator",
+        metavar="LIST",
+    )] = ()
+    log_level: Annotated[str, Setting(
+        "AGENT_LOG_LEVEL", "How much to log", choices=LOG_LEVELS,
+    )] = "INFO"
+# fmt: on
