@@ -1,11 +1,11 @@
-"""The coordinator as the agent sees it; the one place that knows aiohttp's errors about it.
+"""Requests to the coordinator; aiohttp's errors about it become ours here and nowhere else.
 
 CoordinatorError
 ├── CoordinatorUnreachable   no answer: refused, unresolved, timed out, cut off, untrusted
-├── CoordinatorFailed        an answer that says "not now": 5xx, 429
-├── NotACoordinator          something answers, but it is no coordinator
-├── Rejected                 the coordinator refuses what was sent: 4xx with its sentence
-└── Forgotten                a heartbeat of an agent that the coordinator does not know (404)
+├── CoordinatorFailed        it answers that it cannot for now: 5xx, 429
+├── NotACoordinator          another program answers
+├── Rejected                 it refuses what was sent: 4xx with its sentence
+└── Forgotten                it does not know this agent: 404 to a heartbeat or a log
 """
 
 from collections.abc import AsyncIterator
@@ -27,27 +27,27 @@ from ollama_coordinator_common.protocol import (
 )
 from ollama_coordinator_common.types import AgentId
 
-# aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is yarl's and idna's
-# complaint about a host name that cannot be encoded.
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
+"""aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is how yarl and idna
+refuse a host name that cannot be encoded."""
 
 T = TypeVar("T")
 
 
 class CoordinatorError(OllamaCoordinatorError):
-    """What was asked of the coordinator did not happen."""
+    """A request to the coordinator failed."""
 
 
 class CoordinatorUnreachable(CoordinatorError):
-    """Nobody answered."""
+    """Nothing answers under its URL."""
 
 
 class CoordinatorFailed(CoordinatorError):
-    """The coordinator answered that it cannot, for now."""
+    """The coordinator answers that it cannot, for now."""
 
 
 class NotACoordinator(CoordinatorError):
-    """Something answers under that URL, but it is no coordinator."""
+    """Another program answers under the coordinator's URL."""
 
 
 class Rejected(CoordinatorError):
@@ -65,7 +65,7 @@ class ErrorReply(msgspec.Struct):
 
 
 class CoordinatorClient:
-    """Speaks to one coordinator; `url` may have a base path."""
+    """Sends requests to one coordinator; `url` may have a base path."""
 
     def __init__(
         self, session: aiohttp.ClientSession, url: str, *, timeout_seconds: float = 5.0
@@ -75,7 +75,7 @@ class CoordinatorClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
-        """Offer this machine; the reply carries the agent's id.
+        """Register this machine; the reply has the agent's id.
 
         Raises:
             CoordinatorError: see the module's tree; never `Forgotten`.
@@ -93,27 +93,20 @@ class CoordinatorClient:
             Forgotten: the coordinator does not know the agent; register again.
             CoordinatorError: see the module's tree.
         """
-        status, body = await self._call("POST", "/api/health", msgspec.json.encode(report))
-        if status == 404:
-            raise Forgotten("the coordinator does not know this agent (any more)")
-        self._check(status, body)
+        body = await self._report("/api/health", report)
         try:
             return msgspec.json.decode(body, type=HealthReply)
         except msgspec.DecodeError:
-            return HealthReply()  # it was taken; what else is said there is not for us
+            return HealthReply()  # the report was accepted: a reply of another kind is no error
 
     async def send_log(self, agent_id: AgentId, report: LogReport) -> None:
-        """Send what the coordinator asked for of the logs.
+        """Send the lines of the logs that the coordinator asked for.
 
         Raises:
             Forgotten: the coordinator does not know the agent; register again.
             CoordinatorError: see the module's tree.
         """
-        path = f"/api/agents/{quote(agent_id, safe='')}/log"
-        status, body = await self._call("POST", path, msgspec.json.encode(report))
-        if status == 404:
-            raise Forgotten("the coordinator does not know this agent (any more)")
-        self._check(status, body)
+        await self._report(f"/api/agents/{quote(agent_id, safe='')}/log", report)
 
     async def agents(self) -> list[AgentView]:
         """All agents that the coordinator knows.
@@ -126,6 +119,13 @@ class CoordinatorClient:
             raise self._not_a_coordinator("it answers 404 to GET /api/agents")
         self._check(status, body)
         return self._decode(body, list[AgentView])
+
+    async def _report(self, path: str, report: msgspec.Struct) -> bytes:
+        status, body = await self._call("POST", path, msgspec.json.encode(report))
+        if status == 404:
+            raise Forgotten("the coordinator does not know this agent (any more)")
+        self._check(status, body)
+        return body
 
     async def _call(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"} if content is not None else {}

@@ -1,4 +1,4 @@
-"""Which weights stand behind each model name, read from Ollama's manifests on disk.
+"""The digest of the weights behind each model name, from Ollama's manifests on disk.
 
 The digest of the model layer is the only identity that servers of all versions agree on: the digest
 in `/api/tags` is that of the manifest file, which old versions wrote in their own way.
@@ -24,7 +24,7 @@ class Layer(msgspec.Struct, rename={"media_type": "mediaType"}):
 
 
 class Manifest(msgspec.Struct):
-    """A manifest, as far as we read it."""
+    """The part of a manifest that we read."""
 
     layers: list[Layer]
 

@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 MEBIBYTE = 1024 * 1024
 FIRST_SAMPLE_SECONDS = 0.2
-"""How long the first CPU reading averages over; later ones cover the whole interval."""
+"""The time that the first CPU reading averages over; later ones cover the whole interval."""
 
 DUTY = 20
-"""Looking at every connection is slow on a busy machine: at most one twentieth of the time."""
+"""Listing every connection is slow on a busy machine: it takes at most a twentieth of the time."""
 
 
 class Readings(Struct, frozen=True):
-    """One look at the machine; `connections` is `None` where the system does not tell."""
+    """One reading of the machine; `connections` is `None` where the system does not show them."""
 
     cpu_percent: float = 0.0
     memory_percent: float = 0.0
@@ -37,7 +37,7 @@ class Readings(Struct, frozen=True):
 
 
 class Meter:
-    """Reads the machine every few seconds in a thread of its own; `latest` never waits.
+    """Reads the machine every few seconds in a thread of its own; `latest` is the last reading.
 
     The thread is a daemon: a graphics driver that hangs must not keep the agent from ending.
     """
@@ -72,7 +72,7 @@ class Meter:
             started = time.monotonic()
             try:
                 self.latest = self.read()
-            except Exception:  # the loop must outlive whatever a driver does
+            except Exception:  # a driver may raise anything; the readings go on
                 log.exception("the machine could not be read; the last readings stand")
             self.ready.set()
             took = time.monotonic() - started
@@ -80,7 +80,7 @@ class Meter:
                 return
 
     def read(self) -> Readings:
-        """One look at the machine; the CPU's share is that since the previous look."""
+        """A reading of the machine; the CPU's share is that since the previous one."""
         memory = psutil.virtual_memory()
         return Readings(
             cpu_percent=psutil.cpu_percent(),
@@ -93,9 +93,10 @@ class Meter:
 
 
 class Nvidia:
-    """The NVIDIA driver, where there is one; asked again later if it was not there."""
+    """NVIDIA's driver; where there is none, it is looked for again after some readings."""
 
     RETRY_AFTER_READINGS = 30
+    """A minute at the usual interval: loading the library again is slow."""
 
     def __init__(self) -> None:
         self._is_open = False
@@ -118,9 +119,9 @@ class Nvidia:
 
 
 def built_in(system: str, processor: str) -> list[Gpu]:
-    """The GPU of Apple's own processors, which shares the machine's memory; nothing is read of it.
+    """The GPU of Apple's own processors; it shares the machine's memory and has no readings.
 
-    `system` and `processor` are those that `platform` tells.
+    `system` and `processor` are `platform.system()` and `platform.machine()`.
     """
     return [Gpu(name="Apple GPU")] if (system, processor) == ("Darwin", "arm64") else []
 
@@ -163,13 +164,13 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 def connections_to(port: int) -> int | None:
-    """The connections that others hold to a local port; `None` where the system does not tell.
+    """How many connections other processes have to a local port; `None` where that is not shown.
 
     An upper bound of the requests in progress: a client that keeps an idle connection open counts
-    too. Our own connections (probes, the relay) do not. macOS tells only root.
+    too. The agent's own connections (probes, the relay) do not. macOS shows them to root only.
     """
     try:
-        # Ours are asked for before and after: a probe may begin or end in between.
+        # Our own are listed before and after: a probe may begin or end in between.
         own = _own_ends()
         everyone = psutil.net_connections("tcp")
         own |= _own_ends()

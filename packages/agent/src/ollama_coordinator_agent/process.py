@@ -31,10 +31,13 @@ KILLED_WITHIN_SECONDS = 2.0
 """How long the system may take to end a killed process."""
 
 LARGEST_BYTES = 10 * 1024 * 1024
+"""Some hours of Ollama's usual output; three files of it are little on any disk."""
+
 OLDER_FILES = 2
-"""`.log.1`, `.log.2`: those of the starts before, or earlier output of the same one."""
+"""`.log.1`, `.log.2`: the output of earlier starts, or earlier output of this one."""
 
 PIECE_BYTES = 1024 * 1024
+"""What is copied at once: the agent runs on machines with little memory to spare."""
 
 
 def find_binary(configured: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -48,7 +51,7 @@ def find_binary(configured: Path | None, environ: Mapping[str, str]) -> Path | N
 
 
 def _installed_at(environ: Mapping[str, str]) -> list[Path]:
-    """Where Ollama's installers put the program; a service often has no PATH to speak of."""
+    """Where Ollama's installers put the program; the PATH of a service often lacks these."""
     if sys.platform == "win32":
         local = environ.get("LOCALAPPDATA")
         return [Path(local, "Programs", "Ollama", "ollama.exe")] if local else []
@@ -59,7 +62,7 @@ def _installed_at(environ: Mapping[str, str]) -> list[Path]:
 
 
 class Child:
-    """One `ollama serve` that is ours to end; `created` tells it from a later one with its pid."""
+    """One `ollama serve` that we started and may end; `created` and `pid` together identify it."""
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
@@ -70,7 +73,7 @@ class Child:
 
     @classmethod
     def reclaim(cls, pid: int, created: float) -> "Child | None":
-        """The child of an earlier agent that was killed and could not end it, if it still runs."""
+        """The child of an earlier agent that could not end it; `None` if it runs no more."""
         try:
             child = cls(psutil.Process(pid))
         except psutil.Error:
@@ -78,7 +81,7 @@ class Child:
         return child if abs(child.created - created) < 0.1 and child.is_alive() else None
 
     def is_alive(self) -> bool:
-        """Whether it still runs; when it does not, its exit code and its runners are collected."""
+        """Whether it still runs; if not, `exit_code` is set and the runners it left are ended."""
         if self._is_over:
             return False
         try:
@@ -86,12 +89,14 @@ class Child:
         except psutil.TimeoutExpired:
             return True
         self._is_over = True
-        if isinstance(self._process, psutil.Popen):  # we reaped it, so the number is still its own
+        if isinstance(
+            self._process, psutil.Popen
+        ):  # we waited for it, so no other process has its number yet
             _end_group(self.pid)
         return False
 
     async def stop(self, grace_seconds: float) -> None:
-        """Ask it to end, then end it; its model runners never outlive it."""
+        """Terminate it, and kill it after `grace_seconds`; its model runners never outlive it."""
         family = self._family()
         try:
             self._process.terminate()
@@ -115,7 +120,7 @@ class Child:
 
 
 def _end_group(leader: int) -> None:
-    """End what a crashed server left behind: model runners that would keep the GPU's memory."""
+    """Kill the model runners that a crashed server left: they would keep the GPU's memory."""
     if sys.platform != "win32":
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
@@ -163,7 +168,7 @@ class ServeCommand(Struct, frozen=True):
 
 
 def _apart() -> dict[str, Any]:
-    """What keeps a terminal's Ctrl-C, and on Windows a console window, away from a process."""
+    """Arguments that keep a terminal's Ctrl-C, and on Windows a console window, from a process."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     return {"start_new_session": True}
@@ -171,7 +176,7 @@ def _apart() -> dict[str, Any]:
 
 @contextmanager
 def fresh(file: Path) -> Iterator[int]:
-    """A descriptor that appends to an empty log file; what was in it is kept beside it.
+    """A descriptor that appends to an empty log file; what was in it moves to an older file.
 
     Raises:
         OSError: the file cannot be written.
@@ -188,10 +193,10 @@ def fresh(file: Path) -> Iterator[int]:
 
 
 def keep_small(file: Path) -> None:
-    """Empty a log file that has grown too large; its last part is kept beside it.
+    """Empty a log file that has grown too large; its last part becomes an older file.
 
-    What is written between the copy and the emptying is lost. On a disk that takes no copy the
-    file is emptied all the same, for else it would fill what is left of it.
+    What is written between the copy and the emptying is lost. Where the disk has no room for the
+    copy the file is emptied all the same: it would fill the rest of the disk.
     """
     try:
         size = file.stat().st_size
@@ -213,7 +218,7 @@ def _older(file: Path, number: int) -> Path:
 
 
 def _shift(file: Path) -> None:
-    """Make room beside the file for one more older one."""
+    """Rename each older file to the next number; the last one is replaced."""
     for number in range(OLDER_FILES, 1, -1):
         if _older(file, number - 1).exists():
             _older(file, number - 1).replace(_older(file, number))
@@ -234,11 +239,11 @@ if sys.platform == "win32":
 
     FILE_APPEND_DATA = 0x0004
     SYNCHRONIZE = 0x0010_0000
-    SHARED = 0x0007  # to be read, written, and renamed by others meanwhile
+    SHARED = 0x0007  # others may read, write and rename it meanwhile
     OPEN_ALWAYS = 4
 
     def _appending(file: Path) -> int:
-        """Python's own way to append only seeks to the end before it writes; a child does not."""
+        """Python appends by a seek to the end before each write, which a child process does not."""
         access = FILE_APPEND_DATA | SYNCHRONIZE
         null = _winapi.NULL
         handle = _winapi.CreateFile(str(file), access, SHARED, null, OPEN_ALWAYS, 0, null)

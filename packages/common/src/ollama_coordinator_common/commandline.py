@@ -1,6 +1,6 @@
-"""What both command lines do alike: options read in one place, log lines with facts.
+"""What both command lines share: options made of the table of settings, log lines with facts.
 
-The programs bring Typer and Rich themselves.
+Typer and Rich are the programs' dependencies, not this package's.
 """
 
 import inspect
@@ -72,19 +72,19 @@ def _parameter(setting: Setting, make: Callable[..., Any]) -> inspect.Parameter:
 
 
 class _Context(Protocol):
-    """The part of Typer's context that tells where a value came from."""
+    """The part of Typer's context that knows where a value came from."""
 
     def get_parameter_source(self, name: str) -> Enum | None: ...
 
 
 def is_typed(context: _Context, name: str) -> bool:
-    """Whether an option stands on the command line, and not in the environment."""
+    """Whether the command line gives an option, and not the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def is_given(context: _Context, name: str) -> bool:
-    """Whether an option stands on the command line or in the environment."""
+    """Whether the command line or the environment gives an option."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
@@ -102,7 +102,7 @@ class EventFormatter(logging.Formatter):
 
 
 def log_to(handler: logging.Handler, level: str, form: str) -> None:
-    """Send the log to one handler in one form; libraries speak up from warnings on."""
+    """Send the log to one handler in one form; of libraries, warnings and errors only."""
     handler.setFormatter(EventFormatter(form))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("aiohttp", "asyncio", "hypercorn"):

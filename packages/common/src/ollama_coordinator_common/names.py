@@ -1,7 +1,7 @@
 """Ollama's model names: `[scheme://][host/][namespace/]model[:tag]`, compared without case.
 
-Two spellings of one model have one `key`; clients and people see the `short` form, as in Ollama's
-own lists. The rules are those of Ollama's `types/model` package.
+Two spellings of one model have one `key`; lists show the `short` form, as Ollama's own do.
+The rules are those of Ollama's `types/model` package.
 """
 
 import re
@@ -63,7 +63,7 @@ class ModelName(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """What two spellings of the same model have in common."""
+        """The same for every spelling of one model."""
         return f"{self.host}/{self.namespace}/{self.model}:{self.tag}".lower()
 
     @property
@@ -78,7 +78,7 @@ class ModelName(Struct, frozen=True):
 
     @property
     def runs_in_the_cloud(self) -> bool:
-        """Whether the name stands for a model that ollama.com runs, not this fleet."""
+        """Whether ollama.com runs the model, and not an agent."""
         tag = self.tag.lower()
         return tag == "cloud" or tag.endswith("-cloud")
 
@@ -95,7 +95,7 @@ def _without_source(text: str) -> str:
 
 
 def _split_source(text: str) -> tuple[str, str]:
-    """A name and what it says of where to run: `:local`, `:cloud`, `-cloud` or nothing."""
+    """A name without its source, and the source: `:local`, `:cloud`, `-cloud` or nothing."""
     head, colon, suffix = text.rpartition(":")
     word = suffix.strip().lower()
     if colon and word in ("local", "cloud"):

@@ -1,8 +1,8 @@
 """What agents and the coordinator say to each other, as JSON over HTTP.
 
 Wire types grow, they never change: a new field has a default, an unknown field is ignored, so that
-yesterday's agent works with today's coordinator and the other way round. The four fields of
-`RegisterRequest` and of `HealthReport` without defaults are all that an agent must send.
+yesterday's agent works with today's coordinator and the other way round. An agent must send only
+the fields without defaults: four of `RegisterRequest` and four of `HealthReport`.
 """
 
 from datetime import datetime
@@ -20,11 +20,11 @@ HEARTBEAT_SECONDS = 10.0
 class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     """`POST /api/agents`: this machine offers its Ollama to the fleet.
 
-    `machine_id` is a random id that the agent keeps on its disk, so that a renamed or re-addressed
-    machine stays itself. `relay_port` is where the agent listens for the coordinator when its
-    Ollama is bound to loopback; the coordinator then connects there and not to `ollama_port`.
-    `instance_id` is made anew by every agent process, `previous_instance_id` that of the run before
-    on the same disk: they tell copies of one disk apart.
+    `machine_id` is a random id on the agent's disk: a machine with another name or address keeps
+    it. `relay_port` is the agent's own port where Ollama listens on loopback only; the coordinator
+    connects to it in place of `ollama_port`. `instance_id` is new in every agent process,
+    `previous_instance_id` is that of the run before on the same disk: they distinguish copies of
+    one disk.
     """
 
     machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
@@ -56,11 +56,11 @@ class RegisterReply(Struct, frozen=True):
 class HealthReport(Struct, frozen=True, omit_defaults=True):
     """`POST /api/health`: one heartbeat. Percentages are of the whole machine.
 
-    `tags` and `ps` are the bodies of the local Ollama's `/api/tags` and `/api/ps`, untouched; an
-    agent that leaves them out is asked through its Ollama instead. `model_blobs` maps a model's
-    name to the digest of its weights (`sha256:…`), the identity that does not depend on an Ollama
-    version. `ollama_running` false: the agent lives, its Ollama does not answer. `leaving`: the
-    agent is stopping, the last report it sends. `instance_id` is that of the registration.
+    `tags` and `ps` are the bodies of the local Ollama's `/api/tags` and `/api/ps`, byte for byte;
+    without them the coordinator asks that Ollama itself. `model_blobs` maps a model's name to the
+    digest of its weights (`sha256:…`), which is the same in every version of Ollama.
+    `ollama_running` false: the agent runs, its Ollama does not answer. `leaving`: the agent stops,
+    and this is its last report. `instance_id` is that of the registration.
     """
 
     agent_id: AgentId
@@ -80,7 +80,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     instance_id: str | None = None
 
     def __post_init__(self) -> None:
-        # A list that is null is one that was not given.
+        # A null counts as a list that was left out.
         for name, body in (("tags", self.tags), ("ps", self.ps)):
             if body is not UNSET and bytes(body) == b"null":
                 structs.force_setattr(self, name, UNSET)
@@ -89,8 +89,9 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
 class HealthReply(Struct, frozen=True):
     """The coordinator's answer to a heartbeat.
 
-    `log_after`: somebody looks at the agent's log, and lines with greater numbers are wanted.
-    `problem`: why the agent gets no requests, or with whom it is mixed up, for its operator.
+    `log_after`: an operator looks at the agent's log; lines with greater numbers are wanted.
+    `problem`: a sentence for the operator: why the agent gets no requests, or which other machine
+    it cannot be told from.
     """
 
     status: str = "ok"
@@ -110,8 +111,8 @@ class LogLine(Struct, frozen=True):
 class LogReport(Struct, frozen=True, omit_defaults=True):
     """`POST /api/agents/{id}/log`: what the coordinator asked for.
 
-    `server` is the end of what the `ollama serve` wrote that the agent started, `None` while that
-    has not changed or there is none.
+    `server` is the last output of the `ollama serve` that the agent started; `None` while it has
+    not changed, and where there is none.
     """
 
     lines: list[LogLine] = []

@@ -1,4 +1,4 @@
-"""The nouns of the wire: agents, their machines, and the models on them."""
+"""The types of the wire: agents, their machines, and the models on them."""
 
 from datetime import datetime
 from enum import Enum
@@ -14,7 +14,7 @@ Percent = Annotated[float, Meta(ge=0)]
 
 
 class AgentStatus(Enum):
-    """Where an agent stands; `offline` means no heartbeat for the agent timeout, or a goodbye."""
+    """The status of an agent; `offline`: silent for `AGENT_TIMEOUT`, or it said that it leaves."""
 
     ONLINE = "online"
     OFFLINE = "offline"
@@ -22,7 +22,7 @@ class AgentStatus(Enum):
 
 
 class Gpu(Struct, frozen=True, omit_defaults=True):
-    """One accelerator as its driver reports it; `None` is a reading the driver does not give."""
+    """One accelerator; `None` is a reading that its driver does not have."""
 
     name: str
     index: int = 0
@@ -33,7 +33,7 @@ class Gpu(Struct, frozen=True, omit_defaults=True):
 
 
 class RunnerSettings(Struct, frozen=True, omit_defaults=True):
-    """How an Ollama was configured; `None` is unknown (Ollama exposes none of it by itself)."""
+    """How an Ollama was configured; `None` is unknown: Ollama's API has none of it."""
 
     num_parallel: Annotated[int, Meta(ge=1)] | None = None
     max_loaded_models: Annotated[int, Meta(ge=0)] | None = None
@@ -42,7 +42,7 @@ class RunnerSettings(Struct, frozen=True, omit_defaults=True):
 
 
 class AvailableModel(Struct, frozen=True):
-    """What routing reads of one row of Ollama's `/api/tags`: a model on an agent's disk."""
+    """One row of Ollama's `/api/tags`, as far as we read it: a model on an agent's disk."""
 
     name: str
     digest: str = ""
@@ -54,7 +54,7 @@ class AvailableModel(Struct, frozen=True):
 
 
 class LoadedModel(Struct, frozen=True):
-    """What routing reads of one row of Ollama's `/api/ps`: a model in an agent's memory."""
+    """One row of Ollama's `/api/ps`, as far as we read it: a model in an agent's memory."""
 
     name: str
     digest: str = ""
