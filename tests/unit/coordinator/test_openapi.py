@@ -102,17 +102,21 @@ class Other(msgspec.Struct):
 
 def test_a_declaration_becomes_a_description() -> None:
     @operation(
-        "Make it",
         takes=One,
         gives={200: Either(One, Other), 202: Media("text/plain"), 204: None},
         errors=(404,),
         relays=True,
     )
     async def make(request: Request) -> Response:
+        """Make it.
+
+        Or not.
+        """
         return Response()
 
     told = document([Endpoint("PUT", "/things/{name:path}", make)])
     made = told["paths"]["/things/{name}"]["put"]
+    assert made["summary"] == "Make it"
     assert [parameter["name"] for parameter in made["parameters"]] == ["name"]
     assert list(made["responses"]) == ["200", "202", "204", "400", "404", "408", "413", "default"]
     one_of = made["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]

@@ -1,8 +1,8 @@
-"""The agents' own logs, while somebody looks: asked for by the answers to heartbeats.
+"""The agents' own logs, while a client reads them: asked for by the answers to heartbeats.
 
-An agent cannot be called, it calls. So a look at its log is noted here, the answer to its next
-heartbeat says what is wanted, and the agent sends its lines. Once nobody looks any more, they are
-forgotten with the next heartbeat of whichever agent.
+The coordinator cannot call an agent. So a question for its log is noted here, the answer to its
+next heartbeat asks for lines, and the agent sends them. `LOOKING_SECONDS` after the last question
+they are forgotten, with the next heartbeat of any agent.
 """
 
 from collections import deque
@@ -17,14 +17,14 @@ from ollama_coordinator_common.types import AgentId
 LINES = 500
 LINE_CHARACTERS = 2000
 LOOKING_SECONDS = 30.0
-"""How long after the last question somebody is taken to look still."""
+"""How long after its last question a client is taken to read still; the page asks more often."""
 
 
 class LogView(Struct, frozen=True):
     """`GET /api/agents/{id}/log`. `asked_seconds` is since when it is being asked for.
 
-    `told_at` is when the agent last sent something, `None` until it has. `sends`: whether there is
-    an agent of ours at all. `server` is what the `ollama serve` wrote that the agent started.
+    `told_at` is when the agent last sent something, `None` until it has. `sends`: whether it is
+    an agent of ours, which can send a log. `server`: the output of the `ollama serve` it started.
     """
 
     sends: bool
@@ -35,7 +35,7 @@ class LogView(Struct, frozen=True):
 
 
 class Looked(Struct):
-    """One agent's log while somebody looks; monotonic seconds."""
+    """One agent's log while it is read; `since` and `until` in monotonic seconds."""
 
     since: float
     until: float
@@ -45,7 +45,7 @@ class Looked(Struct):
 
 
 class AgentLogs:
-    """Who is looked at, and what it sent."""
+    """The logs that are read now."""
 
     def __init__(self) -> None:
         self._looked: dict[AgentId, Looked] = {}
@@ -54,7 +54,7 @@ class AgentLogs:
         return len(self._looked)
 
     def look(self, agent_id: AgentId, now: float, *, sends: bool) -> LogView:
-        """Somebody looks at an agent's log: what is known of it by now."""
+        """A client reads an agent's log: its lines so far."""
         self._forget(now)
         if not sends:
             return LogView(sends=False, asked_seconds=0.0)
@@ -69,7 +69,7 @@ class AgentLogs:
         )
 
     def wanted_after(self, agent_id: AgentId, now: float) -> int | None:
-        """Lines with numbers beyond this are wanted, 0 for all; `None` while nobody looks."""
+        """Lines with numbers beyond this are wanted, 0 for all; `None` while no client reads."""
         self._forget(now)
         looked = self._looked.get(agent_id)
         if looked is None:
@@ -79,7 +79,7 @@ class AgentLogs:
         return looked.lines[-1].number if looked.lines else 1
 
     def take(self, agent_id: AgentId, report: LogReport, now: float, at: datetime) -> None:
-        """What an agent sent, at `at` in UTC; thrown away when nobody looks any more."""
+        """Take over lines that an agent sent at `at` (UTC), if a client still reads them."""
         self._forget(now)
         looked = self._looked.get(agent_id)
         if looked is None:

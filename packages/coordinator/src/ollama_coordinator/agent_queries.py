@@ -26,7 +26,7 @@ ANSWER_SECONDS = 30.0
 
 
 class Answer(Struct, frozen=True):
-    """What one agent answered."""
+    """One agent's answer; `body` is as it came."""
 
     agent: AgentState
     status: int
@@ -69,7 +69,7 @@ class AgentQueries:
         Raises:
             InvalidModelName: no model can have this name.
             ModelNotFound: no agent has it.
-            HoldersUnavailable: those that have it are away.
+            HoldersUnavailable: those that have it cannot be asked now.
         """
         key = ModelName.parse(name).key
         if not self._registry.holders(key):
@@ -146,7 +146,7 @@ class AgentQueries:
         return list(await asyncio.gather(*(one(agent) for agent in agents)))
 
 
-# ── what a model is ───────────────────────────────────────────────────────────────────────────
+# ── models ──────────────────────────────────────────────────────────────────────────────────────
 
 KEPT = 256
 """Answers of `/api/show` that are remembered: more models than a fleet uses at a time."""
@@ -182,7 +182,7 @@ class ModelInfo:
         Raises:
             InvalidModelName: no model can have this name.
             ModelNotFound: no agent has it.
-            HoldersUnavailable: those that have it are away.
+            HoldersUnavailable: those that have it cannot be asked now.
             Unreachable: none of them answered.
         """
         holders = await self._queries.holders(name)
@@ -245,14 +245,14 @@ AT_ONCE = 8
 NEVER = float("-inf")
 
 Believed = Mapping[AgentId, tuple[float, Any]]
-"""What agents reported, and until when it is believed."""
+"""The reports of agents, and until when (monotonic seconds) each is believed."""
 
 
 class CloudDisabled(OllamaCoordinatorError):
-    """What an Ollama without its cloud answers; in the native shape on every route, as there."""
+    """The error of an Ollama with its cloud off; in the native shape on every route, as there."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"ollama cloud is disabled: {what}")
+    def __init__(self, subject: str) -> None:
+        super().__init__(f"ollama cloud is disabled: {subject}")
 
 
 class CloudSetting(Struct, frozen=True):
@@ -331,32 +331,32 @@ class CloudAccess:
         return [agent for agent, until, signed_in in known if signed_in and until > now]
 
     def note(self, agent_id: AgentId, status: int) -> None:
-        """An agent answered what only ollama.com can; after a 401 its account is in doubt."""
+        """Take over the status of an answer of ollama.com; after a 401 the account is in doubt."""
         if status == 401:
             self._accounts.pop(agent_id, None)
 
-    async def ask(self, method: str, path: str, body: bytes = b"", *, what: str) -> Answer:
-        """What ollama.com answers one of the agents that may ask it.
+    async def ask(self, method: str, path: str, body: bytes = b"", *, subject: str) -> Answer:
+        """The answer of ollama.com to one of the agents that may ask it.
 
         Raises:
-            CloudDisabled: none may; its text says that `what` is unavailable.
+            CloudDisabled: none may; its text says that `subject` is unavailable.
             Unreachable: none answered.
         """
         able = await self.able()
         if not able:
-            raise CloudDisabled(f"{what} unavailable")
+            raise CloudDisabled(f"{subject} unavailable")
         answer = await self._queries.first(able, method, path, body)
         self.note(answer.agent.id, answer.status)
         return answer
 
     async def ask_of_model(self, method: str, path: str, body: bytes = b"") -> Answer:
-        """What ollama.com answers about one of its models.
+        """The answer of ollama.com about one of its models.
 
         Raises:
             CloudDisabled: no agent may ask.
             Unreachable: none answered.
         """
-        return await self.ask(method, path, body, what="remote model details are")
+        return await self.ask(method, path, body, subject="remote model details are")
 
     async def offer(self, key: str, name: str, holders: Iterable[AgentState]) -> list[AgentState]:
         """Let the scheduler choose among the agents that can pass a cloud model's name on.

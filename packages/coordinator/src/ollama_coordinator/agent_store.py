@@ -1,4 +1,4 @@
-"""What of the registry is kept in the database, and how it comes back."""
+"""Agents in the database: written when they change, and restored into the registry."""
 
 import msgspec
 

@@ -1,4 +1,4 @@
-"""What asyncio lacks: interrupting a block, tasks with an owner, long work in slices, the loop."""
+"""Additions to asyncio: interrupts, tasks with an owner, long work in slices, the event loop."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from ollama_coordinator_common.error import ConfigError
 log = logging.getLogger(__name__)
 
 SLICE_SECONDS = 0.002
-"""How long computing may hold up the streams of everybody else."""
+"""How long a computation may hold up the streams of other requests."""
 
 
 class Interrupt:

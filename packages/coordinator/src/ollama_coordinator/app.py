@@ -137,7 +137,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 def _saved_state(parts: Parts) -> list[SavedState[Any]]:
-    """What outlives a restart as a document in the database."""
+    """The state that is kept over a restart as documents in the database."""
     scheduler, sparklines = parts.scheduler, parts.observation.sampler.sparklines
 
     def restore_sparklines(saved: SavedSparklines) -> None:
@@ -164,7 +164,7 @@ def _saved_state(parts: Parts) -> list[SavedState[Any]]:
 
 
 def create_app(config: CoordinatorConfig) -> Starlette:
-    """The ASGI application of one coordinator; `app.state.parts` is what it consists of."""
+    """The ASGI application of one coordinator; `app.state.parts` are its parts."""
     parts = assembled(config)
 
     @asynccontextmanager
@@ -198,9 +198,9 @@ async def _reply_error(request: Request, error: Exception) -> Response:
 
 
 async def _reply_http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in the words of Ollama's router."""
+    """Unknown paths and methods, with the texts of Ollama's router."""
     if not isinstance(error, HTTPException):
         raise error
-    words = {404: "404 page not found", 405: "405 method not allowed"}
-    text = words.get(error.status_code, error.detail)
+    texts = {404: "404 page not found", 405: "405 method not allowed"}
+    text = texts.get(error.status_code, error.detail)
     return PlainTextResponse(text, error.status_code, headers=error.headers)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 class Clock:
     """Monotonic `now()`, the clock of the event loop too, and its translation to UTC and back.
 
-    The translation is fixed at the start, so that a wall clock that jumps makes nobody offline.
+    The translation is fixed at the start, so that a jump of the wall clock makes no agent offline.
     """
 
     def __init__(self) -> None:

@@ -3,8 +3,8 @@
 import socket
 from ipaddress import ip_address
 
-# Of the networks for documentation (RFC 5737, RFC 3849): nobody is there, and a route to anywhere
-# leads there.
+# Of the networks for documentation (RFC 5737, RFC 3849): no machine has them, and a route to
+# anywhere leads there.
 ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 DISCARD_PORT = 9
 

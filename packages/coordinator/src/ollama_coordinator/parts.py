@@ -1,4 +1,4 @@
-"""What one coordinator consists of, as one value; `app.py` puts it together."""
+"""The parts of one coordinator, as one value; `app.py` puts it together."""
 
 from msgspec import Struct
 
@@ -23,7 +23,7 @@ GIBIBYTE = 1024**3
 class Parts(Struct, kw_only=True, eq=False):
     """The parts of a coordinator, each made once; a handler takes those that it uses.
 
-    `stopping`: no further requests are wanted, and `GET /readyz` says so.
+    `stopping`: `GET /readyz` answers 503, so that load balancers send no further requests.
     """
 
     settings: Settings

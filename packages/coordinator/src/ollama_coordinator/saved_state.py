@@ -1,4 +1,4 @@
-"""What a part of the coordinator knows, kept over restarts as a document in the database."""
+"""The state of a part of the coordinator, kept over restarts as a document in the database."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 KEEP_SECONDS = 10.0
 BYTES_PER_SECOND = 200_000
-"""A long document is written more seldom, so that no more goes to the disk on average."""
+"""The most that a document may write on average: a long one is written more seldom."""
 
 ROWS_AT_ONCE = 1000
 """So many take about half a millisecond to encode."""
@@ -24,11 +24,12 @@ T = TypeVar("T", bound=Struct)
 
 
 class SavedState(Generic[T]):
-    """Writes what `give` returns behind, and hands it to `take` at the next start.
+    """Writes the value of `give` behind, and hands it to `take` at the next start.
 
-    It is asked for `every` so many seconds, a long one more seldom, and at the end. The lists it
-    returns must not change afterwards; rows in them may, and each is written as it is when its turn
-    comes. `kind` is its type; another version's form is left alone until it is written anew.
+    `give` is called after every `every` seconds, more seldom for a long document, and at the end.
+    The lists in its value must not change afterwards; their rows may, and each is written as it is
+    when its turn comes. `kind` is the type of the value; a document of another form, from another
+    version, is left alone until it is written anew.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SavedState(Generic[T]):
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
-            # In one go: nobody is served any more, and nothing may come between.
+            # Without slices: no request is served any more, and nothing may come between.
             self._note(msgspec.json.encode(self._give()))
 
     async def _restore(self) -> None:

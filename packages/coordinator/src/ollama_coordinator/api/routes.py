@@ -69,7 +69,7 @@ def endpoints(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/operations/{operation_id}", operations.show),
         Endpoint("DELETE", "/api/operations/{operation_id}", operations.cancel),
         Endpoint("GET", "/api/operations/{operation_id}/progress", operations.follow),
-        # our own: requests, and what was
+        # our own: requests, live and finished
         Endpoint("GET", "/api/requests", requests.list),
         Endpoint("GET", "/api/requests/{request_id}", requests.show),
         Endpoint("DELETE", "/api/requests/{request_id}", requests.cancel),

@@ -1,6 +1,6 @@
-"""The three dialects Ollama speaks: how each tells an error, frames a stream and ends it.
+"""The three dialects Ollama speaks: how each reports an error, frames a stream and ends it.
 
-Shapes and texts are Ollama's own; the OpenAI and Anthropic ones are what it answers on `/v1/…`.
+Shapes and texts are Ollama's own; the OpenAI and Anthropic ones are those of its `/v1/…` routes.
 """
 
 import re
@@ -24,12 +24,12 @@ class Dialect(Enum):
 
     @property
     def separator(self) -> bytes:
-        """What ends a record of a stream."""
+        """The end of a record of a stream."""
         return b"\n" if self is Dialect.NATIVE else b"\n\n"
 
 
 class InferenceRoute(Struct, frozen=True):
-    """One inference route: its dialect, what it asks of a model, and Ollama's texts for its name.
+    """One inference route: its dialect, its kind of request, and Ollama's texts for its errors.
 
     `missing` is the 404 for an unknown model; `nameless` the status and text without a name;
     `checks_names`: whether a name that cannot be one is 400, or as unknown as any other.
@@ -135,7 +135,7 @@ def error_body(dialect: Dialect, status: int, message: str) -> bytes:
 
 
 def error_record(route: InferenceRoute, message: str) -> bytes:
-    """The record that tells a client in the middle of a stream that its answer ends here."""
+    """The record that ends a stream that has begun, with an error."""
     if route.dialect is Dialect.NATIVE:
         return msgspec.json.encode({"error": message}) + b"\n"
     if route.path == "/v1/responses":
@@ -146,7 +146,7 @@ def error_record(route: InferenceRoute, message: str) -> bytes:
     return prefix + b"data: " + body + b"\n\n"
 
 
-# ── what the last record tells ────────────────────────────────────────────────────────────────
+# ── the last record ───────────────────────────────────────────────────────────────────────────
 
 
 class _Final(Struct):
@@ -173,7 +173,7 @@ class _Counted(Struct):
 
 
 class Ending(Struct, frozen=True):
-    """What the end of an answer says: an error in place of its last record, its timings."""
+    """The content of an answer's last record: an error, or the timings."""
 
     error: str | None = None
     timings: Timings | None = None
@@ -187,7 +187,7 @@ _DATA = re.compile(rb"^data: (\{.*\})\s*$", re.MULTILINE)
 def read_ending(route: InferenceRoute, last: bytes, records: int) -> Ending:
     """Read the last records of an answer, or a whole one that was not streamed.
 
-    Never raises: what cannot be read tells nothing. `records` is how many were streamed, an
+    Never raises: an unreadable end is an empty `Ending`. `records` is how many were streamed, an
     estimate of the tokens where the dialect does not count them.
     """
     try:

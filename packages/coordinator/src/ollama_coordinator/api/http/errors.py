@@ -1,6 +1,6 @@
 """The edge between HTTP and everything else: decode, reply, and which error is which status.
 
-The core raises what happened; only the table here knows the status, only the dialect the shape.
+The core raises errors; only the table here knows their status, only the dialect their shape.
 """
 
 import logging
@@ -47,7 +47,7 @@ JSON = "application/json; charset=utf-8"
 
 
 class ClientLeft(OllamaCoordinatorError):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection; an answer would not reach it."""
 
 
 STATUS: dict[type[OllamaCoordinatorError], int] = {
@@ -62,7 +62,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     Unreachable: 503,
     AgentLost: 503,
     Cut: 502,
-    # What Ollama itself answers for a request that was cancelled; clients do not repeat it.
+    # As Ollama answers a cancelled request; clients do not repeat it.
     RequestCancelled: 499,
     NotEditable: 409,
     TwoMachines: 409,
@@ -120,7 +120,7 @@ async def decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
     """The body of a request to our own API as its type.
 
     Raises:
-        HttpError: 400 with the field and what is wrong with it; 413 beyond `OWN_BODY_LIMIT`.
+        HttpError: 400 with the field and its fault; 413 beyond `OWN_BODY_LIMIT`.
     """
     body = await own_body(request)
     if not body.strip():
@@ -137,7 +137,7 @@ def reply(value: Any, status: int = 200) -> Response:
 
 
 def error_reply(error: OllamaCoordinatorError, dialect: Dialect = Dialect.NATIVE) -> Response:
-    """The answer that tells an error."""
+    """An error as a whole answer."""
     status = status_of(error)
     body = error_body(dialect, status, str(error))
     return Response(body, status, headers_of(error), media_type=_json_of(dialect))
@@ -166,5 +166,5 @@ async def send_error(send: Send, dialect: Dialect, error: OllamaCoordinatorError
 
 
 def log_event(event: str, agent: AgentState, **facts: object) -> None:
-    """Tell of something that happened to an agent through the API."""
+    """Log an event of an agent that came through the API."""
     log.info(event, extra={"agent_id": agent.id, "agent": agent.name, **facts})

@@ -1,6 +1,6 @@
 """JSON bodies as Go's decoder reads them, its complaints included.
 
-Keys match in any letter case, the last of several equal ones wins, what follows the first value is
+Keys match in any letter case, the last of several equal ones wins, bytes after the first value are
 ignored, invalid UTF-8 and lone surrogates become U+FFFD. Texts are those of Go's `encoding/json`.
 """
 
@@ -89,13 +89,13 @@ def _whole(value: Any) -> Any:
 def _complaint(text: str, error: json.JSONDecodeError) -> str:
     at = error.pos
     if error.msg.startswith(("Illegal trailing comma", "Invalid \\escape")):
-        at += 1  # Python points at the comma or the backslash, Go at what follows
+        at += 1  # Python points at the comma or the backslash, Go at the next character
     while at < len(text) and text[at] in " \t\r\n" and "control character" not in error.msg:
         at += 1
     if at >= len(text) or error.msg.startswith("Unterminated"):
         return "unexpected EOF"
     where = next(
-        (told for start, told in _WHERE.items() if error.msg.startswith(start)),
+        (text for start, text in _WHERE.items() if error.msg.startswith(start)),
         "looking for beginning of value",
     )
     return f"invalid character {_quoted(text[at])} {where}"

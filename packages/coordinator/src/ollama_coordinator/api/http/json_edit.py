@@ -9,7 +9,7 @@ _object = msgspec.json.Decoder(dict[str, Raw])
 
 
 def spliced(body: bytes, changes: Mapping[str, bytes]) -> bytes | None:
-    """The object in `body` with these fields set to these JSON texts; `None`: it is no object.
+    """The object in `body` with these fields set to these JSON texts; `None`: it is not an object.
 
     A field matches in any letter case, as in Ollama's decoder, and keeps the client's spelling.
     """

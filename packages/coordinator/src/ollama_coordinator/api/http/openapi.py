@@ -1,6 +1,8 @@
-"""What a route of our own takes and gives, declared where it is handled.
+"""The description of our own routes, in OpenAPI 3.1: `GET /api/openapi.json`.
 
-`openapi.py` makes the description of the API of it; a route without a declaration fails a test.
+What a handler takes and gives is declared beside it, with `operation`; a route of our own without a
+declaration fails a test. The description is made of the route list, the declarations and the types
+on the wire. Ollama's routes are listed only: what they take and give is Ollama's to say.
 """
 
 import re
@@ -21,7 +23,7 @@ from ollama_coordinator.api.http.routing import Endpoint
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 BODY_ERRORS = (400, 408, 413)
-"""What every route that takes a body may answer to one that is wrong, stands still, or too long."""
+"""The errors of every route that takes a body: it is wrong, stands still, or is too long."""
 
 
 class ErrorBody(Struct, frozen=True):
@@ -31,7 +33,7 @@ class ErrorBody(Struct, frozen=True):
 
 
 class Query(Struct, frozen=True):
-    """One parameter behind the `?`; `type` is what its text has to mean."""
+    """One parameter of the query; its text has to be a value of `type`."""
 
     name: str
     text: str
@@ -39,7 +41,7 @@ class Query(Struct, frozen=True):
 
 
 class Media(Struct, frozen=True):
-    """An answer that is not a JSON object of one type: its content type, and what is in it."""
+    """An answer that is not JSON of one type: its content type, and the type of its content."""
 
     type: str
     holds: Any = str
@@ -57,11 +59,12 @@ class Operation(Struct, frozen=True):
 
     `takes` is the type of the body; `gives` the body of each answer by its status: a type, an
     `Either`, a `Media` or several of them for what is not JSON, `None` for no body. `errors` are
-    the statuses that have an `ErrorBody`. `relays`: also the errors that an agent's Ollama
-    answers, with their status.
+    the statuses that have an `ErrorBody`. `relays`: it also answers
+    the errors of an agent's Ollama, with their status.
     """
 
     summary: str
+    description: str = ""
     takes: Any = None
     gives: Mapping[int, Any] = {}
     query: tuple[Query, ...] = ()
@@ -74,18 +77,20 @@ class Operation(Struct, frozen=True):
         return tuple(sorted({*self.errors, *(BODY_ERRORS if self.takes is not None else ())}))
 
 
-def operation(summary: str, **declared: Any) -> Callable[[Handler], Handler]:
-    """Declare what a handler takes and gives; see `Operation`."""
+def operation(**declared: Any) -> Callable[[Handler], Handler]:
+    """Declare what a handler takes and gives; its docstring is the summary and the description."""
 
     def declare(handler: Handler) -> Handler:
-        handler.operation = Operation(summary, **declared)  # type: ignore[attr-defined]
+        summary, _, more = cleandoc(handler.__doc__ or "").partition("\n\n")
+        described = Operation(summary.removesuffix("."), more.replace("\n", " "), **declared)
+        handler.operation = described  # type: ignore[attr-defined]
         return handler
 
     return declare
 
 
 def operation_of(endpoint: object) -> Operation | None:
-    """What was declared of a route's handler; nothing is of Ollama's own routes."""
+    """The declaration of a handler; `None` for a route of Ollama's."""
     found = getattr(endpoint, "operation", None)
     return found if isinstance(found, Operation) else None
 
@@ -148,29 +153,31 @@ def _path_parameters(path: str) -> list[Json]:
 
 
 def _ollamas(path: str) -> Json:
-    told: Json = {
+    described: Json = {
         "tags": ["ollama"],
         "summary": "Ollama's",
         "responses": {"default": {"description": "What Ollama answers."}},
     }
     parameters = _path_parameters(path)
-    return {**told, "parameters": parameters} if parameters else told
+    return {**described, "parameters": parameters} if parameters else described
 
 
 def _own(path: str, declared: Operation, types: "_Types") -> Json:
-    told: Json = {"tags": ["coordinator"], "summary": declared.summary}
+    described: Json = {"tags": ["coordinator"], "summary": declared.summary}
+    if declared.description:
+        described["description"] = declared.description
     query = [
         {"name": one.name, "in": "query", "description": one.text, "schema": types.of(one.type)}
         for one in declared.query
     ]
     parameters = [*_path_parameters(path), *query]
     if parameters:
-        told["parameters"] = parameters
+        described["parameters"] = parameters
     if declared.takes is not None:
         content = {"application/json": {"schema": types.of(declared.takes)}}
-        told["requestBody"] = {"required": True, "content": content}
-    told["responses"] = _responses(declared, types)
-    return told
+        described["requestBody"] = {"required": True, "content": content}
+    described["responses"] = _responses(declared, types)
+    return described
 
 
 def _responses(declared: Operation, types: "_Types") -> Json:
@@ -241,9 +248,9 @@ class OpenApi:
         self._endpoints = endpoints
         self._body = b""
 
-    @operation("This description", gives={200: dict[str, Any]})
+    @operation(gives={200: dict[str, Any]})
     async def show(self, request: Request) -> Response:
-        """`GET /api/openapi.json`."""
+        """This description."""
         if not self._body:
             self._body = msgspec.json.encode(document(self._endpoints))
         return Response(self._body, media_type=JSON)

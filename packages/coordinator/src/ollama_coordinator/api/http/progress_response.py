@@ -1,4 +1,4 @@
-"""The answer that follows an operation: Ollama's progress lines, or the last object alone."""
+"""The answer that follows an operation: Ollama's progress lines, or the last line alone."""
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -14,7 +14,7 @@ NDJSON = b"application/x-ndjson"
 
 
 class ProgressResponse:
-    """An ASGI answer; when its client leaves, an operation that is not detached ends."""
+    """An ASGI application; when its client leaves, an operation that is not detached ends."""
 
     def __init__(self, operations: Operations, operation: Operation, *, stream: bool) -> None:
         self._operations = operations

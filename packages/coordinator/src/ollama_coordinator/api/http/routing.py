@@ -63,7 +63,7 @@ def gathered(endpoints: Iterable[Endpoint]) -> list[Route]:
 
 
 class NearMiss:
-    """What answers when no route does: a redirect for a slash too many, else Ollama's 404."""
+    """The answer to a path without a route: a redirect for a slash too many, else Ollama's 404."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = routes

@@ -1,1 +1,1 @@
-"""The request path: from what a client sent to an agent, and the answer back."""
+"""The request path: from a client to an agent, and the answer back."""

@@ -1,4 +1,4 @@
-"""`/v1/audio/transcriptions`: what routing reads of a multipart form.
+"""`/v1/audio/transcriptions`: the routing fields of a multipart form.
 
 The form passes as it came; of its fields only the model's name is read here.
 """

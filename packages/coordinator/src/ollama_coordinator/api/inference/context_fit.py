@@ -1,10 +1,10 @@
-"""What the fleet does to a request before it is scheduled: who cannot serve it, which context.
+"""A request fitted to the fleet before it is scheduled: unfit agents excluded, a context chosen.
 
 A runner with a larger context serves a request for a smaller one: nothing is cut off that would
 have fitted. Ollama itself would reload the model. Where such a runner is in memory and none of the
-wanted size, the request's `num_ctx` is raised to that runner's, and the scheduler is told so; this
-is the one change that is ever made to a body, and only that number differs. A request without
-`num_ctx` is raised only where what it would get is known: the agent's reported default, and no
+wanted size, the request's `num_ctx` is raised to that runner's, for the scheduler too; this is
+the one change that is ever made to a body, and only that number differs. A request without
+`num_ctx` is raised only where its context would be known: the agent's reported default, and no
 context among the model's own parameters.
 """
 
@@ -23,18 +23,18 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
 SHOW_SECONDS = 1.0
-"""Nobody waits longer to learn of a parameter."""
+"""How long a request waits for the model's own parameters."""
 
 SINCE = {
     "/v1/responses": "0.14.0",
     "/v1/messages": "0.14.0",
     "/v1/audio/transcriptions": "0.24.0",
 }
-"""The first version of Ollama that has a route that not all have."""
+"""The first version of Ollama with a route, for the routes that old versions lack."""
 
 
 class Fitted(Struct, frozen=True):
-    """A request and its body as they go on; `note` is for the client's eyes."""
+    """A request and its body as they go on; `note` is a header's value, for the client."""
 
     request: Request
     body: bytes

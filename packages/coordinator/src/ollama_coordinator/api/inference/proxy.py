@@ -1,7 +1,7 @@
 """The request path, in the order a request meets it.
 
 Read the routing fields; lease a place; open the upstream; relay until either side ends; settle the
-lease with what was learned; or answer the error in the client's dialect. Bodies pass as they are.
+lease with the outcome; or answer the error in the client's dialect. Bodies pass as they are.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from .request import (
 from .unload import make_room, unload_everywhere
 
 OF_THE_CLOUD = (":cloud", "-cloud")
-"""How the routing key of a model ends that ollama.com runs."""
+"""The ends of the routing keys of models that ollama.com runs."""
 
 
 class Proxy:
@@ -87,7 +87,7 @@ class Proxy:
     async def _prepare(
         self, request: Request, routing: Routing, scope: Scope, body: bytes, send: Send
     ) -> Call:
-        """The request as it goes on: who holds its model is asked here, and in the scheduler."""
+        """The request as it goes on. Its model's holders are found here, and by the scheduler."""
         holders = self._registry.holders(request.model)
         if not holders:
             # Perhaps pulled a moment ago on an agent that does not report its models by itself.
@@ -97,7 +97,7 @@ class Proxy:
         if request.model.endswith(OF_THE_CLOUD):
             offered = await self._cloud.offer(request.model, request.name, holders)
         fitted = await self._context_fit.fit(self._route, request, body, [*holders, *offered])
-        # What ollama.com has in its memory is no affair of the fleet's.
+        # A model at ollama.com is not in any agent's memory.
         unloads = routing.unload_only and not (offered and not holders)
         headers = to_ollama(scope["headers"])
         return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted.note)
@@ -153,7 +153,7 @@ class Proxy:
             return await relay.broken(exc)
 
     async def _answer_failure(self, call: Call, failure: Failure) -> None:
-        """Every agent failed: the last one's own words, or what happened on the way to it."""
+        """Every agent failed: answer with the last one's refusal, or why it was not reached."""
         if failure.status:
             await send_whole(call.send, failure.status, failure.headers, failure.body)
             return

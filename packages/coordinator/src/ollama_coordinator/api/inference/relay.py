@@ -34,7 +34,7 @@ STREAMED = ("application/x-ndjson", "text/event-stream")
 
 
 class Failure(Struct, frozen=True):
-    """Why an attempt came to nothing before the client saw a byte, and what it answered, if so."""
+    """Why an attempt failed before the client saw a byte, and the agent's answer, if any."""
 
     outcome: Outcome
     status: int = 0
@@ -43,9 +43,9 @@ class Failure(Struct, frozen=True):
 
 
 class Call(Struct, frozen=True):
-    """One request on its way: where it came in, what it is, and the way back to the client.
+    """One request on its way: its route, the request, and the way back to the client.
 
-    `unloads`: it only asks to drop the model from memory. `note`: what was done to it, if anything.
+    `unloads`: it only asks to drop the model from memory. `note`: how it was changed, if it was.
     """
 
     route: InferenceRoute
@@ -159,7 +159,7 @@ class Relay:
         return Failure(outcome, 500, [(b"content-type", b"application/json")], first)
 
     async def broken(self, error: UpstreamError) -> Failure | None:
-        """The agent broke off: try another while the client has seen nothing, else tell it."""
+        """The agent broke off: a `Failure` if the client has seen nothing, else an error record."""
         if isinstance(error, RequestCancelled):
             await self._cancelled(error)
             return None
@@ -178,11 +178,11 @@ class Relay:
         if self._records.count:
             await self._finish(error_record(self._call.route, reason))
         # An answer without records has no place for an error: it ends unfinished, and the server
-        # then closes the connection, which tells the client.
+        # then closes the connection, by which the client knows.
         return None
 
     async def _cancelled(self, error: RequestCancelled) -> None:
-        """An operator ended the request: the client learns so, the agent is not blamed."""
+        """An operator ended the request: the client gets an error, the agent is not blamed."""
         self._held.outcome = Outcome(Result.CANCELLED, str(error))
         if not self._started:
             raise error
@@ -231,7 +231,7 @@ class Records:
         self.count = 0
 
     def feed(self, chunk: bytes) -> bytes:
-        """The bytes that may go on now: what was held back and `chunk`, up to the last end."""
+        """The bytes that may go on now: those held back and `chunk`, up to the last end."""
         data = self._held + chunk if self._held else chunk
         if data.endswith(self._separator):
             self._held = b""
@@ -248,5 +248,5 @@ class Records:
 
     @property
     def rest(self) -> bytes:
-        """What came after the last end of a record, once the stream has ended."""
+        """The bytes after the last end of a record, once the stream has ended."""
         return self._held

@@ -1,4 +1,6 @@
-"""What routing reads of a request; its bytes stay as the client sent them.
+"""A request as it comes in: its body, its routing fields, and the scheduler's view of it.
+
+Its bytes stay as the client sent them.
 
 Ollama's decoder (Go) takes keys in any letter case, ignores what follows the first JSON value, and
 lets the last of several equal keys win; so does the slow path here. Every field but the model's
@@ -100,7 +102,7 @@ def _decompress(body: bytes) -> bytes:
     return plain
 
 
-# ── what routing reads ────────────────────────────────────────────────────────────────────────
+# ── the routing fields ────────────────────────────────────────────────────────────────────────
 
 ABSENT = Raw()
 
@@ -138,7 +140,7 @@ _NOTHING = re.compile(rb'|""|null|\[\s*\]')
 
 
 class Routing(Struct, frozen=True):
-    """What the scheduler wants to know of a request; see `scheduler.Request`."""
+    """The fields of a request that the scheduler uses; see `scheduler.Request`."""
 
     name: str
     prompt_tokens: int = 0
@@ -164,7 +166,7 @@ _integer = msgspec.json.Decoder(int | None)
 
 
 def read_routing(route: InferenceRoute, body: bytes) -> Routing:
-    """Read the model's name and what the estimates need.
+    """Read the model's name and the fields for the estimates.
 
     Raises:
         HttpError: the body is empty or not JSON, or the model's name is missing or not a text;
@@ -243,7 +245,7 @@ _RAW = tuple(name for name in _Fields.__struct_fields__ if name != "model")
 
 
 def _read_plainly(body: bytes) -> _Fields | None:
-    """The fast path; `None` for what Go reads in ways of its own, such as `Model` for `model`."""
+    """The fast path; `None` for a body that Go reads otherwise, such as `Model` for `model`."""
     try:
         given = _object.decode(body)
         for key in given:
@@ -256,7 +258,7 @@ def _read_plainly(body: bytes) -> _Fields | None:
 
 
 def _read_as_go_does(route: InferenceRoute, body: bytes) -> _Fields:
-    """The slow path, for what the fast one cannot read or finds no name in."""
+    """The slow path, for a body that the fast one cannot read, or finds no name in."""
     native = route.dialect is Dialect.NATIVE
     fields = read_fields(body, route.go_type, "missing request body" if native else "EOF")
     known: dict[str, Any] = {
@@ -288,7 +290,7 @@ def schedulable(route: InferenceRoute, routing: Routing, scope: Scope, now: floa
 
     Raises:
         InvalidModelName: the model's name cannot be one, and the route says so.
-        HttpError: the same on a route that only says that there is no such model; a wrong header.
+        HttpError: the same on a route that answers 404 to it; a header that is wrong.
     """
     headers, client = dict(scope["headers"]), scope.get("client")
     lane = Lane.EMBEDDING if route.kind is Kind.EMBED else LANES.get(headers.get(LANE, b""))

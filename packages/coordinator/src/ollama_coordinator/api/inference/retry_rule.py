@@ -1,7 +1,7 @@
 """The rule for retries: which answers of an agent another agent may give better.
 
 Only before the client has seen a byte. An error of the client's own making would be the same
-everywhere and is passed on; what says that *this agent* cannot is tried elsewhere.
+everywhere and is passed on; an error that only *this agent* makes is tried elsewhere.
 """
 
 import json
@@ -34,18 +34,18 @@ def retryable(status: int, body: bytes) -> Outcome | None:
     if status < 400:
         return None
     text = error_text(body)
-    told = f"answered {status}: {text}" if text else f"answered {status} with no text"
+    reason = f"answered {status}: {text}" if text else f"answered {status} with no text"
     if status == 403 and not body.strip():
         # Ollama's Host check: it is bound to loopback and does not take our name for it.
-        return Outcome(Result.UNREACHABLE, f"{told}; set OLLAMA_HOST=0.0.0.0 on that machine")
+        return Outcome(Result.UNREACHABLE, f"{reason}; set OLLAMA_HOST=0.0.0.0 on that machine")
     if status == 404 and body.startswith(b"404 page not found"):
         return Outcome(Result.BUSY, "its Ollama is too old for this route")
     if status == 404:
-        return Outcome(Result.MODEL_MISSING, told) if "not found" in text else None
+        return Outcome(Result.MODEL_MISSING, reason) if "not found" in text else None
     if status in (429, 499, 502, 503, 504):
-        return Outcome(Result.BUSY, told)
+        return Outcome(Result.BUSY, reason)
     if status == 500 and cannot_run(text):
-        return Outcome(Result.MODEL_FAILED, told)
+        return Outcome(Result.MODEL_FAILED, reason)
     return None
 
 

@@ -23,7 +23,7 @@ async def unload_everywhere(parts: Parts, call: Call) -> None:
 
     Raises:
         HttpError: no agent has the model.
-        HoldersUnavailable: those that have it are away.
+        HoldersUnavailable: those that have it cannot be asked now.
         Unreachable: none of them answered.
     """
     request = call.request
@@ -38,12 +38,12 @@ async def unload_everywhere(parts: Parts, call: Call) -> None:
         if isinstance(answer, Answer) and answer.status == 200:
             parts.registry.note_unloaded(answer.agent, request.model)
     parts.dispatch.plan()
-    told = _most_telling(answers)
-    await send_whole(call.send, told.status, [(b"content-type", JSON.encode())], told.body)
+    answer = _best(answers)
+    await send_whole(call.send, answer.status, [(b"content-type", JSON.encode())], answer.body)
 
 
 async def make_room(parts: Parts, agent: AgentState, keys: Iterable[str]) -> None:
-    """Have an agent drop models before another is loaded; what does not answer is left."""
+    """Have an agent drop models before another is loaded; gives up where it does not answer."""
     for key in keys:
         row = agent.inventory.available.get(key)
         if row is None:
@@ -53,7 +53,7 @@ async def make_room(parts: Parts, agent: AgentState, keys: Iterable[str]) -> Non
             async with asyncio.timeout(MAKE_ROOM_SECONDS):
                 await parts.queries.ask(agent, "POST", "/api/generate", body)
         except (Unreachable, TimeoutError):
-            # The request that comes next meets the same trouble, and knows what to do about it.
+            # The request itself meets the same trouble next, and is retried elsewhere.
             return
         parts.registry.note_unloaded(agent, key)
 
@@ -65,7 +65,7 @@ def _loaded_on(parts: Parts, key: str) -> list[AgentState]:
     return parts.queries.reachable(loaded)
 
 
-def _most_telling(answers: list[Answer | Unreachable]) -> Answer:
+def _best(answers: list[Answer | Unreachable]) -> Answer:
     """A success before a refusal before silence."""
     given = [answer for answer in answers if isinstance(answer, Answer)]
     if not given:

@@ -1,1 +1,1 @@
-"""Ollama's surface around models: lists, details, files, transfers, and what is ollama.com's."""
+"""Ollama's routes around models: lists, details, transfers and files, and ollama.com."""

@@ -1,4 +1,4 @@
-"""What belongs to ollama.com: the cloud's state, the account of a key, search, recommendations."""
+"""The routes that lead to ollama.com: cloud state, account, search, recommendations."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,8 +38,8 @@ class CloudApi:
         """`POST /api/experimental/web_search` and `web_fetch`: by an agent with the cloud on."""
         body = await own_body(request)
         path = request.url.path
-        what = f"web {'search' if path.endswith('search') else 'fetch'} is"
-        return _passed_on(await self._cloud.ask("POST", path, body, what=what))
+        subject = f"web {'search' if path.endswith('search') else 'fetch'} is"
+        return _passed_on(await self._cloud.ask("POST", path, body, subject=subject))
 
     async def recommendations(self, request: Request) -> Response:
         """`GET /api/experimental/model-recommendations`: any agent's, else none."""

@@ -1,8 +1,8 @@
-"""What a list tells of each model, made once for each change of it.
+"""The lists of models as one Ollama has them, and of the fleet; no agent is asked for them.
 
-A fleet of a thousand machines has a hundred thousand models on its disks. What is told of a name is
-kept until the registry's revision of the name is another; what has to be made anew is made in
-slices, between which streams go on.
+A fleet of a thousand machines has a hundred thousand models on its disks. A model's row is kept
+until the registry's revision of its name is another. New rows are made in slices, between which
+streams go on.
 """
 
 import asyncio
@@ -39,10 +39,10 @@ Row = TypeVar("Row")
 
 
 class KeptList(Generic[Row]):
-    """One list of the fleet's models.
+    """One list of the fleet's models, in one form or several.
 
-    `make` tells of one model by its routing key, `None` when the last agent lost it a moment ago;
-    `write` makes bodies of all of them, in order of their keys.
+    `make` returns the row of a routing key, `None` when no agent has the model any more. `write`
+    returns the bodies of the answers, made of all rows in order of their keys.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class KeptList(Generic[Row]):
         self._making = asyncio.Lock()
 
     async def bodies(self) -> tuple[bytes, ...]:
-        """The list as it is answered, in each of its forms."""
+        """The body of the list in each of its forms."""
         async with self._making:
             changes = self._registry.changes
             if changes != self._changes:
                 await self._remake()
-                # What changed meanwhile is left for the next who asks.
+                # A change meanwhile is left for the next call.
                 self._changes = changes
         return self._bodies
 
@@ -112,7 +112,7 @@ class FleetModel(Struct, frozen=True):
 
 
 def fleet_model(registry: Registry, key: str) -> FleetModel:
-    """One model of the fleet, which somebody has."""
+    """The row of a model that at least one agent has."""
     copies = registry.copies(key)
     holders = [agent.id for agent in registry.holders(key)]
     groups = contents(copies)
@@ -197,9 +197,9 @@ class ListsApi:
         _, openai = await self._lists.bodies()
         return _v1(openai)
 
-    @operation("Every model of the fleet, and who has it", gives={200: FleetModels})
+    @operation(gives={200: FleetModels})
     async def fleet(self, request: Request) -> Response:
-        """`GET /api/models`: every model with its contents, who has it, and where it is loaded."""
+        """Every model of the fleet, and who has it."""
         (body,) = await self._fleet.bodies()
         return Response(body, media_type=JSON)
 
@@ -212,8 +212,10 @@ class ListsApi:
             return error_reply(exc, Dialect.OPENAI)
         row = _preferred_row(self._registry, key)
         if row is None and ModelName.parse(name).runs_in_the_cloud:
-            told = await self._cloud.ask_of_model("GET", f"/v1/models/{quote(name, safe=':')}")
-            return Response(told.body, told.status, media_type="application/json")
+            of_the_cloud = await self._cloud.ask_of_model(
+                "GET", f"/v1/models/{quote(name, safe=':')}"
+            )
+            return Response(of_the_cloud.body, of_the_cloud.status, media_type="application/json")
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
         return _v1(msgspec.json.encode({**_openai_row(row), "id": name}))
@@ -251,7 +253,7 @@ def _write_fleet(models: Iterable[bytes]) -> tuple[bytes]:
 
 
 def _preferred_row(registry: Registry, key: str) -> AvailableRow | None:
-    """The newest row of the preferred content; `None` where nobody has the model."""
+    """The newest row of the preferred content; `None` where no agent has the model."""
     rows = [agent.inventory.available[key] for agent in registry.holders(key)]
     return newest(rows) if rows else None
 
@@ -276,8 +278,8 @@ def _lowest(agents: Iterable[AgentState]) -> str | None:
 def _merge(rows: list[LoadedRow]) -> tuple[datetime, bytes]:
     """One row of `/api/ps` for a model that several agents have in memory, and its expiry.
 
-    Sizes add up (the command line shows their ratio), the context is the smallest: who sizes a
-    prompt by it must fit everywhere.
+    Sizes add up (the command line shows their ratio), the context is the smallest: a prompt
+    of that size fits everywhere.
     """
     latest = max(rows, key=lambda row: row.model.expires_at or LONG_AGO)
     expires_at = latest.model.expires_at or LONG_AGO
@@ -293,17 +295,17 @@ def _merge(rows: list[LoadedRow]) -> tuple[datetime, bytes]:
 
 
 UNKNOWN = "0.0.0"
-"""What a development build of Ollama reports; clients draw no conclusion from it."""
+"""The version of a development build of Ollama; nothing follows from it."""
 
 
 def version_key(version: str) -> tuple[list[int], str]:
-    """What sorts versions; a release candidate counts as its release."""
+    """The key that sorts versions; a release candidate counts as its release."""
     numbers = version.strip().lstrip("v").partition("-")[0].split(".")
     return [int(number) if number.isdecimal() else 0 for number in numbers], version
 
 
 def lowest(versions: Iterable[str]) -> str | None:
-    """The lowest of the versions that say something."""
+    """The lowest of the known versions."""
     known = [version for version in versions if version not in (UNKNOWN, "")]
     return min(known, key=version_key, default=None)
 

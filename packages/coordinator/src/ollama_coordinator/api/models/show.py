@@ -1,4 +1,4 @@
-"""`POST /api/show`: what a model is, as one of its holders describes it."""
+"""`POST /api/show`: what a model is, from one of its holders."""
 
 from starlette.requests import Request
 from starlette.responses import Response

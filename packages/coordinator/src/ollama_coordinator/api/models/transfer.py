@@ -35,11 +35,11 @@ DETACH = "x-ollama-coordinator-detach"
 """Our own headers on Ollama's routes; `?placement=` and `?detach=` are the same."""
 
 SILENCE_SECONDS = 5.0
-"""How long a client that sends a file nobody needs may send nothing before it is given up."""
+"""How long a client may pause in a file that is not needed before its request ends."""
 
 
 class TransferApi:
-    """The handlers of Ollama's routes that change what is on disks."""
+    """The handlers of Ollama's routes that change models on disks."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -74,7 +74,7 @@ class TransferApi:
         return self._respond(request, command, self._targets.default, found, stream=stream)
 
     async def create(self, request: Request) -> ProgressResponse:
-        """`POST /api/create`: on the agents that have what it is made from."""
+        """`POST /api/create`: on the agents that have its source and its files."""
         body = await own_body(request)
         fields = read_fields(body, "api.CreateRequest")
         name, source = fields.model(), fields.text("from")
@@ -131,7 +131,7 @@ class TransferApi:
         return Response(status_code=201)
 
     async def _is_there(self, request: Request) -> bool:
-        """Whether the file waits here, or lies wherever a model would be created."""
+        """Whether the file is here, or on every agent that would create a model of it."""
         digest = digest_of(request.path_params["digest"])
         if self._uploads.size(digest) is not None:
             return True
@@ -157,10 +157,10 @@ class TransferApi:
 
 
 def placement_of(request: Request, default: Placement) -> Placement:
-    """Where a request wants it, else where the operator does.
+    """The placement that a request asks for, else the operator's.
 
     Raises:
-        WrongPlacement: the request's wish is not understood.
+        WrongPlacement: the request's cannot be understood.
     """
     wish = request.headers.get(PLACEMENT) or request.query_params.get("placement")
     return Placement.parse(wish) if wish else default
@@ -215,7 +215,7 @@ async def copies(parts: Parts, name: str) -> list[AgentState]:
 
     Raises:
         HttpError: 404, none has.
-        HoldersUnavailable: those that have it are away, and so is everybody else.
+        HoldersUnavailable: those that have it cannot be asked now.
     """
     found = parts.targets.copies(model_key(name))
     if found:
@@ -243,12 +243,12 @@ async def _settled(parts: Parts, operation: Operation) -> None:
 class Unread(Response):
     """200 at once, to a client that is still sending.
 
-    What it sends on is thrown away: many clients read the answer only when they have sent all,
-    and to close the connection under them would lose it.
+    The rest is thrown away: many clients read the answer only once they have sent everything, and
+    closing their connection earlier would lose it.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, then listen until the client has finished, left or fallen silent."""
+        """Answer, then read until the client has finished, left or paused too long."""
         headers = [(b"content-length", b"0")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": True})

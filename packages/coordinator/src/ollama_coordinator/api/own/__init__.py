@@ -1,1 +1,1 @@
-"""Our own routes: agents, operations, what was and is, and the dashboard."""
+"""Our own routes: agents, operations, requests, history, settings, and the dashboard."""

@@ -1,4 +1,4 @@
-"""`/api/agents`: registration, the list, what an operator does to one agent, and its log."""
+"""`/api/agents`: registration, the list, an operator's settings of one agent, and its log."""
 
 from typing import Annotated, Any
 from uuid import uuid4
@@ -39,7 +39,7 @@ class SettingsPatch(Struct, frozen=True):
 
 
 class ModelOnAgent(Struct, frozen=True):
-    """One model on an agent's disk, and what is predicted of it there."""
+    """One model on an agent's disk, and the prediction of its speed there."""
 
     name: str
     size: int
@@ -78,13 +78,13 @@ class AgentsApi:
         self._clock = parts.clock
 
     @operation(
-        "Register a machine, or renew its registration",
-        takes=RegisterRequest,
-        gives={200: RegisterReply, 201: RegisterReply},
-        errors=(409, 503),
+        takes=RegisterRequest, gives={200: RegisterReply, 201: RegisterReply}, errors=(409, 503)
     )
     async def register(self, request: Request) -> Response:
-        """`POST /api/agents`: 201 `registered`, or 200 `updated` for a machine already known."""
+        """Register a machine, or renew its registration.
+
+        201 `registered`, or 200 `updated` for a machine that is known already.
+        """
         wanted = await decode(_register, request)
         now = self._clock.now()
         new_id = AgentId(str(uuid4()))
@@ -97,30 +97,25 @@ class AgentsApi:
         status = "registered" if done.created else "updated"
         return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
 
-    @operation("Every agent, by name", gives={200: list[AgentView]})
+    @operation(gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:
-        """`GET /api/agents`: every agent, living or not, by name."""
+        """Every agent, by name."""
         slices, rows = Slices(), []
         for agent in sorted(self._registry, key=lambda agent: (agent.name, agent.id)):
             await slices.pause()
             rows.append(msgspec.json.encode(self._view(agent)))
         return Response(b"[" + b",".join(rows) + b"]", media_type=JSON)
 
-    @operation("One agent", gives={200: AgentView}, errors=(404,))
+    @operation(gives={200: AgentView}, errors=(404,))
     async def show(self, request: Request) -> Response:
-        """`GET /api/agents/{id}`: with what it has to do with models."""
+        """One agent, with the operations that concern it."""
         agent = self._registry.get(request.path_params["agent_id"])
         operations = self._operations.of_agent(agent.id)
         return reply(structs.replace(self._view(agent), operations=operations))
 
-    @operation(
-        "Change what an operator sets of an agent",
-        takes=SettingsPatch,
-        gives={200: AgentView},
-        errors=(404, 503),
-    )
+    @operation(takes=SettingsPatch, gives={200: AgentView}, errors=(404, 503))
     async def change(self, request: Request) -> Response:
-        """`PATCH /api/agents/{id}`: name, labels, notes, drain or resume; kept across restarts."""
+        """Change the operator's settings of an agent; they are kept across restarts."""
         agent = self._registry.get(request.path_params["agent_id"])
         patch = await decode(_patch, request)
         changes: dict[str, Any] = {
@@ -133,22 +128,18 @@ class AgentsApi:
         self._dispatch.plan()
         return reply(self._view(agent))
 
-    @operation("Forget an agent", gives={204: None}, errors=(404, 503))
+    @operation(gives={204: None}, errors=(404, 503))
     async def remove(self, request: Request) -> Response:
-        """`DELETE /api/agents/{id}`: forget it; its streams end as they would have."""
+        """Forget an agent; its requests in flight end as they would have."""
         agent = self._registry.remove(AgentId(request.path_params["agent_id"]))
         await self._agent_store.forget(agent.id)
         log_event("agent removed", agent)
         self._dispatch.plan()
         return Response(status_code=204)
 
-    @operation(
-        "An agent's models with what is predicted of them, and what was logged about it",
-        gives={200: AgentDetails},
-        errors=(404,),
-    )
+    @operation(gives={200: AgentDetails}, errors=(404,))
     async def details(self, request: Request) -> Response:
-        """`GET /api/agents/{id}/details`: its models, with predictions, and its events."""
+        """An agent's models with their predictions, and the events logged about it."""
         agent = self._registry.get(request.path_params["agent_id"])
         return reply(
             AgentDetails(
@@ -158,21 +149,16 @@ class AgentsApi:
             )
         )
 
-    @operation("An agent's own log, while somebody looks", gives={200: LogView}, errors=(404,))
+    @operation(gives={200: LogView}, errors=(404,))
     async def log(self, request: Request) -> Response:
-        """`GET /api/agents/{id}/log`: its lines so far; a first question makes the agent send."""
+        """An agent's own log; its first lines come some seconds after the first question."""
         agent = self._registry.get(request.path_params["agent_id"])
         sends = agent.registration.agent_version is not None
         return reply(self._logs.look(agent.id, self._clock.now(), sends=sends))
 
-    @operation(
-        "Send what was asked for of an agent's log",
-        takes=LogReport,
-        gives={204: None},
-        errors=(404,),
-    )
+    @operation(takes=LogReport, gives={204: None}, errors=(404,))
     async def take_log(self, request: Request) -> Response:
-        """`POST /api/agents/{id}/log`: the agent sends what was wanted."""
+        """Take the lines of an agent's log, from the agent itself."""
         agent = self._registry.get(request.path_params["agent_id"])
         report = await decode(_log_report, request)
         now = self._clock.now()

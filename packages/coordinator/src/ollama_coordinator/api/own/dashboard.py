@@ -21,7 +21,7 @@ from ollama_coordinator.parts import Parts
 EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
-    # Reverse proxies buffer what they do not know to be a stream.
+    # Reverse proxies buffer a body unless they know that it is a stream.
     "x-accel-buffering": "no",
     "x-content-type-options": "nosniff",
 }
@@ -36,12 +36,9 @@ class DashboardApi:
             return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
         return Response("Ollama is running", media_type="text/plain")
 
-    @operation(
-        "The dashboard and its files",
-        gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")},
-    )
+    @operation(gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")})
     async def page(self, request: Request) -> Response:
-        """`GET /dashboard` and the files below it."""
+        """The dashboard and its files."""
         path = request.path_params.get("path") or "index.html"
         file = all_files().get(path)
         if file is None:
@@ -53,7 +50,7 @@ class EventsApi:
     """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
 
     operation = Operation(
-        "What changes in the fleet, as server-sent events", gives={200: Media("text/event-stream")}
+        "Changes of the fleet, as server-sent events", gives={200: Media("text/event-stream")}
     )
 
     def __init__(self, parts: Parts) -> None:

@@ -1,4 +1,4 @@
-"""`POST /api/health`, the agents' heartbeats; `/healthz` and `/readyz` for those who run us."""
+"""`POST /api/health`, the agents' heartbeats; `/healthz`, `/readyz`, the coordinator's health."""
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -15,7 +15,7 @@ _report = msgspec.json.Decoder(HealthReport)
 
 
 class HealthView(Struct, frozen=True):
-    """`GET /healthz`: whether the coordinator works, and what it would complain about."""
+    """`GET /healthz`. `status` is ok or stopping; `database` is ok or its problem."""
 
     status: str
     agents: int
@@ -34,11 +34,9 @@ class HealthApi:
         self._dispatch = parts.dispatch
         self._clock = parts.clock
 
-    @operation(
-        "A heartbeat of an agent", takes=HealthReport, gives={200: HealthReply}, errors=(404,)
-    )
+    @operation(takes=HealthReport, gives={200: HealthReply}, errors=(404,))
     async def heartbeat(self, request: Request) -> Response:
-        """`POST /api/health`: 404 for an unknown agent, which then registers again."""
+        """A heartbeat of an agent; one that is not known gets 404, and registers again."""
         report = await decode(_report, request)
         before = self._registry.get(report.agent_id)
         was_running, tags = before.ollama_running, before.inventory.tags
@@ -64,19 +62,19 @@ class HealthApi:
         return reply(answer)
 
     def _problem(self, agent: AgentState, now: float) -> str | None:
-        """What keeps requests from an agent, or mixes it up with another, and it cannot see."""
+        """Why an agent gets no requests, or which other agent has its identity."""
         if agent.ollama_running and (reason := agent.out_of_rotation()) is not None:
             return f"it sends no requests to {agent.url}: {reason}"
         return self._registry.conflict(agent, now)
 
-    @operation("Whether the coordinator works", gives={200: HealthView})
+    @operation(gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:
-        """`GET /healthz`: 200 as long as the process serves."""
+        """Whether the coordinator works; 200 as long as it serves."""
         return reply(self._view())
 
-    @operation("Whether it takes requests", gives={200: HealthView, 503: HealthView})
+    @operation(gives={200: HealthView, 503: HealthView})
     async def readyz(self, request: Request) -> Response:
-        """`GET /readyz`: 503 once the coordinator is stopping."""
+        """Whether the coordinator takes requests; 503 once it is stopping."""
         return reply(self._view(), 503 if self._parts.stopping else 200)
 
     def _view(self) -> HealthView:

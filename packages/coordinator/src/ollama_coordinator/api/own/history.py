@@ -1,4 +1,4 @@
-"""`/api/history` and `/api/statistics`: what has been, request by request and over time."""
+"""`/api/history`, `/api/statistics`: finished requests, one by one and as numbers over time."""
 
 import csv
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -51,7 +51,7 @@ class HistoryPage(Struct, frozen=True):
 
 
 class Choices(Struct, frozen=True):
-    """`GET /api/history/choices`: what finished requests can be filtered by."""
+    """`GET /api/history/choices`: the values that finished requests can be filtered by."""
 
     model: list[str]
     agent: list[str]
@@ -74,7 +74,6 @@ class HistoryApi:
         self._registry = parts.registry
 
     @operation(
-        "Finished requests, newest first",
         gives={200: HistoryPage},
         query=(
             *FILTERS,
@@ -84,30 +83,25 @@ class HistoryApi:
         errors=(400, 503),
     )
     async def list(self, request: Request) -> Response:
-        """`GET /api/history`: finished requests, newest first; `next` leads to the older ones."""
+        """Finished requests, newest first; `next` leads to the older ones."""
         limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
         wanted, after = self._filter(request), _cursor(request.query_params.get("after"))
         rows, cursor = await self._history.page(wanted, limit=int(limit), after=after)
         following = f"{cursor.finished_ms}.{cursor.seq}" if cursor is not None else None
         return reply(HistoryPage(rows, following))
 
-    @operation(
-        "The models, agents and clients to filter by",
-        gives={200: Choices},
-        errors=(503,),
-    )
+    @operation(gives={200: Choices}, errors=(503,))
     async def choices(self, request: Request) -> Response:
-        """`GET /api/history/choices`: the models, agents and clients to filter by."""
+        """The models, agents and clients to filter by."""
         return reply(Choices(**await self._history.choices()))
 
     @operation(
-        "All finished requests that the filters let through, as a file",
         gives={200: (Media("text/csv"), Media("application/json", Export))},
         query=(*FILTERS, Query("format", "of the file", Literal["csv", "json"])),
         errors=(400, 503),
     )
     async def export(self, request: Request) -> Response:
-        """`GET /api/history/export?format=csv|json`: everything the filters let through."""
+        """All finished requests that the filters let through, as a file."""
         form = request.query_params.get("format", "csv")
         if form not in ("csv", "json"):
             raise HttpError(400, f"format={form} is not known: give csv or json")
@@ -118,7 +112,6 @@ class HistoryApi:
         return StreamingResponse(lines, media_type=kind, headers={"content-disposition": name})
 
     @operation(
-        "Numbers over time, of the fleet or of one agent",
         gives={200: Statistics},
         query=(
             Query("minutes", "how far back", Minutes),
@@ -127,7 +120,7 @@ class HistoryApi:
         errors=(400, 404, 503),
     )
     async def statistics(self, request: Request) -> Response:
-        """`GET /api/statistics`: the fleet's numbers, or an agent's, as the points of a chart."""
+        """Numbers over time, of the fleet or of one agent."""
         minutes = _number(request, "minutes", 60.0, SHORTEST_MINUTES, LONGEST_MINUTES)
         agent = request.query_params.get("agent")
         name = self._registry.get(agent).id if agent else ""

@@ -38,7 +38,7 @@ class NewOperation(Struct, frozen=True):
 
 
 class PendingView(Struct, frozen=True):
-    """What an agent does when it is back."""
+    """One deferred operation: an agent carries it out when it is back."""
 
     agent_id: AgentId
     agent: str
@@ -48,7 +48,7 @@ class PendingView(Struct, frozen=True):
 
 
 class Overview(Struct, frozen=True):
-    """`GET /api/operations`: under way and ended, newest first; and what is owed."""
+    """`GET /api/operations`: operations, newest first; and the deferred ones."""
 
     operations: list[OperationView]
     pending: list[PendingView]
@@ -65,58 +65,44 @@ class OperationsApi:
         self._operations = parts.operations
         self._targets = parts.targets
 
-    @operation(
-        "Start an operation on a model; a delete is answered when it has ended",
-        takes=NewOperation,
-        gives={202: OperationView},
-        errors=(404, 503),
-        relays=True,
-    )
+    @operation(takes=NewOperation, gives={202: OperationView}, errors=(404, 503), relays=True)
     async def start(self, request: Request) -> Response:
-        """`POST /api/operations`: 202 once it is under way; it goes on whether anybody listens.
+        """Start an operation on a model; a delete is answered when it has ended.
 
-        A delete is waited for: 202 when it has ended, an error where an agent could not.
+        An operation goes on whether a client follows it or not. A delete that fails on an agent is
+        answered with the error.
         """
         wanted = await decode(_new, request)
         ModelName.parse(wanted.model)
         return reply((await self._start(wanted)).view(), 202)
 
     @operation(
-        "The operations on models",
         gives={200: Overview},
         query=(Query("agent", "only those that concern the agent with this id"),),
     )
     async def overview(self, request: Request) -> Response:
-        """`GET /api/operations`: under way and ended, and what agents that are away owe.
-
-        `?agent=ID` is only that agent's.
-        """
+        """The operations under way and ended, newest first, and the deferred ones."""
         agent_id = request.query_params.get("agent")
-        owed = [
+        deferred = [
             PendingView(p.agent_id, self._name(p.agent_id), p.command.kind, p.command.name, p.since)
             for p in self._operations.pending()
             if agent_id in (None, p.agent_id)
         ]
-        return reply(Overview(self._operations.views(agent_id), owed))
+        return reply(Overview(self._operations.views(agent_id), deferred))
 
-    @operation("One operation", gives={200: OperationView}, errors=(404,))
+    @operation(gives={200: OperationView}, errors=(404,))
     async def show(self, request: Request) -> Response:
-        """`GET /api/operations/{id}`."""
+        """One operation."""
         return reply(self._get(request).view())
 
-    @operation(
-        "Its progress in Ollama's format, until it ends",
-        gives={200: Media("application/x-ndjson")},
-        errors=(404,),
-        relays=True,
-    )
+    @operation(gives={200: Media("application/x-ndjson")}, errors=(404,), relays=True)
     async def follow(self, request: Request) -> ProgressResponse:
-        """`GET /api/operations/{id}/progress`: Ollama's progress lines, from where it stands."""
+        """The progress of one operation in Ollama's format, until it ends."""
         return ProgressResponse(self._operations, self._get(request), stream=True)
 
-    @operation("End an operation", gives={200: OperationView}, errors=(404,))
+    @operation(gives={200: OperationView}, errors=(404,))
     async def cancel(self, request: Request) -> Response:
-        """`DELETE /api/operations/{id}`: end it; what is on the agents stays."""
+        """End an operation; what has been done on the agents stays."""
         operation = self._get(request)
         self._operations.cancel(operation)
         await operation.feed.over()

@@ -1,4 +1,4 @@
-"""`/api/requests`, `/api/queue`: what runs and waits; `/api/explain`: where a request would go."""
+"""`/api/requests`, `/api/queue`: live requests; `/api/explain`: where a request would go."""
 
 from typing import Any, Literal
 
@@ -28,17 +28,17 @@ CANCELLED_BY_OPERATOR = "cancelled by the operator of the coordinator"
 
 
 def _detailed(name: str, base: type[Struct], about: str, **fields: Any) -> Any:
-    """A type with the fields of another, some of them told at length, and more."""
+    """A type with the fields of `base`, less those of the names in `fields`, and with these."""
     kept = [(field.name, field.type) for field in structs.fields(base) if field.name not in fields]
-    told = [*kept, *fields.items()]
-    return msgspec.defstruct(name, told, kw_only=True, namespace={"__doc__": about})
+    both = [*kept, *fields.items()]
+    return msgspec.defstruct(name, both, kw_only=True, namespace={"__doc__": about})
 
 
 RequestViews = list[RequestView]
 LivingRequest = _detailed(
     "LivingRequest",
     RequestView,
-    "A living request with every attempt so far, and what would be decided for it `now`.",
+    "A live request with every attempt so far, and the decision that would be made `now`.",
     attempts=list[Attempt],
     now=Decision | None,
 )
@@ -52,7 +52,7 @@ FinishedRequest = _detailed(
 
 
 class RequestsApi:
-    """The handlers of living requests."""
+    """The handlers of live requests."""
 
     def __init__(self, parts: Parts) -> None:
         self._history = parts.observation.history
@@ -60,14 +60,14 @@ class RequestsApi:
         self._dispatch = parts.dispatch
         self._clock = parts.clock
 
-    @operation("Every living request, the oldest first", gives={200: RequestViews})
+    @operation(gives={200: RequestViews})
     async def list(self, request: Request) -> Response:
-        """`GET /api/requests`: every living request, the oldest first."""
+        """Every live request, the oldest first."""
         return reply(self._journal.views(self._clock.now()))
 
-    @operation("The requests that wait for a place", gives={200: RequestViews})
+    @operation(gives={200: RequestViews})
     async def queue(self, request: Request) -> Response:
-        """`GET /api/queue`: those without a place, next first within each model."""
+        """The requests that wait for a place, next first within each model."""
         waiting = [
             view
             for view in self._journal.views(self._clock.now())
@@ -76,13 +76,9 @@ class RequestsApi:
         waiting.sort(key=lambda view: (view.model, view.position or 0))
         return reply(waiting)
 
-    @operation(
-        "One request, living or over, and why it went where it did",
-        gives={200: Either(LivingRequest, FinishedRequest)},
-        errors=(404, 503),
-    )
+    @operation(gives={200: Either(LivingRequest, FinishedRequest)}, errors=(404, 503))
     async def show(self, request: Request) -> Response:
-        """`GET /api/requests/{id}`: one request, living or over, and why it went where it did."""
+        """One request, live or finished, and why it went where it did."""
         request_id = request.path_params["request_id"]
         entry = self._journal.live.get(request_id)
         if entry is not None:
@@ -95,9 +91,9 @@ class RequestsApi:
             raise _unknown(request_id)
         return reply(_over(kept[0], Raw(kept[1])))
 
-    @operation("End a request", gives={204: None}, errors=(404,))
+    @operation(gives={204: None}, errors=(404,))
     async def cancel(self, request: Request) -> Response:
-        """`DELETE /api/requests/{id}`: its client gets an error, its agent stops working on it."""
+        """End a request: its client gets an error, its agent stops working on it."""
         request_id = request.path_params["request_id"]
         if not self._dispatch.cancel(RequestId(request_id), CANCELLED_BY_OPERATOR):
             raise _unknown(request_id)
@@ -125,7 +121,7 @@ def _unknown(request_id: str) -> HttpError:
 
 
 class ChatRequest(Struct, frozen=True):
-    """What is read of a request of `/api/chat` or `/api/generate`; it may have all their fields."""
+    """A request of `/api/chat` or `/api/generate`; fields that are not here are not read."""
 
     model: str
     messages: list[dict[str, Any]] = []
@@ -134,28 +130,21 @@ class ChatRequest(Struct, frozen=True):
 
 
 class ExplainApi:
-    """The handlers that return what the scheduler predicts."""
+    """The handlers of the scheduler's predictions."""
 
     def __init__(self, parts: Parts) -> None:
         self._scheduler = parts.scheduler
         self._clock = parts.clock
 
-    @operation(
-        "Where a request would go, and why",
-        takes=ChatRequest,
-        gives={200: Decision},
-        errors=(404, 409, 503),
-    )
+    @operation(takes=ChatRequest, gives={200: Decision}, errors=(404, 409, 503))
     async def explain(self, request: Request) -> Response:
-        """The body is one of `/api/chat` or `/api/generate`; the answer a `Decision`."""
+        """Where a request would go, and why; nothing is sent."""
         routing = read_routing(CHAT, await own_body(request))
         now = self._clock.now()
         asked = schedulable(CHAT, routing, request.scope, now)
         return reply(self._scheduler.explain(asked, now))
 
-    @operation(
-        "Learned speeds of every model on every agent", gives={200: list[Estimate]}, errors=(409,)
-    )
+    @operation(gives={200: list[Estimate]}, errors=(409,))
     async def estimates(self, request: Request) -> Response:
-        """`GET /api/estimates`: what is predicted of every model on every agent."""
+        """Learned speeds of every model on every agent."""
         return reply(self._scheduler.estimates())

@@ -1,4 +1,4 @@
-"""`/api/settings`: what the coordinator works with, where it comes from, and changing it."""
+"""`/api/settings`: the settings in force, where each comes from, and changes of them."""
 
 import logging
 from typing import Any
@@ -54,19 +54,14 @@ class SettingsApi:
         self._parts = parts
         self._settings = parts.settings
 
-    @operation("The settings, and where each comes from", gives={200: SettingsView})
+    @operation(gives={200: SettingsView})
     async def list(self, request: Request) -> Response:
-        """`GET /api/settings`."""
+        """The settings, and where each comes from."""
         return reply(SettingsView([self._view(setting) for setting in TABLE.values()]))
 
-    @operation(
-        "Change settings, all or none; null goes back to the default",
-        takes=dict[str, Any],
-        gives={200: SettingsView},
-        errors=(409,),
-    )
+    @operation(takes=dict[str, Any], gives={200: SettingsView}, errors=(409,))
     async def change(self, request: Request) -> Response:
-        """`PATCH /api/settings`: names and new values; a null goes back to the default."""
+        """Change settings, all or none; null goes back to the default."""
         wanted = await decode(_patch, request)
         try:
             self._settings.change(wanted)
