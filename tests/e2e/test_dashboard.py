@@ -15,7 +15,7 @@ pytest.importorskip("playwright")
 
 from playwright.async_api import Route, expect
 
-from ollama_coordinator.own_address import own_address
+from ollama_coordinator_common.network import public_address
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running
 from support.deadline import DEADLINE_SECONDS
@@ -51,7 +51,7 @@ async def test_an_empty_fleet_says_what_to_type(coordinator: Running, visit: Vis
     await visit.page.goto(coordinator.url)
     await expect(visit.page).to_have_url(f"{coordinator.url}/dashboard")
     # The page's own address, 127.0.0.1, would lead another machine to itself.
-    host = own_address(coordinator.parts.settings.config.host) or "THIS-HOST"
+    host = public_address(coordinator.parts.settings.config.host) or "THIS-HOST"
     url = f"http://{host}:{coordinator.url.rpartition(':')[2]}"
     command = f"ollama-coordinator-agent run --coordinator-url {url}"
     await expect(visit.page.locator("main pre")).to_contain_text(command)

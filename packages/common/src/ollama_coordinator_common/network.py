@@ -7,6 +7,12 @@ from collections.abc import Sequence
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+ELSEWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
+"""Addresses of the networks for documentation (RFC 5737, RFC 3849): nobody has them, and the route
+to them is that to anywhere."""
+
+DISCARD_PORT = 9
+
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 
 
@@ -53,3 +59,20 @@ def local_address(remote: Sequence[str], port: int) -> str | None:
         except OSError:
             continue
     return None
+
+
+def public_address(bound: str) -> str | None:
+    """Where other machines reach a server that binds a host, as URLs have it.
+
+    `None`: nowhere, or unknown. A server that binds every address is reached at the one of the
+    route to other networks.
+    """
+    address = parse_address(bound or "0.0.0.0")
+    if address is None:
+        return None if bound == "localhost" else bound
+    if address.is_unspecified:
+        routed = local_address([ELSEWHERE[address.version]], DISCARD_PORT)
+        address = parse_address(routed) if routed else None
+    if address is None or address.is_loopback:
+        return None
+    return f"[{address}]" if address.version == 6 else str(address)

@@ -16,9 +16,9 @@ from msgspec import Struct
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, RequestView
 from ollama_coordinator.operations import Operations
-from ollama_coordinator.own_address import own_address
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Estimate
+from ollama_coordinator_common.network import public_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ class Snapshots:
             "started_at": self._started_at.isoformat(),
             "policy": self._config.policy,
         }
-        if (address := own_address(self._config.host)) is not None:
+        if (address := public_address(self._config.host)) is not None:
             row["address"] = address
         if self._store.problem:
             row["problem"] = self._store.problem

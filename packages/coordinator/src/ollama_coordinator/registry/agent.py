@@ -5,6 +5,7 @@ from datetime import datetime
 
 from msgspec import UNSET, Struct
 
+from ollama_coordinator_common.network import netloc
 from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -84,7 +85,7 @@ class AgentState:
         """Where its Ollama, or the relay before it, is reached; without a trailing slash."""
         host = self.registration.ip_address
         port = self.registration.relay_port or self.registration.ollama_port
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{netloc(host, port)}"
 
     @property
     def ollama_running(self) -> bool:

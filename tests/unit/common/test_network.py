@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ollama_coordinator.own_address import own_address
+from ollama_coordinator_common.network import public_address
 
 
 @pytest.mark.spec("DASH-35")
@@ -20,13 +20,13 @@ from ollama_coordinator.own_address import own_address
     ],
 )
 def test_one_address_is_told_as_it_is_unless_it_is_loopback(bound: str, told: str | None) -> None:
-    assert own_address(bound) == told
+    assert public_address(bound) == told
 
 
 @pytest.mark.spec("DASH-35")
 @pytest.mark.parametrize("bound", ["0.0.0.0", "::", ""])
 def test_of_all_addresses_one_is_told_that_others_can_use(bound: str) -> None:
-    told = own_address(bound)
+    told = public_address(bound)
     if told is not None:  # a machine without a network has none
         address = ip_address(told.strip("[]"))
         assert not address.is_unspecified
