@@ -1,6 +1,7 @@
 """Imports point one way, and the environment has one reader."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_only_one_module_translates_errors_into_statuses() -> None:
         if module.relative_to(COORDINATOR).parts[0] not in ("api", "app.py")
     ]
     assert {module.name for module in below if "api" in from_ours(module)} == set()
+
+
+def test_a_class_name_has_one_meaning_in_all_three_packages() -> None:
+    names = Counter(
+        node.name
+        for package in (COORDINATOR, COMMON, AGENT)
+        for module in package.rglob("*.py")
+        for node in nodes(module)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, times in names.items() if times > 1] == []

@@ -54,7 +54,7 @@ class Either(Struct, frozen=True):
     other: Any
 
 
-class Operation(Struct, frozen=True):
+class RouteDescription(Struct, frozen=True):
     """One method of one path.
 
     `takes` is the type of the body; `gives` the body of each answer by its status: a type, an
@@ -82,17 +82,17 @@ def operation(**declared: Any) -> Callable[[Handler], Handler]:
 
     def declare(handler: Handler) -> Handler:
         summary, _, more = cleandoc(handler.__doc__ or "").partition("\n\n")
-        described = Operation(summary.removesuffix("."), more.replace("\n", " "), **declared)
+        described = RouteDescription(summary.removesuffix("."), more.replace("\n", " "), **declared)
         handler.operation = described  # type: ignore[attr-defined]
         return handler
 
     return declare
 
 
-def operation_of(endpoint: object) -> Operation | None:
+def operation_of(endpoint: object) -> RouteDescription | None:
     """The declaration of a handler; `None` for a route of Ollama's."""
     found = getattr(endpoint, "operation", None)
-    return found if isinstance(found, Operation) else None
+    return found if isinstance(found, RouteDescription) else None
 
 
 SCHEMA_REF = "#/components/schemas/{name}"
@@ -162,7 +162,7 @@ def _ollamas(path: str) -> Json:
     return {**described, "parameters": parameters} if parameters else described
 
 
-def _own(path: str, declared: Operation, types: "_Types") -> Json:
+def _own(path: str, declared: RouteDescription, types: "_Types") -> Json:
     described: Json = {"tags": ["coordinator"], "summary": declared.summary}
     if declared.description:
         described["description"] = declared.description
@@ -180,7 +180,7 @@ def _own(path: str, declared: Operation, types: "_Types") -> Json:
     return described
 
 
-def _responses(declared: Operation, types: "_Types") -> Json:
+def _responses(declared: RouteDescription, types: "_Types") -> Json:
     error = {"application/json": {"schema": types.of(ErrorBody)}}
     responses: Json = {}
     for status, given in declared.gives.items():
@@ -199,7 +199,7 @@ def _responses(declared: Operation, types: "_Types") -> Json:
 class _Types:
     """The schemas of all types that are declared, as components that refer to each other."""
 
-    def __init__(self, declared: Sequence[Operation]) -> None:
+    def __init__(self, declared: Sequence[RouteDescription]) -> None:
         used: list[Any] = [ErrorBody]
         for one in declared:
             used += [query.type for query in one.query]

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.errors import ClientLeft
-from ollama_coordinator.api.http.openapi import Media, Operation, operation
+from ollama_coordinator.api.http.openapi import Media, RouteDescription, operation
 from ollama_coordinator.parts import Parts
 
 EVENT_HEADERS = {
@@ -49,7 +49,7 @@ class DashboardApi:
 class EventsApi:
     """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
 
-    operation = Operation(
+    operation = RouteDescription(
         "Changes of the fleet, as server-sent events", gives={200: Media("text/event-stream")}
     )
 
