@@ -1,4 +1,4 @@
-"""Who exists and in what state; pure: time and facts in, what changed out."""
+"""The registered agents and their state; pure: takes the time and facts, returns what changed."""
 
 from .agent import AgentSettings, AgentState, Cooldown
 from .agent_match import TwoMachines

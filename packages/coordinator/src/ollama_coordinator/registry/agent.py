@@ -1,4 +1,4 @@
-"""One registered agent: what it said of itself, what was met on the way to it, what follows."""
+"""One registered agent: its registration, its reports, its failures, and what follows from them."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +12,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from .inventory import Inventory
 
 LONGEST_COOLDOWN_SECONDS = 30.0
+"""An agent that is repaired gets requests again within half a minute."""
 
 
 class AgentSettings(Struct, frozen=True):
@@ -25,7 +26,7 @@ class AgentSettings(Struct, frozen=True):
 
 
 class Cooldown(Struct, frozen=True):
-    """An agent, or one model of it, is left alone until a probe or a request succeeds.
+    """An agent, or one model of it, gets no requests until a probe or a request succeeds.
 
     `since` is when it last failed, `until` the earliest time of the next try (monotonic seconds).
     """
@@ -41,13 +42,13 @@ def cooldown_after(
 ) -> Cooldown:
     """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s.
 
-    What `began` before the last failure failed with it: a crash is one failure, however many
-    requests it ends.
+    An attempt that `began` before the last failure changes nothing: a crash is one failure, however
+    many requests it ends.
     """
     if previous is not None and began is not None and began <= previous.since:
         return previous
     failures = previous.failures + 1 if previous else 1
-    # A probe fails thousands of times in a night; a float has room for 1023 doublings.
+    # A probe may fail thousands of times; 2.0 ** 1024 overflows.
     doubled = 2.0 ** min(failures - 2, 10)
     wait = first if failures == 1 else min(doubled, LONGEST_COOLDOWN_SECONDS)
     return Cooldown(failures=failures, since=now, until=now + wait, reason=reason)
@@ -55,10 +56,10 @@ def cooldown_after(
 
 @dataclass(slots=True)
 class AgentState:
-    """One agent. `heard_at` is its last sign of life on the monotonic clock of this process.
+    """One agent. `heard_at` is when it was last heard, in monotonic seconds of this process.
 
-    `cooldown` keeps its count of failures after the agent is back in rotation (`resting` false),
-    until a request succeeds; so an agent whose probes pass while its requests fail is tried less
+    `resting`: out of rotation after a failure. `cooldown` keeps its count of failures after that,
+    until a request succeeds: an agent whose probes succeed while its requests fail is tried less
     and less often. `replaced` are the instance ids of processes that later ones have replaced.
     """
 
@@ -77,33 +78,33 @@ class AgentState:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its display name, or else its machine's name."""
         return self.settings.display_name or self.registration.machine_name
 
     @property
     def url(self) -> str:
-        """Where its Ollama, or the relay before it, is reached; without a trailing slash."""
+        """The URL of its Ollama, or of the relay before it; without a trailing slash."""
         host = self.registration.ip_address
         port = self.registration.relay_port or self.registration.ollama_port
         return f"http://{netloc(host, port)}"
 
     @property
     def ollama_running(self) -> bool:
-        """Whether the agent says that its Ollama answers; one that says nothing is believed to."""
+        """Whether the agent reports that its Ollama answers; assumed if it reports nothing."""
         return self.report is None or self.report.ollama_running
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is an Ollama that no agent speaks for: it lives as long as it answers."""
+        """Whether it is a bare Ollama: it has no daemon, and is online as long as it answers."""
         return self.report is None and self.registration.instance_id is None and not self.left
 
     @property
     def brings_inventory(self) -> bool:
-        """Whether its heartbeats list the models; else its Ollama is asked."""
+        """Whether its heartbeats list the models; else the monitor asks its Ollama."""
         return self.report is not None and self.report.tags is not UNSET
 
     def status(self, now: float, timeout: float) -> AgentStatus:
-        """Derived: offline after `timeout` seconds of silence or a goodbye."""
+        """Offline after `timeout` seconds of silence, or when it said that it leaves."""
         if self.left or now - self.heard_at > timeout:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
@@ -144,7 +145,7 @@ class AgentState:
         )
 
     def out_of_rotation(self) -> str | None:
-        """Why a living agent gets no request just now; `None` when it may."""
+        """Why an online agent gets no requests; `None` if it may get some."""
         if not self.ollama_running:
             return "its Ollama does not answer"
         if self.resting and self.cooldown is not None:

@@ -1,7 +1,7 @@
 """The models of one agent, read from its Ollama's own lists.
 
-The rows stay as Ollama wrote them (`raw`), so that what the fleet answers for `/api/tags` keeps
-every field, known here or not; only what routing needs is decoded.
+Each row is kept as Ollama wrote it (`raw`), so that the fleet's `/api/tags` has every field, known
+here or not. Only what routing needs is decoded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ class AvailableRow(Struct, frozen=True):
 
     @property
     def identity(self) -> str:
-        """What tells two contents of one name apart: the digest of the weights where known."""
+        """What distinguishes two contents of one name: the digest of the weights if known."""
         return self.blob or self.model.digest
 
 
 class LoadedRow(Struct, frozen=True):
-    """A model in an agent's memory; `raw` is `None` when it is inferred from a finished request."""
+    """A model in an agent's memory; `raw` is `None` if inferred from a finished request."""
 
     key: str
     model: LoadedModel
@@ -56,7 +56,7 @@ Model = TypeVar("Model", AvailableModel, LoadedModel)
 
 @dataclass(slots=True)
 class Inventory:
-    """What one agent has on disk and in memory, by routing key.
+    """The models that one agent has on disk and in memory, by routing key.
 
     `sampled_at` is when the lists were last read (monotonic seconds), `None` before the first time.
     """
@@ -71,11 +71,11 @@ class Inventory:
 
     @property
     def servable(self) -> Mapping[str, AvailableRow]:
-        """What is on disk, and what ollama.com runs for this agent by name alone."""
+        """The models on disk, and the cloud models that it can pass on without a stub."""
         return {**self.offered, **self.available} if self.offered else self.available
 
     def read_tags(self, tags: bytes, blobs: Mapping[str, str]) -> bool:
-        """Take over a body of `/api/tags`; whether anything on disk differs from before.
+        """Read a body of `/api/tags`; whether anything on disk changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
@@ -93,7 +93,7 @@ class Inventory:
         return True
 
     def read_ps(self, ps: bytes) -> bool:
-        """Take over a body of `/api/ps`; whether anything in memory differs from before.
+        """Read a body of `/api/ps`; whether anything in memory changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
@@ -109,9 +109,9 @@ class Inventory:
         return before != {key: row.model.context_length for key, row in self.loaded.items()}
 
     def note_loaded(self, key: str, context_length: int | None = None) -> bool:
-        """A request of this model just finished here, so it is in memory until a list says no.
+        """A request for this model has finished, so it is in memory until a list says otherwise.
 
-        `context_length` is what it asked for, if anything. Whether this is news.
+        `context_length` is what the request asked for. Returns whether anything changed.
         """
         known, row = self.runner(key), self.available.get(key)
         if known is None and row is not None:
@@ -127,17 +127,17 @@ class Inventory:
 
     @property
     def is_inferred(self) -> bool:
-        """Whether what is in memory was concluded from requests since the last list."""
+        """Whether the models in memory were inferred from requests since the last list."""
         return bool(self.loaded) and not self.ps
 
     def note_unloaded(self, keys: Iterable[str]) -> None:
-        """The models were asked to leave memory."""
+        """The agent was asked to unload these models."""
         for key in keys:
             if self.loaded.pop(key, None) is not None:
                 self.ps = b""
 
     def note_missing(self, key: str) -> None:
-        """The agent itself said that it does not have this model; until its next list."""
+        """The agent answered that it lacks this model; that holds until its next list."""
         if self.available.pop(key, None) is not None:
             self.tags = b""
         self.note_unloaded([key])
@@ -145,12 +145,12 @@ class Inventory:
     def is_loaded(self, key: str) -> bool:
         """Whether the model is in memory, also under another name of the same weights.
 
-        One that ollama.com runs always is, there.
+        Always true for a cloud model without a stub.
         """
         return key in self.offered or self.runner(key) is not None
 
     def runner(self, key: str) -> LoadedRow | None:
-        """What has the model in memory: its own row, or that of another name of its weights."""
+        """The loaded row that serves the model: its own, or that of another name of its weights."""
         mine = self.available.get(key)
         if key in self.loaded or mine is None or not mine.blob:
             return self.loaded.get(key)
@@ -161,7 +161,7 @@ class Inventory:
         return None
 
     def namesakes(self, key: str) -> list[str]:
-        """The routing keys of every name that shares the model's weights, itself included."""
+        """The routing keys of all names with the model's weights, itself included."""
         row = self.available.get(key)
         if row is None or not row.blob:
             return [key]
@@ -171,7 +171,7 @@ class Inventory:
 def _read(
     body: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]
 ) -> list[tuple[bytes, Model]]:
-    """The rows of a list, each as it came and as routing reads it; one without a name is left out.
+    """The rows of a list, raw and decoded; a row without a name is left out.
 
     Raises:
         msgspec.DecodeError: the body is not Ollama's list.
@@ -185,7 +185,7 @@ def _read(
 
 
 def _model(row: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]) -> Model | None:
-    """One row; by its name alone where another field is not what it should be."""
+    """One row; only its name if another field has the wrong type."""
     try:
         return decoder.decode(row)
     except msgspec.DecodeError:
@@ -197,7 +197,7 @@ def _model(row: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]) 
 
 
 def _key(name: str) -> str:
-    """The routing key of a listed name; empty for one that no client could ask for."""
+    """The routing key of a listed name; empty for one that no client can ask for."""
     try:
         return model_key(name)
     except InvalidModelName:

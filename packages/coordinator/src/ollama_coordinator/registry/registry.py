@@ -17,7 +17,7 @@ from .model_index import CloudModels, ModelIndex
 
 
 class UnknownAgent(OllamaCoordinatorError):
-    """No agent has this id; an agent that hears it registers again."""
+    """No agent has this id; an agent that gets this answer registers again."""
 
     def __init__(self, agent_id: str) -> None:
         super().__init__(f'agent "{agent_id}" is not registered; register it with POST /api/agents')
@@ -25,7 +25,7 @@ class UnknownAgent(OllamaCoordinatorError):
 
 
 class Registration(Struct, frozen=True):
-    """What a registration did."""
+    """The agent that a registration created or renewed."""
 
     agent: AgentState
     created: bool
@@ -34,8 +34,8 @@ class Registration(Struct, frozen=True):
 class Registry:
     """The agents by id, and by model. Synchronous and without a clock: `now` is monotonic seconds.
 
-    `changes` grows with everything that can alter a routing decision, so that a reader knows
-    whether what it derived is still true.
+    `changes` grows with everything that can alter a routing decision: what was derived at the same
+    number is still true.
     """
 
     def __init__(self, agent_timeout: float) -> None:
@@ -78,12 +78,12 @@ class Registry:
         """The agent with this id, or `None` when it was removed meanwhile."""
         return self._agents.get(agent_id)
 
-    # ── who exists ────────────────────────────────────────────────────────────────────────────
+    # ── identity ──────────────────────────────────────────────────────────────────────────────
 
     def register(
         self, request: RegisterRequest, new_id: AgentId, at: datetime, now: float
     ) -> Registration:
-        """Add an agent, or renew the one that this machine and Ollama port already have.
+        """Add an agent, or renew the one that `agent_match.match` finds.
 
         Raises:
             TwoMachines: two that are online cannot be told apart.
@@ -106,7 +106,7 @@ class Registry:
         return Registration(known, created=False)
 
     def restore(self, agent: AgentState, now: float) -> None:
-        """Take over an agent from the database, with the time it was last heard."""
+        """Add an agent from the database, as it was when it was last heard."""
         self._agents[agent.id] = agent
         self._machine_ids.add(agent.registration.machine_id, agent.id)
         self._index.relist(agent, {})
@@ -139,10 +139,10 @@ class Registry:
         self.changes += 1
         return agent
 
-    # ── who lives ─────────────────────────────────────────────────────────────────────────────
+    # ── liveness ──────────────────────────────────────────────────────────────────────────────
 
     def heartbeat(self, report: HealthReport, now: float) -> AgentState:
-        """Take over a report; it may carry the models, which the caller has checked to decode.
+        """Take a report, with the lists of models that it may contain.
 
         Raises:
             UnknownAgent: no agent has the reported id, or another process registered as it since.
@@ -171,7 +171,7 @@ class Registry:
         return agent
 
     def conflict(self, agent: AgentState, now: float) -> str | None:
-        """What is wrong with an agent's identity, if another living one has the same."""
+        """What an operator should do about another online agent with the same machine id."""
         others = self._machine_ids.others(agent.registration.machine_id, agent.id)
         if not others or not self.is_online(agent, now):
             return None
@@ -190,13 +190,13 @@ class Registry:
         )
 
     def heard(self, agent: AgentState, now: float) -> None:
-        """A sign of life."""
-        # Its time may be over although nobody has called `expire` since: it comes back all the
-        # same, and who derived something from its absence must learn so.
+        """The agent was heard, by a heartbeat or an answer."""
+        # It may have timed out although `expire` was not called since: it comes back all the same,
+        # and `changes` must show it.
         is_back = not self.is_online(agent, now) or agent.id not in self._online
         agent.heard_at = now
         agent.left = False
-        # An answer may come in after its agent was removed; that one stays gone.
+        # An answer may arrive after its agent was removed: that one stays removed.
         if is_back and agent.id in self._agents:
             self._come(agent.id)
             self.changes += 1
@@ -222,20 +222,20 @@ class Registry:
         self._index.touch(self._agents[agent_id].inventory.available)
 
     def next_expiry(self) -> float | None:
-        """When the next agent goes offline if nothing is heard of it."""
+        """When the next agent goes offline if nothing is heard from it."""
         return min(
             (self._agents[agent_id].heard_at + self.agent_timeout for agent_id in self._online),
             default=None,
         )
 
-    # ── what was met on the way ───────────────────────────────────────────────────────────────
+    # ── failures and successes ────────────────────────────────────────────────────────────────
 
     def fail(
         self, agent: AgentState, reason: str, now: float, *, began: float | None = None
     ) -> None:
-        """Take an agent out of rotation until a probe succeeds; the first may come at once.
+        """Take an agent out of rotation until a probe succeeds; the first probe may come at once.
 
-        `began` is when what failed was sent there, if before.
+        `began` is when the attempt that failed began.
         """
         cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0, began=began)
         if cooldown is not agent.cooldown:
@@ -245,27 +245,27 @@ class Registry:
     def fail_model(
         self, agent: AgentState, key: str, reason: str, now: float, *, began: float | None = None
     ) -> None:
-        """One model does not run on this agent: others are asked first for a while."""
+        """One model does not run on this agent: other agents are preferred during its cooldown."""
         previous = agent.model_cooldowns.get(key)
         agent.model_cooldowns[key] = cooldown_after(previous, reason, now, first=1.0, began=began)
         self.changes += 1
 
     def probed(self, agent: AgentState) -> None:
-        """The agent's Ollama answered a probe: back into rotation."""
+        """The agent's Ollama answered a probe: it is back in rotation."""
         if agent.resting:
             agent.resting = False
             self.changes += 1
 
     def answered(self, agent: AgentState) -> None:
-        """Its Ollama did what it was asked: what had failed before is forgotten."""
+        """Its Ollama did what it was asked: earlier failures are forgotten."""
         if agent.resting:
             self.changes += 1
         agent.cooldown, agent.resting = None, False
 
     def succeeded(self, agent: AgentState, key: str, context_length: int | None = None) -> None:
-        """A request was served: what had failed before is forgotten, and the model is in memory.
+        """A request was served: earlier failures are forgotten, and the model is in memory.
 
-        `context_length` is what the request asked for, if it did.
+        `context_length` is what the request asked for, if anything.
         """
         self.answered(agent)
         agent.model_cooldowns.pop(key, None)
@@ -277,7 +277,7 @@ class Registry:
     def list_models(
         self, agent: AgentState, tags: bytes, blobs: Mapping[str, str], now: float
     ) -> bool:
-        """Take over an agent's `/api/tags`; whether its models changed.
+        """Read an agent's `/api/tags`; whether its models changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
@@ -291,7 +291,7 @@ class Registry:
         return changed
 
     def list_loaded(self, agent: AgentState, ps: bytes, now: float) -> bool:
-        """Take over an agent's `/api/ps`; whether the models in its memory changed.
+        """Read an agent's `/api/ps`; whether the models in its memory changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
@@ -304,7 +304,7 @@ class Registry:
         return changed
 
     def note_missing(self, agent: AgentState, key: str) -> None:
-        """The agent answered that it does not have a model it was listed with."""
+        """The agent answered that it lacks a model that it listed."""
         alike = agent.inventory.namesakes(key)
         agent.inventory.note_missing(key)
         self._cloud.withdraw(key, agent)
@@ -312,60 +312,60 @@ class Registry:
         self._loaded_changed(agent, alike)
 
     def note_unloaded(self, agent: AgentState, key: str) -> None:
-        """The agent was asked to drop a model from memory, with every name of the same weights."""
+        """The agent was asked to unload a model, with every name of the same weights."""
         agent.inventory.note_unloaded(agent.inventory.namesakes(key))
         self._loaded_changed(agent, [key])
 
     def _loaded_changed(self, agent: AgentState, keys: Iterable[str]) -> None:
-        """Models are in memory, or no longer, under every name of their weights."""
+        """These models were loaded or unloaded, with every name of the same weights."""
         for key in keys:
             self._index.touch(agent.inventory.namesakes(key))
         self.changes += 1
 
     def holders(self, key: str) -> list[AgentState]:
-        """Every agent, living or not, that has the preferred content of the model on disk.
+        """Every agent, online or not, that has the preferred content of the model, by id.
 
-        In order of id. Agents that have something else under this name are no holders.
+        Agents with another content under this name are not included.
         """
         return [self._agents[agent_id] for agent_id in self._index.holders(key)]
 
     def offer(self, key: str, name: str, agents: Iterable[AgentId]) -> None:
-        """These agents, and no others, can pass the name of a cloud model on without a stub."""
+        """Exactly these agents can pass the name of a cloud model on without a stub."""
         if self._cloud.make(key, name, agents, self):
             self.changes += 1
 
     def servers(self, key: str) -> list[AgentState]:
-        """Every agent that a request for the model may go to: its holders, and those offered."""
+        """Every agent that may serve the model: its holders, and those that can pass it on."""
         holders = self.holders(key)
         offered = [agent for id in sorted(self._cloud.of(key)) if (agent := self.find(id))]
         return [*holders, *(agent for agent in offered if agent not in holders)]
 
     def copies(self, key: str) -> dict[AgentId, AvailableRow]:
-        """What every agent, living or not, has on disk under this name; in order of id."""
+        """Each agent's row under this routing key, online or not, in order of id."""
         return self._index.copies(key)
 
     def strangers(self, key: str) -> frozenset[AgentId]:
-        """The agents that have another content under this name than the preferred one."""
+        """The agents whose content under this routing key is not the preferred one."""
         return self._index.strangers(key)
 
     def models(self) -> list[str]:
-        """The routing keys of every model in the fleet."""
+        """The routing keys of every model in the fleet, sorted."""
         return self._index.models()
 
     def revision(self, key: str) -> int:
-        """Another number whenever who has a model, or has it in memory, changed."""
+        """A number that differs after every change of who has or has loaded a model; 0: none."""
         return self._index.revision(key)
 
     def is_online(self, agent: AgentState, now: float) -> bool:
-        """Whether the agent lives; one that drains lives too."""
+        """Whether the agent is online; a draining one is."""
         return agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE
 
     def is_reachable(self, agent: AgentState, now: float) -> bool:
-        """Whether its Ollama can be asked something; a draining agent's can."""
+        """Whether its Ollama can be asked something: online or draining, and in rotation."""
         return self.is_online(agent, now) and agent.out_of_rotation() is None
 
     def is_routable(self, agent: AgentState, now: float) -> bool:
-        """Whether a new request may go there."""
+        """Whether it may get a new request: online, not draining, and in rotation."""
         return (
             agent.status(now, self.agent_timeout) is AgentStatus.ONLINE
             and agent.out_of_rotation() is None
@@ -373,6 +373,6 @@ class Registry:
 
 
 def _lasting(report: HealthReport) -> tuple[object, ...]:
-    """What a report tells that is not another thing in every one of them."""
+    """The facts of a report that do not change from one report to the next."""
     memory = [gpu.memory_total_bytes for gpu in report.gpus]
     return report.ollama_running, report.runner, report.memory_total_bytes, memory
