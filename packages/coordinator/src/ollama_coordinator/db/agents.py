@@ -1,4 +1,4 @@
-"""An agent as a row: what is kept of it."""
+"""An agent as a row of the database."""
 
 from datetime import datetime
 
@@ -24,7 +24,7 @@ PUT_AGENT = """
 
 
 class AgentRow(Struct, frozen=True):
-    """One agent as it is kept; `settings` and `blobs` are JSON, `tags` Ollama's own list."""
+    """One agent's row; `settings` and `blobs` are JSON, `tags` is Ollama's own list."""
 
     id: AgentId
     registration: RegisterRequest
@@ -37,7 +37,7 @@ class AgentRow(Struct, frozen=True):
 
 
 def to_columns(row: AgentRow) -> dict[str, object]:
-    """An agent as `PUT_AGENT` takes it."""
+    """The parameters of `PUT_AGENT`."""
     return {
         "id": row.id,
         "registration": msgspec.json.encode(row.registration).decode(),
@@ -54,7 +54,7 @@ def from_columns(row: dict[str, object]) -> AgentRow:
     """An agent from its row.
 
     Raises:
-        ValueError, msgspec.DecodeError: it is damaged.
+        ValueError, msgspec.DecodeError: the row is damaged.
     """
     return AgentRow(
         id=AgentId(str(row["id"])),

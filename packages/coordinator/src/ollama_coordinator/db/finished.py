@@ -1,4 +1,4 @@
-"""A finished request as a row: what is kept of it, and what it may be searched by."""
+"""A finished request as a row of the database, and the filters of the history."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from msgspec import Struct
 from ollama_coordinator_common.types import AgentId
 
 WORTH_PACKING_BYTES = 2000
+"""Shorter reasons are kept as text: readable in any SQLite tool, and hardly smaller packed."""
 
 
 class Status(Enum):
-    """How a request ended; `refused` is an error of the request's own, such as an unknown model."""
+    """How a request ended; `refused`: by an error of its own, such as an unknown model."""
 
     SERVED = "served"
     REFUSED = "refused"
@@ -24,10 +25,10 @@ class Status(Enum):
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """A request that has ended; times are UTC, durations in seconds from its arrival.
+    """A request that has ended; times are UTC, durations are seconds since its arrival.
 
-    `waited_seconds` is until the last attempt got its place, `first_token_seconds` until the
-    first token came back; `None` is not known.
+    `waited_seconds` is until the last attempt got its slot, `first_token_seconds` until the first
+    token arrived. `None` means unknown.
     """
 
     id: str
@@ -53,7 +54,7 @@ class Finished(Struct, frozen=True, kw_only=True):
 
 
 class Filter(Struct, frozen=True):
-    """Which requests are wanted; `None` is any, `since` and `until` are when they finished."""
+    """Which requests are wanted; `None` is any. `since` and `until` are about their end."""
 
     model: str | None = None
     agent: str | None = None
@@ -115,7 +116,7 @@ def why_of(row: dict[str, Any]) -> bytes:
     """The reasons of a row as JSON.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the row is damaged.
     """
     try:
         why = zlib.decompress(row["why"]) if isinstance(row["why"], bytes) else row["why"]
@@ -125,7 +126,7 @@ def why_of(row: dict[str, Any]) -> bytes:
 
 
 def packed(why: Any) -> str | bytes:
-    """Reasons as they are kept: JSON, short as text, those of a large fleet compressed."""
+    """The column of the reasons: JSON as text, or compressed where it is long."""
     encoded = msgspec.json.encode(why)
     return zlib.compress(encoded, 1) if len(encoded) > WORTH_PACKING_BYTES else encoded.decode()
 
@@ -134,7 +135,7 @@ def from_columns(row: dict[str, Any]) -> Finished:
     """A request from its row.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the row is damaged.
     """
     values = {name: row[name] for name in Finished.__struct_fields__ if name in row}
     values["status"] = Status(row["status"])

@@ -1,7 +1,7 @@
-"""Finished requests and the numbers over time: written behind in batches, bounded, read in pages.
+"""Finished requests and statistics: written behind in batches, bounded in number, read in pages.
 
-Prompts and answers are never kept. Pages go by key (`Cursor`), so that the last page of a hundred
-thousand rows costs as much as the first.
+Prompts and answers are never kept. A page starts at a key (`Cursor`), so that the last page of
+100,000 rows costs as much as the first.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from .finished import (
 from .store import DatabaseError, Store
 
 UNWRITTEN_AT_MOST = 20_000
-"""When the database fails for long, older requests are forgotten."""
+"""When the database fails for long, older requests are dropped: these are some 20 MB."""
 
 _UPSERT = "INSERT OR REPLACE INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)"
 
 
 class StoredBucket(Struct, frozen=True):
-    """Numbers of one stretch of time; `body` is JSON, `start` in Unix seconds."""
+    """Statistics of one period; `body` is JSON, `start` is in Unix seconds."""
 
     tier: int
     start: int
@@ -44,7 +44,7 @@ class StoredBucket(Struct, frozen=True):
 
 
 class History:
-    """The tables of finished requests and of numbers over time."""
+    """The tables of finished requests and of statistics."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -55,7 +55,7 @@ class History:
     def note(self, request: Finished, why: Any) -> None:
         """Write a request behind; `why` is kept as JSON.
 
-        It is packed at once, since as objects it is several times as large, and may wait long.
+        It is packed at once: as objects it is several times as large, and it may wait long.
         """
         self._unwritten.append((request, packed(why)))
 
@@ -103,7 +103,7 @@ class History:
     ) -> tuple[list[Finished], Cursor | None]:
         """The next finished requests, newest first, and where to go on; `None` at the end.
 
-        The first page has what was noted a moment ago.
+        The first page includes what is not written yet.
 
         Raises:
             DatabaseError: the database cannot be read.
@@ -115,7 +115,7 @@ class History:
         return await self._store.run(lambda db: _page(db, sql, [*values, limit + 1]))
 
     async def find(self, request_id: str) -> tuple[Finished, bytes] | None:
-        """One request and its reasons as JSON, or `None` when it is not (or no more) kept.
+        """One request and its reasons as JSON; `None` if it is not in the database.
 
         Raises:
             DatabaseError: the database cannot be read.
@@ -180,7 +180,7 @@ def _delete(db: Database, table: str, where: str, *values: Any) -> None:
 
 
 def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cursor | None]:
-    """The rows, and where to go on where there is the one more that the last value asks for."""
+    """The rows, and the cursor of the next page if there are more than the limit asks for."""
     rows = list(db.query(sql, values))
     shown = rows[: values[-1] - 1]
     last = shown[-1] if len(rows) > len(shown) else None

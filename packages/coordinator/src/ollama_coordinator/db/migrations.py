@@ -1,4 +1,4 @@
-"""The schema, step by step; a step that has landed never changes."""
+"""The schema, step by step; a released step never changes."""
 
 import sqlite3
 from contextlib import closing

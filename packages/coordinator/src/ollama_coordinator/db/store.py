@@ -1,9 +1,9 @@
-"""The one owner of the database: a thread of its own does every read and write.
+"""The database: one thread of its own does every read and write.
 
 Registrations are written before they are answered. What changes all the time (last seen, models,
 learned rates) is written behind: the newest value of each, in one transaction, at most
-`FLUSH_SECONDS` late. When the database fails while running, the fleet goes on from memory, the
-unwritten waits for the next try, and `problem` says so to the operator.
+`FLUSH_SECONDS` late. When the database fails while running, the fleet continues from memory, what
+is unwritten waits for the next try, and `problem` tells the operator.
 """
 
 import asyncio
@@ -29,11 +29,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FLUSH_SECONDS = 1.0
+"""How often it is written behind: so much may be lost in a crash."""
+
 LOCK_SECONDS = 2.0
+"""How long to wait for another process's lock, such as a backup's."""
 
 
 class DatabaseError(OllamaCoordinatorError):
-    """The database cannot be opened, read or written; says which file and why."""
+    """The database cannot be opened, read or written; the text has the file and the reason."""
 
     def __init__(self, path: Path | None, cause: Exception) -> None:
         super().__init__(f"database {path or 'in memory'}: {_advice(cause)}")
@@ -87,7 +90,7 @@ class Store:
         return await self._run(self._read_agents)
 
     async def save_agent(self, row: AgentRow) -> None:
-        """Write an agent before going on; where the database fails, behind."""
+        """Write an agent before returning; if the database fails, behind."""
         self.note_agent(row)
         await self.flush()
 
@@ -101,7 +104,7 @@ class Store:
         self._seen[agent_id] = at
 
     async def remove_agent(self, agent_id: AgentId) -> None:
-        """Delete an agent before going on; where the database fails, behind."""
+        """Delete an agent before returning; if the database fails, behind."""
         self._agents[agent_id] = None
         await self.flush()
 
@@ -116,19 +119,19 @@ class Store:
         return await self._run(lambda: self._read_document(name))
 
     def note_document(self, name: str, body: bytes | Callable[[], bytes]) -> None:
-        """Write a document behind; one that is given as a function, as it is by then."""
+        """Write a document behind; a function is called when it is written."""
         self._documents[name] = body
 
     async def run(self, work: Callable[[Database], T]) -> T:
-        """Do something with the database in its thread, in a transaction of its own.
+        """Run `work` with the database in its thread, in a transaction of its own.
 
         Raises:
-            DatabaseError: it fails; nothing of it remains.
+            DatabaseError: it failed; nothing of it was written.
         """
 
         def transaction() -> T:
-            # Without it, Python's sqlite3 would leave one open when a statement fails, and every
-            # later write would end inside of it, never committed.
+            # Without it, sqlite3 leaves a transaction open when a statement fails, and every later
+            # write becomes part of it and is never committed.
             with self._db.atomic():
                 return work(self._db)
 
@@ -139,7 +142,7 @@ class Store:
     async def flush(self) -> None:
         """Write everything that was noted; what cannot be written stays noted.
 
-        One at a time: who waits for a write must not pass another that has taken it along.
+        One flush at a time: a caller must not return while another flush writes what it noted.
         """
         async with self._flushing:
             await self._flush()
@@ -162,11 +165,11 @@ class Store:
             self._documents = {**documents, **self._documents}
             if not isinstance(exc, DatabaseError):
                 raise
-            self._tell(str(exc))
+            self._report(str(exc))
         else:
-            self._tell(None)
+            self._report(None)
 
-    def _tell(self, problem: str | None) -> None:
+    def _report(self, problem: str | None) -> None:
         """Log once when writing stops or goes on."""
         if problem is not None and self.problem is None:
             log.error("database not writable; going on from memory", extra={"problem": problem})
@@ -180,7 +183,7 @@ class Store:
             try:
                 await self.flush()
             except Exception:
-                log.exception("writing behind stumbled and goes on")
+                log.exception("writing behind failed and goes on")
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:

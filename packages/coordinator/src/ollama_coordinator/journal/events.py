@@ -1,4 +1,4 @@
-"""What the coordinator logged about each agent, kept in memory for the agent's page."""
+"""The coordinator's log lines about each agent, kept in memory for the agent's page."""
 
 import logging
 from collections import OrderedDict, deque
@@ -7,7 +7,11 @@ from datetime import UTC, datetime
 from msgspec import Struct
 
 EVENTS_PER_AGENT = 100
+"""As many lines as a page shows."""
+
 AGENTS = 1000
+"""Agents with events; beyond, those whose first event is the oldest lose theirs."""
+
 PACKAGE = "ollama_coordinator"
 
 _NOT_FACTS = frozenset(vars(logging.makeLogRecord({}))) | {

@@ -208,7 +208,7 @@ class Sparklines:
             points.append(max(of_agents.get(agent_id, 0), 0) / POINT_SECONDS)
 
     def forget(self, agent_id: AgentId) -> None:
-        """The agent is gone."""
+        """The agent was removed."""
         self.agents.pop(agent_id, None)
 
     def export(self) -> SavedSparklines:

@@ -1,4 +1,9 @@
-"""Numbers over a stretch of time that can be added up: counts, sums, and histograms of waits."""
+"""The fleet's and each agent's numbers over time: buckets that add up, in three tiers of widths.
+
+Ten-second buckets for the last hours, a minute for a day, a quarter of an hour for a month. A chart
+of any length reads the tier that suits it, and never a request. The buckets that are filling are
+complete in memory; a row that is written replaces the row before.
+"""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -9,17 +14,20 @@ from msgspec import Struct
 from ollama_coordinator.db import Finished, Status
 
 FIRST_SECONDS = 0.001
+"""The first step of the histogram of times to first token; no shorter one is of interest."""
+
 STEP = 1.15
-"""Percentiles are right to half a step: 7 %."""
+"""The ratio of one step to the one before: percentiles are right to half a step, 7 %."""
 
 _LOG_STEP = log(STEP)
 
 
 class Bucket(Struct, omit_defaults=True):
-    """What happened in one stretch of time, in the fleet or on one agent.
+    """What happened in one period of time, in the fleet or on one agent.
 
-    `first_token` counts requests by the logarithm of their time to first token. The `_sum` fields
-    are divided by `samples`, how often they were looked at; `speed_sum` by `speeds`.
+    `first_token` counts requests by the logarithm of their time to first token. Means divide
+    `waiting_sum` and `in_flight_sum` by `samples`, `speed_sum` by `speeds`, the GPU's sums by
+    `gpu_readings`, and the other sums by `readings`.
     """
 
     requests: int = 0
@@ -45,7 +53,7 @@ class Bucket(Struct, omit_defaults=True):
     hottest: float = 0.0
 
     def count(self, request: Finished, tokens: int) -> None:
-        """A request ended; `tokens` of its answer were not counted while it ran."""
+        """Add a request that ended; `tokens` of its answer were not counted while it ran."""
         self.requests += 1
         self.refused += request.status is Status.REFUSED
         self.failed += request.status is Status.FAILED
@@ -60,7 +68,7 @@ class Bucket(Struct, omit_defaults=True):
             self.speeds += 1
 
     def sample(self, waiting: int, in_flight: int) -> None:
-        """How many waited and ran at one moment."""
+        """Add how many requests waited and ran at one moment."""
         self.samples += 1
         self.waiting_sum += waiting
         self.waiting_most = max(self.waiting_most, waiting)
@@ -68,7 +76,7 @@ class Bucket(Struct, omit_defaults=True):
         self.in_flight_most = max(self.in_flight_most, in_flight)
 
     def add(self, other: "Bucket") -> None:
-        """Take over another bucket's numbers."""
+        """Add another bucket's numbers."""
         for name in self.__struct_fields__:
             mine, its = getattr(self, name), getattr(other, name)
             if name == "first_token":
@@ -83,8 +91,8 @@ class Bucket(Struct, omit_defaults=True):
 class Point(Struct, frozen=True):
     """One bucket as charts show it; `None` where nothing was measured.
 
-    Waiting and in flight are means, `tokens_per_second` is what the fleet (or the agent) wrote in
-    all, `request_tokens_per_second` what one request saw on average. Times in seconds.
+    `waiting` and `in_flight` are means. `tokens_per_second` is the sum over all requests,
+    `request_tokens_per_second` the mean of one request. Times are in seconds.
     """
 
     at: datetime
@@ -110,7 +118,7 @@ class Point(Struct, frozen=True):
 
 
 def point(bucket: Bucket, at: datetime, seconds: float) -> Point:
-    """A bucket that lasted `seconds` as a point of a chart."""
+    """A bucket of `seconds` as a point of a chart."""
     return Point(
         at=at,
         requests=bucket.requests,
@@ -136,7 +144,7 @@ def point(bucket: Bucket, at: datetime, seconds: float) -> Point:
 
 
 def percentile(histogram: dict[int, int], share: float) -> float | None:
-    """The value below which `share` of the counted seconds lie."""
+    """The seconds below which `share` (0 to 1) of a histogram lies; `None` if it is empty."""
     total = sum(histogram.values())
     if not total:
         return None
@@ -159,11 +167,11 @@ def _mean(total: float, count: int) -> float | None:
 HOUR = 3600
 DAY = 24 * HOUR
 FLEET = ""
-"""The name of the series of the whole fleet; an agent's series has the agent's id."""
+"""The name of the fleet's series; an agent's series has the agent's id."""
 
 
 class Tier(Struct, frozen=True):
-    """Rows of so many seconds, kept for so long: the fleet's, and each agent's."""
+    """Buckets of `seconds`, and how long the fleet's and each agent's are kept."""
 
     seconds: int
     keep_seconds: int
@@ -175,10 +183,11 @@ TIERS = (
     Tier(60, 25 * HOUR, 25 * HOUR),
     Tier(900, 32 * DAY, 8 * DAY),
 )
+"""Each chart has at most 120 points: 20 minutes, 8 hours (a day of an agent), a month."""
 
 
 class SeriesRow(Struct, frozen=True):
-    """One bucket in the database; `start` in Unix seconds."""
+    """One bucket of a series; `start` is in Unix seconds, `tier` is its width in seconds."""
 
     tier: int
     start: int
@@ -186,40 +195,37 @@ class SeriesRow(Struct, frozen=True):
     bucket: Bucket
 
 
-Key = tuple[int, str]
-
-
 class Series:
-    """The buckets that are filling, and the rows to write. `at` is always Unix seconds."""
+    """The buckets that are filling, and the rows to write; `at` is in Unix seconds."""
 
     def __init__(self) -> None:
         self._fresh: dict[str, Bucket] = {}
-        self._open: dict[Key, SeriesRow] = {}
+        self._open: dict[tuple[int, str], SeriesRow] = {}
         self._changed: dict[tuple[int, int, str], SeriesRow] = {}
 
     def restore(self, rows: Iterable[SeriesRow]) -> None:
-        """Go on filling what an earlier process began."""
+        """Continue the buckets that an earlier process began."""
         for row in rows:
             known = self._open.get((row.tier, row.name))
             if known is None or known.start < row.start:
                 self._open[row.tier, row.name] = row
 
     def fresh(self, name: str) -> Bucket:
-        """Where what happens now is counted, once; `fold` spreads it over the tiers."""
+        """The bucket that counts what happens now; `fold` adds it to the tiers."""
         bucket = self._fresh.get(name)
         if bucket is None:
             bucket = self._fresh[name] = Bucket()
         return bucket
 
     def fold(self, at: float) -> None:
-        """Add what was counted since the last call to the buckets of this moment."""
+        """Add what was counted since the last call to the buckets of the moment `at`."""
         fresh, self._fresh = self._fresh, {}
         for name, counted in fresh.items():
             for bucket in self._buckets(name, at):
                 bucket.add(counted)
 
     def _buckets(self, name: str, at: float) -> list[Bucket]:
-        """The buckets of all tiers that a moment belongs to."""
+        """The bucket of each tier that the moment `at` belongs to."""
         return [
             self._bucket(tier, name, at)
             for tier in TIERS
@@ -236,19 +242,19 @@ class Series:
         return row.bucket
 
     def take_changed(self, *, fleet_only: bool) -> list[SeriesRow]:
-        """The rows that changed since they were last taken; agents' rows can wait."""
+        """The rows that changed since they were last taken; `fleet_only` leaves the agents'."""
         taken = [row for row in self._changed.values() if row.name == FLEET or not fleet_only]
         for row in taken:
             del self._changed[row.tier, row.start, row.name]
         return taken
 
     def put_back(self, rows: Iterable[SeriesRow]) -> None:
-        """These could not be written."""
+        """Keep rows that could not be written; newer ones stay."""
         for row in rows:
             self._changed.setdefault((row.tier, row.start, row.name), row)
 
     def forget(self, name: str) -> None:
-        """The agent is gone."""
+        """The agent was removed."""
         for tier in TIERS:
             self._open.pop((tier.seconds, name), None)
 
@@ -260,7 +266,7 @@ class Series:
 
 
 def tier_for(seconds: float) -> Tier:
-    """The finest tier whose rows reach back so far and are not too many for a chart."""
+    """The finest tier that reaches back so far with at most a chart's number of rows."""
     if seconds <= 20 * 60:
         return TIERS[0]
     return TIERS[1] if seconds <= 8 * HOUR else TIERS[2]
