@@ -10,12 +10,11 @@ class Clock:
     The translation is fixed at the start, so that a jump of the wall clock makes no agent offline.
     """
 
+    now = staticmethod(time.monotonic)
+    """Monotonic seconds."""
+
     def __init__(self) -> None:
         self._epoch = time.time() - time.monotonic()
-
-    def now(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
 
     def utc(self, now: float) -> datetime:
         """The UTC time of a monotonic reading."""

@@ -70,10 +70,6 @@ class Dispatch:
         """Every attempt under way."""
         return self._held.values()
 
-    def now(self) -> float:
-        """Monotonic seconds."""
-        return self.clock.now()
-
     def in_flight(self, agent_id: AgentId) -> int:
         """How many leases an agent has."""
         return self._scheduler.in_flight(agent_id)

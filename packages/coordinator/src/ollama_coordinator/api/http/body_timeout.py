@@ -29,9 +29,29 @@ class BodyTimeout:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_whole = False
+
+        async def timed() -> Message:
+            nonlocal is_whole
+            message = await (receive() if is_whole else self._part(receive))
+            is_whole = is_whole or not message.get("more_body", False)
+            if message["type"] == "http.disconnect":
+                visit: Visit | None = scope.get("state", {}).get(VISIT)
+                message = {**message, "reason": visit.reason if visit is not None else ""}
+            return message
+
         if scope["http_version"] == "2":
             send = self._unstalled(send)
-        await self._app(scope, self._timed(scope, receive), send)
+        await self._app(scope, timed, send)
+
+    async def _part(self, receive: Receive) -> Message:
+        seconds = self._settings.config.body_timeout
+        try:
+            async with asyncio.timeout(seconds or None):
+                return await receive()
+        except TimeoutError as exc:
+            text = f"nothing came of the request's body for {seconds:g} s"
+            raise HttpError(408, text) from exc
 
     def _unstalled(self, send: Send) -> Send:
         async def unstalled(message: Message) -> None:
@@ -44,32 +64,6 @@ class BodyTimeout:
                 raise ClientLeft(text) from exc
 
         return unstalled
-
-    def _timed(self, scope: Scope, receive: Receive) -> Receive:
-        is_whole = False
-
-        async def timed() -> Message:
-            nonlocal is_whole
-            if is_whole:
-                message = await receive()
-            else:
-                message = await self._part(receive)
-                is_whole = not message.get("more_body", False)
-            if message["type"] == "http.disconnect":
-                visit: Visit | None = scope.get("state", {}).get(VISIT)
-                message = {**message, "reason": visit.reason if visit is not None else ""}
-            return message
-
-        return timed
-
-    async def _part(self, receive: Receive) -> Message:
-        seconds = self._settings.config.body_timeout
-        try:
-            async with asyncio.timeout(seconds or None):
-                return await receive()
-        except TimeoutError as exc:
-            text = f"nothing came of the request's body for {seconds:g} s"
-            raise HttpError(408, text) from exc
 
 
 @asynccontextmanager

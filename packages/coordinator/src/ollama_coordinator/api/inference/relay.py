@@ -195,7 +195,7 @@ class Relay:
         if self._held.began_at is None:
             self._dispatch.began(self._held)
         else:
-            self._held.progress_at = self._dispatch.now()
+            self._held.progress_at = self._dispatch.clock.now()
 
     def _settle(self, ending: Ending) -> None:
         if ending.error is not None:
@@ -226,27 +226,23 @@ class Records:
 
     def __init__(self, separator: bytes) -> None:
         self._separator = separator
-        self._held = b""
+        self.rest = b""
+        """The bytes after the last end of a record."""
         self.last = b""
         self.count = 0
 
     def feed(self, chunk: bytes) -> bytes:
         """The bytes that may go on now: those held back and `chunk`, up to the last end."""
-        data = self._held + chunk if self._held else chunk
+        data = self.rest + chunk if self.rest else chunk
         if data.endswith(self._separator):
-            self._held = b""
+            self.rest = b""
         else:
             end = data.rfind(self._separator)
             cut = end + len(self._separator) if end >= 0 else 0
             if len(data) - cut > HELD_BACK_BYTES:
                 cut = len(data)
-            self._held, data = data[cut:], data[:cut]
+            self.rest, data = data[cut:], data[:cut]
         if data:
             self.last = data
             self.count += data.count(self._separator) or 1
         return data
-
-    @property
-    def rest(self) -> bytes:
-        """The bytes after the last end of a record, once the stream has ended."""
-        return self._held

@@ -140,7 +140,10 @@ _NOTHING = re.compile(rb'|""|null|\[\s*\]')
 
 
 class Routing(Struct, frozen=True):
-    """The fields of a request that the scheduler uses; see `scheduler.Request`."""
+    """The fields of a request that the scheduler uses; see `scheduler.Request`.
+
+    `unload_only`: it only asks to drop the model from memory (`keep_alive` 0).
+    """
 
     name: str
     prompt_tokens: int = 0
@@ -148,12 +151,7 @@ class Routing(Struct, frozen=True):
     output_limit: int | None = None
     options: RunnerOptions = RunnerOptions()
     load_only: bool = False
-    keep_alive: bytes = b""
-
-    @property
-    def unload_only(self) -> bool:
-        """Whether the request only asks to drop the model from memory (`keep_alive` 0)."""
-        return self.load_only and _ZERO.fullmatch(self.keep_alive) is not None
+    unload_only: bool = False
 
 
 _object = msgspec.json.Decoder(dict[str, Raw])
@@ -180,14 +178,15 @@ def read_routing(route: InferenceRoute, body: bytes) -> Routing:
     tokens, prefix = _read_messages(fields.messages)
     for text in (fields.prompt, fields.input):
         tokens += _text_tokens(bytes(text))
+    load_only = route.dialect is Dialect.NATIVE and _is_empty(fields)
     return Routing(
         name=fields.model,
         prompt_tokens=tokens,
         prefix=prefix,
         output_limit=_output_limit(fields),
         options=_runner_options(fields),
-        load_only=route.dialect is Dialect.NATIVE and _is_empty(fields),
-        keep_alive=bytes(fields.keep_alive),
+        load_only=load_only,
+        unload_only=load_only and _ZERO.fullmatch(bytes(fields.keep_alive)) is not None,
     )
 
 

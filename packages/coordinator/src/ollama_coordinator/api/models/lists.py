@@ -35,6 +35,12 @@ from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
 
+LONG_AGO = datetime.fromtimestamp(0, UTC)
+"""The expiry of a model whose Ollama reports none."""
+
+UNKNOWN = "0.0.0"
+"""The version of a development build of Ollama; nothing follows from it."""
+
 Row = TypeVar("Row")
 
 
@@ -141,13 +147,13 @@ def _content(group: dict[AgentId, AvailableRow], *, is_preferred: bool) -> Conte
     )
 
 
-LONG_AGO = datetime.fromtimestamp(0, UTC)
-
-
 class FleetModels(Struct, frozen=True):
     """`GET /api/models`."""
 
     models: list[FleetModel]
+
+
+# ── the handlers ──────────────────────────────────────────────────────────────────────────────
 
 
 class ListsApi:
@@ -219,6 +225,9 @@ class ListsApi:
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
         return _v1(msgspec.json.encode({**_openai_row(row), "id": name}))
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class ListedModel(Struct, frozen=True):
@@ -294,8 +303,7 @@ def _merge(rows: list[LoadedRow]) -> tuple[datetime, bytes]:
     return expires_at, msgspec.json.encode(merged)
 
 
-UNKNOWN = "0.0.0"
-"""The version of a development build of Ollama; nothing follows from it."""
+# ── versions ──────────────────────────────────────────────────────────────────────────────────
 
 
 def version_key(version: str) -> tuple[list[int], str]:

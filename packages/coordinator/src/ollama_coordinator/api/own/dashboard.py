@@ -27,58 +27,6 @@ EVENT_HEADERS = {
 }
 
 
-class DashboardApi:
-    """The handlers of the dashboard's files."""
-
-    async def root(self, request: Request) -> Response:
-        """`GET /`: the dashboard for a browser, Ollama's own text for any other client."""
-        if "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
-        return Response("Ollama is running", media_type="text/plain")
-
-    @operation(gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")})
-    async def page(self, request: Request) -> Response:
-        """The dashboard and its files."""
-        path = request.path_params.get("path") or "index.html"
-        file = all_files().get(path)
-        if file is None:
-            return Response("404 page not found", 404, headers=SECURITY, media_type="text/plain")
-        return send_file(file, request)
-
-
-class EventsApi:
-    """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
-
-    operation = RouteDescription(
-        "Changes of the fleet, as server-sent events", gives={200: Media("text/event-stream")}
-    )
-
-    def __init__(self, parts: Parts) -> None:
-        self._feed = parts.feed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the viewer leaves or the coordinator stops."""
-        last_id = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
-        headers = [(name.encode(), value.encode()) for name, value in EVENT_HEADERS.items()]
-        try:
-            async with until_disconnect(receive):
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                if scope["method"] != "HEAD":
-                    await self._send_all(last_id, send)
-                await send(_body(b"", more=False))
-        except ClientLeft:
-            return
-
-    async def _send_all(self, last_id: str, send: Send) -> None:
-        async with aclosing(self._feed.follow(last_id)) as events:
-            async for event in events:
-                await send(_body(event, more=True))
-
-
-def _body(data: bytes, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": more}
-
-
 KINDS = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
@@ -87,6 +35,7 @@ KINDS = {
     "txt": "text/plain; charset=utf-8",
 }
 WORTH_COMPRESSING_BYTES = 500
+"""A shorter file hardly becomes shorter."""
 
 SECURITY = {
     "content-security-policy": (
@@ -152,3 +101,55 @@ def send_file(file: File, request: Request) -> Response:
     if packed:
         headers["content-encoding"] = "gzip"
     return Response(file.packed if packed else file.body, headers=headers, media_type=file.kind)
+
+
+class DashboardApi:
+    """The handlers of the dashboard's files."""
+
+    async def root(self, request: Request) -> Response:
+        """`GET /`: the dashboard for a browser, Ollama's own text for any other client."""
+        if "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
+        return Response("Ollama is running", media_type="text/plain")
+
+    @operation(gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")})
+    async def page(self, request: Request) -> Response:
+        """The dashboard and its files."""
+        path = request.path_params.get("path") or "index.html"
+        file = all_files().get(path)
+        if file is None:
+            return Response("404 page not found", 404, headers=SECURITY, media_type="text/plain")
+        return send_file(file, request)
+
+
+class EventsApi:
+    """`GET /dashboard/events` as a plain ASGI application: one viewer of the feed."""
+
+    operation = RouteDescription(
+        "Changes of the fleet, as server-sent events", gives={200: Media("text/event-stream")}
+    )
+
+    def __init__(self, parts: Parts) -> None:
+        self._feed = parts.feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the viewer leaves or the coordinator stops."""
+        last_id = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
+        headers = [(name.encode(), value.encode()) for name, value in EVENT_HEADERS.items()]
+        try:
+            async with until_disconnect(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                if scope["method"] != "HEAD":
+                    await self._send_all(last_id, send)
+                await send(_body(b"", more=False))
+        except ClientLeft:
+            return
+
+    async def _send_all(self, last_id: str, send: Send) -> None:
+        async with aclosing(self._feed.follow(last_id)) as events:
+            async for event in events:
+                await send(_body(event, more=True))
+
+
+def _body(data: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}

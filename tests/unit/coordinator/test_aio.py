@@ -1,10 +1,12 @@
-"""An exception of one's choice in another task's block."""
+"""Interrupts of another task's block, and the choice of an event loop."""
 
 import asyncio
+import sys
 
 import pytest
 
-from ollama_coordinator.aio import Interrupt
+from ollama_coordinator.aio import Interrupt, loop_of
+from ollama_coordinator_common.error import ConfigError
 
 
 class Lost(Exception):
@@ -198,3 +200,21 @@ async def test_a_block_in_a_task_that_was_cancelled_before_can_be_interrupted() 
     await settled()
     task.cancel()
     assert await task == 1
+
+
+@pytest.mark.spec("OPERATION-16")
+def test_without_uvloop_asyncio_runs_it_unless_uvloop_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert loop_of("auto") is None
+    with pytest.raises(ConfigError, match="COORDINATOR_LOOP=uvloop does not work") as caught:
+        loop_of("uvloop")
+    assert "uv tool install './packages/coordinator[fast]'" in str(caught.value)
+
+
+@pytest.mark.spec("OPERATION-16")
+def test_uvloop_runs_it_where_it_is_installed() -> None:
+    uvloop = pytest.importorskip("uvloop")
+    assert loop_of("auto") is uvloop.new_event_loop
+    assert loop_of("asyncio") is None
