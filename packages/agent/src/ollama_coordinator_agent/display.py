@@ -17,6 +17,7 @@ from .watch import Facts
 
 GIBIBYTE = 1024**3
 REFRESH_SECONDS = 0.5
+"""Between two drawings of the live table."""
 
 
 class StatusView(Struct, frozen=True):

@@ -105,7 +105,7 @@ async def _serve(settings: AgentConfig, live: Console | None) -> None:
 
 @contextmanager
 def cancelled_by_signals() -> Iterator[None]:
-    """Cancel the current task on a signal, and end the block quietly once it has cleaned up.
+    """Cancel the current task on a signal; the block then ends without an error.
 
     Plain handlers and not `loop.add_signal_handler`, which Windows does not have.
     """

@@ -17,7 +17,6 @@ from ollama_coordinator_common.types import Gpu
 
 log = logging.getLogger(__name__)
 
-MEBIBYTE = 1024 * 1024
 FIRST_SAMPLE_SECONDS = 0.2
 """The time that the first CPU reading averages over; later ones cover the whole interval."""
 

@@ -55,7 +55,7 @@ class AgentPace(Struct, frozen=True, kw_only=True):
     """How long nothing may listen on the port before a server is started."""
 
     adopted_start_after: float = 30.0
-    """The same after a server that somebody else ran: its own supervisor (systemd, the desktop
+    """The same after a server that another program ran: its own supervisor (systemd, the desktop
     app) starts it again within seconds and needs the port for that."""
 
     restart_first: float = 1.0

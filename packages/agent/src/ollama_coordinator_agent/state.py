@@ -1,4 +1,4 @@
-"""What the agent keeps on its disk: who this machine is, and what it did last.
+"""What the agent keeps on its disk: the id of this machine, and what the last run left.
 
 `machine-id` is shared by all agents of one machine; `agent-PORT.json` and `agent-PORT.lock` belong
 to the agent of one Ollama. If the folder cannot be read or written, that is logged once and the
@@ -36,7 +36,7 @@ class AlreadyRunning(OllamaCoordinatorError):
 
 
 class ChildRecord(Struct, frozen=True):
-    """An `ollama serve` that the agent started; the time tells it from a later one with its pid."""
+    """An `ollama serve` that the agent started; pid and start time together identify it."""
 
     pid: int
     created: float

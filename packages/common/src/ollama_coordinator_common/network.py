@@ -8,10 +8,11 @@ from collections.abc import Sequence
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 ELSEWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
-"""Addresses of the networks for documentation (RFC 5737, RFC 3849): nobody has them, and the route
-to them is that to anywhere."""
+"""Addresses of the networks for documentation (RFC 5737, RFC 3849): no machine has them, and the
+route to them is the one to other networks."""
 
 DISCARD_PORT = 9
+"""RFC 863; nothing is sent there."""
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 

@@ -91,7 +91,7 @@ class HealthReply(Struct, frozen=True):
 
     `log_after`: an operator looks at the agent's log; lines with greater numbers are wanted.
     `problem`: a sentence for the operator: why the agent gets no requests, or which other machine
-    it cannot be told from.
+    it is mistaken for.
     """
 
     status: str = "ok"
