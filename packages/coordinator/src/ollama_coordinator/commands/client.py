@@ -1,17 +1,17 @@
 """A running coordinator as the command line sees it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from functools import wraps
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
 import typer
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-
-T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 """How long a coordinator may take to accept; an answer may take any time."""
@@ -95,18 +95,32 @@ def _error_of(body: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Client]:
-    """A client for one command."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        yield Client(url, session)
+def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Make a coroutine a command: `--coordinator` replaces its first parameter, a `Client`."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    url = inspect.Parameter("coordinator", kind, default=DEFAULT, annotation=CoordinatorUrl)
+
+    @wraps(command)
+    def run(coordinator: str, **values: Any) -> None:
+        async def work() -> None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+            async with aiohttp.ClientSession(timeout=timeout) as session:
+                await command(Client(coordinator, session), **values)
+
+        finished(work())
+
+    # Typer reads a command's options from its signature.
+    signature = inspect.Signature([*own, url])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return run
 
 
-def finished(work: Coroutine[Any, Any, T]) -> T:
+def finished(work: Coroutine[Any, Any, None]) -> None:
     """Run a command; an error is one sentence and exit code 1, Ctrl-C is exit code 130."""
     try:
-        return asyncio.run(work)
+        asyncio.run(work)
     except NoAnswer as exc:
         typer.echo(f"Error: {exc}", err=True)
         raise typer.Exit(1) from exc

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ollama_coordinator_common.names import ModelName
 
-from .client import DEFAULT, Client, CoordinatorUrl, Model, NoAnswer, connected, finished
+from .client import Client, Model, NoAnswer, asks
 from .tables import (
     Bars,
     agents_table,
@@ -40,124 +40,104 @@ On = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
 
 
-def agents(coordinator: CoordinatorUrl = DEFAULT) -> None:
+@asks
+async def agents(client: Client) -> None:
     """List every agent, how it is, and what it does."""
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            listed = await client.json("GET", "/api/agents")
-        Console().print(agents_table(listed))
-
-    finished(work())
+    Console().print(agents_table(await client.json("GET", "/api/agents")))
 
 
 @models.command("list")
-def list_models(coordinator: CoordinatorUrl = DEFAULT) -> None:
+@asks
+async def list_models(client: Client) -> None:
     """List every model, the agents that have it, and where it is in memory."""
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            models = (await client.json("GET", "/api/models"))["models"]
-            Console().print(models_table(models, await _names(client)))
-
-    finished(work())
+    listed = (await client.json("GET", "/api/models"))["models"]
+    Console().print(models_table(listed, await _names(client)))
 
 
 @models.command()
-def pull(
+@asks
+async def pull(
+    client: Client,
     model: Model,
     replicas: Replicas = None,
     on: On = None,
     detach: Detach = False,
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Pull a model onto agents. It goes on when this command is interrupted."""
     wanted = {"kind": "pull", "model": model, **_placement(replicas, on)}
-    finished(_operation(coordinator, wanted, detach=detach))
+    await _operation(client, wanted, detach=detach)
 
 
 @models.command()
-def load(
+@asks
+async def load(
+    client: Client,
     model: Model,
     replicas: Replicas = None,
     on: On = None,
     keep_alive: Annotated[
         str | None, typer.Option("--keep-alive", metavar="DURATION", help="Such as 30m or -1s.")
     ] = None,
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Bring a model into memory, on one agent if not said otherwise."""
     kept = {} if keep_alive is None else {"keep_alive": keep_alive}
-    wanted = {"kind": "load", "model": model, **kept, **_placement(replicas, on)}
-    finished(_operation(coordinator, wanted))
+    await _operation(client, {"kind": "load", "model": model, **kept, **_placement(replicas, on)})
 
 
 @models.command()
-def unload(model: Model, coordinator: CoordinatorUrl = DEFAULT) -> None:
+@asks
+async def unload(client: Client, model: Model) -> None:
     """Drop a model from memory on every agent."""
-    finished(_operation(coordinator, {"kind": "unload", "model": model}))
+    await _operation(client, {"kind": "unload", "model": model})
 
 
 @models.command()
-def cp(
+@asks
+async def cp(
+    client: Client,
     source: Model,
     destination: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Give a model a second name on every agent that has it."""
-    wanted = {"kind": "copy", "model": source, "destination": destination}
-    finished(_operation(coordinator, wanted))
+    await _operation(client, {"kind": "copy", "model": source, "destination": destination})
 
 
 @models.command()
-def rm(
+@asks
+async def rm(
+    client: Client,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")],
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Delete models on every agent; those that are away do it when they return."""
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            for model in models:
-                wanted = {"kind": "delete", "model": model}
-                operation = await client.json("POST", "/api/operations", wanted)
-                Console().print(targets_table(operation))
-
-    finished(work())
+    for model in models:
+        wanted = {"kind": "delete", "model": model}
+        Console().print(targets_table(await client.json("POST", "/api/operations", wanted)))
 
 
 @models.command()
-def show(model: Model, coordinator: CoordinatorUrl = DEFAULT) -> None:
+@asks
+async def show(client: Client, model: Model) -> None:
     """Show what a model is and which agents have it."""
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            shown = await client.json("POST", "/api/show", {"model": model})
-            console = Console()
-            for name, value in shown.get("details", {}).items():
-                console.print(f"{name:<20} {value}", highlight=False, markup=False)
-            capabilities = ", ".join(shown.get("capabilities") or ())
-            console.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
-            console.print(shown.get("parameters", ""), highlight=False, markup=False)
-            models = (await client.json("GET", "/api/models"))["models"]
-            key = ModelName.parse(model).key
-            same = [one for one in models if ModelName.parse(one["name"]).key == key]
-            console.print(holders_table(same, await _names(client)))
-
-    finished(work())
+    shown = await client.json("POST", "/api/show", {"model": model})
+    console = Console()
+    for name, value in shown.get("details", {}).items():
+        console.print(f"{name:<20} {value}", highlight=False, markup=False)
+    capabilities = ", ".join(shown.get("capabilities") or ())
+    console.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
+    console.print(shown.get("parameters", ""), highlight=False, markup=False)
+    listed = (await client.json("GET", "/api/models"))["models"]
+    key = ModelName.parse(model).key
+    same = [one for one in listed if ModelName.parse(one["name"]).key == key]
+    console.print(holders_table(same, await _names(client)))
 
 
-def ps(coordinator: CoordinatorUrl = DEFAULT) -> None:
+@asks
+async def ps(client: Client) -> None:
     """List the models in memory and the agents they are on."""
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            rows = (await client.json("GET", "/api/ps"))["models"] or ()
-            models = (await client.json("GET", "/api/models"))["models"]
-            where = {model["name"]: model["loaded_on"] for model in models}
-            Console().print(loaded_table(rows, where, await _names(client)))
-
-    finished(work())
+    rows = (await client.json("GET", "/api/ps"))["models"] or ()
+    listed = (await client.json("GET", "/api/models"))["models"]
+    where = {model["name"]: model["loaded_on"] for model in listed}
+    Console().print(loaded_table(rows, where, await _names(client)))
 
 
 def _placement(replicas: int | None, on: str | None) -> dict[str, str]:
@@ -171,23 +151,22 @@ async def _names(client: Client) -> dict[str, str]:
     return {agent["id"]: agent["display_name"] or agent["machine_name"] for agent in agents}
 
 
-async def _operation(url: str, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
+async def _operation(client: Client, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
     """Start an operation, show its progress until its end, then the outcome on every agent."""
     console = Console()
-    async with connected(url) as client:
-        operation = await client.json("POST", "/api/operations", wanted)
-        path = f"/api/operations/{operation['id']}"
-        if detach:
-            console.print(f"operation {operation['id']} goes on by itself", highlight=False)
-            return
-        bars = Bars(console)
-        failure: NoAnswer | None = None
-        try:
-            with bars.progress:
-                async for line in client.lines(f"{path}/progress"):
-                    bars.show(line)
-        except NoAnswer as exc:
-            failure = exc
-        console.print(targets_table(await client.json("GET", path)))
-        if failure is not None:
-            raise failure
+    operation = await client.json("POST", "/api/operations", wanted)
+    path = f"/api/operations/{operation['id']}"
+    if detach:
+        console.print(f"operation {operation['id']} goes on by itself", highlight=False)
+        return
+    bars = Bars(console)
+    failure: NoAnswer | None = None
+    try:
+        with bars.progress:
+            async for line in client.lines(f"{path}/progress"):
+                bars.show(line)
+    except NoAnswer as exc:
+        failure = exc
+    console.print(targets_table(await client.json("GET", path)))
+    if failure is not None:
+        raise failure

@@ -29,7 +29,7 @@ from ollama_coordinator.simulation import (
 from ollama_coordinator.simulation.machine import GIB, TYPICAL_BYTES
 from ollama_coordinator_common.names import model_key
 
-from .client import DEFAULT, Client, CoordinatorUrl, Model, NoAnswer, connected, finished
+from .client import Client, Model, NoAnswer, asks
 from .tables import table
 
 TERMS = ("wait", "load", "evict", "prefill", "decode", "crowding", "failure")
@@ -50,27 +50,23 @@ class Recorded(Struct, frozen=True):
     requests: Sequence[Row]
 
 
-def explain(
+@asks
+async def explain(
+    client: Client,
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="What to ask.")] = "",
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", metavar="TOKENS", help="The context to ask for.")
     ] = None,
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Show where a request would go, and why; it is not sent. Times are in seconds."""
     body: dict[str, Any] = {"model": model, "prompt": prompt}
     if num_ctx is not None:
         body["options"] = {"num_ctx": num_ctx}
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            decision = await client.json("POST", "/api/explain", body)
-        console = Console()
-        console.print(_candidates(decision))
-        console.print(_verdict(decision))
-
-    finished(work())
+    decision = await client.json("POST", "/api/explain", body)
+    console = Console()
+    console.print(_candidates(decision))
+    console.print(_verdict(decision))
 
 
 def _candidates(decision: Mapping[str, Any]) -> Table:
@@ -105,7 +101,9 @@ def _verdict(decision: Mapping[str, Any]) -> str:
     return f"{verdict} {when}; {decision['expected_output_tokens']:.0f} tokens of answer expected."
 
 
-def replay(
+@asks
+async def replay(
+    client: Client,
     policy: Annotated[
         list[str] | None,
         typer.Option("--policy", metavar="|".join(POLICIES), help="Repeat to compare; all."),
@@ -121,7 +119,6 @@ def replay(
         list[str] | None,
         typer.Option("--add", metavar="AGENT", help="One more agent like this one; repeat."),
     ] = None,
-    coordinator: CoordinatorUrl = DEFAULT,
 ) -> None:
     """Play what was recorded again, on the fleet as it was learned, under other policies.
 
@@ -131,25 +128,20 @@ def replay(
     unknown = [name for name in policies if name not in POLICIES]
     if unknown:
         raise typer.BadParameter(f"give one of {', '.join(POLICIES)}", param_hint="--policy")
-
-    async def work() -> None:
-        async with connected(coordinator) as client:
-            recorded = await _recorded(client, model)
-        fleet = fleet_of(recorded, add or ())
-        played = trace_of(recorded) if trace is None else read_trace(trace.open("rb"))
-        held = {spec.name for machine in fleet.machines for spec in machine.models}
-        played = [request for request in played if request.model in held]
-        if not played:
-            raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
-        console = Console()
-        console.print(f"{len(played)} requests over {played[-1].at:.0f} s")
-        made = _summaries()
-        for name in policies:
-            simulation = Simulation(fleet, partial(_create, name))
-            _add_summary(made, name, summarise(simulation.run(played), fleet))
-        console.print(made)
-
-    finished(work())
+    recorded = await _recorded(client, model)
+    fleet = fleet_of(recorded, add or ())
+    played = trace_of(recorded) if trace is None else read_trace(trace.open("rb"))
+    held = {spec.name for machine in fleet.machines for spec in machine.models}
+    played = [request for request in played if request.model in held]
+    if not played:
+        raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
+    console = Console()
+    console.print(f"{len(played)} requests over {played[-1].at:.0f} s")
+    made = _summaries()
+    for name in policies:
+        simulation = Simulation(fleet, partial(_create, name))
+        _add_summary(made, name, summarise(simulation.run(played), fleet))
+    console.print(made)
 
 
 def _create(policy: str, registry: Registry) -> Scheduler:
