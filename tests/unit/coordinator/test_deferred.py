@@ -1,4 +1,4 @@
-"""What agents owe: which deeds remain, in which order, and that none is lost."""
+"""Deferred commands: which remain, in which order, and that none is lost."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,18 +22,18 @@ LOAD_FOR_LONG = AgentCommand.load("m", keep_alive="24h")
 DELETE = AgentCommand.delete("m")
 
 
-def _owe(deferred: Deferred, *commands: AgentCommand) -> None:
+def _add(deferred: Deferred, *commands: AgentCommand) -> None:
     for minutes, command in enumerate(commands):
         deferred.add(DeferredCommand(AWAY, command, NOON + timedelta(minutes=minutes)))
 
 
-def _owed(deferred: Deferred) -> list[AgentCommand]:
+def _commands(deferred: Deferred) -> list[AgentCommand]:
     return [pending.command for pending in deferred.all()]
 
 
 @pytest.mark.spec("SURFACE-23")
 @pytest.mark.parametrize(
-    ("asked", "owed"),
+    ("asked", "remaining"),
     [
         ([FIRST, SECOND], [SECOND]),
         ([COPY_OF_A, COPY_OF_B], [COPY_OF_B]),
@@ -45,52 +45,52 @@ def _owed(deferred: Deferred) -> list[AgentCommand]:
         ([PULL, LOAD], [PULL, LOAD]),
     ],
 )
-async def test_only_what_is_newest_is_owed(
-    asked: list[AgentCommand], owed: list[AgentCommand]
+async def test_only_the_newest_command_for_a_model_remains(
+    asked: list[AgentCommand], remaining: list[AgentCommand]
 ) -> None:
     async with Store(None) as store:
         deferred = Deferred(store)
-        _owe(deferred, *asked)
-        assert _owed(deferred) == owed
+        _add(deferred, *asked)
+        assert _commands(deferred) == remaining
 
 
 @pytest.mark.spec("SURFACE-23")
-async def test_what_is_owed_already_keeps_its_time_and_its_place() -> None:
+async def test_a_command_that_is_deferred_again_keeps_its_time_and_its_place() -> None:
     async with Store(None) as store:
         deferred = Deferred(store)
-        _owe(deferred, PULL, LOAD, PULL)
+        _add(deferred, PULL, LOAD, PULL)
         assert [(pending.command, pending.since) for pending in deferred.all()] == [
             (PULL, NOON),
             (LOAD, NOON + timedelta(minutes=1)),
         ]
         deferred.supersede(AWAY, PULL)
-        assert _owed(deferred) == [PULL, LOAD]
+        assert _commands(deferred) == [PULL, LOAD]
 
 
 @pytest.mark.spec("SURFACE-23")
-async def test_an_older_deed_that_gets_done_leaves_the_newer_one() -> None:
+async def test_an_older_command_that_is_done_leaves_the_newer_one() -> None:
     async with Store(None) as store:
         deferred = Deferred(store)
-        _owe(deferred, FIRST, SECOND)
+        _add(deferred, FIRST, SECOND)
         deferred.finish(AWAY, FIRST)
-        assert _owed(deferred) == [SECOND]
+        assert _commands(deferred) == [SECOND]
         deferred.finish(AWAY, SECOND)
-        assert _owed(deferred) == []
+        assert _commands(deferred) == []
 
 
 @pytest.mark.spec("SURFACE-22")
-async def test_all_that_is_owed_is_there_after_a_restart(tmp_path: Path) -> None:
+async def test_every_deferred_command_is_there_after_a_restart(tmp_path: Path) -> None:
     async with Store(tmp_path / "c.db") as store:
         deferred = Deferred(store)
         for number in range(1000):
             deferred.add(DeferredCommand(AgentId(f"agent-{number}"), PULL, NOON))
-        owed = deferred.all()
+        remaining = deferred.all()
     async with Store(tmp_path / "c.db") as store:
         again = Deferred(store)
         await again.restore()
-        assert again.all() == owed
+        assert again.all() == remaining
         again.forget(AgentId("agent-0"))
     async with Store(tmp_path / "c.db") as store:
         again = Deferred(store)
         await again.restore()
-        assert again.all() == owed[1:]
+        assert again.all() == remaining[1:]

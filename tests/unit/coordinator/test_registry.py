@@ -570,14 +570,16 @@ def test_a_removed_agent_that_answers_late_of_a_cloud_model_harms_nothing(
     assert not agent.inventory.is_loaded(CLOUD)
 
 
-def test_a_machine_id_that_nobody_has_any_more_is_forgotten() -> None:
-    disks = MachineIds()
-    disks.add("image", AgentId("a"))
-    disks.add("image", AgentId("b"))
-    disks.add(None, AgentId("c"))
-    assert disks.others("image", AgentId("a")) == {"b"}
-    assert disks.others(None, AgentId("c")) == set()
-    disks.discard("image", AgentId("a"))
-    disks.discard("image", AgentId("b"))
-    disks.discard("image", AgentId("b"))
-    assert len(disks) == 0
+def test_a_machine_id_that_no_agent_has_any_more_is_forgotten() -> None:
+    machine_ids = MachineIds()
+    first, second, without = (
+        AgentState(AgentId(name), machine(name, machine_id=machine_id), AT, 0.0)
+        for name, machine_id in (("a", "image"), ("b", "image"), ("c", None))
+    )
+    for agent in (first, second, without):
+        machine_ids.add(agent)
+    assert machine_ids.others(first) == {"b"}
+    assert machine_ids.others(without) == set()
+    for agent in (first, second, second):
+        machine_ids.discard(agent)
+    assert len(machine_ids) == 0

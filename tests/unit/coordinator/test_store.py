@@ -123,27 +123,27 @@ async def test_the_newest_of_several_notes_wins(path: Path) -> None:
 
 async def test_a_document_given_as_a_function_is_asked_for_when_it_is_written(path: Path) -> None:
     asked: list[int] = []
-    debts = [1]
+    numbers = [1]
 
     def body() -> bytes:
-        asked.append(len(debts))
-        return str(debts).encode()
+        asked.append(len(numbers))
+        return str(numbers).encode()
 
     async with Store(path) as opened:
         for number in range(1000):
-            debts.append(number)
-            opened.note_document("debts", body)
+            numbers.append(number)
+            opened.note_document("numbers", body)
         await opened.run(fail)
         await opened.flush()
         assert asked == [1001]
         await opened.run(mend)
         await opened.flush()
-        assert await opened.document("debts") == str(debts).encode()
-        debts.clear()
-        opened.note_document("debts", body)
+        assert await opened.document("numbers") == str(numbers).encode()
+        numbers.clear()
+        opened.note_document("numbers", body)
     assert asked == [1001, 0]
     async with Store(path) as again:
-        assert await again.document("debts") == b"[]"
+        assert await again.document("numbers") == b"[]"
 
 
 async def test_a_removal_beats_a_save_that_waits(path: Path) -> None:

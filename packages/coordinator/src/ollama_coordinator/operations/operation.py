@@ -255,16 +255,16 @@ class Operation:
 
     def view_for(self, target: Target) -> AgentOperation:
         """One agent's part, as that agent's own view shows it."""
-        completed, total = self.progress.of(target.agent_id)
+        view = self._target_view(target)
         return AgentOperation(
             id=self.id,
             kind=self.kind.value,
             model=self.command.name,
-            state=target.state.value,
-            status=target.status,
-            completed=completed,
-            total=total,
-            error=None if target.error is None else str(target.error),
+            state=view.state.value,
+            status=view.status,
+            completed=view.completed,
+            total=view.total,
+            error=view.error,
         )
 
     def _target_view(self, target: Target) -> TargetView:

@@ -6,7 +6,7 @@ from datetime import datetime
 from msgspec import UNSET, Struct
 
 from ollama_coordinator_common.network import netloc
-from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .inventory import Inventory
@@ -108,41 +108,6 @@ class AgentState:
         if self.left or now - self.heard_at > timeout:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
-
-    def view(
-        self, status: AgentStatus, *, last_seen: datetime, in_flight: int, conflict: str | None
-    ) -> AgentView:
-        """The agent as the API shows it; `last_seen` is `heard_at` in UTC."""
-        registration, report, inventory = self.registration, self.report, self.inventory
-        return AgentView(
-            id=self.id,
-            machine_name=registration.machine_name,
-            ip_address=registration.ip_address,
-            ollama_version=registration.ollama_version,
-            ollama_port=registration.ollama_port,
-            status=status,
-            registered_at=self.registered_at,
-            last_seen=last_seen,
-            in_flight=in_flight,
-            url=self.url,
-            display_name=self.settings.display_name,
-            labels=self.settings.labels,
-            notes=self.settings.notes,
-            agent_version=registration.agent_version,
-            platform=registration.platform,
-            ollama_running=self.ollama_running,
-            out_of_rotation=self.out_of_rotation(),
-            conflict=conflict,
-            cpu_usage=report.cpu_usage if report else None,
-            memory_usage=report.memory_usage if report else None,
-            memory_total_bytes=report.memory_total_bytes if report else None,
-            disk_free_bytes=report.disk_free_bytes if report else None,
-            active_requests=report.active_requests if report else None,
-            gpus=report.gpus if report else [],
-            runner=report.runner if report else None,
-            models=sorted(row.model.name for row in inventory.available.values()),
-            loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
-        )
 
     def out_of_rotation(self) -> str | None:
         """Why an online agent gets no requests; `None` if it may get some."""

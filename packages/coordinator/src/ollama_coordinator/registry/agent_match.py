@@ -146,21 +146,19 @@ class MachineIds:
     def __len__(self) -> int:
         return len(self._agents)
 
-    def add(self, machine_id: str | None, agent_id: AgentId) -> None:
-        """An agent reports this id."""
-        if machine_id is not None:
-            self._agents[machine_id].add(agent_id)
+    def add(self, agent: AgentState) -> None:
+        """Add an agent under the machine id that it reports."""
+        if (machine_id := agent.registration.machine_id) is not None:
+            self._agents[machine_id].add(agent.id)
 
-    def discard(self, machine_id: str | None, agent_id: AgentId) -> None:
-        """An agent was removed, or reports another id."""
-        if machine_id is None or machine_id not in self._agents:
-            return
-        self._agents[machine_id].discard(agent_id)
-        if not self._agents[machine_id]:
-            del self._agents[machine_id]
+    def discard(self, agent: AgentState) -> None:
+        """Remove an agent: before it reports another machine id, or when it is removed."""
+        others, machine_id = self.others(agent), agent.registration.machine_id or ""
+        if others:
+            self._agents[machine_id] = others
+        else:
+            self._agents.pop(machine_id, None)
 
-    def others(self, machine_id: str | None, agent_id: AgentId) -> set[AgentId]:
-        """The other agents that report this id."""
-        if machine_id is None or machine_id not in self._agents:
-            return set()
-        return self._agents[machine_id] - {agent_id}
+    def others(self, agent: AgentState) -> set[AgentId]:
+        """The other agents with the machine id of this one."""
+        return self._agents.get(agent.registration.machine_id or "", set()) - {agent.id}

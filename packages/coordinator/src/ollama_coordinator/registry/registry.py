@@ -93,13 +93,13 @@ class Registry:
         if known is None:
             agent = AgentState(new_id, request, registered_at=at, heard_at=now)
             self._agents[new_id] = agent
-            self._machine_ids.add(request.machine_id, new_id)
+            self._machine_ids.add(agent)
             self._come(new_id)
             return Registration(agent, created=True)
         before = known.url
-        self._machine_ids.discard(known.registration.machine_id, known.id)
-        self._machine_ids.add(request.machine_id, known.id)
+        self._machine_ids.discard(known)
         agent_match.renew(known, request)
+        self._machine_ids.add(known)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
         self.heard(known, now)
@@ -108,7 +108,7 @@ class Registry:
     def restore(self, agent: AgentState, now: float) -> None:
         """Add an agent from the database, as it was when it was last heard."""
         self._agents[agent.id] = agent
-        self._machine_ids.add(agent.registration.machine_id, agent.id)
+        self._machine_ids.add(agent)
         self._index.relist(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
@@ -121,7 +121,7 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
-        self._machine_ids.discard(agent.registration.machine_id, agent.id)
+        self._machine_ids.discard(agent)
         self._go(agent.id)
         self._index.drop(agent, agent.inventory.available)
         del self._agents[agent.id]
@@ -172,7 +172,7 @@ class Registry:
 
     def conflict(self, agent: AgentState, now: float) -> str | None:
         """What an operator should do about another online agent with the same machine id."""
-        others = self._machine_ids.others(agent.registration.machine_id, agent.id)
+        others = self._machine_ids.others(agent)
         if not others or not self.is_online(agent, now):
             return None
         alike = (self._agents[agent_id] for agent_id in others)
@@ -182,11 +182,35 @@ class Registry:
         self, agent: AgentState, now: float, *, last_seen: datetime, in_flight: int
     ) -> AgentView:
         """An agent as the API shows it; `last_seen` is its `heard_at` in UTC."""
-        return agent.view(
-            agent.status(now, self.agent_timeout),
+        registration, report, inventory = agent.registration, agent.report, agent.inventory
+        return AgentView(
+            id=agent.id,
+            machine_name=registration.machine_name,
+            ip_address=registration.ip_address,
+            ollama_version=registration.ollama_version,
+            ollama_port=registration.ollama_port,
+            status=agent.status(now, self.agent_timeout),
+            registered_at=agent.registered_at,
             last_seen=last_seen,
             in_flight=in_flight,
+            url=agent.url,
+            display_name=agent.settings.display_name,
+            labels=agent.settings.labels,
+            notes=agent.settings.notes,
+            agent_version=registration.agent_version,
+            platform=registration.platform,
+            ollama_running=agent.ollama_running,
+            out_of_rotation=agent.out_of_rotation(),
             conflict=self.conflict(agent, now),
+            cpu_usage=report.cpu_usage if report else None,
+            memory_usage=report.memory_usage if report else None,
+            memory_total_bytes=report.memory_total_bytes if report else None,
+            disk_free_bytes=report.disk_free_bytes if report else None,
+            active_requests=report.active_requests if report else None,
+            gpus=report.gpus if report else [],
+            runner=report.runner if report else None,
+            models=sorted(row.model.name for row in inventory.available.values()),
+            loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
         )
 
     def heard(self, agent: AgentState, now: float) -> None:
