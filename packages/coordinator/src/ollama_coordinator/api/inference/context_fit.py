@@ -52,18 +52,23 @@ class ContextFit:
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     async def fit(
-        self, route: InferenceRoute, request: Request, body: bytes, agents: Sequence[AgentState]
+        self,
+        route: InferenceRoute,
+        request: Request,
+        body: bytes,
+        holders: Sequence[AgentState],
+        offered: Sequence[AgentState],
     ) -> Fitted:
         """The request less the agents that cannot serve it, on a context that is in memory.
 
-        `agents` have the preferred content of the model, or can pass its name on to ollama.com.
+        `holders` have the preferred content of the model; `offered` pass its name on to ollama.com.
         """
         unfit = self._registry.strangers(request.model)
         if route.path in SINCE:
-            unfit |= _too_old(agents, SINCE[route.path])
+            unfit |= _too_old([*holders, *offered], SINCE[route.path])
         if unfit:
             request = request.without(unfit)
-        context = await self._context(route, request, agents)
+        context = await self._context(route, request, holders)
         raised = None if context is None else _with_context(body, context)
         if context is None or raised is None:
             return Fitted(request, body)
@@ -73,7 +78,7 @@ class ContextFit:
         return Fitted(structs.replace(request, options=options), raised, note)
 
     async def _context(
-        self, route: InferenceRoute, request: Request, agents: Sequence[AgentState]
+        self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
     ) -> int | None:
         """The smallest larger context in memory, unless one that fits exactly is there too."""
         if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
@@ -82,7 +87,7 @@ class ContextFit:
         if structs.replace(options, num_ctx=None) != RunnerOptions():
             return None  # something else may force a reload, and then the wanted size is right
         best: int | None = None
-        for has, default in self._in_memory(request.model, agents):
+        for has, default in self._in_memory(request.model, holders):
             wants = options.num_ctx or default
             if wants <= 0 or has < wants:
                 continue
@@ -93,16 +98,16 @@ class ContextFit:
             return None
         return best
 
-    def _in_memory(self, key: str, agents: Sequence[AgentState]) -> list[tuple[int, int]]:
+    def _in_memory(self, key: str, holders: Sequence[AgentState]) -> list[tuple[int, int]]:
         """The context of every runner in memory, and its agent's default (0: not known)."""
-        if not agents:
+        if not holders:
             return []  # not remembered: clients ask for any name
         changes, found = self._contexts.get(key, (-1, []))
         if changes != self._registry.changes:
             now = self._clock.now()
             found = [
                 (context, _default_context(agent))
-                for agent in agents
+                for agent in holders
                 if agent.inventory.loaded
                 and self._registry.is_routable(agent, now)
                 and (context := _loaded_context(agent, key)) is not None

@@ -24,14 +24,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
-from .request import (
-    NotDecompressed,
-    Routing,
-    plain_body,
-    read_body,
-    read_routing,
-    schedulable,
-)
+from .request import NotDecompressed, Routing, plain_body, read_body, read_routing, schedulable
 from .unload import make_room, unload_everywhere
 
 OF_THE_CLOUD = (":cloud", "-cloud")
@@ -96,7 +89,7 @@ class Proxy:
         offered: list[AgentState] = []
         if request.model.endswith(OF_THE_CLOUD):
             offered = await self._cloud.offer(request.model, request.name, holders)
-        fitted = await self._context_fit.fit(self._route, request, body, [*holders, *offered])
+        fitted = await self._context_fit.fit(self._route, request, body, holders, offered)
         # A model at ollama.com is not in any agent's memory.
         unloads = routing.unload_only and not (offered and not holders)
         headers = to_ollama(scope["headers"])
