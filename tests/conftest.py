@@ -3,11 +3,16 @@
 import logging
 from collections.abc import AsyncIterator, Iterator
 
+import hypothesis
 import pytest
 
 from ollama_coordinator_common.commandline import EventFormatter
 from support.coordinator import Running, running
 from support.ollama import StandIn
+
+# An example that takes longer than 200 ms only shows that the machine is busy.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,18 @@ async def test_a_wrong_value_changes_nothing(coordinator: Running, wanted: dict[
 
 
 @pytest.mark.spec("DASH-17")
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+async def test_what_is_no_number_of_json_changes_nothing(coordinator: Running, number: str) -> None:
+    before = await settings(coordinator)
+    url = f"{coordinator.url}/api/settings"
+    body = f'{{"agent_timeout": {number}}}'
+    async with coordinator.session.patch(url, data=body) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]
+    assert await settings(coordinator) == before
+
+
+@pytest.mark.spec("DASH-17")
 async def test_every_setting_that_can_be_changed_counts_at_once(coordinator: Running) -> None:
     listed = await settings(coordinator)
     assert all(setting["live"] for setting in listed.values() if setting["editable"])
