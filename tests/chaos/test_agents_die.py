@@ -90,7 +90,9 @@ async def torment(nodes: list[StandIn], over: asyncio.Event, chance: random.Rand
 @pytest.mark.spec("PROXY-17")
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("policy", ["predicted", "loaded-first"])
-async def test_what_could_be_served_is_served_and_no_cut_is_silent(policy: str, seed: int) -> None:
+async def test_every_request_that_can_be_served_is_and_no_cut_is_silent(
+    policy: str, seed: int
+) -> None:
     async with AsyncExitStack() as stack:
         coordinator = await stack.enter_async_context(running(policy=policy))
         nodes = [

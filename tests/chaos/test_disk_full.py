@@ -111,7 +111,9 @@ async def test_a_coordinator_outlives_a_full_disk(tiny: Path, tmp_path: Path) ->
 
 
 @pytest.mark.spec("OPERATION-5")
-async def test_a_start_on_a_full_disk_is_told(tiny: Path, tmp_path: Path) -> None:
+async def test_a_start_on_a_full_disk_is_an_error_that_says_what_to_do(
+    tiny: Path, tmp_path: Path
+) -> None:
     fill(tiny)
     settings = {"DATABASE_URL": f"sqlite:///{tiny.as_posix()}/c.db", "COORDINATOR_PORT": "0"}
     command = programs.command("ollama-coordinator")

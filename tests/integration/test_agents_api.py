@@ -82,7 +82,7 @@ async def test_the_models_are_known_when_the_registration_is_answered(coordinato
 
 
 @pytest.mark.spec("FLEET-7")
-async def test_the_list_tells_everything_in_utc(coordinator: Running, ollama: StandIn) -> None:
+async def test_the_list_has_every_time_in_utc(coordinator: Running, ollama: StandIn) -> None:
     before = datetime.now(UTC)
     agents = await coordinator.get("/api/agents")
     assert [agent["machine_name"] for agent in agents] == ["first"]
@@ -98,7 +98,7 @@ async def test_the_list_tells_everything_in_utc(coordinator: Running, ollama: St
 
 
 @pytest.mark.spec("FLEET-7")
-async def test_in_flight_is_what_runs(coordinator: Running, ollama: StandIn) -> None:
+async def test_in_flight_counts_the_running_requests(coordinator: Running, ollama: StandIn) -> None:
     ollama.hold(after=1)
     async with coordinator.stream() as response:
         await response.content.readline()

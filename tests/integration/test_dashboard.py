@@ -247,7 +247,7 @@ async def test_a_page_on_loopback_shows_the_address_that_others_need() -> None:
 
 @pytest.mark.spec("DASH-35")
 @pytest.mark.parametrize(("bound", "told"), [("127.0.0.1", None), ("192.0.2.7", "192.0.2.7")])
-async def test_the_page_is_told_where_others_reach_the_coordinator(
+async def test_the_page_gets_the_address_where_others_reach_the_coordinator(
     bound: str, told: str | None
 ) -> None:
     async with running(host=bound) as coordinator, viewing(coordinator.url) as viewer:
@@ -288,7 +288,7 @@ async def test_an_agents_details(coordinator: Running, ollama: StandIn) -> None:
 
 
 @pytest.mark.spec("DASH-18")
-async def test_what_is_done_to_models_is_in_the_picture() -> None:
+async def test_operations_on_models_are_in_the_snapshot() -> None:
     async with running() as coordinator, StandIn() as ollama:
         await coordinator.register(ollama, "first")
         async with viewing(coordinator.url) as viewer:

@@ -176,7 +176,7 @@ async def test_the_history_is_exported_whole(coordinator: Running) -> None:
         ("finished_ms", "noon", True),
     ],
 )
-async def test_a_damaged_row_is_told(
+async def test_a_damaged_row_is_an_error_that_says_what_to_do(
     coordinator: Running, column: str, value: object, *, in_list: bool
 ) -> None:
     request = past(1)
@@ -267,7 +267,7 @@ async def test_statistics_go_on_after_a_restart(tmp_path: Path) -> None:
         "statistics?minutes=nan",
     ],
 )  # fmt: skip
-async def test_a_wrong_parameter_is_told(coordinator: Running, query: str) -> None:
+async def test_a_wrong_parameter_is_answered_400(coordinator: Running, query: str) -> None:
     async with coordinator.session.get(f"{coordinator.url}/api/{query}") as response:
         assert response.status == 400
         assert "give" in (await response.json())["error"]

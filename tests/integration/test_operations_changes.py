@@ -125,7 +125,7 @@ async def test_an_agent_that_was_away_makes_the_newest_of_several_copies(
 
 
 @pytest.mark.spec("SURFACE-23")
-async def test_a_pull_makes_a_delete_that_is_still_owed_void(coordinator: Running) -> None:
+async def test_a_pull_makes_a_deferred_delete_void(coordinator: Running) -> None:
     registry = [Model("llama3.2")]
     async with StandIn(registry=registry) as here, StandIn(registry=registry) as away:
         await coordinator.register(here, "here")

@@ -74,7 +74,7 @@ async def test_a_file_that_is_not_there_is_400(coordinator: Running, ollama: Sta
 
 
 @pytest.mark.spec("SURFACE-24")
-async def test_what_is_not_what_it_claims_to_be_is_not_kept(tmp_path: Path) -> None:
+async def test_an_upload_with_another_digest_is_not_kept(tmp_path: Path) -> None:
     async with running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator:
         assert await _upload(coordinator, b"something else") == 400
         assert _files(tmp_path) == []
@@ -293,7 +293,7 @@ async def test_an_agent_that_would_be_left_with_an_old_model_has_to_have_the_fil
 
 
 @pytest.mark.spec("SURFACE-42")
-async def test_what_an_agent_lacks_is_told_with_what_to_do(
+async def test_the_error_of_a_missing_file_says_what_to_do(
     coordinator: Running, ollama: StandIn
 ) -> None:
     status, answer = await _made(coordinator)
@@ -303,7 +303,7 @@ async def test_what_an_agent_lacks_is_told_with_what_to_do(
 
 
 @pytest.mark.spec("SURFACE-42")
-async def test_an_agent_that_is_away_counts_with_what_it_reported(
+async def test_an_agent_that_is_away_has_the_files_that_it_reported(
     coordinator: Running, ollama: StandIn, spare: StandIn
 ) -> None:
     await _upload(coordinator)

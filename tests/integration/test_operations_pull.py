@@ -239,7 +239,7 @@ async def test_an_agent_that_stays_away_does_not_hold_up_the_client_and_goes_on_
 
 
 @pytest.mark.spec("SURFACE-20")
-async def test_the_only_agent_lost_is_told_as_an_error() -> None:
+async def test_losing_the_only_agent_is_an_error() -> None:
     async with fleet(1, pull_patience=0.1) as (coordinator, (ollama,)):
         ollama.faults.stall(after=1, paths=["/api/pull"])
         pulling = asyncio.create_task(progress(coordinator, "/api/pull", PULL))
@@ -284,7 +284,7 @@ async def test_another_agent_takes_the_place_of_one_that_fails() -> None:
 
 @pytest.mark.spec("SURFACE-21")
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_pull_that_fails_everywhere_says_what_ollama_said(stream: bool) -> None:
+async def test_a_pull_that_fails_everywhere_ends_with_ollamas_own_error(stream: bool) -> None:
     async with fleet(2) as (coordinator, _):
         body = {"model": "nope", "stream": stream}
         text = "pull model manifest: file does not exist"

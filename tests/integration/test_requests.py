@@ -85,7 +85,7 @@ async def test_the_queue_has_the_requests_without_a_place_in_their_order() -> No
 
 
 @pytest.mark.spec("DASH-3")
-async def test_a_finished_request_tells_its_attempts_and_their_reasons(
+async def test_a_finished_request_has_its_attempts_and_their_reasons(
     coordinator: Running, ollama: StandIn, spare: StandIn
 ) -> None:
     async with coordinator.stream() as answer:
@@ -105,7 +105,7 @@ async def test_a_finished_request_tells_its_attempts_and_their_reasons(
 
 
 @pytest.mark.spec("DASH-3")
-async def test_a_finished_request_tells_every_candidate_also_after_a_restart(
+async def test_a_finished_request_has_every_candidate_also_after_a_restart(
     tmp_path: Path,
 ) -> None:
     url = f"sqlite:///{tmp_path}/fleet.db"
@@ -128,7 +128,7 @@ async def test_a_finished_request_tells_every_candidate_also_after_a_restart(
 
 @pytest.mark.spec("DASH-3")
 @pytest.mark.parametrize("policy", POLICIES)
-async def test_every_policy_tells_who_was_refused(policy: str) -> None:
+async def test_every_policy_names_the_agents_that_were_refused(policy: str) -> None:
     async with (
         running(policy=policy) as coordinator,
         StandIn() as ollama,
@@ -236,7 +236,7 @@ async def test_prompts_and_answers_are_nowhere(coordinator: Running, ollama: Sta
 
 
 @pytest.mark.spec("DASH-3")
-async def test_a_waiting_request_tells_what_would_be_decided_now() -> None:
+async def test_a_waiting_request_shows_what_would_be_decided_now() -> None:
     slow = Hardware(decode_tokens_per_second=20)
     async with running(policy="predicted") as coordinator, StandIn(hardware=slow) as ollama:
         await one_slot(coordinator, ollama)

@@ -37,7 +37,7 @@ async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(tmp_p
 
 
 @pytest.mark.spec("OPERATION-3")
-async def test_the_log_tells_which_file_was_opened(
+async def test_the_log_names_the_file_that_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the program starts in the folder that this one is in

@@ -46,7 +46,7 @@ def kinds(data: bytes) -> list[str]:
 
 
 @pytest.mark.spec("DASH-20")
-async def test_nothing_is_drawn_while_nobody_looks() -> None:
+async def test_no_snapshot_is_taken_while_nobody_watches() -> None:
     world = World()
     feed = Feed(world.take)
     assert world.drawn == 0

@@ -91,7 +91,9 @@ def test_a_row_without_a_name_that_can_be_asked_for_is_left_out(odd: Any) -> Non
     [b"", b"null", b"[]", b"7", b'{"models":7}', b'{"models":[}', b'{"models":[{"name":"\xff"}]}',
      b'{"models":[{"name":"m","license":"\xff"}]}', b'{"models":' + b"[" * 100_000],
 )  # fmt: skip
-def test_what_is_no_list_is_refused_and_changes_nothing(inventory: Inventory, bad: bytes) -> None:
+def test_a_body_that_is_no_list_is_refused_and_changes_nothing(
+    inventory: Inventory, bad: bytes
+) -> None:
     inventory.read_ps(body(row("m")))
     before = dict(inventory.available), dict(inventory.loaded), inventory.tags, inventory.ps
     with pytest.raises(msgspec.DecodeError):
@@ -145,7 +147,7 @@ def test_names_of_other_weights_are_not(inventory: Inventory) -> None:
     assert not inventory.is_loaded(N)
 
 
-def test_unknown_weights_are_nobodys(inventory: Inventory) -> None:
+def test_models_of_unknown_weights_share_none(inventory: Inventory) -> None:
     inventory.read_tags(body(row("m"), row("n")), {})
     inventory.read_ps(body(row("m")))
     assert inventory.is_loaded(M)
@@ -167,7 +169,7 @@ def test_only_a_listed_model_can_have_served(inventory: Inventory) -> None:
     assert inventory.loaded == {}
 
 
-def test_what_a_list_told_of_memory_is_not_overwritten_by_a_request(inventory: Inventory) -> None:
+def test_a_list_of_memory_is_not_overwritten_by_a_request(inventory: Inventory) -> None:
     inventory.read_ps(body(row("m")))
     before = inventory.loaded[M]
     inventory.note_loaded(M)
@@ -196,7 +198,7 @@ def test_a_missing_model_is_neither_on_disk_nor_in_memory(inventory: Inventory) 
     assert M in inventory.available
 
 
-def test_two_contents_of_one_name_are_told_apart_by_their_weights(inventory: Inventory) -> None:
+def test_two_contents_of_one_name_differ_by_their_weights(inventory: Inventory) -> None:
     assert inventory.available[M].identity == "sha256:1"
     inventory.read_tags(body(row("m")), {})
     assert inventory.available[M].identity == "digest of m"

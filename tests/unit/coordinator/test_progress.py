@@ -35,7 +35,7 @@ def test_a_layer_is_as_far_as_the_slowest_agent() -> None:
 
 
 @pytest.mark.spec("SURFACE-17")
-def test_a_late_step_is_told_when_the_last_agent_is_there() -> None:
+def test_a_late_step_is_reported_when_the_last_agent_has_reached_it() -> None:
     progress = _two()
     for agent in (A, B):
         progress.feed(agent, _layer(100))
@@ -90,7 +90,7 @@ def test_a_line_in_another_form_does_no_harm(line: dict[str, Any]) -> None:
 
 
 @pytest.mark.spec("SURFACE-18")
-async def test_who_comes_late_or_reads_slowly_gets_where_things_stand() -> None:
+async def test_a_client_that_is_late_or_slow_gets_the_present_state() -> None:
     feed = ProgressFeed()
     feed.publish([{"status": "pulling manifest"}])
     following = feed.follow()

@@ -238,7 +238,7 @@ def test_the_name_that_an_operator_gave_wins(registry: Registry) -> None:
     assert agent.name == "Rack 3"
 
 
-def test_an_id_that_nobody_has_is_told_with_what_to_do(registry: Registry) -> None:
+def test_the_error_of_an_unknown_id_says_what_to_do(registry: Registry) -> None:
     with pytest.raises(UnknownAgent, match='agent "x" is not registered; register it with POST'):
         registry.get("x")
     with pytest.raises(UnknownAgent):
@@ -259,7 +259,7 @@ def test_silence_beyond_the_timeout_is_offline(registry: Registry) -> None:
     assert agent.status(TIMEOUT + 0.1, TIMEOUT) is AgentStatus.OFFLINE
 
 
-def test_an_agent_is_told_offline_once(registry: Registry) -> None:
+def test_an_agent_is_reported_offline_once(registry: Registry) -> None:
     first, second = add(registry, "a"), add(registry, "b", now=30.0)
     assert registry.expire(60.0) == []
     assert registry.expire(61.0) == [first]
@@ -286,7 +286,7 @@ def test_the_next_expiry_is_that_of_the_agent_heard_longest_ago(registry: Regist
     assert registry.next_expiry() is None
 
 
-def test_a_goodbye_is_offline_at_once_and_not_told_again(registry: Registry) -> None:
+def test_a_goodbye_is_offline_at_once_and_not_reported_again(registry: Registry) -> None:
     agent = add(registry, "a")
     registry.heartbeat(report(agent, ',"leaving":true'), 1.0)
     assert not registry.is_online(agent, 1.0)
@@ -321,14 +321,14 @@ def test_an_agent_without_its_ollama_gets_nothing(registry: Registry) -> None:
     assert registry.is_routable(agent, 2.0)
 
 
-def test_a_heartbeat_tells_of_a_new_ollama(registry: Registry) -> None:
+def test_a_heartbeat_reports_a_new_ollama_version(registry: Registry) -> None:
     agent = add(registry, "a")
     registry.heartbeat(report(agent, ',"ollama_version":"0.34.0"'), 1.0)
     assert agent.registration.ollama_version == "0.34.0"
     assert agent.registration.machine_name == "a"
 
 
-def test_an_answer_that_comes_after_a_removal_brings_nobody_back(registry: Registry) -> None:
+def test_an_answer_after_a_removal_does_not_bring_the_agent_back(registry: Registry) -> None:
     agent = add(registry, "a")
     registry.list_models(agent, lists("m"), {}, 0.0)
     registry.remove(agent.id)
@@ -485,7 +485,7 @@ def test_a_model_that_an_agent_denies_is_not_asked_of_it_until_its_next_list(
     assert registry.holders(KEY) == [agent]
 
 
-def test_who_derived_something_learns_that_it_may_be_old(registry: Registry) -> None:
+def test_changes_grows_with_everything_that_alters_a_decision(registry: Registry) -> None:
     agent = add(registry, "a")
     registry.list_models(agent, lists("m"), {}, 0.0)
     for act in (
@@ -533,7 +533,7 @@ COPY = "registry.ollama.ai/library/copy:latest"
 
 
 @pytest.mark.parametrize("how", ["listed", "missing"])
-def test_what_is_told_of_a_copy_changes_with_the_model_it_is_a_copy_of(
+def test_the_revision_of_a_copy_changes_with_the_model_it_is_a_copy_of(
     registry: Registry, how: str
 ) -> None:
     agent = add(registry, "a")

@@ -253,23 +253,23 @@ def locked(path: Path) -> Iterator[None]:
         yield  # its input is closed at the end, and then it ends
 
 
-async def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
+async def test_a_missing_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     assert "check that its folder exists" in await refused(tmp_path / "no" / "coordinator.db")
 
 
-async def test_a_folder_in_the_files_place_is_told(path: Path) -> None:
+async def test_a_folder_in_the_files_place_is_an_error_that_says_what_to_do(path: Path) -> None:
     path.mkdir()
     assert "cannot be opened" in await refused(path)
 
 
 @pytest.mark.spec("OPERATION-5")
-async def test_another_kind_of_file_is_told(path: Path) -> None:
+async def test_another_kind_of_file_is_an_error_that_says_what_to_do(path: Path) -> None:
     path.write_bytes(b"Dear diary, " * 1000)
     assert "the file is not an SQLite database" in await refused(path)
 
 
 @pytest.mark.spec("OPERATION-5")
-async def test_a_damaged_file_is_told(path: Path) -> None:
+async def test_a_damaged_file_is_an_error_that_says_what_to_do(path: Path) -> None:
     async with Store(path) as opened:
         await opened.save_agent(row(tags=b'{"models":[]}' + b" " * 100_000))
     with path.open("r+b") as file:
@@ -279,7 +279,9 @@ async def test_a_damaged_file_is_told(path: Path) -> None:
 
 
 @pytest.mark.spec("OPERATION-5")
-async def test_a_locked_file_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_locked_file_is_an_error_that_says_what_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "LOCK_SECONDS", 0.01)
     with locked(path):
         assert "another process holds it" in await refused(path)
@@ -312,7 +314,9 @@ async def test_migrations_of_another_program_in_the_file_do_not_matter(path: Pat
     ("column", "value"),
     [("registration", "{"), ("registration", "{}"), ("last_seen", "yesterday")],
 )
-async def test_a_damaged_row_is_told(path: Path, column: str, value: str) -> None:
+async def test_a_damaged_row_is_an_error_that_says_what_to_do(
+    path: Path, column: str, value: str
+) -> None:
     async with Store(path) as opened:
         await opened.save_agent(row())
         await opened.run(lambda db: damage(db, column, value))
@@ -346,7 +350,7 @@ def test_sqlites_own_words_become_advice(setting: str, advice: str) -> None:
 
 
 @pytest.mark.spec("OPERATION-6")
-async def test_a_database_that_fails_is_told_and_nothing_is_lost(
+async def test_a_database_that_fails_is_reported_and_nothing_is_lost(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

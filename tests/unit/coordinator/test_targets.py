@@ -35,7 +35,7 @@ def test_a_placement_is_written_as_it_is_read(text: str) -> None:
 
 @pytest.mark.spec("SURFACE-16")
 @pytest.mark.parametrize("text", ["0", "-1", "some", "label:", "agents:,", "2.5", "²", "9" * 40])
-def test_what_means_nothing_is_refused_with_what_would_be_right(text: str) -> None:
+def test_a_text_that_is_no_placement_is_refused_with_what_is_expected(text: str) -> None:
     with pytest.raises(WrongPlacement, match="a number of agents"):
         Placement.parse(text)
 
@@ -73,7 +73,7 @@ def test_a_draining_agent_gets_nothing_new() -> None:
 
 @pytest.mark.spec("SURFACE-16")
 @pytest.mark.parametrize("module", ["targets", "progress", "types"])
-def test_what_decides_does_no_io(module: str) -> None:
+def test_modules_that_decide_do_no_io(module: str) -> None:
     source = Path(operations.__file__).with_name(f"{module}.py").read_text("utf-8")
     for name in ("asyncio", "aiohttp", "starlette", "time", "logging"):
         assert f"import {name}" not in source
