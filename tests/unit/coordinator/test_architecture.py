@@ -113,6 +113,21 @@ def test_every_module_has_a_layer() -> None:
     assert {name.removesuffix(".py") for name in found} - {"__init__"} == set().union(*LAYERS)
 
 
+def called(module: Path) -> set[str]:
+    """The names of the functions and classes that a module calls."""
+    return {
+        node.func.id
+        for node in nodes(module)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+
+
+@pytest.mark.parametrize(("name", "place"), [("Parts", "app.py"), ("Endpoint", "api/routes.py")])
+def test_parts_are_put_together_and_routes_are_listed_in_one_place(name: str, place: str) -> None:
+    makers = [module for module in COORDINATOR.rglob("*.py") if name in called(module)]
+    assert makers == [COORDINATOR / place]
+
+
 def reads_environment(module: Path) -> bool:
     return any(
         isinstance(node, ast.Attribute)

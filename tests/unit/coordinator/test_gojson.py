@@ -86,9 +86,10 @@ def test_every_other_value_keeps_its_bytes() -> None:
 
 
 @pytest.mark.spec("SURFACE-7")
-def test_a_form_is_read_up_to_its_end_and_not_beyond() -> None:
+def test_a_form_is_read_from_its_beginning_to_its_end() -> None:
     body = (
-        b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\r\n--C\r\n'
+        b'before\r\n--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        b"\r\n--C\r\n"
         b'\r\n--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--B--\r\n'
         b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n'
     )
@@ -96,6 +97,35 @@ def test_a_form_is_read_up_to_its_end_and_not_beyond() -> None:
     for kind in ("", "application/json", "multipart/form-data", "multipart/form-data; boundary="):
         with pytest.raises(HttpError, match="isn't multipart/form-data"):
             read_form(kind, body)
+
+
+FILE = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nRIFF\r\n'
+
+
+@pytest.mark.spec("SURFACE-7")
+@pytest.mark.parametrize(
+    ("rest", "answer"),
+    [
+        (b"--B\r\ncontent-disposition: form-data; name=model\r\n\r\nwhisper\r\n", "whisper"),
+        (b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhis', "whis"),
+        (b'--B\r\nContent-Disposition: form-data; name="mod', "model is required"),
+        (b"--B\r\nno header\r\n\r\nwhisper\r\n--B--\r\n", "model is required"),
+        (b"--B--\r\n", "model is required"),
+        (
+            b"--B\r\n" + b"X: y\r\n" * 99 + b"Content-Disposition: form-data; name=model\r\n\r\nw",
+            "w",
+        ),
+    ],
+)
+def test_a_form_that_breaks_off_is_read_as_far_as_it_goes(
+    rest: bytes, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        read = read_form("multipart/form-data; boundary=B", FILE + rest).name
+    except HttpError as exc:
+        read = str(exc)
+    assert read == answer
+    assert caplog.records == []
 
 
 @pytest.mark.spec("SURFACE-8")

@@ -3,6 +3,7 @@
 The form passes as it came; of its fields only the model's name is read here.
 """
 
+import logging
 from contextlib import suppress
 
 from python_multipart.exceptions import MultipartParseError
@@ -13,6 +14,13 @@ from ollama_coordinator.api.http.errors import HttpError
 from .request import Routing
 
 PATH = "/v1/audio/transcriptions"
+
+HEADERS = 1000
+HEADER_BYTES = 64 * 1024
+"""Of one part: far more than clients send, and no more than Ollama's own decoder takes."""
+
+# Its warnings are about single requests; a form that is wrong is for Ollama to answer.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def read_form(content_type: str, body: bytes) -> Routing:
@@ -36,6 +44,9 @@ def read_form(content_type: str, body: bytes) -> Routing:
 
 def _read_fields(body: bytes, boundary: bytes) -> dict[str, bytearray]:
     """The named parts; of the file only its name. A form that breaks off has those before."""
+    if not body.startswith(b"--" + boundary):
+        # A preamble, which RFC 2046 allows.
+        body = body[max(body.find(b"\r\n--" + boundary), 0) :]
     fields: dict[str, bytearray] = {}
     header = value = b""
     name = ""
@@ -72,6 +83,8 @@ def _read_fields(body: bytes, boundary: bytes) -> dict[str, bytearray]:
             "on_header_end": on_header_end,
             "on_part_data": on_part_data,
         },
+        max_header_count=HEADERS,
+        max_header_size=HEADER_BYTES,
     )
     with suppress(MultipartParseError):  # whether the rest is right is for Ollama to say
         parser.write(body)
