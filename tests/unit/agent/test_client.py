@@ -17,10 +17,8 @@ from yarl import URL
 
 from ollama_coordinator_agent.client import (
     CoordinatorClient,
-    CoordinatorFailed,
-    CoordinatorUnreachable,
+    CoordinatorError,
     Forgotten,
-    NotACoordinator,
     Rejected,
 )
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
@@ -82,7 +80,7 @@ async def test_every_error_of_the_http_library_is_translated(
     client: CoordinatorClient, wire: aioresponses, kind: type[BaseException]
 ) -> None:
     wire.post(f"{URL_BASE}/api/agents", exception=example(kind))
-    with pytest.raises(CoordinatorUnreachable, match=r"no answer from \S+: ."):
+    with pytest.raises(CoordinatorError, match=r"no answer from \S+: ."):
         await client.register(REQUEST)
 
 
@@ -108,7 +106,7 @@ async def test_the_operator_is_told_where_to_look(
     client: CoordinatorClient, wire: aioresponses, error: Exception, clause: str
 ) -> None:
     wire.post(f"{URL_BASE}/api/health", exception=error)
-    with pytest.raises(CoordinatorUnreachable, match=clause):
+    with pytest.raises(CoordinatorError, match=clause):
         await client.report(REPORT)
 
 
@@ -126,14 +124,14 @@ async def test_a_cancelled_call_stays_cancelled(
     ("status", "body", "error", "clause"),
     [
         (400, '{"error":"ip_address is missing"}', Rejected, "ip_address is missing"),
-        (404, "<html>", NotACoordinator, "Set COORDINATOR_URL"),
-        (404, '{"error":"x"}', NotACoordinator, "404"),
-        (405, "no", NotACoordinator, "405"),
-        (200, "<html>", NotACoordinator, "is no Ollama Coordinator"),
-        (200, '{"id":1}', NotACoordinator, "is no Ollama Coordinator"),
-        (500, "oops", CoordinatorFailed, "500"),
-        (503, '{"error":"stopping"}', CoordinatorFailed, "stopping"),
-        (429, '{"error":"slower"}', CoordinatorFailed, "slower"),
+        (404, "<html>", CoordinatorError, "Set COORDINATOR_URL"),
+        (404, '{"error":"x"}', CoordinatorError, "404"),
+        (405, "no", CoordinatorError, "405"),
+        (200, "<html>", CoordinatorError, "is no Ollama Coordinator"),
+        (200, '{"id":1}', CoordinatorError, "is no Ollama Coordinator"),
+        (500, "oops", CoordinatorError, "500"),
+        (503, '{"error":"stopping"}', CoordinatorError, "stopping"),
+        (429, '{"error":"slower"}', CoordinatorError, "slower"),
     ],
 )
 async def test_an_answer_that_is_no_success_is_named(
@@ -154,7 +152,7 @@ async def test_a_redirect_names_where_the_coordinator_moved(
     client: CoordinatorClient, wire: aioresponses
 ) -> None:
     wire.post(f"{URL_BASE}/api/agents", status=301, headers={"Location": "https://c/"})
-    with pytest.raises(NotACoordinator, match="redirects to https://c/"):
+    with pytest.raises(CoordinatorError, match="redirects to https://c/"):
         await client.register(REQUEST)
 
 
@@ -186,5 +184,5 @@ async def test_the_agents_are_listed_by_a_coordinator_and_by_nothing_else(
     wire.get(f"{URL_BASE}/api/agents", body="[]")
     assert await client.agents() == []
     wire.get(f"{URL_BASE}/api/agents", status=404, body="404 page not found")
-    with pytest.raises(NotACoordinator, match="GET /api/agents"):
+    with pytest.raises(CoordinatorError, match="GET /api/agents"):
         await client.agents()

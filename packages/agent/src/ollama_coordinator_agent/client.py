@@ -1,11 +1,8 @@
 """Requests to the coordinator; aiohttp's errors about it become ours here and nowhere else.
 
-CoordinatorError
-├── CoordinatorUnreachable   no answer: refused, unresolved, timed out, cut off, untrusted
-├── CoordinatorFailed        it answers that it cannot for now: 5xx, 429
-├── NotACoordinator          another program answers
-├── Rejected                 it refuses what was sent: 4xx with its sentence
-└── Forgotten                it does not know this agent: 404 to a heartbeat or a log
+CoordinatorError   no answer, an answer of another program, or one that says "not now" (5xx, 429)
+├── Rejected       the coordinator refuses what was sent: 4xx with its sentence
+└── Forgotten      the coordinator does not know this agent: 404 to a heartbeat or a log
 """
 
 from collections.abc import AsyncIterator
@@ -36,18 +33,6 @@ T = TypeVar("T")
 
 class CoordinatorError(OllamaCoordinatorError):
     """A request to the coordinator failed."""
-
-
-class CoordinatorUnreachable(CoordinatorError):
-    """Nothing answers under its URL."""
-
-
-class CoordinatorFailed(CoordinatorError):
-    """The coordinator answers that it cannot, for now."""
-
-
-class NotACoordinator(CoordinatorError):
-    """Another program answers under the coordinator's URL."""
 
 
 class Rejected(CoordinatorError):
@@ -151,7 +136,7 @@ class CoordinatorClient:
         try:
             yield
         except TRANSPORT_ERRORS as exc:
-            raise CoordinatorUnreachable(f"no answer from {self.url}: {_reason(exc)}") from exc
+            raise CoordinatorError(f"no answer from {self.url}: {_reason(exc)}") from exc
 
     def _check(self, status: int, body: bytes) -> None:
         if 200 <= status < 300:
@@ -160,10 +145,10 @@ class CoordinatorClient:
             sentence = msgspec.json.decode(body, type=ErrorReply).error
         except msgspec.DecodeError as exc:
             if status >= 500:
-                raise CoordinatorFailed(f"{self.url} answers {status}") from exc
+                raise CoordinatorError(f"{self.url} answers {status}") from exc
             raise self._not_a_coordinator(f"it answers {status} without a reason") from exc
         if status >= 500 or status == 429:
-            raise CoordinatorFailed(f"{self.url} answers {status}: {sentence}")
+            raise CoordinatorError(f"{self.url} answers {status}: {sentence}")
         raise Rejected(f"{self.url} refuses ({status}): {sentence}")
 
     def _decode(self, body: bytes, kind: type[T]) -> T:
@@ -172,8 +157,8 @@ class CoordinatorClient:
         except msgspec.DecodeError as exc:
             raise self._not_a_coordinator("its reply is not a coordinator's") from exc
 
-    def _not_a_coordinator(self, finding: str) -> NotACoordinator:
-        return NotACoordinator(
+    def _not_a_coordinator(self, finding: str) -> CoordinatorError:
+        return CoordinatorError(
             f"{self.url} is no Ollama Coordinator: {finding}. "
             "Set COORDINATOR_URL to where `ollama-coordinator serve` listens"
         )

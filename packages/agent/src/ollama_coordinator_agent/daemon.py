@@ -19,7 +19,6 @@ from . import __version__
 from .client import (
     CoordinatorClient,
     CoordinatorError,
-    CoordinatorUnreachable,
     Forgotten,
     Rejected,
 )
@@ -204,7 +203,7 @@ class Daemon:
 
     def _request(self, offer: Offer | None) -> RegisterRequest:
         if offer is None:
-            raise CoordinatorUnreachable(
+            raise CoordinatorError(
                 f"no way to {self.parts.client.url}: its host name does not resolve, or there is no"
                 " network; check COORDINATOR_URL, or set AGENT_IP_ADDRESS"
             )

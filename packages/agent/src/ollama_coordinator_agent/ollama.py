@@ -1,10 +1,5 @@
 """The local Ollama: what it answers over HTTP, and what the environment of its process says.
 
-OllamaError
-├── OllamaAbsent   nothing listens on the port
-├── OllamaSilent   the port is open but there is no whole answer: starting, or stuck
-└── NotOllama      another program answers there
-
 Ollama's API has none of its settings; names and defaults of its variables are those of its
 `envconfig` package.
 """
@@ -42,7 +37,11 @@ class Presence(Enum):
     """What a look at Ollama's port finds."""
 
     ABSENT = "not running"
+    """Nothing listens on it."""
+
     SILENT = "not answering"
+    """It is open, but there is no whole answer: Ollama starts, or is stuck."""
+
     FOREIGN = "another program has its port"
     ANSWERING = "running"
 
@@ -50,23 +49,9 @@ class Presence(Enum):
 class OllamaError(OllamaCoordinatorError):
     """The local Ollama did not answer as it should; `presence` is what that means."""
 
-    presence = Presence.SILENT
-
-
-class OllamaAbsent(OllamaError):
-    """Nothing listens on the port."""
-
-    presence = Presence.ABSENT
-
-
-class OllamaSilent(OllamaError):
-    """The port is open, but there is no whole answer."""
-
-
-class NotOllama(OllamaError):
-    """Something answers that is not an Ollama."""
-
-    presence = Presence.FOREIGN
+    def __init__(self, presence: Presence, text: str) -> None:
+        super().__init__(text)
+        self.presence = presence
 
 
 class Version(msgspec.Struct):
@@ -142,20 +127,24 @@ class Ollama:
             ) as response:
                 body = await response.read()
         except aiohttp.ClientConnectorError as exc:
-            raise OllamaAbsent(f"nothing listens at {self.url}") from exc
+            raise OllamaError(Presence.ABSENT, f"nothing listens at {self.url}") from exc
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            raise OllamaSilent(f"{self.url} does not answer: {exc!r}") from exc
+            raise OllamaError(Presence.SILENT, f"{self.url} does not answer: {exc!r}") from exc
         if response.status >= 500:
-            raise OllamaSilent(f"{self.url}{path} answers {response.status}")
+            raise OllamaError(Presence.SILENT, f"{self.url}{path} answers {response.status}")
         if response.status != 200:
-            raise NotOllama(f"{self.url}{path} answers {response.status}, as no Ollama does")
+            raise OllamaError(
+                Presence.FOREIGN, f"{self.url}{path} answers {response.status}, as no Ollama does"
+            )
         return body
 
     def _decode(self, body: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as exc:
-            raise NotOllama(f"what {self.url} answers is not an Ollama's") from exc
+            raise OllamaError(
+                Presence.FOREIGN, f"what {self.url} answers is not an Ollama's"
+            ) from exc
 
 
 def environment_of_listener(port: int) -> dict[str, str] | None:
