@@ -1,7 +1,7 @@
 """The asyncio glue of the scheduler: one lease per attempt, ended exactly once.
 
-`async with dispatch.lease(request) as held:` waits for a place, and whatever happens inside ends
-it: what the block settled, else a cancellation.
+`async with dispatch.lease(request) as held:` waits for a lease, and the end of the block ends it:
+with the outcome that the block set, else as cancelled.
 """
 
 import asyncio
@@ -23,7 +23,13 @@ CANCELLED = Outcome(Result.CANCELLED)
 
 
 class Held:
-    """One attempt under way: its lease, its agent, and the signs of progress the monitor reads."""
+    """One attempt under way: its lease, its agent, and the signs of progress that the monitor
+    reads.
+
+    The block of the lease sets `outcome`. `progress_at` and `began_at` are monotonic seconds of the
+    last and the first byte, `records` counts streamed ones, `status` is the client's HTTP status,
+    and `note` the runner that serves it where its context is larger than what was asked for.
+    """
 
     def __init__(self, lease: Lease, agent: AgentState, now: float) -> None:
         self.lease = lease
@@ -49,22 +55,18 @@ class Held:
 class Dispatch:
     """Hands out leases and carries out what the scheduler decides.
 
-    `agent_failed` is set whenever an agent is taken out of rotation; the monitor waits for it.
+    Other modules only read `scheduler`. `agent_failed` is set whenever an agent is taken out of
+    rotation; the monitor waits for it.
     """
 
     def __init__(self, scheduler: Scheduler, registry: Registry, clock: Clock) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self.registry = registry
         self.clock = clock
         self._held: dict[LeaseId, Held] = {}
-        self._pending: dict[RequestId, asyncio.Future[Held]] = {}
-        self._alarm: asyncio.TimerHandle | None = None
+        self._waiting: dict[RequestId, asyncio.Future[Held]] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self.agent_failed = asyncio.Event()
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """The scheduler, for reading."""
-        return self._scheduler
 
     def held(self) -> Iterable[Held]:
         """Every attempt under way."""
@@ -72,14 +74,14 @@ class Dispatch:
 
     def in_flight(self, agent_id: AgentId) -> int:
         """How many leases an agent has."""
-        return self._scheduler.in_flight(agent_id)
+        return self.scheduler.in_flight(agent_id)
 
     @asynccontextmanager
     async def lease(self, request: Request) -> AsyncIterator[Held]:
-        """A place on an agent for one attempt.
+        """A lease on an agent for one attempt, from its grant until the block ends.
 
         Raises:
-            SchedulerError: there is none to be had.
+            SchedulerError: no agent can serve the request.
         """
         held = await self._granted(request)
         try:
@@ -88,9 +90,9 @@ class Dispatch:
             self._settle(held)
 
     async def _granted(self, request: Request) -> Held:
-        self._scheduler.submit(request, self.clock.now())
+        self.scheduler.submit(request, self.clock.now())
         future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = future
+        self._waiting[request.id] = future
         try:
             self.plan()
             return await future
@@ -98,20 +100,20 @@ class Dispatch:
             self._give_back(request.id, future)
             raise
         finally:
-            del self._pending[request.id]
+            del self._waiting[request.id]
 
     def _give_back(self, request_id: RequestId, future: asyncio.Future[Held]) -> None:
-        """The client left while it waited, perhaps in the very moment it got its place."""
+        """The client left while it waited, perhaps just after its lease was granted."""
         if future.done() and not future.cancelled() and future.exception() is None:
             self._settle(future.result())
         else:
-            self._scheduler.withdraw(request_id, self.clock.now())
+            self.scheduler.withdraw(request_id, self.clock.now())
             self.plan()
 
     def began(self, held: Held) -> None:
         """The first byte of the answer is here."""
         held.began_at = held.progress_at = self.clock.now()
-        self._scheduler.began(held.lease.id, held.began_at)
+        self.scheduler.began(held.lease.id, held.began_at)
         # A first byte shows that a load is over, and that there is a slot more than was known.
         self.plan()
 
@@ -120,19 +122,19 @@ class Dispatch:
         try:
             self._note(held.agent, held.lease, held.outcome, now)
         finally:
-            self._settle_quietly(held, now)
+            self._end(held, now)
             self.plan()
 
-    def _settle_quietly(self, held: Held, now: float) -> None:
+    def _end(self, held: Held, now: float) -> None:
         del self._held[held.lease.id]
         held.ended = True
-        self._scheduler.end(held.lease.id, held.outcome, now)
+        self.scheduler.end(held.lease.id, held.outcome, now)
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
-        """End a request wherever it stands; false when it neither waits nor runs."""
-        future = self._pending.get(request_id)
+        """End a request, waiting or running; false when it does neither."""
+        future = self._waiting.get(request_id)
         if future is not None and not future.done():
-            self._scheduler.withdraw(request_id, self.clock.now())
+            self.scheduler.withdraw(request_id, self.clock.now())
             future.set_exception(RequestCancelled(reason))
             self.plan()
             return True
@@ -143,7 +145,7 @@ class Dispatch:
         return False
 
     def _note(self, agent: AgentState, lease: Lease, outcome: Outcome, now: float) -> None:
-        """What an attempt taught about its agent."""
+        """What an attempt showed of its agent."""
         model, began = lease.request.model, lease.granted_at
         match outcome.result:
             case Result.SERVED | Result.ERRORED:
@@ -162,7 +164,7 @@ class Dispatch:
     def take_out(self, agent: AgentState, reason: str, began: float | None = None) -> None:
         """An agent does not answer: out of rotation until a probe succeeds.
 
-        `began` is when what it does not answer was sent, if before.
+        `began` is when the request that it does not answer was sent, if that was earlier.
         """
         was_resting, now = agent.resting, self.clock.now()
         self.registry.fail(agent, reason, now, began=began)
@@ -173,47 +175,47 @@ class Dispatch:
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""
         now = self.clock.now()
-        plan = self._scheduler.plan(now)
+        plan = self.scheduler.plan(now)
         for lease in plan.granted:
             self._grant(lease, now)
         for request_id, error in plan.refused:
-            future = self._pending[request_id]
+            future = self._waiting[request_id]
             if not future.done():
                 future.set_exception(error)
-        self._set_alarm(now)
+        self._set_timer(now)
 
     def _grant(self, lease: Lease, now: float) -> None:
-        future = self._pending[lease.request.id]
+        future = self._waiting[lease.request.id]
         held = Held(lease, self.registry.get(lease.agent_id), now)
         self._held[lease.id] = held
         if future.done():
-            # Its client left in this very moment and has not run yet: the place goes back, and
-            # `plan` runs again when the client's task gets to withdraw.
-            self._settle_quietly(held, now)
+            # The client left and its task has not run yet: the lease goes back, and `plan` runs
+            # again when that task withdraws.
+            self._end(held, now)
         else:
             future.set_result(held)
 
-    def _set_alarm(self, now: float) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-        at = self._scheduler.wake_at(now)
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at = self.scheduler.wake_at(now)
         if at is not None:
-            # The alarm only calls `plan`; it dies with the loop and owns nothing.
-            self._alarm = asyncio.get_running_loop().call_later(max(0.0, at - now), self.plan)
+            # The timer only calls `plan`; it ends with the loop and owns nothing.
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, at - now), self.plan)
 
     def close(self, reason: str) -> None:
         """End every attempt and every wait with an error."""
         for held in list(self._held.values()):
             held.lose(reason)
-        for request_id, future in self._pending.items():
+        for request_id, future in self._waiting.items():
             if not future.done():
-                # A place granted later would find nobody who waits for it.
-                self._scheduler.withdraw(request_id, self.clock.now())
+                # A lease granted later would find no task that waits for it.
+                self.scheduler.withdraw(request_id, self.clock.now())
                 future.set_exception(AgentLost(reason))
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 def _facts(agent: AgentState, model: str | None, reason: str) -> dict[str, str | None]:

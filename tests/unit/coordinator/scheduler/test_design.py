@@ -11,8 +11,10 @@ import pytest
 import ollama_coordinator.scheduler
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler.cost import alone_seconds, run_seconds, service_seconds
+from ollama_coordinator.scheduler.eviction import wanted_again
 from ollama_coordinator.scheduler.memory import MemoryLimits
-from ollama_coordinator.scheduler.queue import Demand
+from ollama_coordinator.scheduler.queue import FadingRate
+from ollama_coordinator.scheduler.queues import DEMAND_MEMORY_SECONDS
 from ollama_coordinator.scheduler.rates import UNLOAD_SECONDS, Quantity
 from ollama_coordinator.scheduler.slots import Slots
 from ollama_coordinator.scheduler.state import Action, Choice, Machine, Place, Running
@@ -57,8 +59,11 @@ def test_the_examples_are_right() -> None:
     begin(world, busy, 2, 3.0)
     busy.slow_down_changed(busy.current_slow_down())
     busy.wait_for(1.0)
+    demand = FadingRate(DEMAND_MEMORY_SECONDS)
+    demand.count(NOW)
     names = {
-        "busy": busy, "idle": idle, "free": free, "run_seconds": run_seconds, "Demand": Demand,
+        "busy": busy, "idle": idle, "free": free, "run_seconds": run_seconds, "demand": demand,
+        "wanted_again": wanted_again,
         "alone_seconds": alone_seconds, "service_seconds": service_seconds,
         "UNLOAD_SECONDS": UNLOAD_SECONDS,
     }  # fmt: skip
@@ -109,14 +114,12 @@ def test_every_constant_is_listed_with_its_value_and_its_reason() -> None:
 
 @pytest.mark.parametrize("module", sorted(SCHEDULER.glob("*.py")), ids=lambda path: path.stem)
 def test_every_constant_has_its_reason_beside_it(module: Path) -> None:
-    """A docstring after it, or after the group of constants that it is in."""
-    wanted, unexplained = constants(module), set[str]()
-    for node in parsed(module).body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
-                unexplained |= {name} & wanted
-            case ast.Expr(value=ast.Constant(value=str())):
-                unexplained = set()
-            case _:
-                assert not unexplained, unexplained
-    assert not unexplained
+    """A comment in its line, or a comment or docstring beside it or the group that it is in."""
+    lines = module.read_text("utf-8").splitlines()
+    for name in constants(module):
+        at = next(i for i, line in enumerate(lines) if re.match(rf"{name}\b.* = ", line))
+        group = at
+        while re.match(r"[A-Z_]+ = [^#]*$", lines[group]):
+            group -= 1
+        after = next(line for line in lines[at + 1 :] if not re.match(r"    |}|[A-Z_]+ = ", line))
+        assert "  # " in lines[at] or lines[group].startswith("# ") or after.startswith('"""'), name

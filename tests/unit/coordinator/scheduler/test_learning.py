@@ -7,9 +7,11 @@ import pytest
 from msgspec import UNSET, Raw, structs
 
 from ollama_coordinator.scheduler import Kind, Timings
+from ollama_coordinator.scheduler.eviction import wanted_again
 from ollama_coordinator.scheduler.export import Estimate, Learned
 from ollama_coordinator.scheduler.prompt_cache import PromptCaches
-from ollama_coordinator.scheduler.queue import Demand
+from ollama_coordinator.scheduler.queue import FadingRate
+from ollama_coordinator.scheduler.queues import DEMAND_MEMORY_SECONDS
 from ollama_coordinator.scheduler.rates import OutputLengths, Quantity, Rates, prior
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, M, World
@@ -249,11 +251,11 @@ def test_prompt_caches_hold_no_more_than_what_is_remembered() -> None:
 
 @pytest.mark.spec("SCHED-41")
 def test_demand_fades() -> None:
-    demand = Demand()
+    demand = FadingRate(DEMAND_MEMORY_SECONDS)
     for second in range(60):
-        demand.arrived(float(second))
-    assert demand.wanted_again(60.0) > 0.99
-    assert demand.wanted_again(1500.0) < 0.01
+        demand.count(float(second))
+    assert wanted_again(demand, 60.0) > 0.99
+    assert wanted_again(demand, 1500.0) < 0.01
 
 
 @pytest.mark.spec("SCHED-54")

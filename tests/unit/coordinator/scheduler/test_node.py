@@ -4,8 +4,7 @@ import pytest
 
 from ollama_coordinator.scheduler import RunnerOptions
 from ollama_coordinator.simulation import MachineSpec, ModelSpec, TraceRequest
-from ollama_coordinator.simulation.node import Node
-from ollama_coordinator.simulation.runner import Job
+from ollama_coordinator.simulation.node import Job, Node
 
 GB = 1_000_000_000
 A, B, X = (ModelSpec(name, 6 * GB) for name in "abx")

@@ -5,9 +5,8 @@ from msgspec import structs
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import Kind, Learned, Result, Timings
-from ollama_coordinator.scheduler.export import LearnedSlots
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
-from ollama_coordinator.scheduler.slots import AgentSlots, Slots
+from ollama_coordinator.scheduler.slots import AgentSlots, LearnedSlots, Slots
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec, Simulation, TraceRequest
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.types import AgentId

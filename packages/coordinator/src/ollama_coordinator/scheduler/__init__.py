@@ -1,4 +1,4 @@
-"""Who serves what, when; pure: time and facts in, decisions out."""
+"""Which agent serves which request when; pure: events and time in, leases out. See `DESIGN.md`."""
 
 from ollama_coordinator_common.settings import POLICIES
 
@@ -10,11 +10,11 @@ from .error import (
     QueueFull,
     SchedulerError,
 )
-from .explain import Candidate, Decision
+from .explain import Decision
 from .export import Estimate, Learned
 from .policies import create_scheduler
 from .predicted import PredictedScheduler
-from .protocol import Plan, Scheduler, Waiting
+from .protocol import Scheduler, Waiting
 from .types import (
     Kind,
     Lane,
@@ -30,7 +30,6 @@ from .types import (
 
 __all__ = [
     "POLICIES",
-    "Candidate",
     "Decision",
     "DoesNotPredict",
     "Estimate",
@@ -43,7 +42,6 @@ __all__ = [
     "ModelNotFound",
     "NoAgentRegistered",
     "Outcome",
-    "Plan",
     "PredictedScheduler",
     "QueueFull",
     "Request",

@@ -14,16 +14,12 @@ from .queue import Queue, QueueEntry
 from .rates import UNLOAD_SECONDS
 from .state import Action, Choice, Eviction, Place
 
+# A search costs some 100 us; it is repeated for a wait so much longer, or after a while:
 SEARCH_AGAIN_SECONDS = 2.0
 MUCH_WORSE = 1.25
-"""A search that found no machine is repeated when the wait is so much longer, or after a while: it
-costs some 100 us, and what frees a machine offers it to the queues by itself."""
-
+# Costs this close are equal, as rates are no better known: the place used longest ago wins:
 NEARLY = 1.05
 NEARLY_SECONDS = 0.01
-"""Costs this close are equal, as rates are no better known; then the place that was used longest
-ago is taken. Without it the first of equal agents gets everything; with more, faster ones stand
-idle."""
 
 
 class Chooser:
@@ -126,7 +122,7 @@ class Chooser:
         if machine.id in entry.request.excluded:
             return None
         run = run_seconds(place, tokens, output, now, entry.courtesy)
-        least = place.load + run + machine.penalty(now)
+        least = place.load + run + (machine.penalty(now) if machine.trouble else 0.0)
         if least >= below or (eviction := self._evictions.find(place, now)) is None:
             return None
         leave = UNLOAD_SECONDS if eviction.victims or place.resident else 0.0

@@ -12,35 +12,16 @@ from .prompt_cache import CacheHits
 from .queue import PredictedEnd, Queue, QueueEntry
 from .state import Action, Choice, Place
 
-NO_PLACE = float("inf")
-"""The cost where no place comes into question: anything is cheaper."""
-
-DECODE_WEIGHT = 0.1
-"""A person reads about a tenth as fast as a model writes. At 1 the fastest writer gets all, and
-first tokens wait for it; at 0 a model on a CPU, ten times as slow, counts as equal."""
-
+NO_PLACE = float("inf")  # the cost where no place comes into question: anything is cheaper
+DECODE_WEIGHT = 0.1  # A person reads about a tenth as fast as a model writes
+# A request that waits for a slot holds up those behind by its whole answer, and more come.
 HELD_WEIGHT = 1.5
-"""Waiting for a slot while another is free holds up the requests behind by the whole answer, and
-some more come meanwhile. At 0 all wait for the fastest agent; with much more slow agents get
-chats."""
-
+# The delay of others is half as bad: their first token is there, and others will end.
 HARM_WEIGHT = 0.5
-"""The delay of a request that runs is half as bad as one's own: its first token is there already,
-and others will end. At 0 everything crowds onto one agent; at 1 busy agents are avoided too
-much."""
-
-OVERLAP = 0.7
-"""How much of the slow-down found at the start lasts: others end while a request runs."""
-
+OVERLAP = 0.7  # how much of the slow-down found at the start lasts: others end while a request runs
+# How much the slow-down grows until the slot is free, measured on the simulated fleet.
 CONCURRENCY_TO_COME = 1.3
-"""How much the slow-down grows by the time the slot is free: where others run, more come.
-
-Measured on the simulated fleet. A choice compares what a request adds, and so goes by `OVERLAP`.
-"""
-
-LOOK_BEYOND = 4
-"""So many slots that get free one after the other are compared: a later one may be a faster one.
-The costs of a fleet's slots differ by less than the time in which four of them get free."""
+LOOK_BEYOND = 4  # so many slots that get free in turn are compared: a later one may be a faster one
 
 
 def alone_seconds(place: Place, tokens: float, output: float) -> float:

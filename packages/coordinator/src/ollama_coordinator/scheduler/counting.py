@@ -12,14 +12,12 @@ from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
 
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
-from .error import DoesNotPredict, QueueFull, SchedulerError
-from .explain import Decision
-from .export import Estimate, Learned
-from .protocol import Plan, Waiting
+from .error import QueueFull, SchedulerError
+from .export import Learned
+from .protocol import Plan, Scheduler, Waiting
 from .types import Lease, LeaseId, Outcome, Request, RequestId
 
-RETRY_AFTER_SECONDS = 1.0
-"""Without a prediction: the least that `Retry-After` can say."""
+RETRY_AFTER_SECONDS = 1.0  # without a prediction: the least that `Retry-After` can say
 
 InFlight = Callable[[AgentId], int]
 Choose = Callable[[Sequence[AgentState], Request, InFlight], AgentState]
@@ -70,7 +68,7 @@ def _used_percent(agent: AgentState) -> float:
     return 0.0 if report is None else report.cpu_usage + report.memory_usage
 
 
-class CountingScheduler:
+class CountingScheduler(Scheduler):
     """A `Scheduler` that asks a policy which counts."""
 
     def __init__(self, policy: str, registry: Registry, choose: Choose, *, max_queue: int) -> None:
@@ -196,28 +194,6 @@ class CountingScheduler:
     def waiting_count(self) -> int:
         """See `Scheduler.waiting_count`."""
         return len(self._waiting)
-
-    # ── what only policies that predict can answer ────────────────────────────────────────────
-
-    def decision(self, lease_id: LeaseId) -> Decision | None:
-        """See `Scheduler.decision`."""
-        return None
-
-    def account(self, lease_id: LeaseId) -> Decision | None:
-        """See `Scheduler.account`."""
-        return None
-
-    def explain(self, request: Request, now: float) -> Decision:
-        """See `Scheduler.explain`."""
-        raise DoesNotPredict(self.policy)
-
-    def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
-        """See `Scheduler.estimate`."""
-        return None
-
-    def estimates(self) -> list[Estimate]:
-        """See `Scheduler.estimates`."""
-        raise DoesNotPredict(self.policy)
 
     def export_state(self) -> Learned:
         """See `Scheduler.export_state`."""

@@ -10,9 +10,8 @@ from ollama_coordinator_common.types import AgentStatus
 from .error import HoldersUnavailable, ModelNotFound, NoAgentRegistered, SchedulerError
 from .types import Request
 
+# How long a request waits while all agents of its model are out of rotation: a few probes.
 RECOVERY_SECONDS = 5.0
-"""How long a request waits while all agents of its model are out of rotation: a few probes, which
-find an Ollama that was restarted. Longer, and a client that could ask elsewhere waits in vain."""
 
 
 class Eligible(Struct, frozen=True):

@@ -5,43 +5,31 @@ otherwise never be loaded, because all that would have to leave is always in use
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from math import exp
 
 from msgspec import Struct
 
 from .memory import Fit
-from .queue import Demand, Queue
-from .state import NO_EVICTION, Eviction, Machine, Place
+from .queue import FadingRate, Queue
+from .state import NEVER, NO_EVICTION, Eviction, Machine, Place
 
+# A model loaded a moment ago stays: two must not chase each other, a load takes 2 to 40 s.
 SETTLE_SECONDS = 5.0
-"""A model loaded a moment ago is not evicted: two models must not chase each other, and a load
-costs 2 to 40 s. Longer, and a model that nobody wants any more blocks one that many wait for."""
-
+# An eviction is kept so long while nothing changes: only demand fades, over 120 s.
 KEEP_SECONDS = 1.0
-"""How long the cheapest eviction is kept while nothing changes on its machine: only the demand for
-its models fades meanwhile, over 120 s."""
-
-DOUBT = 0.5
-"""Where Ollama decides itself, a loss is as likely as not."""
-
+DOUBT = 0.5  # where Ollama decides itself, a loss is as likely as not
+# A model starves once its first request waited for six of its loads, in these bounds:
 SHORTEST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 20.0
 LOADS_TO_WAIT = 6.0
-"""A model has starved once its first request waited for six of its loads, within these bounds.
-Sooner, and agents are drained for what an idle moment would have loaded; later, and people
-leave."""
-
+# Most answers end within a minute; one that does not must not keep an agent half empty.
 LONGEST_DRAIN_SECONDS = 60.0
-"""A long answer ends within a minute; one that does not must not keep an agent half empty."""
-
-SHORTEST_DRAIN_SECONDS = 0.1
-"""A request that is late already is expected to end a moment from now."""
-
+SHORTEST_DRAIN_SECONDS = 0.1  # A request that is late already is expected to end a moment from now
+# Where nothing can be drained now, it is tried again at every fourth tick.
 DRAIN_AGAIN_SECONDS = 2.0
-"""Where nothing can be drained now, it is tried again at every fourth tick, not at each."""
-
-REST_FACTOR = 20.0
-"""After a drain an agent is not drained for this many times what the drain and its load took: at
-most 5 % of its time goes into making way."""
+REST_FACTOR = 20.0  # the rest after a drain, times what it took: at most 5 % of the time makes way
+# An evicted model is missed if it is wanted within this time, some loads of a large one.
+WANTED_SECONDS = 60.0
 
 
 class Evictions:
@@ -49,7 +37,7 @@ class Evictions:
 
     def __init__(
         self,
-        demands: Mapping[str, Demand],
+        demands: Mapping[str, FadingRate],
         replicas: Callable[[str], int],
         backlog: Callable[[str], bool],
     ) -> None:
@@ -119,10 +107,15 @@ class Evictions:
         lost, replicas = 0.0, max(self._replicas(place.model), 1)
         for name in place.names:
             if (demand := self._demands.get(name)) is not None:
-                lost += place.load * demand.wanted_again(now) / replicas
+                lost += place.load * wanted_again(demand, now) / replicas
             if self._backlog(name):
                 lost += place.load
         return lost
+
+
+def wanted_again(demand: FadingRate, now: float) -> float:
+    """The probability of another request within `WANTED_SECONDS`."""
+    return 1.0 - exp(-demand.per_second(now) * WANTED_SECONDS)
 
 
 def fit_beside(place: Place, others: list[Place]) -> Fit:
@@ -231,7 +224,7 @@ class Drains:
         for drain in over:
             self._drains.remove(drain)
             for victim in drain.victims:
-                victim.drained()
+                victim.drain(NEVER)
             took = now - drain.since + drain.place.load
             drain.place.machine.drain_ended(drain.place, now + REST_FACTOR * took)
         for drain in self._drains:

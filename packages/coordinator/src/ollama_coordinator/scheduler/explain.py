@@ -13,14 +13,11 @@ from .queue import COURTESY, Queue, QueueEntry, Tag
 from .state import Action, Choice, Place, Running
 from .types import Request, RequestId
 
+# Candidates that are kept, and so evaluated, at most: a page, some 10 KB in the history.
 MOST_EXPLAINED = 50
-"""Candidates of one decision that are kept, and so evaluated at most: a page of them, some 10 KB in
-the history."""
-
+# What accounts may take in the long run and after a rest, at 20 us each: 4 % of a core:
 EVALUATIONS_PER_SECOND = 2000.0
 EVALUATIONS_AT_ONCE = 400.0
-"""What accounts may take in the long run, and after a rest: some percent of a core at 20 us
-each."""
 
 NO_TAG = Tag(0.0, 0.0, 0)
 """The order of a request that is explained and not queued."""
@@ -75,19 +72,12 @@ class Decision(Struct, frozen=True):
 def brief(run: Running) -> Decision:
     """What the choice compared: the chosen place and the best alternative of each kind."""
     request, choice = run.lease.request, run.choice
-    return Decision(
-        request_id=request.id,
-        model=request.model,
-        action=choice.action.value,
-        chosen=choice.place.machine.id if choice.place else None,
-        start_in_seconds=choice.wait,
-        expected_output_tokens=run.output,
-        candidates=tuple(
-            _candidate(request, one, one.place, run.output)
-            for one in (choice, *choice.others)
-            if one.place is not None
-        ),
-    )
+    candidates = [
+        _candidate(request, one, one.place, run.output)
+        for one in (choice, *choice.others)
+        if one.place is not None
+    ]
+    return _decision(request, choice, run.output, candidates)
 
 
 class Accounts:
@@ -163,14 +153,20 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
         if place.machine.id not in request.excluded
     ]
     candidates.sort(key=_dearest_last)
+    return _decision(request, choice, entry.output, candidates, position=queue.size + 1)
+
+
+def _decision(
+    request: Request, choice: Choice, output: float, candidates: list[Candidate], position: int = 1
+) -> Decision:
     return Decision(
         request_id=request.id,
         model=request.model,
         action=choice.action.value,
         chosen=choice.place.machine.id if choice.place is not None else None,
-        position=queue.size + 1,
+        position=position,
         start_in_seconds=choice.wait if choice.place is not None else None,
-        expected_output_tokens=entry.output,
+        expected_output_tokens=output,
         candidates=tuple(candidates),
     )
 

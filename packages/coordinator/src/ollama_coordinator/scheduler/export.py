@@ -5,8 +5,9 @@ from msgspec import Struct, field
 from ollama_coordinator_common.types import AgentId
 
 from .rates import Mean, Means, OutputLengths, Rates
+from .slots import LearnedSlots
 from .state import Place
-from .sync import KnownSlots, Machines
+from .sync import Machines
 
 
 class LearnedRates(Struct, frozen=True):
@@ -38,15 +39,6 @@ class LearnedLength(Struct, frozen=True):
     model: str
     mean: Mean
     client: str | None = None
-
-
-class LearnedSlots(Struct, frozen=True):
-    """What was seen of a model's slots on an agent; see `Slots`."""
-
-    agent_id: AgentId
-    model: str
-    proven: int
-    failures: int = 0
 
 
 class Estimate(Struct, frozen=True):
@@ -119,12 +111,7 @@ def import_learned(
             lengths.models[length.model] = _one(length.mean)
         else:
             lengths.clients[length.client, length.model] = _one(length.mean)
-    machines.relearn(
-        {
-            (slots.agent_id, slots.model): KnownSlots(slots.proven, slots.failures)
-            for slots in learned.slots
-        }
-    )
+    machines.relearn(learned.slots)
 
 
 def estimates(machines: Machines, rates: Rates) -> list[Estimate]:

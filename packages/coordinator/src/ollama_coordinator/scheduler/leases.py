@@ -9,12 +9,9 @@ from .state import Action, Choice, Machine, Place, Running
 from .sync import FRESH_SECONDS, Machines
 from .types import Lease, LeaseId
 
-SLOW_DOWN_TOLERANCE = 0.01
-"""A hundredth more or less is not worth sorting the predicted ends anew."""
-
+SLOW_DOWN_TOLERANCE = 0.01  # A hundredth more or less is not worth sorting the predicted ends anew
+# Without a sign of it a load is assumed to be over a little late, as loads scatter so much.
 LATE_LOAD = 1.1
-"""Without a sign of it a load is assumed to be over a tenth after its predicted end: too early, and
-requests are sent behind a load; too late, and a model in memory stands idle."""
 
 
 class Leases:
@@ -24,7 +21,7 @@ class Leases:
         self._machines = machines
         self._queues = queues
         self._last_id = 0
-        self._unseen: dict[Place, float] = {}
+        self.unconfirmed: dict[Place, float] = {}
         """Models whose load was assumed to be over at this time, and no sign of them yet."""
         self._disturbed: dict[Machine, None] = {}
         """Machines where a lease began or ended since the ends were predicted."""
@@ -82,8 +79,7 @@ class Leases:
         if loads:
             self._begin_load(place, queue, choice, now)
         elif absent:
-            place.adopt_runner(queue.options)
-            self._machines.settle(place, options_known=True)
+            self._machines.settle(place, queue.options)
             self._queues.moved(place)
         self._begin(run, queue, now)
 
@@ -156,7 +152,7 @@ class Leases:
             self.load_failed(place)
             return
         self._end_load(place, at=now)
-        self._machines.settle(place, options_known=True)
+        self._machines.settle(place, place.options)
         self._queues.moved(place)
 
     def load_failed(self, place: Place) -> None:
@@ -168,7 +164,7 @@ class Leases:
     def _end_load(self, place: Place, *, at: float | None) -> None:
         if place in self.loads:
             self.loads.remove(place)
-        self._unseen.pop(place, None)
+        self.unconfirmed.pop(place, None)
         machine = place.machine
         place.load_ended(next((one for one in self.loads if one.machine is machine), None), at=at)
 
@@ -180,14 +176,14 @@ class Leases:
             if place in over:
                 due_at = place.loading_until or now
                 self.loaded(place, now)
-                self._unseen[place] = due_at
+                self.unconfirmed[place] = due_at
             else:
                 place.delay_load(now)
         return over
 
     def answered(self, place: Place) -> None:
         """A request was answered there: its model is in memory."""
-        self._unseen.pop(place, None)
+        self.unconfirmed.pop(place, None)
 
     def blocked_loads(self, now: float) -> list[Place]:
         """Loads that were assumed to be over and are not: their agents do not list the models.
@@ -196,12 +192,12 @@ class Leases:
         that one: none are sent there until it is done.
         """
         found = []
-        for place, due_at in list(self._unseen.items()):
+        for place, due_at in list(self.unconfirmed.items()):
             sampled = place.machine.agent.inventory.sampled_at or 0.0
             if not place.running or not place.resident:
-                del self._unseen[place]
+                del self.unconfirmed[place]
             elif sampled > due_at + FRESH_SECONDS:
-                del self._unseen[place]
+                del self.unconfirmed[place]
                 if not _is_listed(place):
                     place.block_load(now)
                     self.loads.append(place)

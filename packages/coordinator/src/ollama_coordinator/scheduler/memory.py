@@ -11,26 +11,16 @@ from enum import Enum
 
 from ollama_coordinator.registry import AgentState
 
-MEMORY_SHARE_WITHOUT_GPU = 0.8
-"""The rest is for the system and other programs."""
-
-MODELS_PER_DEVICE = 3
-"""Ollama's own default of `OLLAMA_MAX_LOADED_MODELS`."""
-
+MEMORY_SHARE_WITHOUT_GPU = 0.8  # the rest is for the system and other programs
+MODELS_PER_DEVICE = 3  # Ollama's own default of `OLLAMA_MAX_LOADED_MODELS`
+# Beside its weights a model takes its context and buffers, by default about so much:
 OVERHEAD_FACTOR = 1.1
 OVERHEAD_BYTES = 200_000_000
-"""Beside its weights a model takes its context and buffers, at Ollama's default context about so
-much. Too little, and models push each other out; too much, and memory stands empty."""
-
+# The desktop and the driver take so much of a GPU and are not another program.
 DRIVER_BYTES = 5 * OVERHEAD_BYTES
-"""The desktop and the driver take so much of a GPU and are not another program."""
-
+# The share of the free memory that fits for certain: Ollama is off by some 20 %.
 CAREFUL_SHARE = 0.8
-"""The share of the free memory that a model may take for certain, until a larger one did: Ollama
-loads a model beside others when its estimate fits, and its estimates are off by some 20 %."""
-
-SAFE_FACTOR = 0.98
-"""What was refused is not certain either when it is only a little smaller."""
+SAFE_FACTOR = 0.98  # what was refused is not certain either when it is only a little smaller
 
 
 class Fit(Enum):

@@ -11,39 +11,25 @@ from .rates import OutputLengths, Quantity, Rates
 from .state import Place, Running
 from .types import Kind, Result, Timings
 
+# Reading fewer tokens takes as long as the overhead around it: the rate would be too low.
 FEWEST_NEW_TOKENS = 50
-"""Reading fewer tokens takes as long as the overhead around it: the rate would be too low."""
-
-FEWEST_OUTPUT_TOKENS = 8
-"""The same for writing."""
-
+FEWEST_OUTPUT_TOKENS = 8  # the same for writing
+# By our own clock the network and Ollama's start of the request are in it, some tens of ms.
 FEWEST_PROMPT_TOKENS_BY_WALL = 200
-"""By our own clock the network and Ollama's start of the request are in it, some tens of ms."""
-
+# An answer whose first byte comes this close to its end came in one piece, and shows no rate:
 SHORTEST_STREAM_SECONDS = 0.1
 SHORTEST_STREAM_SHARE = 0.1
-"""An answer whose first byte comes this close to its end came in one piece, and shows no rate."""
-
+# More than both, beside load, reading and writing, is a wait: overhead is less:
 WAITED_SECONDS = 0.1
 WAITED_SHARE = 0.2
-"""Time that is neither load, reading nor writing is a wait for a slot when it is more than both:
-Ollama's own overhead is some tens of ms, and grows with the request. Less, and an agent is taken
-for serial that is merely slow; more, and a wait behind a short answer is overlooked."""
-
+# Less of its time beside others is alone, all but so much is beside one; else unclear.
 OVERLAP_SHARE = 0.3
-"""Less than this share of the time beside others is alone, more than the rest is beside one: what
-is between says nothing for certain."""
-
+# A first byte takes so long beyond reading the prompt: sampling, the network, a busy CPU.
 FIRST_BYTE_SLACK_SECONDS = 0.3
-"""A first byte takes so long beyond reading the prompt: sampling, the network, a busy CPU."""
-
-SHORTEST_LOAD_SECONDS = 0.001
-"""A load of 0 s has no logarithm."""
-
+SHORTEST_LOAD_SECONDS = 0.001  # A load of 0 s has no logarithm
+# Places take the factors after the 1st, 2nd, 4th ... 32nd answer, then every 512th.
 TAKE_OFTEN = 32
 TAKE_EVERY = 512
-"""Places that lean on their agent's factors take them anew after the 1st, 2nd, 4th ... 32nd answer,
-then after every 512th: there may be hundreds of them, and factors hardly move later."""
 
 
 class Observer:

@@ -18,7 +18,7 @@ from .explain import NO_TAG, Accounts, Decision, brief, explain
 from .export import Estimate, Learned, estimate, estimates, export_learned, import_learned
 from .leases import Leases
 from .prompt_cache import PromptCaches
-from .protocol import Plan, Waiting
+from .protocol import Plan, Scheduler, Waiting
 from .queue import Queue, QueueEntry
 from .queues import Queues
 from .rates import OutputLengths, Rates
@@ -27,15 +27,12 @@ from .state import Machine
 from .sync import Machines
 from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
 
+# How often all queues are looked at and drains predicted anew: a load takes 2 s or more.
 TICK_SECONDS = 0.5
-"""How often queues are looked at although nothing happens, and drains are predicted anew. A load is
-2 s at least: half a second more is not felt, and a tick of a large fleet costs some ms."""
-
-QUEUES_LOOKED_AT_PER_SECOND = 40
-"""Of very many queues a tick looks at so many a second: each may cost 100 us."""
+QUEUES_LOOKED_AT_PER_SECOND = 40  # A tick looks at so many a second: each may cost 100 us
 
 
-class PredictedScheduler:
+class PredictedScheduler(Scheduler):
     """A `Scheduler` that predicts.
 
     `weights`: a client's share of a contended model where it is not 1. `lengths` predict how long
@@ -69,7 +66,7 @@ class PredictedScheduler:
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
 
-    # ── events ────────────────────────────────────────────────────────────────────────────────────
+    # ── events ──────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request, now: float) -> None:
         """See `Scheduler.submit`."""
@@ -81,7 +78,7 @@ class PredictedScheduler:
                 raise unavailable(self._registry, request, found, now)
         if len(self._serving.entries) >= self.max_queue and not _has_place(queue):
             raise self._serving.full(now)
-        queue.demand.arrived(now)
+        queue.demand.count(now)
         self._serving.add(self._queues.entry(request, queue))
         self._look(queue, TAIL)
 
@@ -153,7 +150,7 @@ class PredictedScheduler:
         self._leases.adopt(queue, place, lease, self._queues.expected_output(request), now)
         return True
 
-    # ── decisions ─────────────────────────────────────────────────────────────────────────────────
+    # ── decisions ───────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> Plan:
         """See `Scheduler.plan`."""
@@ -172,7 +169,8 @@ class PredictedScheduler:
             serving.serve(queue, now, dirty[queue])
         while self._idle:
             serving.offer(self._idle.popitem()[0], now)
-        serving.expire(now)  # last: a request without time to wait may take what is free
+        if serving.deadlines:  # last: a request without time to wait may take what is free
+            serving.expire(now)
         self._leases.repredict(now)
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()
@@ -192,10 +190,13 @@ class PredictedScheduler:
 
     def _advance(self, now: float) -> None:
         """Assume the end of loads that should be over, except for those found to be blocked."""
-        over = self._leases.assume_loaded(now)
+        leases = self._leases
+        if not (leases.loads or leases.unconfirmed):
+            return
+        over = leases.assume_loaded(now)
         for place in over:
             self._idle[place.machine] = None
-        for place in (*over, *self._leases.blocked_loads(now)):
+        for place in (*over, *leases.blocked_loads(now)):
             for queue in self._queues.of(place.names):
                 self._look(queue, BOTH)
 
@@ -213,7 +214,7 @@ class PredictedScheduler:
             if (drained := self._drains.consider(queue, now)) is not None:
                 self._queues.drained(drained.machine)
 
-    # ── counts and reasons ────────────────────────────────────────────────────────────────────────
+    # ── counts and reasons ──────────────────────────────────────────────────────────────────────
 
     def wake_at(self, now: float) -> float | None:
         """See `Scheduler.wake_at`."""

@@ -7,12 +7,8 @@ is forgotten here too.
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 
-MOST_CONVERSATIONS = 64
-"""No runner has more slots; it bounds what an agent that reports 1,000 of them may cost here."""
-
-LONGEST_CHAIN = 128
-"""The newest messages of a conversation that are looked for: an older beginning matters only to a
-conversation that branches there, and each link costs some 100 bytes for each place."""
+MOST_CONVERSATIONS = 64  # no runner has more slots; an agent may report any number
+LONGEST_CHAIN = 128  # the newest messages that are looked for: an older beginning rarely decides
 
 Chain = tuple[int, ...]
 

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
-from .error import SchedulerError
+from .error import DoesNotPredict, SchedulerError
 from .explain import Decision
 from .export import Estimate, Learned
 from .types import Lease, LeaseId, Outcome, Request, RequestId
@@ -33,6 +33,8 @@ class Waiting(Struct, frozen=True):
 
 class Scheduler(Protocol):
     """Decides which agent serves which request when. Synchronous, without a clock, never logs.
+
+    Policies inherit from it: what only a prediction can answer has the answer of those without one.
 
     Report events (`submit`, `withdraw`, `began`, `end`), then call `plan`, which returns all that
     follows from them. `plan` reads changes of the registry. `now` is in monotonic seconds and
@@ -107,12 +109,14 @@ class Scheduler(Protocol):
 
         `None` for a lease that has ended or was adopted, and where nothing is predicted.
         """
+        return None
 
     def account(self, lease_id: LeaseId) -> Decision | None:
         """The same with the other holders of the model, evaluated now: ask right after the grant.
 
         `None` as for `decision`.
         """
+        return None
 
     def explain(self, request: Request, now: float) -> Decision:
         """What would be decided for a request that is not sent, with every holder of its model.
@@ -121,12 +125,14 @@ class Scheduler(Protocol):
             DoesNotPredict: the policy evaluates nothing.
             ModelNotFound, NoAgentRegistered, HoldersUnavailable: as `submit`.
         """
+        raise DoesNotPredict(self.policy)
 
     def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
         """What is predicted of one model on one agent.
 
         `None` where the agent does not have it or the policy does not predict.
         """
+        return None
 
     def estimates(self) -> list[Estimate]:
         """The same of every model on every agent.
@@ -134,6 +140,7 @@ class Scheduler(Protocol):
         Raises:
             DoesNotPredict: the policy does not predict.
         """
+        raise DoesNotPredict(self.policy)
 
     # ── what was learned ──────────────────────────────────────────────────────────────────────
 

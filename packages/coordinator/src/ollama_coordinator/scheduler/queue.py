@@ -20,39 +20,20 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
     Lane.BATCH: 90.0,
     Lane.EMBEDDING: 3.0,
 }
-"""How long a request may wait before it is late. People leave a chat after some 10 s, an embedding
-is a part of something that a person waits for, and nobody watches a batch. They order the lanes
-only: nothing is refused for being late."""
+"""How long a request may wait before it is late; this orders the lanes only."""
 
 COURTESY: Mapping[Lane, float] = {Lane.INTERACTIVE: 1.0, Lane.BATCH: 20.0, Lane.EMBEDDING: 1.0}
-"""By how much more the seconds of others count: a batch has time. At 1 it sits beside people who
-wait for their answers; with much more it would wait for idle agents for ever."""
+"""By how much more the seconds of others count: a batch has time."""
 
-MOST_TAGS = 1024
-"""So many clients' turns are kept before those that have caught up are dropped."""
-
-DEMAND_MEMORY_SECONDS = 120.0
-"""Arrivals fade by this time constant: shorter, and a model between two chats seems unwanted;
-longer, and yesterday's model keeps its memory."""
-
-WANTED_SECONDS = 60.0
-"""An evicted model is missed if it is wanted within this time, some loads of a large one."""
-
+MOST_TAGS = 1024  # so many clients' turns are kept before those that have caught up are dropped
+# The last ten requests count; a queue has several places, and so moves slower than one.
 SERVICE_GAIN = 0.1
-"""The newest of some ten requests count; a queue has several places, so that it moves more slowly
-than `state.SERVICE_GAIN`."""
-
+# Places are told anew when their share is off by a quarter: costs are no better known.
 WAITING_TOLERANCE = 0.25
-"""Places learn how many wait for them when that is off by a quarter: it weighs a cost that is no
-better known than that, and a long queue changes with each request."""
-
-WAITING_STEP = 256
-"""Shares are multiples of a 256th, which floats add up and subtract exactly: at rest all is 0."""
-
+WAITING_STEP = 256  # shares are multiples of a 256th, which floats add and subtract exactly
+# Places where one search evaluates a load: the fastest, and others in turn; 100 us in all:
 FASTEST_LOOKED_AT = 12
 OTHERS_LOOKED_AT = 8
-"""Places on which one search evaluates a load: those that load fastest, and some others in turn.
-Twenty evictions cost some 100 us; fewer, and a fleet of hundreds overlooks its free machines."""
 
 
 class Tag(NamedTuple):
@@ -89,22 +70,22 @@ class FairClock:
             self.finished = {client: end for client, end in self.finished.items() if end > now}
 
 
-@dataclass(slots=True)
-class Demand:
-    """How often a model is asked for: arrivals, each weighing less the longer ago it was."""
+class FadingRate:
+    """How often something happens: each event weighs less the longer ago it was."""
 
-    weight: float = 0.0
-    at: float = 0.0
+    def __init__(self, memory_seconds: float) -> None:
+        self._memory = memory_seconds
+        self._weight = 0.0
+        self._at = 0.0
 
-    def arrived(self, now: float) -> None:
-        """One more request."""
-        self.weight = self.weight * exp((self.at - now) / DEMAND_MEMORY_SECONDS) + 1.0
-        self.at = now
+    def count(self, now: float) -> None:
+        """It happened once more."""
+        self._weight = self._weight * exp((self._at - now) / self._memory) + 1.0
+        self._at = now
 
-    def wanted_again(self, now: float) -> float:
-        """The probability of another request within `WANTED_SECONDS`."""
-        rate = self.weight * exp((self.at - now) / DEMAND_MEMORY_SECONDS) / DEMAND_MEMORY_SECONDS
-        return 1.0 - exp(-rate * WANTED_SECONDS)
+    def per_second(self, now: float) -> float:
+        """Events per second."""
+        return self._weight * exp((self._at - now) / self._memory) / self._memory
 
 
 class QueueEntry(Struct, eq=False):
@@ -161,12 +142,11 @@ class Queue:
     """Requests that one loaded runner can serve alike, in the order in which they go.
 
     `hot` are the places with the model in memory, `loading` those where it is being loaded, `cold`
-    those with it on disk only, the fastest to load first. `away` are places where a slot that gets
-    free may be of no use. `ends` are the predicted ends of what runs, soonest first. `guesses`:
-    some place has slots that were not reported. `retried` counts entries that failed elsewhere.
+    the others, the fastest to load first. `ends` are the predicted ends of what runs, the soonest
+    first. `guesses`: some place has slots that were not reported.
     """
 
-    def __init__(self, model: str, options: RunnerOptions, demand: Demand) -> None:
+    def __init__(self, model: str, options: RunnerOptions, demand: FadingRate) -> None:
         self.model = model
         self.options = options
         self.demand = demand

@@ -7,28 +7,22 @@ from heapq import nsmallest
 from ollama_coordinator.registry import Registry
 
 from .eligibility import eligible, unavailable
-from .queue import Demand, Queue, QueueEntry, Tag
+from .queue import FadingRate, Queue, QueueEntry, Tag
 from .rates import OutputLengths
 from .slots import EMBEDDING_EXTRA
 from .state import Machine, Place
 from .sync import Machines
 from .types import Kind, Request, RunnerOptions, normal
 
+# How often places are sorted although nothing happened: load times move their order.
 REFRESH_SECONDS = 15.0
-"""Places are sorted anew so often although nothing is known to have changed: learned load times
-move their order. Every change that matters for what may serve is noticed at once."""
-
+# Clients may send any options: beyond so many, queues not used for so long are dropped:
 FORGET_SECONDS = 10.0
 MANY_QUEUES = 512
-"""Clients may send any options: beyond so many queues, empty ones that were not used for so long
-are dropped. A queue takes some 2 KB, and each machine that becomes idle looks through all of
-them."""
-
+# Between clients, reading ten tokens counts as writing one: GPUs read 10 to 50 times as fast.
 TOKENS_READ_PER_WRITTEN = 10
-"""Between clients, reading ten tokens counts as writing one: GPUs read 10 to 50 times as fast."""
-
-LEAST_WORK = 1.0
-"""Every request counts: a client of empty ones must not be always first."""
+LEAST_WORK = 1.0  # every request counts: a client of empty ones must not be always first
+DEMAND_MEMORY_SECONDS = 120.0  # arrivals fade by this time constant: a pause in a chat is shorter
 
 
 class Queues:
@@ -48,7 +42,7 @@ class Queues:
         self._last_number = 0
         self._queues: dict[tuple[str, RunnerOptions], Queue] = {}
         self._of_model: defaultdict[str, list[Queue]] = defaultdict(list)
-        self.demands: dict[str, Demand] = {}
+        self.demands: dict[str, FadingRate] = {}
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────
 
@@ -79,7 +73,7 @@ class Queues:
     def _add(self, model: str, options: RunnerOptions, now: float) -> Queue:
         if len(self._queues) >= MANY_QUEUES:
             self._forget(now)
-        demand = self.demands.setdefault(model, Demand())
+        demand = self.demands.setdefault(model, FadingRate(DEMAND_MEMORY_SECONDS))
         queue = self._queues[model, options] = Queue(model, options, demand)
         self._of_model[model].append(queue)
         return queue

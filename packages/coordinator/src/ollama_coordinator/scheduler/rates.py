@@ -12,63 +12,40 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
-TYPICAL_BYTES = 4_900_000_000
-"""An 8B model in 4 bits: the size at which the rates below are stated."""
-
+TYPICAL_BYTES = 4_900_000_000  # an 8B model in 4 bits: the size at which the rates below are stated
+# A machine with a middle GPU and an SSD, until three answers replace them:
 PREFILL_TOKENS_PER_SECOND = 800.0
 DECODE_BYTES_PER_SECOND = 150e9
 LOAD_OVERHEAD_SECONDS = 1.0
 LOAD_BYTES_PER_SECOND = 1.5e9
-"""A machine with a GPU of the middle: what 8B models read there, the memory that weights are read
-from for each token, and an SSD with the start of a runner. Three answers replace them; until then a
-wrong one sends a new fleet's first requests to the wrong machines."""
-
+# Ollama waits for the GPU to report its memory free before it loads the next model.
 UNLOAD_SECONDS = 0.6
-"""Ollama waits for the GPU to report its memory free before it loads the next model."""
-
-OUTPUT_TOKENS = 150.0
-"""The length of an answer before any was seen: a paragraph."""
-
+OUTPUT_TOKENS = 150.0  # the length of an answer before any was seen: a paragraph
+# How much one more request slows each other one: batches on GPUs cost 0.2 to 0.6.
 BATCH_FACTOR = 0.4
-"""How much one more request in a runner slows each of the others: llama.cpp's batches on GPUs cost
-0.2 to 0.6. At 0 slots look free of cost; at 1 as if there were only one."""
-
+# `BATCH_FACTOR` counts as two observations; an outlier as 1.5, all as twenty at most:
 BATCH_PRIOR_SAMPLES = 2
 BATCH_MOST = 1.5
 BATCH_MOST_SAMPLES = 20
-"""`BATCH_FACTOR` counts as two observations, one beyond 1.5 is an outlier, and more than twenty do
-not outweigh it any further: the mean itself goes on decaying."""
-
+# Reading is arithmetic, where a CPU is farther behind; writing is memory, where it is less so:
 WITHOUT_GPU_PREFILL = 1 / 15
 WITHOUT_GPU_DECODE = 1 / 5
-"""Reading is arithmetic, where a CPU is farther behind; writing is memory, where it is less so."""
-
+# The newest of some four answers count: a lasting change is learned within a dozen requests.
 SLOWEST_GAIN = 0.25
-"""The newest of some four answers count: a lasting change is learned within a dozen requests."""
-
-FACTOR_GAIN = 0.1
-"""Factors stand for many models or agents, and so move more slowly."""
-
+FACTOR_GAIN = 0.1  # factors stand for many models or agents, and so move more slowly
+# In logarithms: one answer is at most 4.5 times off the mean, the first one 400 times:
 LONGEST_STEP = 1.5
 FIRST_STEP = 6.0
-"""In logarithms: one answer counts as at most 4.5 times faster or slower than the mean, the first
-as 400 times. Priors are off by no more, and what is off further is a clock or a pause."""
-
-MOST_CLIENTS = 4096
-"""Clients whose output lengths are kept, some 1 MB; an address costs one."""
-
+MOST_CLIENTS = 4096  # clients whose output lengths are kept, some 1 MB; an address costs one
+# From so many on a mean stands for itself; before, it leans on what is known of others.
 ENOUGH_SAMPLES = 3
-"""From so many on a mean stands for itself; before, it leans on what is known of others."""
-
+# Prior and factors count as half a sample: the first own answer has two thirds of the weight.
 FACTOR_WEIGHT = 0.5
-"""Prior and factors count as half a sample: the first own answer has two thirds of the weight."""
-
+# Lengths scatter by themselves: a mean of fifty answers of a model, of ten of a client:
 LENGTH_GAIN_MODEL = 0.02
 LENGTH_GAIN_CLIENT = 0.1
-"""Lengths scatter by themselves: a mean of fifty answers of a model, of ten of a client."""
-
+# One answer counts as at most so many times the mean, and `OUTPUT_TOKENS` more.
 LENGTH_MOST_FACTOR = 4
-"""One answer counts as at most so many times the mean, and `OUTPUT_TOKENS` more."""
 
 
 class Quantity(IntEnum):

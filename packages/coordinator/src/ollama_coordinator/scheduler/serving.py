@@ -1,7 +1,6 @@
 """The waiting requests, and which of them are sent where now."""
 
 from heapq import heapify, heappop, heappush
-from math import exp
 from typing import NamedTuple
 
 from ollama_coordinator.registry import Registry
@@ -11,29 +10,22 @@ from .cost import wait_for_slot
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
 from .leases import Leases
-from .queue import Queue, QueueEntry
+from .queue import FadingRate, Queue, QueueEntry
 from .queues import Queues
 from .state import Action, Choice, Machine
 from .types import Lease, Request, RequestId
 
+# How many other queues an idle machine is offered to, and how often: it costs evictions:
 OFFER_SECONDS = 0.1
 QUEUES_OFFERED = 4
-"""How many other models are looked at when an agent's model becomes idle, and how often at most: a
-busy agent becomes idle many times a second, and each look evaluates evictions."""
-
-RATE_MEMORY_SECONDS = 20.0
-"""The rate of grants fades by this time constant: some answers long, so that pauses do not show."""
-
+RATE_MEMORY_SECONDS = 20.0  # the rate of grants fades by this time constant, some answers long
+# Bounds of `Retry-After`: its unit is 1 s, and after a minute everything may have changed:
 SOONEST_SECONDS = 1.0
 LATEST_SECONDS = 60.0
-"""Bounds of `Retry-After`: its unit is 1 s, and after a minute everything may have changed."""
-
+# Coming back pays when about this share of the queue has gone: sooner, and it is full again.
 SHARE_AHEAD = 0.1
-"""Coming back pays when about this share of the queue has gone: sooner, and it is full again."""
-
+# The heap of deadlines is cleared of requests that have left when they are more than half of it.
 SPARE_DEADLINES = 64
-"""The heap of deadlines is cleared of requests that have left when they are more than half of
-it."""
 
 HEAD, TAIL = 1, 2
 BOTH = HEAD | TAIL
@@ -48,27 +40,6 @@ class Deadline(NamedTuple):
     request_id: RequestId
 
 
-class GrantRate:
-    """How fast the queues move, and so when a refused client should come back."""
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._at = 0.0
-
-    def granted(self, now: float) -> None:
-        """A lease was granted."""
-        self._weight = self._weight * exp((self._at - now) / RATE_MEMORY_SECONDS) + 1.0
-        self._at = now
-
-    def retry_after(self, waiting: int, now: float) -> float:
-        """Seconds until there will be room behind so many."""
-        rate = self._weight * exp((self._at - now) / RATE_MEMORY_SECONDS) / RATE_MEMORY_SECONDS
-        if rate <= 0:
-            return LATEST_SECONDS if waiting else SOONEST_SECONDS
-        ahead = max(waiting * SHARE_AHEAD, 1.0)
-        return min(max(ahead / rate, SOONEST_SECONDS), LATEST_SECONDS)
-
-
 class Serving:
     """Serves queues. What was granted and refused is collected until it is taken."""
 
@@ -79,7 +50,7 @@ class Serving:
         self._queues = queues
         self._chooser = chooser
         self._leases = leases
-        self._rate = GrantRate()
+        self._rate = FadingRate(RATE_MEMORY_SECONDS)
         self.entries: dict[RequestId, QueueEntry] = {}
         self.deadlines: list[Deadline] = []
         self.granted: list[Lease] = []
@@ -110,8 +81,12 @@ class Serving:
         del self.entries[entry.request.id]
 
     def full(self, now: float) -> QueueFull:
-        """The error for a request that there is no room for."""
-        return QueueFull(self._rate.retry_after(len(self.entries), now))
+        """The error for a request that there is no room for, with the time when there will be."""
+        rate = self._rate.per_second(now)
+        if rate <= 0:
+            return QueueFull(LATEST_SECONDS if self.entries else SOONEST_SECONDS)
+        ahead = max(len(self.entries) * SHARE_AHEAD, 1.0)
+        return QueueFull(min(max(ahead / rate, SOONEST_SECONDS), LATEST_SECONDS))
 
     def expire(self, now: float) -> None:
         """Refuse the requests whose deadline has come."""
@@ -178,7 +153,7 @@ class Serving:
         queue = entry.queue
         queue.clock.serve(entry.tag.start)
         self.granted.append(self._leases.grant(queue, entry, choice, now, tries=tries))
-        self._rate.granted(now)
+        self._rate.count(now)
 
     def _try_more(self, queue: Queue, now: float) -> None:
         """All slots that are known to be free are taken, and requests wait: try one more."""

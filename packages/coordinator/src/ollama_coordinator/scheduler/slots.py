@@ -2,25 +2,21 @@
 
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
+
+# Embeddings in flight beyond the slot: one takes some ms, as the round trip does.
 EMBEDDING_EXTRA = 2
-"""Embeddings in flight beyond the slot: one takes some ms, about as long as the round trip. With
-fewer the runner stands idle between two; with more a chat waits behind them."""
-
+# Trials begin together for so long: one plan and the next, as a single one shows little.
 BURST_SECONDS = 0.1
-"""Trials begin together for so long: one plan and the next, as a single one shows little."""
-
+# A trial that showed nothing is repeated when its answers have probably ended.
 TRY_AGAIN_SECONDS = 20.0
-"""A trial that showed nothing is repeated when its answers have probably ended."""
-
+# A trial that failed made a request wait: it rests twice as long each time:
 FIRST_REST_SECONDS = 60.0
 MOST_DOUBLINGS = 10
 LONGEST_REST_SECONDS = 1800.0
-"""A trial that failed made one request wait: it is repeated after twice as long each time. Without
-repeating, an agent that was restarted with more slots would never be found."""
-
-ENOUGH_REFUTED = 2
-"""So many models of an agent that run no more than its others speak for all: Ollama has one setting
-for all models, but one model alone may run fewer (see `SERIAL_FAMILIES`)."""
+ENOUGH_REFUTED = 2  # so many models that run no more speak for all: one alone may be special
 
 SERIAL_FAMILIES = frozenset(
     {
@@ -161,3 +157,12 @@ class Slots:
         rest = FIRST_REST_SECONDS * 2.0 ** min(self.failures - 1, MOST_DOUBLINGS)
         self.try_from = now + min(rest, LONGEST_REST_SECONDS)
         self.burst_until = -1.0
+
+
+class LearnedSlots(Struct, frozen=True):
+    """What was seen of a model's slots on an agent; see `Slots`."""
+
+    agent_id: AgentId
+    model: str
+    proven: int
+    failures: int = 0

@@ -13,45 +13,26 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator_common.types import AgentId
+from ollama_coordinator_common.types import AgentId, RunnerSettings
 
 from .memory import MemoryLimits
 from .rates import BATCH_FACTOR, Quantity, Rates, prior
 from .slots import AgentSlots, Slots
 from .types import Lease, LeaseId, RunnerOptions
 
+# What one recent failure adds to a cost: an equal place wins, a much slower one does not.
 TROUBLE_SECONDS = 0.5
-"""What one recent failure adds to a cost: a place as good wins, a much slower one does not."""
-
+# A machine that failed once counts as the others within a minute: a restart takes as long.
 TROUBLE_HALF_LIFE_SECONDS = 10.0
-"""A machine that failed once is equal again within a minute, as a restart of Ollama takes."""
-
-LEAST_TROUBLE_SECONDS = 0.01
-"""Costs this close are equal (see `choose`), so that less is no longer worth an `exp`."""
-
-SPILL_FACTOR = 8.0
-"""How much slower a model is whose layers are all outside the GPU: memory of 50 beside 400 GB/s."""
-
-SERVICE_GAIN = 0.2
-"""The newest of some five requests count: how long answers are changes with the client."""
-
+LEAST_TROUBLE_SECONDS = 0.01  # costs this close are equal (`choose.NEARLY_SECONDS`)
+SPILL_FACTOR = 8.0  # A model outside the GPU is so much slower: memory of 50 beside 400 GB/s
+SERVICE_GAIN = 0.2  # the last five requests count: how long answers are changes with the client
+# A load that is late is expected after a quarter more of its age, a second at least:
 LOAD_DELAY_SHARE = 0.25
 SHORTEST_LOAD_DELAY_SECONDS = 1.0
-"""A load that is not over when it should be is expected after a quarter more of its age: it is
-asked about a dozen times while it takes ten times as long, and not more than once a second."""
-
-SMALLEST_PREFERENCE = 0.01
-"""An operator's 0 must not divide by zero: it means "only if nobody else can"."""
+SMALLEST_PREFERENCE = 0.01  # an operator's 0 must not divide: it means "only if no other can"
 
 NEVER = float("-inf")
-
-
-class MemoryFacts(NamedTuple):
-    """What the priors of a place depend on."""
-
-    model_bytes: int
-    total_bytes: int | None
-    has_gpu: bool
 
 
 class Eviction(Struct, frozen=True):
@@ -92,21 +73,13 @@ class FitTrial(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """One model on one agent: in memory or not, its slots, its requests, its rates.
+    """One model on one agent: in memory or not, its slots, its leases, its rates.
 
-    `memory_bytes` are predicted until they are `measured`. `options` are those of the runner,
-    `None` when somebody else loaded it; `context` is the runner's own, as listed. `blocked`: the
-    load was assumed to be over and then found to wait for memory. `loading_until` is the predicted
-    end of a load, `loaded_at` its end, `unloaded_at` when an eviction was asked for, and
-    `touched_at` when a lease began or ended. `last_used` is the newest lease's id.
-
-    `ends` is the sum of the predicted ends of what runs here, so that the time left is known
-    without a loop; `slow_down` the factor by which these were taken to be slower than alone.
-    `concurrency_seconds` is the number of requests here, summed over time until `counted_at`.
-    `waiting_load` is how many interactive requests wait for a slot here: those of its queues, each
-    shared among the places that may serve it. `prefill` and `decode` are seconds per token, `load`
-    the seconds of a load. `solo` counts the answers that ran alone. `mean_service` is the mean of
-    the seconds for which requests held their slots.
+    `options` are those of its runner, `None` when somebody else loaded it. `blocked`: its load was
+    assumed to be over and then found to wait for memory. `ends` is the sum of the predicted ends of
+    its leases, so that the time left is known without a loop, and `slow_down` the factor by which
+    they were predicted to be slower than alone. `waiting_load` is its share of the interactive
+    requests that wait. `prefill` and `decode` are seconds per token, `load` the seconds of a load.
     """
 
     machine: "Machine"
@@ -139,28 +112,23 @@ class Place:
     mean_service: float | None = None
     concurrency_seconds: float = 0.0
     counted_at: float = 0.0
-    priors: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    priors_of: MemoryFacts | None = None
     known_eviction: KnownEviction | None = None
 
     # ── rates ─────────────────────────────────────────────────────────────────────────────────
 
     def prior(self, quantity: Quantity) -> float:
-        """What is assumed before anything was measured: tokens per second, or seconds of a load."""
-        machine = self.machine
-        facts = MemoryFacts(self.memory_bytes, machine.memory.total, machine.has_gpu)
-        if self.priors_of != facts:
-            slower = 1 + SPILL_FACTOR * self._spilled()
-            prefill, decode, load = (
-                prior(one, self.disk_bytes, has_gpu=machine.has_gpu) for one in Quantity
-            )
-            self.priors_of, self.priors = facts, (prefill / slower, decode / slower, load)
-        return self.priors[quantity]
+        """What is assumed before anything was measured: tokens per second, or seconds of a load.
 
-    def _spilled(self) -> float:
-        """The share of the model that the GPU has no memory for."""
-        total = self.machine.memory.total
-        return 0.0 if total is None else max(0.0, 1 - total / max(self.memory_bytes, 1))
+        A model that the GPU has no memory for is slower by the share that is elsewhere.
+        """
+        machine = self.machine
+        rate, total = (
+            prior(quantity, self.disk_bytes, has_gpu=machine.has_gpu),
+            machine.memory.total,
+        )
+        if total is None or quantity is Quantity.LOAD:
+            return rate
+        return rate / (1 + SPILL_FACTOR * max(0.0, 1 - total / max(self.memory_bytes, 1)))
 
     def take_rates(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
@@ -240,19 +208,13 @@ class Place:
             machine.residents[self] = None
         return is_new
 
-    def ready(self, *, options_known: bool) -> None:
-        """The model is in memory; somebody else loaded it where the options are not known."""
-        self.resident, self.loading_until = True, None
-        if not options_known:
-            self.options = None
+    def ready(self, options: RunnerOptions | None) -> None:
+        """The model is in memory, loaded with these options."""
+        self.resident, self.loading_until, self.options = True, None, options
 
     def runs_elsewhere(self) -> None:
         """A cloud model needs no memory here and no load."""
         self.resident = True
-
-    def adopt_runner(self, options: RunnerOptions) -> None:
-        """A lease taken over from another scheduler shows how the model was loaded."""
-        self.options = options
 
     def leave_memory(self) -> bool:
         """The model is no longer in memory. Whether it took any."""
@@ -342,17 +304,13 @@ class Place:
         """Only requests that are predicted to end before this time may begin here."""
         self.draining_until = until
 
-    def drained(self) -> None:
-        """The drain is over."""
-        self.draining_until = NEVER
-
 
 class RegistryFacts(NamedTuple):
     """What was last read of an agent in the registry; while it is equal, nothing has changed."""
 
     routable: bool
     settings: object
-    runner: object
+    runner: RunnerSettings | None
     available: object
     available_count: int
     loaded_list: object
@@ -367,16 +325,10 @@ class Machine:
     """One agent: whether it may be used, its memory, and what all its places do together.
 
     `epoch` grows when a model comes, goes, or changes between idle and in use. `residents` take
-    memory, loaded or being loaded. `loading` is the first of the loads under way. `reserved` is the
-    place for which others are drained, `drain_from` when the next drain may begin. `busy` are the
-    places where something runs, `running` the number of leases, `ends` the sum of their predicted
-    ends. `full`: no room was found in this epoch.
-
-    `has_gpu` is assumed until a report says otherwise; `used_gpu`: a model was seen in a GPU's
-    memory. `sized`: its memory was known when its rates were last judged. `unsettled` is the time
-    of a list of loaded models that contradicts what happened a moment before; a later one decides.
-    `trouble` counts recent failures, decaying since `trouble_at`. `down_since` is when it was last
-    found offline. `batch` is how much one more request in a runner slows each of the others.
+    memory, loaded or being loaded. `reserved` is the place for which others are drained. `has_gpu`
+    is assumed until a report says otherwise; `used_gpu`: a model was seen in a GPU's memory.
+    `unsettled` is the time of a list of loaded models that contradicts what happened a moment
+    before; a later one decides. `batch` is how much one more request in a runner slows each other.
     """
 
     id: AgentId
@@ -424,12 +376,10 @@ class Machine:
 
     def penalty(self, now: float) -> float:
         """Seconds that recent failures add to a cost."""
-        seconds = self._trouble(now) * TROUBLE_SECONDS
+        seconds = self._trouble(now) * TROUBLE_SECONDS if self.trouble else 0.0
         return seconds if seconds > LEAST_TROUBLE_SECONDS else 0.0
 
     def _trouble(self, now: float) -> float:
-        if not self.trouble:
-            return 0.0
         return self.trouble * exp((self.trouble_at - now) * 0.693 / TROUBLE_HALF_LIFE_SECONDS)
 
     # ── what the registry says ────────────────────────────────────────────────────────────────
@@ -439,6 +389,7 @@ class Machine:
         self.facts = facts
         self.epoch += 1
         self.preference = max(self.agent.settings.preference, SMALLEST_PREFERENCE)
+        self.context_length = facts.runner.context_length if facts.runner is not None else None
         self.memory.read(self.agent)
 
     def in_rotation(self, *, routable: bool, down: bool, now: float) -> bool:
@@ -452,10 +403,6 @@ class Machine:
             self.down_since = now
         self.routable = routable
         return self.down_since == now
-
-    def removed(self) -> None:
-        """The agent is no longer registered."""
-        self.routable = False
 
     def list_places(self, places: dict[str, Place]) -> None:
         """These models are on its disk, by every name they have there."""
@@ -475,10 +422,6 @@ class Machine:
             return False
         self.has_gpu, self.sized = has_gpu, sized
         return True
-
-    def configure(self, context_length: int | None) -> None:
-        """The context that its Ollama loads models with where a request does not say."""
-        self.context_length = context_length
 
     def fit_judged(self) -> None:
         """A list of loaded models showed the outcome of the load beside others."""
@@ -547,12 +490,11 @@ class Choice(Struct):
 class Running(Struct, eq=False):
     """A lease with what was predicted of it, and what was seen since.
 
-    `number` is the lease's id. `loads`: it made the agent load the model; `tries`: it was sent
-    beyond the proven slots. `rank` counts the requests of its place when it was granted, itself
-    included. `output` are the expected tokens of its answer. `saw_end_at` is when one of the
-    earlier ones last ended, `beside` how many of those there were then; `mean_beside` how many ran
-    beside it on average, once it has ended. `adopted`: another scheduler granted it, so what ran
-    beside it is not known.
+    `number` is its id. `loads`: it made the agent load the model; `tries`: it was sent beyond the
+    proven slots. `rank` counts the leases of its place at its grant, itself included. `output` are
+    the expected tokens of its answer. `saw_end_at` is when one of the earlier ones last ended,
+    `beside` how many there were then; `mean_beside` how many ran beside it on average, once it has
+    ended. `adopted`: another scheduler granted it, so what ran beside it is not known.
     """
 
     lease: Lease

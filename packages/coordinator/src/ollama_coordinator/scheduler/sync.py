@@ -2,9 +2,8 @@
 them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
-from typing import NamedTuple
 
 from ollama_coordinator.registry import AgentState, AvailableRow, Registry
 from ollama_coordinator_common.types import AgentId, AgentStatus
@@ -12,32 +11,17 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from .memory import MemoryLimits, predicted_bytes
 from .prompt_cache import PromptCaches
 from .rates import Rates
-from .slots import EMBEDDING_EXTRA, SERIAL_FAMILIES, Slots
+from .slots import EMBEDDING_EXTRA, SERIAL_FAMILIES, LearnedSlots, Slots
 from .state import NEVER, Machine, Place, RegistryFacts
+from .types import RunnerOptions
 
+# What happened this short before a list was read may not be in it: Ollama lists late.
 FRESH_SECONDS = 1.0
-"""What happened this short before a list of loaded models was read is not in it yet: Ollama lists a
-model some tenths of a second after its first byte. Too short, and a model just loaded is
-forgotten."""
-
+# How often agents near their timeout, and unsettled lists, are looked at: half a tick.
 RECHECK_SECONDS = 0.25
-"""How often agents are checked for having gone offline while one is near its timeout, or while a
-list is unsettled: half of `predicted.TICK_SECONDS`, so that no tick decides on older facts."""
-
+# A model never seen takes at most twice its weights: one context does not speak for all.
 HEAVIEST = 2.0
-"""A model is expected to take at most twice its weights by what others took: one with a very long
-context must not make all others of its machine look too large."""
-
-REMOTE_SLOTS = 64
-"""A cloud model runs elsewhere: more at once than any account may, so that the cloud limits
-them."""
-
-
-class KnownSlots(NamedTuple):
-    """What an earlier process saw of a model's slots; see `Slots`."""
-
-    proven: int
-    failures: int
+REMOTE_SLOTS = 64  # A cloud model runs elsewhere, within the cloud's own limits
 
 
 class Machines:
@@ -50,7 +34,7 @@ class Machines:
         self._changes = -1
         self._check_at = 0.0
         self._replicas: Counter[str] = Counter()
-        self._known_slots: dict[tuple[AgentId, str], KnownSlots] = {}
+        self._known_slots: dict[tuple[AgentId, str], LearnedSlots] = {}
         self.by_agent: dict[AgentId, Machine] = {}
 
     def sync(self, now: float) -> set[str] | None:
@@ -68,7 +52,7 @@ class Machines:
             machine = self.by_agent.pop(agent_id)
             for place in list(machine.residents):
                 self.vacate(place)
-            machine.removed()
+            machine.in_rotation(routable=False, down=False, now=now)
             concerned.update(machine.places)
             self._rates.forget(machine.id)
         self._check_at = now + RECHECK_SECONDS
@@ -149,10 +133,8 @@ class Machines:
 
     def _configure(self, machine: Machine) -> None:
         """Slots that need no learning."""
-        report = machine.agent.report
-        runner = report.runner if report is not None else None
+        runner = machine.facts.runner if machine.facts is not None else None
         reported = runner.num_parallel if runner is not None else None
-        machine.configure(runner.context_length if runner is not None else None)
         for key, row in machine.agent.inventory.servable.items():
             place = machine.places[key]
             if row.model.remote_host:
@@ -187,7 +169,7 @@ class Machines:
             if max(place.touched_at, place.unloaded_at) > sampled - FRESH_SECONDS:
                 unsettled = inventory.sampled_at
             elif comes:
-                self.settle(place, options_known=False)
+                self.settle(place, None)
             else:
                 self.vacate(place)
         machine.reconcile(unsettled)
@@ -209,9 +191,9 @@ class Machines:
 
     # ── what is in memory ─────────────────────────────────────────────────────────────────────
 
-    def settle(self, place: Place, *, options_known: bool) -> None:
-        """The model is in memory."""
-        place.ready(options_known=options_known)
+    def settle(self, place: Place, options: RunnerOptions | None) -> None:
+        """The model is in memory; the options are not known (`None`) if somebody else loaded it."""
+        place.ready(options)
         self.occupy(place)
 
     def occupy(self, place: Place) -> None:
@@ -236,9 +218,9 @@ class Machines:
 
     # ── what was learned ──────────────────────────────────────────────────────────────────────
 
-    def relearn(self, slots: dict[tuple[AgentId, str], KnownSlots]) -> None:
+    def relearn(self, slots: Iterable[LearnedSlots]) -> None:
         """All rates have been replaced, and these slots were seen before."""
-        self._known_slots.update(slots)
+        self._known_slots.update({(one.agent_id, one.model): one for one in slots})
         for machine in self.by_agent.values():
             machine.take_batch(self._rates.batch_factor(machine.id))
             for name, place in machine.places.items():
@@ -256,7 +238,7 @@ def _facts(agent: AgentState, *, routable: bool) -> RegistryFacts:
     return RegistryFacts(
         routable,
         agent.settings,
-        runner=agent.report and agent.report.runner,
+        runner=agent.report.runner if agent.report is not None else None,
         available=inventory.available,
         available_count=len(inventory.available),
         loaded_list=inventory.ps,

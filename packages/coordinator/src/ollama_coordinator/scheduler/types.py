@@ -133,9 +133,9 @@ class Outcome(Struct, frozen=True):
     timings: Timings | None = None
 
 
+# Ollama's own: it raises a smaller `num_ctx`, and takes this `num_batch` where none is given:
 SMALLEST_CONTEXT = 4
 DEFAULT_BATCH = 512
-"""Ollama's own: it raises a smaller `num_ctx`, and takes this `num_batch` where none is given."""
 
 
 def normal(options: RunnerOptions) -> RunnerOptions:

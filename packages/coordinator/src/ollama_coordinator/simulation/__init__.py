@@ -1,9 +1,8 @@
 """A fleet in simulated time: recorded or made-up traces played through any policy."""
 
 from .machine import Fleet, MachineSpec, ModelSpec, Outage
-from .records import Record, Replay
 from .replay import Simulation
-from .summary import Summary, summarise
+from .summary import Record, Replay, Summary, summarise
 from .trace import TraceRequest, read_trace, write_trace
 
 __all__ = [

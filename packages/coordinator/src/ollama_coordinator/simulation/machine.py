@@ -1,10 +1,12 @@
-"""What is simulated of an agent: its speed, its memory, its models."""
+"""What a simulated fleet consists of: machines with speed and memory, models, outages."""
 
 from msgspec import Struct
 
 from ollama_coordinator_common.names import model_key
 
 TYPICAL_BYTES = 4_900_000_000
+"""An 8B model in 4 bits, for which the rates of a machine are stated."""
+
 GIB = 2**30
 
 
@@ -29,7 +31,7 @@ class ModelSpec(Struct, frozen=True):
 class MachineSpec(Struct, frozen=True, kw_only=True):
     """One machine; rates are for a model of `TYPICAL_BYTES` and fall as models grow.
 
-    `reports_memory` and `reports_slots`: whether its agent tells; a plain one tells neither.
+    `reports_memory` and `reports_slots`: whether its agent reports them; a bare Ollama has neither.
     """
 
     name: str
@@ -75,8 +77,8 @@ class Outage(Struct, frozen=True):
 class Fleet(Struct, frozen=True, kw_only=True):
     """The machines of a simulation, what goes wrong, and how well the coordinator is informed.
 
-    `report_seconds` is the age that reports reach; `timing_factors` falsifies, by machine and
-    model name, the durations that a machine reports.
+    `report_seconds` is the age that reports reach. `timing_factors` multiplies the durations that a
+    machine reports, by "machine model".
     """
 
     machines: tuple[MachineSpec, ...]

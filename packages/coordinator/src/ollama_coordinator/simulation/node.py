@@ -1,21 +1,81 @@
-"""A node that behaves like Ollama: serial loads, FIFO slots, eviction, batch slow-down, cache.
+"""A machine that behaves like Ollama: serial loads, FIFO slots, eviction, batches, prompt caches.
 
-Time advances by events: `advance` moves everything forward to `now`, `next_event` says when
-something will happen by itself, and `happened` lists first tokens and ends since the last look.
+Time advances by events: `advance` moves everything forward to `now`, `next_event` returns when
+something happens by itself, and `happened` lists first tokens and ends since the last call.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 
-from ollama_coordinator.scheduler.types import normal, serves
+import msgspec
+from msgspec import Raw
 
-from .machine import MachineSpec
-from .runner import TINY, Job, Runner
+from ollama_coordinator.scheduler.types import RunnerOptions, normal, serves
+from ollama_coordinator_common.protocol import HealthReport
+from ollama_coordinator_common.types import AgentId, Gpu, RunnerSettings
+
+from .machine import MachineSpec, ModelSpec
+from .trace import TraceRequest
+
+TINY = 1e-9
+"""Seconds of work that count as none: sums of floats do not end at 0."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on a node. Its work left is in seconds at full speed, the prompt first."""
+
+    number: int
+    request: TraceRequest
+    sent_at: float
+    options: RunnerOptions
+    prefill_left: float = 0.0
+    decode_left: float = 0.0
+    ready_at: float | None = None
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+
+    def work(self, seconds: float) -> None:
+        """So much of its work is done: the prompt, and after that the answer."""
+        if self.prefill_left > 0:
+            self.prefill_left = _left(self.prefill_left, seconds)
+        else:
+            self.decode_left = _left(self.decode_left, seconds)
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """A model in memory, or on its way there."""
+
+    model: ModelSpec
+    options: RunnerOptions
+    slots: int
+    ready_at: float
+    ready: bool = False
+    leaving: bool = False
+    used_at: float = 0.0
+    running: list[Job] = field(default_factory=list)
+    queue: deque[Job] = field(default_factory=deque)
+    cache: "OrderedDict[int, tuple[frozenset[int], int]]" = field(default_factory=OrderedDict)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits in it."""
+        return bool(self.running or self.queue)
+
+
+def _left(work: float, done: float) -> float:
+    return work - done if work - done > TINY else 0.0
+
 
 FIT_SHARE = 0.8
-"""Ollama is careful: beside others a model must fit into this share of what is free."""
+"""Beside others a model must fit into this share of what is free, as Ollama's estimates do."""
 
 CONVERSATIONS_PER_SLOT = 1
-INFINITE = float("inf")
+"""A slot of llama.cpp caches the prompt of its last request."""
+
+NEVER = float("inf")
 
 
 class Node:
@@ -30,7 +90,7 @@ class Node:
         self._now = 0.0
         self._to_load: deque[tuple[str, Job]] = deque()
         self._loading: Runner | None = None
-        self._awaited: tuple[Job, Runner] | None = None
+        self._victim_of: tuple[Job, Runner] | None = None
         self._happened: list[Job] = []
 
     # ── from outside ──────────────────────────────────────────────────────────────────────────
@@ -39,7 +99,7 @@ class Node:
         """A request arrives."""
         self.advance(now)
         runner = self.runners.get(key)
-        if runner is not None and not runner.doomed and serves(runner.options, job.options):
+        if runner is not None and not runner.leaving and serves(runner.options, job.options):
             runner.queue.append(job)
             self._fill(runner)
         else:
@@ -51,7 +111,7 @@ class Node:
         self.advance(now)
         runner = self.runners.get(key)
         if runner is not None and runner.ready:
-            runner.doomed = True
+            runner.leaving = True
             self._drop_idle(runner)
 
     def cancel(self, job: Job, now: float) -> None:
@@ -90,7 +150,7 @@ class Node:
 
     def next_event(self) -> float:
         """When something happens by itself."""
-        soonest = self._loading.ready_at if self._loading is not None else INFINITE
+        soonest = self._loading.ready_at if self._loading is not None else NEVER
         active = self._active()
         for runner in self.runners.values():
             if runner.running:
@@ -182,16 +242,16 @@ class Node:
     # ── loads ─────────────────────────────────────────────────────────────────────────────────
 
     def _next_load(self) -> None:
-        """One load at a time; who needs one while another waits for room, waits behind it."""
+        """One load at a time. While one waits for memory, all later ones wait behind it."""
         while self._to_load and self._loading is None:
             key, job = self._to_load[0]
             runner = self.runners.get(key)
-            if runner is not None and not runner.doomed and serves(runner.options, job.options):
+            if runner is not None and not runner.leaving and serves(runner.options, job.options):
                 self._to_load.popleft()
                 runner.queue.append(job)
                 self._fill(runner)
                 continue
-            evicted = self._make_room(key, job)
+            evicted = self._evict(key, job)
             if evicted is None:
                 return
             self._to_load.popleft()
@@ -208,12 +268,12 @@ class Node:
         )
         runner.queue.append(job)
         self.runners[key] = self._loading = runner
-        self._awaited = None
+        self._victim_of = None
 
-    def _make_room(self, key: str, job: Job) -> bool | None:
-        """Evict who must leave: whether anybody did, `None` while who must leave is in use.
+    def _evict(self, key: str, job: Job) -> bool | None:
+        """Evict what must leave: whether anything did; `None` while what must leave is in use.
 
-        When nobody is idle one runner is chosen and waited for, whoever else becomes idle.
+        When no runner is idle one is chosen and waited for, whichever becomes idle first.
         """
         evicted = False
         if key in self.runners:  # loaded with other options
@@ -225,7 +285,7 @@ class Node:
         while self.runners and not self._fits(need):
             victim = self._victim(job)
             if victim.busy:
-                self._awaited = job, victim
+                self._victim_of = job, victim
                 return None
             del self.runners[victim.model.key]
             evicted = True
@@ -233,8 +293,8 @@ class Node:
 
     def _victim(self, job: Job) -> Runner:
         """The one this job waits for, else the idle one that was used longest ago, else any."""
-        if self._awaited is not None:
-            waiting, awaited = self._awaited
+        if self._victim_of is not None:
+            waiting, awaited = self._victim_of
             if waiting is job and self.runners.get(awaited.model.key) is awaited:
                 return awaited
         idle = [runner for runner in self.runners.values() if not runner.busy]
@@ -245,9 +305,47 @@ class Node:
         return need <= FIT_SHARE * (self.spec.memory_bytes - used)
 
     def _drop_idle(self, runner: Runner) -> None:
-        if runner.doomed and not runner.busy and self.runners.get(runner.model.key) is runner:
+        if runner.leaving and not runner.busy and self.runners.get(runner.model.key) is runner:
             del self.runners[runner.model.key]
 
 
 def _last_used(runner: Runner) -> float:
     return runner.used_at
+
+
+def health_report(node: Node) -> HealthReport:
+    """The heartbeat of a simulated machine's agent."""
+    spec = node.spec
+    busy = sum(bool(runner.running) for runner in node.runners.values())
+    used = sum(runner.model.memory_bytes for runner in node.loaded())
+    gpus = [Gpu("simulated", memory_total_bytes=spec.memory_bytes, memory_used_bytes=used)]
+    return HealthReport(
+        agent_id=AgentId(spec.name),
+        cpu_usage=100.0 if busy else 3.0,
+        memory_usage=100.0 * used / spec.memory_bytes,
+        active_requests=sum(len(runner.running) for runner in node.runners.values()),
+        memory_total_bytes=spec.memory_bytes if spec.reports_memory else None,
+        gpus=gpus if spec.has_gpu and spec.reports_memory else [],
+        runner=RunnerSettings(num_parallel=spec.slots) if spec.reports_slots else None,
+        tags=_rows([_tag(model) for model in spec.models]),
+        ps=_rows([_loaded(runner.model, spec) for runner in node.loaded()]),
+    )
+
+
+def _rows(rows: list[dict[str, object]]) -> Raw:
+    return Raw(msgspec.json.encode({"models": rows}))
+
+
+def _tag(model: ModelSpec) -> dict[str, object]:
+    capabilities = ["embedding"] if model.embeds else ["completion"]
+    return {
+        "name": model.name,
+        "digest": model.name,
+        "size": model.size_bytes,
+        "capabilities": capabilities,
+    }
+
+
+def _loaded(model: ModelSpec, spec: MachineSpec) -> dict[str, object]:
+    vram = model.memory_bytes if spec.has_gpu else 0
+    return {"name": model.name, "size": model.memory_bytes, "size_vram": vram}

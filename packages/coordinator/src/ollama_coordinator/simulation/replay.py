@@ -24,17 +24,19 @@ from ollama_coordinator.scheduler.types import normal
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
-from .agents import health_report
 from .machine import Fleet, MachineSpec
-from .node import Node
-from .records import PATIENCE_SECONDS, Record, Replay
-from .runner import Job
+from .node import Job, Node, health_report
+from .summary import PATIENCE_SECONDS, Record, Replay
 from .trace import TraceRequest
 
 AGENT_TIMEOUT_SECONDS = 60.0
+"""The setting's default."""
+
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 AFTERWARDS_SECONDS = 600.0
-NOWHERE = "192.0.2.1"  # RFC 5737: never anybody's
+"""A replay ends so long after its last arrival at the latest: what runs then never ends."""
+
+NOWHERE = "192.0.2.1"  # RFC 5737: an address of nothing
 
 
 Event = Callable[[float], object]
@@ -196,7 +198,7 @@ class Simulation:
         self._watch(lease.agent_id)
 
     def _collect(self, agent_id: AgentId, now: float) -> bool:
-        """Tell the scheduler of first tokens and ends; whether there were any."""
+        """Report first tokens and ends to the scheduler; whether there were any."""
         jobs = self.nodes[agent_id].happened()
         for job in jobs:
             lease_id = self._jobs.get(job.number)

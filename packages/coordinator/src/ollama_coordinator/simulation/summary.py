@@ -1,19 +1,55 @@
-"""What counts of a replay: times to the first token, slow-down, loads, goodput."""
+"""What became of the requests of a replay: times to the first token, slow-down, loads, goodput."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from msgspec import Struct
 
 from ollama_coordinator.scheduler.types import Lane
 
 from .machine import Fleet
-from .records import PATIENCE_SECONDS, Record, Replay
+from .trace import TraceRequest
+
+PATIENCE_SECONDS = 120.0
+"""A client that has heard nothing for so long leaves."""
+
+
+class Record(Struct, kw_only=True):
+    """What became of one request of a trace."""
+
+    request: TraceRequest
+    number: int
+    agent: str | None = None
+    granted_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    attempts: int = 0
+    left: bool = False
+    error: str | None = None
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Time to the first token, from the arrival."""
+        return None if self.first_token_at is None else self.first_token_at - self.request.at
+
+
+@dataclass(slots=True)
+class Replay:
+    """What a replay showed; times in seconds."""
+
+    records: list[Record]
+    loads: int
+    seconds: float
+    busy_seconds: float
+    most_in_flight: int = 0
+
 
 IN_TIME_SECONDS = 10.0
+"""People leave a chat that shows nothing for so long."""
 
 
 class Summary(Struct, frozen=True):
-    """Interactive requests: seconds to the first token, one that came not counts as the patience.
+    """Interactive requests: seconds to the first token; one that never came counts as 120 s.
 
     `goodput` is the share of interactive requests whose first token came within 10 s, and
     `slow_down` the mean of whole time over the time on the fastest machine with nothing to wait
