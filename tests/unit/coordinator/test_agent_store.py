@@ -35,7 +35,7 @@ class Process:
     def __init__(self, store: Store, now: float = 1000.0) -> None:
         self.clock = SetClock(now)
         self.registry = Registry(60.0)
-        self.keeper = AgentStore(self.registry, store, self.clock)
+        self.agent_store = AgentStore(self.registry, store, self.clock)
 
     def register(self, name: str = "gpu-1") -> AgentState:
         request = RegisterRequest(name, "10.0.0.1", "0.33.0", 11434, f"id of {name}")
@@ -43,7 +43,7 @@ class Process:
         return self.registry.register(request, AgentId(name), self.clock.utc(now), now).agent
 
     async def restored(self) -> AgentState:
-        await self.keeper.restore()
+        await self.agent_store.restore()
         (agent,) = self.registry
         return agent
 
@@ -60,7 +60,7 @@ async def test_an_agent_comes_back_with_everything_an_operator_would_miss(path: 
         before.registry.list_models(agent, TAGS, {"m": "sha256:0"}, 1000.0)
         settings = AgentSettings("Rack 3", ["fast"], "new fan", True, 2.0)
         before.registry.update_settings(agent.id, settings)
-        await before.keeper.keep_now(agent)
+        await before.agent_store.keep_now(agent)
     async with Store(path) as store:
         after = Process(store, now=1030.0)
         again = await after.restored()
@@ -80,10 +80,10 @@ async def test_an_agent_is_as_alive_as_it_was_last_heard(
     async with Store(path) as store:
         before = Process(store)
         agent = before.register()
-        await before.keeper.keep_now(agent)
+        await before.agent_store.keep_now(agent)
         before.clock.monotonic_now += 50.0
         before.registry.heard(agent, before.clock.now())
-        before.keeper.keep_seen(agent)
+        before.agent_store.keep_seen(agent)
         await store.flush()
         after = Process(store, now=1050.0 + pause)
         again = await after.restored()
@@ -93,7 +93,7 @@ async def test_an_agent_is_as_alive_as_it_was_last_heard(
 async def test_a_wall_clock_that_jumped_back_makes_nobody_hear_the_future(path: Path) -> None:
     async with Store(path) as store:
         before = Process(store, now=5000.0)
-        await before.keeper.keep_now(before.register())
+        await before.agent_store.keep_now(before.register())
         after = Process(store, now=1000.0)
         again = await after.restored()
         assert again.heard_at == 1000.0
@@ -104,7 +104,7 @@ async def test_an_agent_that_said_goodbye_is_still_gone_after_a_restart(path: Pa
         before = Process(store)
         agent = before.register()
         before.registry.heartbeat(HealthReport(agent.id, 0, 0, 0, leaving=True), 1000.0)
-        before.keeper.keep(agent)
+        before.agent_store.keep(agent)
         await store.flush()
         after = Process(store)
         again = await after.restored()
@@ -116,14 +116,14 @@ async def test_a_removed_agent_does_not_come_back(path: Path) -> None:
     async with Store(path) as store:
         before = Process(store)
         agent = before.register()
-        await before.keeper.keep_now(agent)
+        await before.agent_store.keep_now(agent)
         before.registry.remove(agent.id)
-        await before.keeper.forget(agent.id)
+        await before.agent_store.forget(agent.id)
         # The answer to a question that was asked before the removal.
         before.registry.list_models(agent, TAGS, {}, 1001.0)
-        before.keeper.keep(agent)
-        before.keeper.keep_seen(agent)
+        before.agent_store.keep(agent)
+        before.agent_store.keep_seen(agent)
         await store.flush()
         after = Process(store)
-        await after.keeper.restore()
+        await after.agent_store.restore()
         assert list(after.registry) == []

@@ -58,29 +58,39 @@ def test_a_long_one_is_written_more_seldom() -> None:
     assert pause(10.0, 20_000_000) == 100.0
 
 
+class Part:
+    """Its state is how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.again = asyncio.Event()
+        self.taken: list[Body] = []
+
+    def export_state(self) -> Body:
+        self.given += 1
+        if self.given == 2:
+            self.again.set()
+        return Body(self.given)
+
+    def import_state(self, state: Body, /) -> None:
+        self.taken.append(state)
+
+
 @pytest.mark.spec("OPERATION-22")
 async def test_it_is_asked_for_at_its_pace_and_at_the_end(tmp_path: Path) -> None:
-    given: list[int] = []
-    again = asyncio.Event()
-    taken: list[Body] = []
-
-    def give() -> Body:
-        given.append(len(given))
-        if len(given) == 2:
-            again.set()
-        return Body(len(given))
+    part = Part()
 
     def document(store: Store, every: float) -> SavedState[Body]:
-        return SavedState("body", Body, store, give=give, take=taken.append, every=every)
+        return SavedState("body", Body, store, part, every=every)
 
     async with Store(tmp_path / "c.db") as store:
         async with document(store, every=0.01).running():
-            await again.wait()
+            await part.again.wait()
         async with document(store, every=3600.0).running():
             await asyncio.sleep(0)
-            before = len(given)
-        assert len(given) == before + 1
+            before = part.given
+        assert part.given == before + 1
         await store.flush()
         async with document(store, every=3600.0).running():
             pass
-    assert taken[-1] == Body(before + 1)
+    assert part.taken[-1] == Body(before + 1)

@@ -138,28 +138,10 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 def _saved_state(parts: Parts) -> list[SavedState[Any]]:
     """The state that is kept over a restart as documents in the database."""
-    scheduler, sparklines = parts.scheduler, parts.observation.sampler.sparklines
-
-    def restore_sparklines(saved: SavedSparklines) -> None:
-        at = parts.clock.utc(parts.clock.now()).timestamp()
-        sparklines.restore(saved, at, {agent.id for agent in parts.registry})
-
+    store, sampler = parts.store, parts.observation.sampler
     return [
-        SavedState(
-            "learned",
-            Learned,
-            parts.store,
-            give=scheduler.export_state,
-            take=scheduler.import_state,
-        ),
-        SavedState(
-            "sparklines",
-            SavedSparklines,
-            parts.store,
-            give=sparklines.export,
-            take=restore_sparklines,
-            every=SPARKLINES_SECONDS,
-        ),
+        SavedState("learned", Learned, store, parts.scheduler),
+        SavedState("sparklines", SavedSparklines, store, sampler, every=SPARKLINES_SECONDS),
     ]
 
 

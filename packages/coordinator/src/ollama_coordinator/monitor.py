@@ -57,7 +57,7 @@ class Monitor:
         self,
         dispatch: Dispatch,
         upstreams: Upstreams,
-        keeper: AgentStore,
+        agent_store: AgentStore,
         *,
         interval: float,
     ) -> None:
@@ -65,7 +65,7 @@ class Monitor:
         self._registry = dispatch.registry
         self._clock = dispatch.clock
         self._upstreams = upstreams
-        self._keeper = keeper
+        self._agent_store = agent_store
         self.interval = interval
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}
@@ -259,7 +259,7 @@ class Monitor:
         except msgspec.DecodeError as exc:
             raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc
         if changed:
-            self._keeper.keep(agent)
+            self._agent_store.keep(agent)
 
 
 def _facts(agent: AgentState, **more: object) -> dict[str, object]:

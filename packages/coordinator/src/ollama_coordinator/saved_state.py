@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -23,13 +23,22 @@ ROWS_AT_ONCE = 1000
 T = TypeVar("T", bound=Struct)
 
 
-class SavedState(Generic[T]):
-    """Writes the value of `give` behind, and hands it to `take` at the next start.
+class Stateful(Protocol[T]):
+    """A part with a state worth keeping."""
 
-    `give` is called after every `every` seconds, more seldom for a long document, and at the end.
-    The lists in its value must not change afterwards; their rows may, and each is written as it is
-    when its turn comes. `kind` is the type of the value; a document of another form, from another
-    version, is left alone until it is written anew.
+    def export_state(self) -> T:
+        """The state. Its lists must not change afterwards; their rows may."""
+
+    def import_state(self, state: T, /) -> None:
+        """Take over the state of an earlier process, before the first request."""
+
+
+class SavedState(Generic[T]):
+    """Writes the state of `part` behind, and hands it back at the next start.
+
+    It is written after every `every` seconds, more seldom where it is long, and at the end. Each
+    row of its lists is written as it is when its turn comes. `kind` is the type of the state; a
+    document of another form, from another version, is left alone until it is written anew.
     """
 
     def __init__(
@@ -37,16 +46,14 @@ class SavedState(Generic[T]):
         name: str,
         kind: type[T],
         store: Store,
+        part: Stateful[T],
         *,
-        give: Callable[[], T],
-        take: Callable[[T], None],
         every: float = KEEP_SECONDS,
     ) -> None:
         self._name = name
         self._kind = kind
         self._store = store
-        self._give = give
-        self._take = take
+        self._part = part
         self._every = every
         self._kept = b""
 
@@ -65,14 +72,14 @@ class SavedState(Generic[T]):
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
             # Without slices: no request is served any more, and nothing may come between.
-            self._note(msgspec.json.encode(self._give()))
+            self._note(msgspec.json.encode(self._part.export_state()))
 
     async def _restore(self) -> None:
         body = await self._store.document(self._name)
         if body is None:
             return
         try:
-            self._take(msgspec.json.decode(body, type=self._kind))
+            self._part.import_state(msgspec.json.decode(body, type=self._kind))
         except msgspec.DecodeError as exc:
             extra = {"document": self._name, "reason": str(exc)}
             log.warning("what was kept cannot be read; it is made anew", extra=extra)
@@ -80,7 +87,7 @@ class SavedState(Generic[T]):
     async def _keep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(pause(self._every, len(self._kept)))
-            self._note(await encoded(self._give()))
+            self._note(await encoded(self._part.export_state()))
 
     def _note(self, body: bytes) -> None:
         if body != self._kept:

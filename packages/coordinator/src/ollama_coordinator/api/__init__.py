@@ -1,1 +1,1 @@
-"""The HTTP surface: Ollama's routes as the fleet answers them, and our own."""
+"""The routes: Ollama's as the fleet answers them, and our own."""

@@ -117,6 +117,16 @@ class Sampler:
             self._tokens.pop(agent_id, None)
             self.series.forget(agent_id)
 
+    # ── over a restart ────────────────────────────────────────────────────────────────────────
+
+    def export_state(self) -> "SavedSparklines":
+        """The sparklines."""
+        return self.sparklines.export()
+
+    def import_state(self, saved: "SavedSparklines") -> None:
+        """Continue the sparklines of an earlier process, of the agents that are still known."""
+        self.sparklines.restore(saved, self._at(), {agent.id for agent in self._registry})
+
     # ── writing behind ────────────────────────────────────────────────────────────────────────
 
     async def write(self, *, everything: bool = False) -> None:
