@@ -341,7 +341,7 @@ def test_an_answer_after_a_removal_does_not_bring_the_agent_back(registry: Regis
     registry.probed(agent)
     assert registry.expire(1000.0) == []
     assert registry.next_expiry() is None
-    assert registry.models() == []
+    assert list(registry.models) == []
     assert registry.holders(KEY) == []
 
 
@@ -434,7 +434,7 @@ def test_a_heartbeat_brings_the_models(registry: Registry) -> None:
     assert agent.inventory.sampled_at == 1.0
     assert registry.holders(KEY) == [agent]
     assert agent.inventory.is_loaded(KEY)
-    assert registry.models() == [KEY, "registry.ollama.ai/library/n:latest"]
+    assert list(registry.models) == [KEY, "registry.ollama.ai/library/n:latest"]
 
 
 @pytest.mark.parametrize("body", [',"tags":[]', ',"ps":7', ',"tags":{"models":1}'])
@@ -455,7 +455,7 @@ def test_a_model_that_is_gone_from_the_list_has_no_holder(registry: Registry) ->
     registry.list_models(first, lists("n"), {}, 1.0)
     assert registry.holders(KEY) == [second]
     registry.list_models(second, b'{"models":null}', {}, 1.0)
-    assert KEY not in registry.models()
+    assert KEY not in registry.models
 
 
 def test_an_offline_agent_still_holds_its_models(registry: Registry) -> None:
@@ -470,7 +470,7 @@ def test_a_removed_agent_leaves_no_holder_behind(registry: Registry) -> None:
     registry.list_models(agent, lists("m"), {}, 0.0)
     registry.remove(agent.id)
     assert registry.holders(KEY) == []
-    assert registry.models() == []
+    assert list(registry.models) == []
     assert list(registry) == []
 
 
@@ -539,19 +539,19 @@ def test_the_revision_of_a_copy_changes_with_the_model_it_is_a_copy_of(
     agent = add(registry, "a")
     registry.list_models(agent, lists("m:latest", "copy:latest"), ALIKE, 0.0)
     registry.list_loaded(agent, lists("m:latest"), 0.0)
-    loaded = registry.revision(COPY)
+    loaded = registry.models.revision(COPY)
     assert agent.inventory.is_loaded(COPY)
     if how == "listed":
         registry.list_models(agent, lists("copy:latest"), ALIKE, 1.0)
     else:
         registry.note_missing(agent, KEY)
     assert not agent.inventory.is_loaded(COPY)
-    gone = registry.revision(COPY)
+    gone = registry.models.revision(COPY)
     assert gone != loaded
     registry.list_models(agent, lists("m:latest", "copy:latest"), ALIKE, 2.0)
     registry.list_loaded(agent, lists("m:latest"), 2.0)
     assert agent.inventory.is_loaded(COPY)
-    assert registry.revision(COPY) not in (loaded, gone)
+    assert registry.models.revision(COPY) not in (loaded, gone)
 
 
 CLOUD = "registry.ollama.ai/library/gpt-oss:120b-cloud"

@@ -171,7 +171,7 @@ class RegistryMachine(RuleBasedStateMachine):
         for of in KEYS:
             holders = [agent.id for agent in self.registry.holders(of)]
             assert holders == sorted(a for a, models in self.disk.items() if of in models)
-        assert self.registry.models() == sorted(set().union(*self.disk.values()))
+        assert list(self.registry.models) == sorted(set().union(*self.disk.values()))
 
     @invariant()
     def the_next_expiry_is_the_earliest(self) -> None:

@@ -20,7 +20,7 @@ def filled(seconds: list[float]) -> Bucket:
     """A bucket of requests with these times to first token."""
     bucket = Bucket()
     for value in seconds:
-        bucket.count(past(0, first_token_seconds=value), 10)
+        bucket.count(past(0, first_token_seconds=value))
     return bucket
 
 
@@ -50,7 +50,7 @@ def test_buckets_add_up_in_any_grouping(groups: list[list[float]]) -> None:
 def test_a_bucket_counts_results_apart() -> None:
     bucket = Bucket()
     for status in Status:
-        bucket.count(past(0, status=status, first_token_seconds=None), 0)
+        bucket.count(past(0, status=status, first_token_seconds=None))
     told = point(bucket, NOW, 60)
     assert (told.requests, told.failed, told.refused, told.cancelled) == (4, 1, 1, 1)
     assert told.first_token_p50 is None

@@ -85,16 +85,16 @@ class History:
         oldest = milliseconds(now - timedelta(days=days))
         await self._store.run(lambda db: _prune_requests(db, rows, oldest))
 
-    async def prune_buckets(self, tier: int, before: float, *, agents: bool) -> None:
-        """Delete the fleet's or the agents' buckets of a tier that began before a Unix time.
+    async def prune_buckets(self, oldest: Sequence[tuple[int, float, float]]) -> None:
+        """Delete old buckets.
+
+        `oldest` has each tier with the oldest start to keep, in Unix seconds: of the fleet's
+        buckets, and of the agents'.
 
         Raises:
             DatabaseError: the database cannot be written.
         """
-        named = "name <> ''" if agents else "name = ''"
-        await self._store.run(
-            lambda db: _delete(db, "buckets", f"tier = ? AND start < ? AND {named}", tier, before)
-        )
+        await self._store.run(lambda db: _prune_buckets(db, oldest))
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────
 
@@ -161,22 +161,21 @@ def _write(
     requests: Iterable[tuple[Finished, str | bytes]],
     buckets: Iterable[StoredBucket],
 ) -> None:
-    with db.atomic():
-        db.conn.executemany(INSERT, [to_columns(request, why) for request, why in requests])
-        db.conn.executemany(
-            _UPSERT, [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
-        )
+    db.conn.executemany(INSERT, [to_columns(request, why) for request, why in requests])
+    rows = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
+    db.conn.executemany(_UPSERT, rows)
 
 
 def _prune_requests(db: Database, rows: int, oldest_ms: int) -> None:
-    with db.atomic():
-        db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
-        db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
+    db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
+    db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
 
 
-def _delete(db: Database, table: str, where: str, *values: Any) -> None:
-    with db.atomic():
-        db.table(table).delete_where(where, list(values))
+def _prune_buckets(db: Database, oldest: Iterable[tuple[int, float, float]]) -> None:
+    for tier, of_fleet, of_agents in oldest:
+        sql = "DELETE FROM buckets WHERE tier = ? AND start < ? AND name"
+        db.execute(f"{sql} = ''", [tier, of_fleet])
+        db.execute(f"{sql} <> ''", [tier, of_agents])
 
 
 def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cursor | None]:

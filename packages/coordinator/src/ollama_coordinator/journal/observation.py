@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import msgspec
 from msgspec import Struct
@@ -115,10 +115,10 @@ class Observation:
         """
         now = self._clock.utc(self._clock.now())
         await self.history.prune(now, rows=self.limits.rows, days=self.limits.days)
-        for tier in TIERS:
-            for agents, keep in ((False, tier.keep_seconds), (True, tier.keep_agents_seconds)):
-                before = (now - timedelta(seconds=keep)).timestamp()
-                await self.history.prune_buckets(tier.seconds, before, agents=agents)
+        at = now.timestamp()
+        await self.history.prune_buckets(
+            [(t.seconds, at - t.keep_seconds, at - t.keep_agents_seconds) for t in TIERS]
+        )
 
     def _at(self) -> float:
         return self._clock.utc(self._clock.now()).timestamp()

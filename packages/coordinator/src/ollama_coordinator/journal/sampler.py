@@ -67,8 +67,8 @@ class Sampler:
         left = (request.output_tokens or 0) - entry.counted
         self._history.note(request, ended.attempts)
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
-            self._tokens[name] = self._tokens.get(name, 0) + left
-            self.series.fresh(name).count(request, left)
+            self._wrote(name, left)
+            self.series.fresh(name).count(request)
 
     def sample(self, live: Mapping[str, JournalEntry]) -> None:
         """Take one sample; `live` are the requests in progress."""
@@ -76,7 +76,8 @@ class Sampler:
         for entry in live.values():
             held = entry.held
             if held is not None and held.records > entry.counted:
-                self._wrote(held.agent.id, held.records - entry.counted)
+                for name in (FLEET, held.agent.id):
+                    self._wrote(name, held.records - entry.counted)
                 entry.counted = held.records
         in_flight = len(list(self._dispatch.held()))
         waiting = sum(entry.is_waiting() for entry in live.values())
@@ -87,10 +88,9 @@ class Sampler:
         if self.sparklines.is_due(self._at()):
             self._take_point()
 
-    def _wrote(self, agent_id: AgentId, tokens: int) -> None:
-        for name in (FLEET, agent_id):
-            self._tokens[name] = self._tokens.get(name, 0) + tokens
-            self.series.fresh(name).output_tokens += tokens
+    def _wrote(self, name: str, tokens: int) -> None:
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
+        self.series.fresh(name).output_tokens += tokens
 
     def _take_point(self) -> None:
         """The next point of the sparklines, and the agents' readings."""

@@ -52,14 +52,13 @@ class Bucket(Struct, omit_defaults=True):
     vram_sum: float = 0.0
     hottest: float = 0.0
 
-    def count(self, request: Finished, tokens: int) -> None:
-        """Add a request that ended; `tokens` of its answer were not counted while it ran."""
+    def count(self, request: Finished) -> None:
+        """Add a request that ended; the tokens of its answer are counted while it runs."""
         self.requests += 1
         self.refused += request.status is Status.REFUSED
         self.failed += request.status is Status.FAILED
         self.cancelled += request.status is Status.CANCELLED
         self.prompt_tokens += request.prompt_tokens or 0
-        self.output_tokens += tokens
         if request.first_token_seconds is not None:
             step = _step(request.first_token_seconds)
             self.first_token[step] = self.first_token.get(step, 0) + 1

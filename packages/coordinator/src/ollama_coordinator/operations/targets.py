@@ -128,7 +128,7 @@ class TargetChooser:
 
     def copies(self, key: str) -> list[AgentState]:
         """Every agent, online or not, that has some content under this routing key."""
-        return [self._registry.get(agent_id) for agent_id in self._registry.copies(key)]
+        return [self._registry.get(agent_id) for agent_id in self._registry.models.copies(key)]
 
     def for_pull(self, name: str, placement: Placement) -> Chosen:
         """The agents that pull a model.

@@ -6,7 +6,7 @@ so that one content has several manifest digests; and some agents do not report 
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from datetime import UTC, datetime
 from itertools import count
 
@@ -66,9 +66,9 @@ class ModelIndex:
 
     # ── questions ─────────────────────────────────────────────────────────────────────────────
 
-    def models(self) -> list[str]:
+    def __iter__(self) -> Iterator[str]:
         """The routing keys that any agent has, sorted."""
-        return sorted(self._by_key)
+        return iter(sorted(self._by_key))
 
     def revision(self, key: str) -> int:
         """A number that differs after every change of a model; 0: no agent has it."""

@@ -12,7 +12,6 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from . import agent_match
 from .agent import AgentSettings, AgentState, cooldown_after
 from .agent_match import MachineIds
-from .inventory import AvailableRow
 from .model_index import CloudModels, ModelIndex
 
 
@@ -35,7 +34,7 @@ class Registry:
     """The agents by id, and by model. Synchronous and without a clock: `now` is monotonic seconds.
 
     `changes` grows with everything that can alter a routing decision: what was derived at the same
-    number is still true.
+    number is still true. `models` is the index of models, to read only.
     """
 
     def __init__(self, agent_timeout: float) -> None:
@@ -44,7 +43,7 @@ class Registry:
         self._agents: dict[AgentId, AgentState] = {}
         self._machine_ids = MachineIds()
         self._online: set[AgentId] = set()
-        self._index = ModelIndex(self._agents, self._online)
+        self.models = ModelIndex(self._agents, self._online)
         self._cloud = CloudModels()
 
     @property
@@ -109,7 +108,7 @@ class Registry:
         """Add an agent from the database, as it was when it was last heard."""
         self._agents[agent.id] = agent
         self._machine_ids.add(agent)
-        self._index.relist(agent, {})
+        self.models.relist(agent, {})
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
         self.changes += 1
@@ -123,7 +122,7 @@ class Registry:
         agent = self.get(agent_id)
         self._machine_ids.discard(agent)
         self._go(agent.id)
-        self._index.drop(agent, agent.inventory.available)
+        self.models.drop(agent, agent.inventory.available)
         del self._agents[agent.id]
         self.changes += 1
         return agent
@@ -239,11 +238,11 @@ class Registry:
 
     def _come(self, agent_id: AgentId) -> None:
         self._online.add(agent_id)
-        self._index.touch(self._agents[agent_id].inventory.available)
+        self.models.touch(self._agents[agent_id].inventory.available)
 
     def _go(self, agent_id: AgentId) -> None:
         self._online.discard(agent_id)
-        self._index.touch(self._agents[agent_id].inventory.available)
+        self.models.touch(self._agents[agent_id].inventory.available)
 
     def next_expiry(self) -> float | None:
         """When the next agent goes offline if nothing is heard from it."""
@@ -310,7 +309,7 @@ class Registry:
         changed = agent.inventory.read_tags(tags, blobs)
         agent.inventory.sampled_at = now
         if changed and agent.id in self._agents:
-            self._index.relist(agent, before)
+            self.models.relist(agent, before)
             self.changes += 1
         return changed
 
@@ -332,7 +331,7 @@ class Registry:
         alike = agent.inventory.namesakes(key)
         agent.inventory.note_missing(key)
         self._cloud.withdraw(key, agent)
-        self._index.drop(agent, [key])
+        self.models.drop(agent, [key])
         self._loaded_changed(agent, alike)
 
     def note_unloaded(self, agent: AgentState, key: str) -> None:
@@ -343,7 +342,7 @@ class Registry:
     def _loaded_changed(self, agent: AgentState, keys: Iterable[str]) -> None:
         """These models were loaded or unloaded, with every name of the same weights."""
         for key in keys:
-            self._index.touch(agent.inventory.namesakes(key))
+            self.models.touch(agent.inventory.namesakes(key))
         self.changes += 1
 
     def holders(self, key: str) -> list[AgentState]:
@@ -351,7 +350,7 @@ class Registry:
 
         Agents with another content under this name are not included.
         """
-        return [self._agents[agent_id] for agent_id in self._index.holders(key)]
+        return [self._agents[agent_id] for agent_id in self.models.holders(key)]
 
     def offer(self, key: str, name: str, agents: Iterable[AgentId]) -> None:
         """Exactly these agents can pass the name of a cloud model on without a stub."""
@@ -363,22 +362,6 @@ class Registry:
         holders = self.holders(key)
         offered = [agent for id in sorted(self._cloud.of(key)) if (agent := self.find(id))]
         return [*holders, *(agent for agent in offered if agent not in holders)]
-
-    def copies(self, key: str) -> dict[AgentId, AvailableRow]:
-        """Each agent's row under this routing key, online or not, in order of id."""
-        return self._index.copies(key)
-
-    def strangers(self, key: str) -> frozenset[AgentId]:
-        """The agents whose content under this routing key is not the preferred one."""
-        return self._index.strangers(key)
-
-    def models(self) -> list[str]:
-        """The routing keys of every model in the fleet, sorted."""
-        return self._index.models()
-
-    def revision(self, key: str) -> int:
-        """A number that differs after every change of who has or has loaded a model; 0: none."""
-        return self._index.revision(key)
 
     def is_online(self, agent: AgentState, now: float) -> bool:
         """Whether the agent is online; a draining one is."""

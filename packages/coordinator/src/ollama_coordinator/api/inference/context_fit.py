@@ -63,7 +63,7 @@ class ContextFit:
 
         `holders` have the preferred content of the model; `offered` pass its name on to ollama.com.
         """
-        unfit = self._registry.strangers(request.model)
+        unfit = self._registry.models.strangers(request.model)
         if route.path in SINCE:
             unfit |= _too_old([*holders, *offered], SINCE[route.path])
         if unfit:

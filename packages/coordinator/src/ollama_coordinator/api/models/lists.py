@@ -78,11 +78,11 @@ class KeptList(Generic[Row]):
     async def _remake(self) -> None:
         slices = Slices()
         rows: dict[str, tuple[int, Row]] = {}
-        for key in self._registry.models():
+        for key in self._registry.models:
             known = self._rows.get(key)
-            if known is None or known[0] != self._registry.revision(key):
+            if known is None or known[0] != self._registry.models.revision(key):
                 await slices.pause()
-                revision = self._registry.revision(key)
+                revision = self._registry.models.revision(key)
                 row = self._make(self._registry, key)
                 known = None if row is None else (revision, row)
             if known is not None:
@@ -119,7 +119,7 @@ class FleetModel(Struct, frozen=True):
 
 def fleet_model(registry: Registry, key: str) -> FleetModel:
     """The row of a model that at least one agent has."""
-    copies = registry.copies(key)
+    copies = registry.models.copies(key)
     holders = [agent.id for agent in registry.holders(key)]
     groups = contents(copies)
     row = newest([copies[agent_id] for agent_id in holders])
