@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ollama_coordinator_common.settings import HTTP_CHOICES
 from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import Model, StandIn
@@ -84,8 +85,8 @@ FUZZ = settings(
 
 
 @asynccontextmanager
-async def _fleet() -> AsyncIterator[tuple[Running, StandIn]]:
-    async with running() as coordinator, StandIn() as ollama:
+async def _fleet(http: str) -> AsyncIterator[tuple[Running, StandIn]]:
+    async with running(http=http) as coordinator, StandIn() as ollama:
         await coordinator.register(ollama, "first")
         yield coordinator, ollama
 
@@ -121,11 +122,11 @@ class _Fuzzed:
             return response.status, await response.text(errors="replace")
 
 
-@pytest.fixture(scope="module")
-def fuzzed() -> Iterator[_Fuzzed]:
+@pytest.fixture(scope="module", params=HTTP_CHOICES)
+def fuzzed(request: pytest.FixtureRequest) -> Iterator[_Fuzzed]:
     """One fleet for all examples: what one leaves behind, the next ones meet."""
     with asyncio.Runner() as runner:
-        fleet = _fleet()
+        fleet = _fleet(request.param)
         yield _Fuzzed(runner, *runner.run(fleet.__aenter__()))
         runner.run(fleet.__aexit__(None, None, None))
 

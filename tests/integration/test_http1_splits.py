@@ -5,12 +5,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollama_coordinator.http1.connection import Connection, Shared
+from ollama_coordinator.http1.connection import Http1Connection, Http1Server
 from support.asgi import Shows
 
 
@@ -20,7 +19,7 @@ class Memory(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written = b""
-        self.protocol: Connection | None = None
+        self.protocol: Http1Connection | None = None
         self.closed = False
 
     def write(self, data: Any) -> None:
@@ -52,7 +51,7 @@ async def converse(parts: list[bytes]) -> tuple[list[tuple[str, str, bytes]], by
     config = Config()
     config.include_date_header = False
     scope = {"type": "http", "state": {}}
-    connection = Connection(Shared(shows, config), WorkerContext(None), transport, scope)
+    connection = Http1Connection(Http1Server(shows, config), transport, scope)
     transport.protocol = connection
     running = asyncio.ensure_future(connection.run(b""))
     await asyncio.sleep(0)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.descriptors import within
-from ollama_coordinator.http1 import Door
+from ollama_coordinator.http1 import ConnectionLimits
+from ollama_coordinator.http1.limits import capacity_of
 from ollama_coordinator_common.settings import HTTP_CHOICES
 from support import deaf, programs
 from support.asgi import Client, Shows, connection
@@ -58,9 +58,9 @@ async def test_an_answer_that_nobody_takes_ends_with_its_lease(coordinator: Runn
 @BOTH
 @pytest.mark.spec("OPERATION-18")
 async def test_who_takes_an_answer_slowly_gets_it(http: str) -> None:
-    shows, door = Shows(), Door(stall_seconds=lambda: 0.6)
+    shows, limits = Shows(), ConnectionLimits(stall_seconds=lambda: 0.6)
     async with (
-        serving(shows, http, door=door) as url,
+        serving(shows, http, limits=limits) as url,
         deaf.connected(url, b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n") as sock,
     ):
         # Too little at a time for the kernel to ask for more, and much longer than a stall lasts.
@@ -202,8 +202,8 @@ async def test_a_changed_time_counts_on_http_2_too() -> None:
 @BOTH
 @pytest.mark.spec("OPERATION-23")
 async def test_one_connection_too_many_is_answered_503(http: str) -> None:
-    shows, door = Shows(), Door(most=2)
-    async with serving(shows, http, door=door) as url:
+    shows, limits = Shows(), ConnectionLimits(most=2)
+    async with serving(shows, http, limits=limits) as url:
         async with connection(url) as one, connection(url) as other:
             for client in (one, other):
                 client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -240,7 +240,7 @@ async def test_more_clients_than_files_may_be_open_are_told(tmp_path: Path, http
             for client in clients:
                 client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             told = await asyncio.gather(*map(status, clients))
-            assert told.count(200) == within(128).connections
+            assert told.count(200) == capacity_of(128).connections
             assert told.count(503) >= 32
             # Who was let in first is still served, among them all.
             served = clients[told.index(200)]

@@ -201,7 +201,7 @@ class Client:
         async with asyncio.timeout(DEADLINE_SECONDS):
             try:
                 return await self.reader.read()
-            except ConnectionResetError:
+            except ConnectionError:
                 return b""
 
 

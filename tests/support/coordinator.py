@@ -10,10 +10,10 @@ import aiohttp
 from hypercorn.config import Config
 
 from ollama_coordinator.app import create_app
-from ollama_coordinator.http1 import Door, serve
+from ollama_coordinator.http1 import ConnectionLimits, serve
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.server import door_of
+from ollama_coordinator.server import limits_of
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .deadline import DEADLINE_SECONDS
@@ -102,7 +102,7 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
     app = create_app(config)
     parts: Parts = app.state.parts
     async with (
-        serving(app, config.http, door=door_of(parts)) as url,
+        serving(app, config.http, limits=limits_of(parts)) as url,
         aiohttp.ClientSession() as session,
     ):
         yield Running(url, parts, session)
@@ -110,7 +110,7 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def serving(
-    app: Any, http: str = "auto", *, door: Door | None = None, **settings: Any
+    app: Any, http: str = "auto", *, limits: ConnectionLimits | None = None, **settings: Any
 ) -> AsyncIterator[str]:
     """Serve an ASGI application in this event loop, with these of Hypercorn's; yields its URL."""
     sock = socket.socket()
@@ -121,7 +121,7 @@ async def serving(
     config.bind = [f"fd://{sock.detach()}"]  # Hypercorn closes it
     config.errorlog = None
     stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, config, stop.wait, http=http, door=door))
+    server = asyncio.create_task(serve(app, config, stop.wait, http=http, limits=limits))
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession() as session:

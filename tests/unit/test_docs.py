@@ -131,7 +131,7 @@ def test_the_services_set_what_the_programs_read() -> None:
 def test_the_service_is_given_the_time_that_an_orderly_end_takes() -> None:
     found = re.search(r"^TimeoutStopSec=(\d+)$", block("ini", COORDINATOR), re.MULTILINE)
     assert found
-    ending = server.LAST_WORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
+    ending = server.LAST_RECORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
     assert int(found[1]) > CoordinatorConfig().drain_timeout + ending
 
 

@@ -22,22 +22,31 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .app import create_app, running
 from .db import database_path
-from .descriptors import room
-from .http1 import Door, serve
+from .http1 import BACKLOG, ConnectionLimits, capacity, serve
 from .parts import Parts
 
 log = logging.getLogger(__name__)
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
-BACKLOG = 1024
-LAST_WORDS_SECONDS = 2.0
-"""How long the error records that end the last answers may take to be sent."""
+"""Ctrl-C, service managers, and Ctrl-Break on Windows."""
+
+LAST_RECORDS_SECONDS = 2.0
+"""For sending the error records that end the last answers: clients that read need milliseconds."""
 
 ABORTED_SECONDS = 5.0
-"""How long the server may take to end once its connections are cut."""
+"""For the server to end once its connections are cut; there is nothing left to wait for."""
 
 CLOSING_SECONDS = 60.0
-"""How long what the coordinator consists of may take to close; the last writes are among it."""
+"""For the parts to close; the last writes to the database, on a slow disk, are among it."""
+
+KEEP_ALIVE_SECONDS = 75
+"""An idle connection stays open so long: nginx's default, and longer than proxies keep theirs."""
+
+MOST_REQUESTS = 1_000_000_000
+"""A connection serves any number of requests: closing one under load costs a request its retry."""
+
+HEAD_BYTES = 64 * 1024
+"""For a request's head; browsers behind single sign-on send 16 KiB of cookies."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -73,8 +82,8 @@ def _listener(family: int, address: object) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Inherited by accepted connections: a client whose machine vanished is noticed, and a token
-        # waits for no other.
+        # Accepted connections inherit both: a client whose machine vanished is noticed, and no
+        # token waits for the next one.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
@@ -88,22 +97,22 @@ def _listener(family: int, address: object) -> socket.socket:
     return sock
 
 
-def door_of(parts: Parts, most: int | None = None) -> Door:
+def limits_of(parts: Parts, most: int | None = None) -> ConnectionLimits:
     """The limits on clients' connections, at most `most` of which are open at once."""
-    return Door(most=most, stall_seconds=lambda: parts.settings.config.stall_timeout)
+    return ConnectionLimits(most=most, stall_seconds=lambda: parts.settings.config.stall_timeout)
 
 
-def hypercorn_config(sockets: list[socket.socket], at_once: int) -> Config:
+def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:
     """Hypercorn's settings; it takes the sockets over and closes them.
 
-    `at_once`: how many connections may be accepted before any of them is looked at.
+    `backlog`: how many connections may be accepted before any of them is served.
     """
     config = Config()
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
-    config.backlog = min(BACKLOG, at_once)
-    config.keep_alive_timeout = 75
-    config.keep_alive_max_requests = 1_000_000_000
-    config.h11_max_incomplete_size = 64 * 1024
+    config.backlog = backlog
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    config.keep_alive_max_requests = MOST_REQUESTS
+    config.h11_max_incomplete_size = HEAD_BYTES
     config.include_server_header = False
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
@@ -118,8 +127,8 @@ async def run(config: CoordinatorConfig) -> None:
     """
     app = create_app(config)
     parts: Parts = app.state.parts
-    # Hypercorn skips the end of a lifespan when it is made to stop; ours is held here.
-    app.router.lifespan_context = _held_elsewhere
+    # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
+    app.router.lifespan_context = _empty_lifespan
     collect_seldom()
     stop = Stop()
     with contextlib.ExitStack() as sockets, stop.on_signals():
@@ -131,7 +140,7 @@ async def run(config: CoordinatorConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _held_elsewhere(app: Starlette) -> AsyncIterator[None]:
+async def _empty_lifespan(app: Starlette) -> AsyncIterator[None]:
     yield
 
 
@@ -151,15 +160,15 @@ async def _opened(parts: Parts) -> AsyncIterator[None]:
 async def _serve(
     app: Starlette, parts: Parts, stop: "Stop", listening: list[socket.socket]
 ) -> None:
-    config, allowed = parts.settings.config, room()
-    door = door_of(parts, allowed.connections)
-    server = hypercorn_config(listening, allowed.at_once)
+    config, allowed = parts.settings.config, capacity()
+    limits = limits_of(parts, allowed.connections)
+    server = hypercorn_config(listening, allowed.backlog)
 
     async def asked() -> None:
         await stop.asked.wait()
-        # Hypercorn reads it from now on; it may have been changed while serving.
-        patience = parts.settings.config.drain_timeout + LAST_WORDS_SECONDS + ABORTED_SECONDS
-        server.graceful_timeout = patience
+        # Hypercorn reads it only now; the setting may have changed while serving.
+        drain = parts.settings.config.drain_timeout
+        server.graceful_timeout = drain + LAST_RECORDS_SECONDS + ABORTED_SECONDS
 
     log.info(
         "coordinator listens",
@@ -170,8 +179,8 @@ async def _serve(
             "database": _kept_in(config.database_url),
         },
     )
-    serving = asyncio.create_task(serve(app, server, asked, http=config.http, door=door))
-    ending = asyncio.create_task(_end_in_order(parts, stop, door))
+    serving = asyncio.create_task(serve(app, server, asked, http=config.http, limits=limits))
+    ending = asyncio.create_task(_end_in_order(parts, stop, limits))
     try:
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
@@ -194,12 +203,13 @@ def _kept_in(database_url: str) -> str:
 
 
 def collect_seldom() -> None:
-    """Look for unreachable cycles less often: requests leave none, and it took a fifth of the CPU.
+    """Collect garbage seldom: requests leave no cycles, and it took a fifth of the CPU.
 
-    What exists already stays, and is not looked at again.
+    Objects that exist by now stay for good, and are not scanned again.
     """
     gc.collect()
     gc.freeze()
+    # Allocations before a young collection (700 by default), and younger ones before an older one.
     gc.set_threshold(10_000, 20, 20)
 
 
@@ -230,7 +240,7 @@ class Stop:
                 signal.signal(number, handler)
 
 
-async def _end_in_order(parts: Parts, stop: Stop, door: Door) -> None:
+async def _end_in_order(parts: Parts, stop: Stop, limits: ConnectionLimits) -> None:
     await stop.asked.wait()
     parts.begin_stopping()
     under_way = len(list(parts.scheduler.leases()))
@@ -242,6 +252,6 @@ async def _end_in_order(parts: Parts, stop: Stop, door: Door) -> None:
         async with asyncio.timeout(seconds):
             await stop.insisted.wait()
     parts.stop_serving("the coordinator is shutting down")
-    await asyncio.sleep(LAST_WORDS_SECONDS)
-    # Only a client that does not read its answer is still there. Closing would wait for it.
-    door.end_all("the coordinator is shutting down")
+    await asyncio.sleep(LAST_RECORDS_SECONDS)
+    # Only clients that do not read their answer are left. Closing would wait for them.
+    limits.end_all("the coordinator is shutting down")

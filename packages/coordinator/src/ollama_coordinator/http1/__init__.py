@@ -1,12 +1,18 @@
-"""HTTP/1 on llhttp (httptools), as a lighter drop-in for the part of Hypercorn that does it.
+"""HTTP/1 on llhttp (httptools), in place of the part of Hypercorn that does it, with less CPU.
 
-Everything else stays Hypercorn's: the sockets, the lifespan, the order in which it all ends. A door
-of ours stands before both: it counts the connections, and ends those that keep others waiting.
-Spoken are HTTP/1.1 and 1.0; an offer to upgrade to HTTP/2 or to a WebSocket is passed over, as
-Ollama's own server does.
+Everything else stays Hypercorn's: the sockets, the lifespan, the order in which it all ends. The
+limits on connections hold for both implementations. Served are HTTP/1.1 and 1.0; an offer to
+upgrade to HTTP/2 or to a WebSocket is ignored, as Ollama's own server does.
 """
 
-from .door import Door
-from .serving import serve
+from .hypercorn_hook import serve
+from .limits import BACKLOG, CLIENT_CONNECTION, ClientConnection, ConnectionLimits, capacity
 
-__all__ = ["Door", "serve"]
+__all__ = [
+    "BACKLOG",
+    "CLIENT_CONNECTION",
+    "ClientConnection",
+    "ConnectionLimits",
+    "capacity",
+    "serve",
+]

@@ -1,4 +1,4 @@
-"""One request and its answer, as ASGI has it: a scope, `receive` and `send`."""
+"""One request and its response as ASGI has them: a scope, `receive` and `send`."""
 
 import asyncio
 import contextlib
@@ -7,49 +7,54 @@ from urllib.parse import unquote
 
 from starlette.types import Message, Scope
 
-from .framing import CONTINUE, Ends, Framing, Refusal
-from .incoming import PLENTY_BYTES, Incoming
-from .line import Line
+from .request import PLENTY_BYTES, IncomingRequest
+from .response import CONTINUE, BodyEnd, ClientWriter, Refusal, ResponseFraming
 
 
 class Exchange:
-    """One request that the application serves; `read_on` tells that there is room for its body."""
+    """One request that the application serves.
 
-    __slots__ = ("_framing", "_line", "_read_on", "_start", "_told", "ended", "incoming")
+    `read_on` is called when there is room again for more of the body. `ended`: the response is
+    whole, as far as this side is concerned.
+    """
 
-    def __init__(self, incoming: Incoming, line: Line, read_on: Callable[[], None]) -> None:
-        self.incoming = incoming
+    __slots__ = ("_body_delivered", "_framing", "_read_on", "_start", "_writer", "ended", "request")
+
+    def __init__(
+        self, request: IncomingRequest, writer: ClientWriter, read_on: Callable[[], None]
+    ) -> None:
+        self.request = request
         self.ended = False
-        self._line = line
+        self._writer = writer
         self._read_on = read_on
-        self._told = False
+        self._body_delivered = False
         self._start: Message | None = None
-        self._framing: Framing | None = None
+        self._framing: ResponseFraming | None = None
 
     @property
     def looks_whole(self) -> bool:
-        """Whether a client cannot see that its answer is not: it was to end with the connection."""
+        """Whether a broken-off response looks whole: its body was to end with the connection."""
         framing = self._framing
-        return not self.ended and framing is not None and framing.ends is Ends.BY_CLOSE
+        return not self.ended and framing is not None and framing.end is BodyEnd.BY_CLOSE
 
     @property
     def keeps_connection(self) -> bool:
         """Whether another request may follow."""
         closes = self._framing is None or self._framing.closes
-        return self.ended and self.incoming.complete and not closes
+        return self.ended and self.request.complete and not closes
 
     def scope(self, connection: Scope) -> Scope:
-        """What the application learns of the request; `connection` is what all have in common."""
-        incoming = self.incoming
-        path, query = _target_parts(incoming.target)
+        """The request's ASGI scope; `connection` has what all of the connection's share."""
+        request = self.request
+        path, query = _path_and_query(request.target)
         return {
             **connection,
-            "http_version": incoming.version,
-            "method": incoming.method,
+            "http_version": request.version,
+            "method": request.method,
             "path": unquote(path.decode("ascii")),
             "raw_path": path,
             "query_string": query,
-            "headers": incoming.headers,
+            "headers": request.headers,
             "state": connection["state"].copy(),
             "extensions": {},
         }
@@ -57,36 +62,37 @@ class Exchange:
     # ── the request ───────────────────────────────────────────────────────────────────────────
 
     async def receive(self) -> Message:
-        """The next piece of the body; once it is told, the client's departure."""
-        incoming = self.incoming
+        """The next piece of the body; after the last one, the client's disconnect."""
+        request = self.request
         while not self.ended:
-            if not self._told and (incoming.complete or (incoming.held and not incoming.gone)):
+            has_piece = request.complete or (request.waiting_bytes and not request.ended_early)
+            if has_piece and not self._body_delivered:
                 return self._piece()
-            if incoming.gone:
+            if request.ended_early:
                 break
-            self._encourage()
-            incoming.news.clear()
-            await incoming.news.wait()
+            self._answer_expect()
+            request.changed.clear()
+            await request.changed.wait()
         return {"type": "http.disconnect"}
 
     def _piece(self) -> Message:
-        was_full = self.incoming.held >= PLENTY_BYTES
-        body = self.incoming.take()
-        self._told = self.incoming.complete
+        was_full = self.request.waiting_bytes >= PLENTY_BYTES
+        body = self.request.take()
+        self._body_delivered = self.request.complete
         if was_full:
             self._read_on()
-        return {"type": "http.request", "body": body, "more_body": not self._told}
+        return {"type": "http.request", "body": body, "more_body": not self._body_delivered}
 
-    def _encourage(self) -> None:
-        """A client that asks first sends its body now that somebody wants it."""
-        if self.incoming.expects_continue and not self._told and self._framing is None:
-            self.incoming.expects_continue = False
-            self._line.write(CONTINUE)
+    def _answer_expect(self) -> None:
+        """Ask for the body of a client that waits to be asked (RFC 9110 section 10.1.1)."""
+        if self.request.expects_continue and not self._body_delivered and self._framing is None:
+            self.request.expects_continue = False
+            self._writer.write(CONTINUE)
 
-    # ── the answer ────────────────────────────────────────────────────────────────────────────
+    # ── the response ──────────────────────────────────────────────────────────────────────────
 
     async def send(self, message: Message) -> None:
-        """A part of the answer; waits while the client does not read, but not for the last one.
+        """Send a part of the response; while the client does not read, all but the last one wait.
 
         Raises:
             RuntimeError: this message is not due.
@@ -95,19 +101,18 @@ class Exchange:
         begun = self._start is not None or self._framing is not None
         if message["type"] == "http.response.body" and begun:
             more = message.get("more_body", False)
-            self._body(message.get("body", b""), last=not more)
-            if more and self._line.choked:
-                await self._line.flowing()
+            if not self.ended:
+                self._write_body(message.get("body", b""), last=not more)
+            if more and self._writer.paused:
+                await self._writer.resumed()
         elif message["type"] == "http.response.start" and not begun:
             self._start = message
-            # Its first piece of body goes with it, unless that is not to hand already.
-            asyncio.get_running_loop().call_soon(self._send_head)
+            # The head goes out with the first piece of body, if that follows at once.
+            asyncio.get_running_loop().call_soon(self._write_head)
         else:
             raise RuntimeError(f"'{message['type']}' is not due in this answer")
 
-    def _body(self, data: bytes, *, last: bool) -> None:
-        if self.ended:
-            return
+    def _write_body(self, data: bytes, *, last: bool) -> None:
         framing, head = self._framing, b""
         if framing is None:
             framing = self._frame(len(data) if last else None)
@@ -115,45 +120,45 @@ class Exchange:
         piece = framing.piece(data, last=last)
         self.ended = last
         if head or piece:
-            self._line.write(head + piece if head else piece)
+            self._writer.write(head + piece if head else piece)
 
-    def _frame(self, whole: int | None) -> Framing:
+    def _frame(self, whole_bytes: int | None) -> ResponseFraming:
         if self._start is None:
             raise RuntimeError("there is no answer")
-        incoming = self.incoming
-        # A body that is not read to its end would be taken for the next request.
-        closes = self._line.ending or not (incoming.keep_alive and incoming.complete)
-        self._framing = Framing(
+        request = self.request
+        # The rest of a body that is not read to its end would be taken for the next request.
+        closes = self._writer.last_response or not (request.keep_alive and request.complete)
+        self._framing = ResponseFraming(
             self._start["status"],
             self._start.get("headers", ()),
-            method=incoming.method,
-            version=incoming.version,
-            whole=whole,
+            method=request.method,
+            version=request.version,
+            whole_bytes=whole_bytes,
             closes=closes,
-            common=self._line.common_headers(),
+            common=self._writer.common.lines(),
         )
         return self._framing
 
-    def _send_head(self) -> None:
+    def _write_head(self) -> None:
         if self._framing is None and self._start is not None:
-            with contextlib.suppress(ValueError):  # raised again to who sends the next message
-                self._line.write(self._frame(None).head)
+            with contextlib.suppress(ValueError):  # raised again by the next call of `send`
+                self._writer.write(self._frame(None).head)
 
     def finish(self) -> None:
-        """The application is done: answer in its place where it did not, wake who still waits."""
-        incoming = self.incoming
+        """The application has returned: respond where it did not; end a pending `receive`."""
+        request = self.request
         if self._framing is None:
-            refusal = incoming.refusal
-            if refusal is None and not incoming.gone:
+            refusal = request.refusal
+            if refusal is None and not request.ended_early:
                 refusal = Refusal(500, "the log has the reason")
             if refusal is not None:
-                self._line.write(refusal.answer(self._line.common_headers()))
+                self._writer.write(refusal.response(self._writer.common.lines()))
         self._start = None
-        incoming.leave()
+        request.end_early()
 
 
-def _target_parts(target: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request's target, which may name a scheme and a host before them."""
+def _path_and_query(target: bytes) -> tuple[bytes, bytes]:
+    """The parts of a request's target; its absolute form (RFC 9112 section 3.2.2) has a host."""
     if not target.startswith(b"/") and b"://" in target:
         _, slash, rest = target.partition(b"://")[2].partition(b"/")
         target = b"/" + rest if slash else b"/"

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.aio import Interrupt
-from ollama_coordinator.http1.door import VISIT, Visit
+from ollama_coordinator.http1 import CLIENT_CONNECTION, ClientConnection
 from ollama_coordinator.settings import Settings
 
 from .errors import ClientLeft, HttpError
@@ -36,8 +36,8 @@ class BodyTimeout:
             message = await (receive() if is_whole else self._part(receive))
             is_whole = is_whole or not message.get("more_body", False)
             if message["type"] == "http.disconnect":
-                visit: Visit | None = scope.get("state", {}).get(VISIT)
-                message = {**message, "reason": visit.reason if visit is not None else ""}
+                client: ClientConnection | None = scope.get("state", {}).get(CLIENT_CONNECTION)
+                message = {**message, "reason": "" if client is None else client.end_reason}
             return message
 
         if scope["http_version"] == "2":

@@ -1,6 +1,6 @@
-"""A client's bytes as requests: llhttp's strict reading, and the limits and refusals around it.
+"""A client's bytes as requests: llhttp's strict parser, and the limits and refusals around it.
 
-llhttp refuses by itself what requests are smuggled with: both or several of Content-Length and
+llhttp itself refuses the means of request smuggling: both or several of Content-Length and
 Transfer-Encoding, folded headers, a line that ends in one of CR and LF, control characters.
 """
 
@@ -9,21 +9,32 @@ from collections.abc import Callable
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from .framing import VERSIONS, Headers, Refusal
+from .response import Refusal
+
+VERSIONS = ("1.1", "1.0")
 
 MAX_HEADERS = 256
+"""Clients send about ten, browsers behind several proxies about fifty."""
+
 PLENTY_BYTES = 128 * 1024
-"""So much of a body may wait for the application before the client has to."""
+"""So much of a body may wait for the application before the client has to: two socket reads."""
 
 FRAMING = (b"content-length", b"transfer-encoding")
 
+Headers = list[tuple[bytes, bytes]]
 
-class Incoming:
-    """One request as it arrives: its head, and the part of its body that nobody has taken yet."""
+
+class IncomingRequest:
+    """One request as it arrives: its head, and the part of its body that is not taken yet.
+
+    `complete`: the whole body has arrived. `ended_early`: no more of it arrives, since the client
+    left or sent what is no HTTP (then with a `refusal`). `changed` is set at each of these and by
+    each piece of body.
+    """
 
     __slots__ = (
         *("method", "target", "version", "headers", "keep_alive", "expects_continue"),
-        *("_parts", "held", "complete", "gone", "refusal", "news"),
+        *("_pieces", "waiting_bytes", "complete", "ended_early", "refusal", "changed"),
     )
 
     def __init__(
@@ -35,46 +46,52 @@ class Incoming:
         self.headers = headers
         self.keep_alive = keep_alive
         self.expects_continue = False
-        self._parts: list[bytes] = []
-        self.held = 0
+        self._pieces: list[bytes] = []
+        self.waiting_bytes = 0
         self.complete = False
-        self.gone = False
+        self.ended_early = False
         self.refusal: Refusal | None = None
-        self.news = asyncio.Event()
+        self.changed = asyncio.Event()
 
     def add(self, data: bytes) -> None:
-        """More of the body is here."""
-        self._parts.append(data)
-        self.held += len(data)
-        self.news.set()
+        """A piece of the body arrived."""
+        self._pieces.append(data)
+        self.waiting_bytes += len(data)
+        self.changed.set()
 
-    def end(self) -> None:
-        """All of the body is here."""
+    def finish(self) -> None:
+        """The whole body has arrived."""
         self.complete = True
-        self.news.set()
+        self.changed.set()
 
-    def leave(self, refusal: Refusal | None = None) -> None:
-        """Nothing comes any more: the client left, or what it sends cannot be understood."""
-        self.gone = True
+    def end_early(self, refusal: Refusal | None = None) -> None:
+        """Nothing more arrives."""
+        self.ended_early = True
         self.refusal = self.refusal or refusal
-        self.news.set()
+        self.changed.set()
 
     def take(self) -> bytes:
-        """What has arrived of the body since the last time."""
-        taken = b"".join(self._parts)
-        self._parts.clear()
-        self.held = 0
+        """The part of the body that arrived since the last call."""
+        taken = b"".join(self._pieces)
+        self._pieces.clear()
+        self.waiting_bytes = 0
         return taken
 
 
-class Reader:
-    """Feeds llhttp; `begun` hears of each request as soon as its head is complete."""
+class RequestParser:
+    """Feeds llhttp; `on_request` gets each request as soon as its head is complete.
 
-    def __init__(self, begun: Callable[[Incoming], None], head_limit: int) -> None:
-        self._begun = begun
-        self._limit = head_limit
+    `head_limit_bytes` bounds a head, and whatever else a client sends without an end to it.
+    `unfinished_bytes` are those since the last thing that was complete.
+    """
+
+    def __init__(
+        self, on_request: Callable[[IncomingRequest], None], head_limit_bytes: int
+    ) -> None:
+        self._on_request = on_request
+        self._limit = head_limit_bytes
         self._parser = HttpRequestParser(self)
-        self._current: Incoming | None = None
+        self._current: IncomingRequest | None = None
         self._refusal: Refusal | None = None
         self._over = False
         self.unfinished_bytes = 0
@@ -87,10 +104,10 @@ class Reader:
         self._head_bytes = 0
 
     def feed(self, data: bytes) -> None:
-        """Read on. What follows the last request of a connection is passed over.
+        """Parse more bytes. Those after the last request of a connection are ignored.
 
         Raises:
-            Refusal: it is no HTTP/1, or more than the limits allow.
+            Refusal: they are no HTTP/1, or more than the limits allow.
         """
         while data and not self._over:
             self.unfinished_bytes += len(data)
@@ -98,7 +115,7 @@ class Reader:
                 self._parser.feed_data(data)
                 data = b""
             except HttpParserUpgrade as exc:
-                self._pass_over_upgrade()
+                self._ignore_upgrade()
                 data = data[exc.args[0] :]
             except HttpParserError as exc:
                 if not self._over:
@@ -106,8 +123,8 @@ class Reader:
         if self.unfinished_bytes > self._limit:
             raise Refusal(400 if self._current else 431, "too much without an end")
 
-    def _pass_over_upgrade(self) -> None:
-        """Answer as HTTP/1.1: llhttp reads no body behind an upgrade, so another parser does.
+    def _ignore_upgrade(self) -> None:
+        """Go on in HTTP/1.1: llhttp reads no body after an upgrade, so a new parser does.
 
         Java's HTTP client offers h2c with every request, also with those that have a body.
         """
@@ -117,7 +134,7 @@ class Reader:
             lines = b"".join(b"%b: %b\r\n" % pair for pair in framing)
             self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % lines)
 
-    # ── what llhttp finds; a head or a trailer behind the complete head means nothing ─────────
+    # ── llhttp's callbacks; trailers, and the head that `_ignore_upgrade` made up, are ignored ──
 
     def on_url(self, part: bytes) -> None:
         if self._current is None:
@@ -127,7 +144,7 @@ class Reader:
         if self._current is not None:
             return
         self._headers.append((name.lower(), value.rstrip(b" \t")))
-        self._head_bytes += len(name) + len(value) + 4
+        self._head_bytes += len(name) + len(value) + 4  # ": " and CRLF
         if self._head_bytes > self._limit or len(self._headers) > MAX_HEADERS:
             self._refuse(431, "too many headers, or too long")
 
@@ -136,14 +153,15 @@ class Reader:
             return
         self.unfinished_bytes = 0
         method, version = self._parser.get_method().decode(), self._parser.get_http_version()
-        self._check(method, version)
+        fields = dict(self._headers)
+        self._check(method, version, fields)
         keep_alive = version == "1.1" and self._parser.should_keep_alive()
-        self._current = Incoming(
+        self._current = IncomingRequest(
             method, self._target, version, self._headers, keep_alive=keep_alive
         )
-        expected = dict(self._headers).get(b"expect", b"") if version == "1.1" else b""
-        self._current.expects_continue = expected.lower() == b"100-continue"
-        self._begun(self._current)
+        if b"expect" in fields and version == "1.1":
+            self._current.expects_continue = fields[b"expect"].lower() == b"100-continue"
+        self._on_request(self._current)
 
     def on_body(self, data: bytes) -> None:
         self.unfinished_bytes = 0
@@ -155,28 +173,27 @@ class Reader:
             return
         self.unfinished_bytes = 0
         self._over = not self._current.keep_alive
-        self._current.end()
+        self._current.finish()
         self._start_anew()
 
-    def _check(self, method: str, version: str) -> None:
-        """What llhttp lets pass and RFC 9112 does not."""
-        names = [name for name, _ in self._headers]
+    def _check(self, method: str, version: str, fields: dict[bytes, bytes]) -> None:
+        """Refuse what llhttp accepts and RFC 9112 does not."""
         if version not in VERSIONS:
             self._refuse(505, f"HTTP/{version}")
         if len(self._target) + self._head_bytes > self._limit:
             self._refuse(431, "too long")
         if method == "CONNECT":
             self._refuse(405, "this is no proxy")
-        hosts = names.count(b"host")
+        hosts = [name for name, _ in self._headers].count(b"host")
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400, "exactly one Host header is required")
-        if b"transfer-encoding" in names:
+        if b"transfer-encoding" in fields:
             if version != "1.1":
                 self._refuse(400, "Transfer-Encoding needs HTTP/1.1")
-            if dict(self._headers)[b"transfer-encoding"].lower() != b"chunked":
+            if fields[b"transfer-encoding"].lower() != b"chunked":
                 self._refuse(501, "the only transfer encoding is chunked")
 
     def _refuse(self, status: int, reason: str) -> None:
-        # llhttp's binding turns what a callback raises into an error of its own.
+        # httptools replaces an exception of a callback by one of its own: `feed` raises this one.
         self._refusal = Refusal(status, reason)
         raise self._refusal

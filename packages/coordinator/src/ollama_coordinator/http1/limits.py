@@ -1,0 +1,268 @@
+"""Client connections: how many may be open, which clients do not read, and an end to all of them.
+
+No HTTP here: the limits hold for our HTTP/1 and for Hypercorn's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from msgspec import Struct
+
+log = logging.getLogger(__name__)
+
+CLIENT_CONNECTION = "client_connection"
+"""The key of a request's `ClientConnection` in its ASGI scope's state."""
+
+CHECKS_PER_STALL = 10
+"""A stall is noticed at most a tenth of its time too late."""
+
+LONGEST_PAUSE_SECONDS = 1.0
+"""Between two checks; a changed stall time-out applies that soon."""
+
+REFUSED_AT_ONCE = 32
+"""More refusals at the same time get no answer: each needs a descriptor until its client reads."""
+
+REFUSAL_SECONDS = 1.0
+"""How long a refused client may take to read why: a round trip, and not a second more."""
+
+
+if sys.platform == "win32":
+
+    def _unacknowledged_bytes(descriptor: int) -> int:
+        """Windows does not report it."""
+        return 0
+
+else:
+    import fcntl
+    import termios
+
+    def _unacknowledged_bytes(descriptor: int) -> int:
+        """Bytes in the kernel's send buffer; 0 where the kernel does not report it."""
+        with contextlib.suppress(OSError, ValueError):  # closed, or not a TCP socket
+            return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0])
+        return 0
+
+
+class ClientConnection:
+    """One open connection. `end_reason`: why the coordinator ended it; empty where it did not."""
+
+    __slots__ = ("_reader", "_transport", "_unsent", "_unsent_since", "client", "end_reason")
+
+    def __init__(
+        self, transport: asyncio.Transport, reader: asyncio.StreamReader | None, now: float
+    ) -> None:
+        self._transport = transport
+        self._reader = reader
+        self._unsent = 0
+        self._unsent_since = now
+        self.client = transport.get_extra_info("peername")
+        self.end_reason = ""
+
+    def stalled_seconds(self, now: float) -> float:
+        """How long nothing of the unsent bytes has gone out, as far as checks have seen."""
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > 0:
+            # The kernel takes bytes in large steps: its own buffer shows that the client reads.
+            unsent += _unacknowledged_bytes(self._transport.get_extra_info("socket").fileno())
+        if unsent == 0 or unsent < self._unsent:
+            self._unsent_since = now
+        self._unsent = unsent
+        return now - self._unsent_since
+
+    def client_has_left(self) -> bool:
+        """Whether the client closed the connection, as far as can be seen."""
+        return self._transport.is_closing() or (self._reader is not None and self._reader.at_eof())
+
+    def end(self, reason: str) -> None:
+        """End the connection now; unsent bytes are lost."""
+        self.end_reason = self.end_reason or reason
+        self._transport.abort()
+
+
+class ConnectionLimits:
+    """The client connections of one server.
+
+    `most` may be open at once (`None`: any number). One whose client reads nothing of its answer
+    for `stall_seconds` is ended (0: never). Each check calls `stall_seconds` anew, since the
+    setting can change.
+    """
+
+    def __init__(
+        self, *, most: int | None = None, stall_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.most = most
+        self._stall_seconds = stall_seconds
+        self._open: set[ClientConnection] = set()
+        self._was_full = False
+        self._refusals_under_way = 0
+        self.closing = False
+
+    def admit(
+        self, transport: asyncio.Transport, reader: asyncio.StreamReader | None = None
+    ) -> ClientConnection | None:
+        """Count a new connection; `None` where the limit is reached, or while stopping.
+
+        `reader`: the stream that shows the end of the client's bytes, where one is in use.
+        """
+        if self._is_full():
+            self._end_those_left()
+        full = self._is_full()
+        if full and not self._was_full:
+            log.warning("as many connections as there can be", extra={"connections": self.most})
+        self._was_full = full
+        if self.closing or full:
+            return None
+        connection = ClientConnection(transport, reader, asyncio.get_running_loop().time())
+        self._open.add(connection)
+        return connection
+
+    def _is_full(self) -> bool:
+        return self.most is not None and len(self._open) >= self.most
+
+    def _end_those_left(self) -> None:
+        """End the connections of clients that left: Hypercorn keeps theirs for a while."""
+        for connection in [each for each in self._open if each.client_has_left()]:
+            connection.end("the client left")
+            self._open.discard(connection)
+
+    def ended(self, connection: ClientConnection) -> None:
+        """A connection has ended; it counts no more."""
+        self._open.discard(connection)
+
+    async def refuse(
+        self, answer: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """End a connection that was not admitted, with `answer` unless too many are refused now."""
+        try:
+            if not self.closing and self._refusals_under_way < REFUSED_AT_ONCE:
+                self._refusals_under_way += 1
+                try:
+                    await _answer_and_read_on(answer, reader, writer)
+                finally:
+                    self._refusals_under_way -= 1
+        finally:
+            writer.transport.abort()
+
+    def close(self) -> None:
+        """Admit no connection any more."""
+        self.closing = True
+
+    def end_all(self, reason: str) -> None:
+        """End every connection now."""
+        for connection in list(self._open):
+            connection.end(reason)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """End stalled connections while the block runs."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            pause = self._stall_seconds() / CHECKS_PER_STALL or LONGEST_PAUSE_SECONDS
+            await asyncio.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+            self._check(loop.time(), self._stall_seconds() or float("inf"))
+
+    def _check(self, now: float, most_seconds: float) -> None:
+        """End each connection that stalls for `most_seconds`.
+
+        With an infinite time-out the check still notes when each stall began.
+        """
+        for connection in list(self._open):
+            stalled = connection.stalled_seconds(now) >= most_seconds
+            if stalled and not connection.end_reason:
+                reason = f"the client took nothing of its answer for {most_seconds:g} s"
+                log.warning("connection ended", extra={"client": connection.client, "why": reason})
+                connection.end(reason)
+
+
+async def _answer_and_read_on(
+    answer: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Send an answer and read for a moment.
+
+    Closing with bytes unread resets the connection, and the client would lose the answer.
+    """
+    try:
+        async with asyncio.timeout(REFUSAL_SECONDS):
+            writer.write(answer)
+            writer.write_eof()
+            while await reader.read(65536):
+                pass
+    except (OSError, TimeoutError):
+        return
+
+
+# ── how many there can be: file descriptors run out first ─────────────────────────────────────
+
+OWN_DESCRIPTORS = 64
+"""For everything else: the database, files, listening sockets, probes of agents."""
+
+OPEN_MAX = 10_240
+"""What macOS grants where it calls the hard limit infinite, and then refuses infinity."""
+
+REFUSAL_DESCRIPTORS = 4096
+"""At most so many stay free for connections that are to be refused: four backlogs of 1,024."""
+
+BACKLOG = 1024
+"""Connections that the kernel holds, and the event loop accepts, at a time: a burst of clients."""
+
+
+class Capacity(Struct, frozen=True):
+    """`connections`: how many clients may be connected (`None`: any number).
+
+    `backlog`: how many connections may be accepted before any of them is served.
+    """
+
+    connections: int | None
+    backlog: int
+
+
+def capacity() -> Capacity:
+    """What this process can hold; its own limit is raised to what the system allows."""
+    descriptors = _descriptors()
+    return Capacity(None, BACKLOG) if descriptors is None else capacity_of(descriptors)
+
+
+def capacity_of(descriptors: int) -> Capacity:
+    """What so many file descriptors allow.
+
+    A quarter stays free for connections to be refused. Of the rest every client needs two: its
+    own connection, and one to the agent that serves it. At least 8 clients are admitted, so that
+    the dashboard still opens under a tiny limit.
+    """
+    backlog = max(8, min(BACKLOG, descriptors // 16))
+    rest = descriptors - min(descriptors // 4, REFUSAL_DESCRIPTORS) - OWN_DESCRIPTORS
+    return Capacity(max(8, rest // 2), backlog)
+
+
+if sys.platform == "win32":
+
+    def _descriptors() -> int | None:
+        """Sockets are not file descriptors on Windows, and have no limit."""
+        return None
+
+else:
+    import resource
+
+    def _descriptors() -> int | None:
+        """The limit on open files, raised as far as it goes; `None` where there is none."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return None
+        wanted = OPEN_MAX if hard == resource.RLIM_INFINITY else hard
+        if wanted > soft:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
