@@ -79,7 +79,8 @@ async def serving(executable: str, folder: Path, fleet: RunningFleet) -> AsyncIt
     path = folder / "olla.yaml"
     path.write_text(json.dumps(configuration(fleet, port)), encoding="utf-8")
     command = (executable, "--config", str(path))
-    async with programs.program(folder / "olla.log", *command) as running:
+    surroundings = {"OLLA_FILE_OUTPUT": "false"}
+    async with programs.program(folder / "olla.log", *command, **surroundings) as running:
         url = f"http://127.0.0.1:{port}"
         await programs.answers(f"{url}/internal/health", running)
         target = f"{url}/olla/ollama"
@@ -89,12 +90,12 @@ async def serving(executable: str, folder: Path, fleet: RunningFleet) -> AsyncIt
 
 async def _discovered(url: str, fleet: RunningFleet) -> None:
     """Wait until olla lists the models of all machines: it asks them after it listens."""
-    wanted = {model.name for machine in fleet.machines for model in machine.spec.models}
+    names = {model.name for machine in fleet.machines for model in machine.spec.models}
     async with aiohttp.ClientSession() as session, asyncio.timeout(DISCOVERY_SECONDS):
         while True:
             async with session.get(f"{url}/api/tags") as response:
                 listed = await response.json() if response.status == 200 else {}
-            if wanted <= {row["name"] for row in listed.get("models") or ()}:
+            if len(listed.get("models") or ()) >= len(names):
                 return
             await asyncio.sleep(0.2)
 
