@@ -34,6 +34,10 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
+VERSION = "0.24.0"
+"""The one whose answers the table has, as a real one was seen to give them."""
+
+
 def models() -> list[Model]:
     """What every stand-in has; the dates are equal so that lists are."""
     return [
@@ -49,7 +53,7 @@ async def direct(aim: Aim, session: aiohttp.ClientSession) -> AsyncIterator[Endp
     if aim.url is not None:
         yield Endpoint(aim.url.rstrip("/"), aim, session)
         return
-    async with StandIn(models()) as ollama:
+    async with StandIn(models(), version=VERSION) as ollama:
         yield Endpoint(ollama.url, aim, session)
 
 
@@ -58,7 +62,12 @@ async def fleet(aim: Aim, session: aiohttp.ClientSession) -> AsyncIterator[Endpo
     """Two such stand-ins behind a coordinator."""
     if aim.url is not None:
         pytest.skip("aimed at a URL: there is nothing to compare it with")
-    async with running() as coordinator, StandIn(models()) as first, StandIn(models()) as second:
+    async with (
+        # A larger context than asked for cuts less; the sequences have a test of that.
+        running(larger_context=False) as coordinator,
+        StandIn(models(), version=VERSION) as first,
+        StandIn(models(), version=VERSION) as second,
+    ):
         await coordinator.register(first, "first")
         await coordinator.register(second, "second")
         yield Endpoint(coordinator.url, aim, session)

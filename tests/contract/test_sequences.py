@@ -1,5 +1,6 @@
 """The request sequences of the `ollama` command line, one Ollama and a fleet alike."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,16 +11,25 @@ import pytest
 
 from support.conformance import Aim, Endpoint, Reply
 from support.coordinator import running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import Model, StandIn
 
 CLI = {"User-Agent": "ollama/0.33.0 (amd64 linux) Go/go1.26", "Accept": "application/json"}
 SCRATCH = "conformance-scratch"
+VERSION = "0.24.0"
+MODELS = [Model("llama3.2"), Model("nomic-embed-text", capabilities=("embedding",))]
 REGISTRY = [Model("tiny", size_bytes=3_000_000)]
 
 
 @pytest.fixture(params=["one Ollama", "a fleet"])
 async def target(request: pytest.FixtureRequest, aim: Aim) -> AsyncIterator[Endpoint]:
-    """A fresh endpoint of each sort; or the URL that the suite is aimed at, once."""
+    """A fresh endpoint of each sort; or the URL that the suite is aimed at, once.
+
+    A test marked `fleet_lacks(reason)` shows what a fleet does not do yet: there it must fail.
+    """
+    lacks = request.node.get_closest_marker("fleet_lacks")
+    if lacks is not None and request.param == "a fleet":
+        request.applymarker(pytest.mark.xfail(reason=lacks.args[0], strict=True))
     alone = request.param == "one Ollama"
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -34,7 +44,7 @@ async def target(request: pytest.FixtureRequest, aim: Aim) -> AsyncIterator[Endp
 
 @asynccontextmanager
 async def _ollama() -> AsyncIterator[str]:
-    async with StandIn(registry=REGISTRY) as ollama:
+    async with StandIn(MODELS, registry=REGISTRY, version=VERSION) as ollama:
         yield ollama.url
 
 
@@ -42,8 +52,8 @@ async def _ollama() -> AsyncIterator[str]:
 async def _fleet() -> AsyncIterator[str]:
     async with (
         running() as coordinator,
-        StandIn(registry=REGISTRY) as first,
-        StandIn(registry=REGISTRY) as second,
+        StandIn(MODELS, registry=REGISTRY, version=VERSION) as first,
+        StandIn(MODELS, registry=REGISTRY, version=VERSION) as second,
     ):
         await coordinator.register(first, "first")
         await coordinator.register(second, "second")
@@ -62,11 +72,26 @@ def _with_tag(name: str) -> str:
     return name if ":" in name else f"{name}:latest"
 
 
-async def _loaded(target: Endpoint) -> list[str]:
-    """The digests of the model's rows in `ollama ps`."""
+async def _rows(target: Endpoint) -> list[dict[str, Any]]:
+    """The model's rows in `ollama ps`."""
     listed = await _say(target, "GET", "/api/ps")
     wanted = _with_tag(target.aim.model)
-    return [row["digest"] for row in listed.records[0]["models"] if row["name"] == wanted]
+    return [row for row in listed.records[0]["models"] if row["name"] == wanted]
+
+
+async def _gone(target: Endpoint) -> bool:
+    """Whether the model leaves memory: Ollama answers an unload before the process has ended."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while await _rows(target):
+            await asyncio.sleep(0.05)
+    return True
+
+
+async def _generate(target: Endpoint, **more: Any) -> Any:
+    """The one object of an answer of one token."""
+    options = {"num_predict": 1, **more.pop("options", {})}
+    body = {"model": "{model}", "prompt": "say", "stream": False, "options": options, **more}
+    return (await _say(target, "POST", "/api/generate", body)).records[0]
 
 
 def _only_on_stand_ins(target: Endpoint) -> None:
@@ -102,7 +127,7 @@ async def test_run_interactive_loads_first_and_keeps_alive(target: Endpoint) -> 
         )
         text = "".join(record["message"]["content"] for record in said.records)
         turns += [{"role": "assistant", "content": text}, {"role": "user", "content": "more"}]
-    assert [len(digest) for digest in await _loaded(target)] == [64]
+    assert [len(row["digest"]) for row in await _rows(target)] == [64]
 
 
 @pytest.mark.spec("SURFACE-2")
@@ -126,7 +151,61 @@ async def test_stop_unloads(target: Endpoint) -> None:
     assert (await _say(target, "POST", "/api/show", {"model": "{model}"})).status == 200
     stopped = await _say(target, "POST", "/api/generate", {"model": "{model}", "keep_alive": 0})
     assert stopped.records[0]["done_reason"] == "unload"
-    assert await _loaded(target) == []
+    assert await _gone(target)
+    assert (await _generate(target))["done"]
+
+
+@pytest.mark.spec("SURFACE-2")
+async def test_a_context_sticks_until_another_is_asked_for(target: Endpoint) -> None:
+    """`ps` shows the context that a model was loaded with; who asks for the same shares it."""
+    for asked, shown in ((512, 512), (512, 512), (1024, 1024)):
+        await _generate(target, options={"num_ctx": asked})
+        assert shown in [row["context_length"] for row in await _rows(target)]
+
+
+@pytest.mark.spec("SURFACE-2")
+async def test_keep_alive_sticks(target: Endpoint) -> None:
+    await _generate(target, keep_alive=-1)
+    await _generate(target)
+    assert all(int(row["expires_at"][:4]) > 2200 for row in await _rows(target))
+    await _generate(target, keep_alive="5m")
+
+
+@pytest.mark.spec("SURFACE-2")
+async def test_two_names_of_one_file_share_a_runner(target: Endpoint) -> None:
+    ends = {"source": "{model}", "destination": SCRATCH}
+    await _say(target, "POST", "/api/copy", ends)
+    try:
+        await _generate(target, options={"num_ctx": 512})
+        both = await _generate(target, model=SCRATCH, options={"num_ctx": 512})
+        assert both["model"] == SCRATCH
+        await _say(target, "POST", "/api/generate", {"model": SCRATCH, "keep_alive": 0})
+        assert await _gone(target)
+    finally:
+        await _say(target, "DELETE", "/api/delete", {"model": SCRATCH})
+
+
+@pytest.mark.spec("SURFACE-2")
+@pytest.mark.fleet_lacks("the vectors of a text that is to be cut are those of more of it")
+async def test_a_text_is_cut_to_the_context_that_was_asked_for(target: Endpoint) -> None:
+    """Also where the model is in memory with a larger one: the vectors differ."""
+    body = {"model": "{embeds}", "input": "word " * 300}
+    counts = []
+    for length in (512, 64):
+        asked = {**body, "options": {"num_ctx": length}}
+        answer = (await _say(target, "POST", "/api/embed", asked)).records[0]
+        counts.append(answer["prompt_eval_count"])
+    assert counts[0] > counts[1] <= 64
+
+
+@pytest.mark.spec("SURFACE-2")
+@pytest.mark.fleet_lacks("an agent's 404 to a name in capitals loses it the model for all")
+async def test_a_name_in_another_case_costs_nobody_the_model(target: Endpoint) -> None:
+    """The older embedding route alone minds the case of a name."""
+    asked = {"model": "{MODEL}", "prompt": "a"}
+    assert (await target.say("POST", "/api/embeddings", asked)).status == 404
+    said = await target.say("POST", "/api/generate", {"model": "{model}", "prompt": "say"})
+    assert said.status == 200
 
 
 @pytest.mark.spec("SURFACE-2")

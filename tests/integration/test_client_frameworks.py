@@ -3,6 +3,7 @@
 They send what other clients do not: options that are `null`, and tools as their schemas have them.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -13,8 +14,8 @@ from langchain_core.tools import tool
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
-from llama_index.embeddings.ollama import OllamaEmbedding
-from llama_index.llms.ollama import Ollama
+from llama_index.embeddings.ollama import OllamaEmbedding  # type: ignore[import-untyped]
+from llama_index.llms.ollama import Ollama  # type: ignore[import-untyped]
 
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
@@ -44,7 +45,6 @@ async def using(model: T) -> AsyncIterator[T]:
     await model._async_client.close()  # type: ignore[attr-defined]
 
 
-@tool
 def look(city: str) -> str:
     """What the weather is like in a city."""
     return f"it rains in {city}"
@@ -57,12 +57,12 @@ async def test_langchain_chats_and_uses_a_tool(fleet: Running) -> None:
         parts = [part async for part in model.astream("hello")]
         assert "".join(str(part.content) for part in parts) == whole.content != ""
         asked = HumanMessage("use the look tool")
-        able = model.bind_tools([look])
+        able = model.bind_tools([tool(look)])
         called = await able.ainvoke([asked])
         assert isinstance(called, AIMessage)
         (call,) = called.tool_calls
         assert call["name"] == "look"
-        heard = ToolMessage(look.invoke(call["args"]), tool_call_id=call["id"])
+        heard = ToolMessage(look(**call["args"]), tool_call_id=call["id"])
         assert (await able.ainvoke([asked, called, heard])).content
 
 
@@ -78,16 +78,22 @@ async def test_langchain_completes_and_embeds(fleet: Running) -> None:
 
 @pytest.mark.spec("SURFACE-3")
 async def test_llama_index_chats_and_uses_a_tool(fleet: Running) -> None:
-    async with using(Ollama("llama3.2", base_url=fleet.url)) as model:
+    """It asks for the context's length first, and does so without yielding to the loop."""
+
+    def talk() -> None:
+        model = Ollama("llama3.2", base_url=fleet.url)
         asked = [ChatMessage(role="user", content="hello")]
-        whole = await model.achat(asked)
-        parts = [part async for part in await model.astream_chat(asked)]
+        whole = model.chat(asked)
+        parts = list(model.stream_chat(asked))
         assert parts[-1].message.content == whole.message.content != ""
-        assert (await model.acomplete("say")).text
-        function = FunctionTool.from_defaults(look.func, name="look")
-        called = await model.achat_with_tools([function], "use the look tool")
+        assert model.complete("say").text
+        function = FunctionTool.from_defaults(look)
+        called = model.chat_with_tools([function], "use the look tool")
         (call,) = model.get_tool_calls_from_response(called)
         assert call.tool_name == "look"
+        model.client.close()
+
+    await asyncio.to_thread(talk)
 
 
 @pytest.mark.spec("SURFACE-3")

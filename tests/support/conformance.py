@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 VOLATILE = frozenset(
     {
@@ -117,7 +118,7 @@ class Endpoint:
         """The answer to a case's request; redirects are not followed."""
         async with self.session.request(
             case.method,
-            self.url + self.named(case.path),
+            URL(self.url + self.named(case.path), encoded=True),
             data=self._body(case.body),
             headers=case.headers,
             allow_redirects=False,
@@ -136,6 +137,7 @@ class Endpoint:
 
     def named(self, text: str) -> str:
         """The text with the names of models that are there."""
+        text = text.replace("{MODEL}", self.aim.model.upper())
         return text.replace("{model}", self.aim.model).replace("{embeds}", self.aim.embeds)
 
 

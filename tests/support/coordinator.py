@@ -33,7 +33,7 @@ class Running:
         facts = {
             "machine_name": name or f"machine-{ollama.port}",
             "ip_address": "127.0.0.1",
-            "ollama_version": "0.33.0",
+            "ollama_version": ollama.settings.version,
             "ollama_port": ollama.port,
             **more,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -14,8 +14,8 @@ from .wire import encode
 
 
 class _Hold(msgspec.Struct):
-    after: int = 0
-    loads: bool = False
+    what: Literal["tokens", "prompts", "loads", "unloads"] = "tokens"
+    after: int = 0  # tokens: so many come first
 
 
 class Control:
@@ -103,10 +103,16 @@ class Control:
 
     def _hold(self, body: bytes, query: Mapping[str, str]) -> Any:
         wanted = msgspec.json.decode(body or b"{}", type=_Hold)
-        if wanted.loads:
-            self._node.gate.hold_loads()
-        else:
-            self._node.gate.hold(wanted.after)
+        gate = self._node.gate
+        match wanted.what:
+            case "tokens":
+                gate.hold(wanted.after)
+            case "prompts":
+                gate.hold_prompts()
+            case "loads":
+                gate.hold_loads()
+            case "unloads":
+                gate.hold_unloads()
         return self._seen(body, query)
 
     def _release(self, body: bytes, query: Mapping[str, str]) -> Any:

@@ -34,6 +34,7 @@ class Engine:
         max_queue: int,
         keep_alive: float,
         default_context: int | None,
+        evaluates_on: bool,
         load_failure: Callable[[Model], str | None],
     ) -> None:
         self.hardware = hardware
@@ -44,9 +45,11 @@ class Engine:
         self.max_queue = max_queue
         self.keep_alive = keep_alive
         self.default_context = default_context or hardware.default_context()
+        self.evaluates_on = evaluates_on
         self._load_failure = load_failure
         self._runners: dict[str, Runner] = {}
         self._turn = asyncio.Lock()
+        self._ended: set[asyncio.Task[None]] = set()  # work that is being cancelled
 
     @property
     def loaded(self) -> list[Runner]:
@@ -107,10 +110,12 @@ class Engine:
                 runner.doomed = True
                 self._settle(runner)
 
-    def close(self) -> None:
-        """Forgets every runner, as the end of the process does."""
+    async def close(self) -> None:
+        """Forgets every runner and ends its work, as the end of the process does."""
         for runner in list(self._runners.values()):
             self._drop(runner)
+        await asyncio.gather(*self._ended, return_exceptions=True)
+        self._ended.clear()
 
     async def _ready(self, model: Model, settings: Settings, keep_alive: float | None) -> Runner:
         while True:
@@ -119,6 +124,8 @@ class Engine:
                 break
             if not runner.ready:
                 await runner.settled.wait()
+            elif runner.unloading is not None:
+                await runner.gone.wait()
             elif runner.settings.serves(settings):
                 return self._use(runner, keep_alive)
             else:
@@ -185,7 +192,7 @@ class Engine:
         except asyncio.CancelledError:  # whoever asked for the load has left: it is given up
             self.seen.loads_aborted += 1
             raise
-        if failure := self._load_failure(runner.model):
+        if failure := runner.model.damage or self._load_failure(runner.model):
             self.seen.loads_failed += 1
             raise ApiError(500, failure)
         runner.ready = True
@@ -208,8 +215,6 @@ class Engine:
         runner.doomed = True
         self._settle(runner)
         await runner.gone.wait()
-        if seconds := self.hardware.unload_seconds / self.hardware.speed:
-            await asyncio.sleep(seconds)
 
     def _use(self, runner: Runner, keep_alive: float | None) -> Runner:
         if keep_alive is not None:  # sticks for later requests that say nothing
@@ -225,12 +230,10 @@ class Engine:
     def _settle(self, runner: Runner) -> None:
         """What becomes of a runner after a change: nothing, a timer, or its end."""
         self._stop_timer(runner)
-        if runner.refs or runner.gone.is_set():
+        if runner.refs or runner.gone.is_set() or runner.unloading is not None:
             return
         if not runner.lives_on:
-            self._drop(runner)
-            self.seen.unloads += 1
-            self.seen.changed()
+            self._unload(runner)
             return
         seconds = self._wall(runner)
         runner.expires_at = time.time() + seconds
@@ -241,8 +244,31 @@ class Engine:
         runner.doomed = True
         self._settle(runner)
 
+    def _unload(self, runner: Runner) -> None:
+        """Takes its time where a node's does; until then it is listed as loaded."""
+        if self.hardware.unload_seconds or self.gate.holds_unloads:
+            runner.unloading = asyncio.create_task(self._unloaded(runner))
+        else:
+            self._unloaded_now(runner)
+
+    async def _unloaded(self, runner: Runner) -> None:
+        await self.gate.before_unload_ends()
+        await asyncio.sleep(self.hardware.unload_seconds / self.hardware.speed)
+        self._unloaded_now(runner)
+
+    def _unloaded_now(self, runner: Runner) -> None:
+        self._drop(runner)
+        self.seen.unloads += 1
+        self.seen.changed()
+
     def _drop(self, runner: Runner) -> None:
+        """The process ends, and with it what it still evaluated for clients that had left."""
         self._stop_timer(runner)
+        for work in (runner.unloading, *(slot.evaluation for slot in runner.slots)):
+            if work is not None and work is not asyncio.current_task() and not work.done():
+                work.cancel()
+                self._ended.add(work)
+                work.add_done_callback(self._ended.discard)
         if self._runners.get(runner.model.blob) is runner:
             del self._runners[runner.model.blob]
         runner.gone.set()

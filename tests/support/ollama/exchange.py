@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from aiohttp import hdrs, web
 
-from . import wire, zstd
+from . import wire
 from .faults import REQUEST_KINDS, STREAM_KINDS, Injected
 from .gojson import BadBody, Fields, first_value, fold
 from .node import Node
 from .seen import Record
 
 JSON = "application/json; charset=utf-8"
+PLAIN_JSON = "application/json"
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
 TEXT = "text/plain"
@@ -24,6 +26,9 @@ ZSTD_PATHS = frozenset(
     f"/v1/{route}"
     for route in ("chat/completions", "completions", "embeddings", "responses", "messages")
 )
+
+
+MAX_BODY_BYTES = 20 * 2**20
 
 
 class Severed(Exception):
@@ -35,10 +40,6 @@ class Severed(Exception):
 
 class EndEarly(Exception):
     """The body ends properly, but without its last line."""
-
-
-class StreamError(Exception):
-    """What Ollama says when it fails after the first byte."""
 
 
 class Garbled(Exception):
@@ -81,7 +82,7 @@ class Exchange:
         """The body, decoded as far as it is JSON; complaints wait until a route asks."""
         self.record.body = body = await self.request.read()
         if self.request.headers.get("Content-Encoding") == "zstd" and self.path in ZSTD_PATHS:
-            body = zstd.decompress(body)
+            body = decompressed(body)
         try:
             self._value = first_value(body)
         except BadBody as exc:
@@ -100,15 +101,23 @@ class Exchange:
     # Answers
 
     def json(self, value: Any, status: int = 200, content_type: str = "") -> Answer:
-        kind = content_type or (JSON if self.dialect == "native" else "application/json")
-        return self._answer(status, wire.encode(value), kind)
+        """Handlers of `/v1` end the line and name no charset, the native ones do otherwise."""
+        if content_type or self.dialect == "native":
+            return self._answer(status, wire.encode(value), content_type or JSON)
+        return self._answer(status, wire.encode(value) + b"\n", PLAIN_JSON)
 
     def text(self, text: str | bytes, status: int = 200, content_type: str = TEXT) -> Answer:
         body = text.encode() if isinstance(text, str) else text
         return self._answer(status, body, content_type)
 
-    def error(self, status: int, text: str, **extra: Any) -> Answer:
-        return self.json(wire.error_body(self.dialect, status, text, **extra), status)
+    def error(self, status: int, text: str, content_type: str = "", **extra: Any) -> Answer:
+        return self.json(wire.error_body(self.dialect, status, text, **extra), status, content_type)
+
+    def refusal(self, error: wire.ApiError) -> Answer:
+        if error.native:
+            self.dialect = "native"
+        kind = JSON if error.early else PLAIN_JSON if error.begun else ""
+        return self.error(error.status, error.text, kind, **error.extra)
 
     def nothing(self, status: int = 200) -> Answer:
         return Answer(status=status, headers=self.cors)
@@ -139,7 +148,9 @@ class Exchange:
 
     def _status(self, hit: Injected) -> Answer:
         fault = hit.fault
-        if fault.raw is not None:
+        if fault.raw == "":  # as of a handler that panicked
+            answer = self.nothing(fault.status)
+        elif fault.raw is not None:
             answer = self.text(fault.raw, fault.status)
         elif isinstance(fault.body, dict):
             answer = self.json(fault.body, fault.status)
@@ -192,7 +203,7 @@ class Exchange:
             case _:
                 if hit.fault.unloads:
                     self.node.engine.unload_all()
-                raise StreamError(hit.fault.text)
+                raise wire.StreamError(hit.fault.text)
 
 
 class Sink:
@@ -226,3 +237,25 @@ class Sink:
         self._exchange.record.status = 200
         await response.prepare(self._exchange.request)
         return response
+
+
+def _zstd() -> Any | None:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError:
+        return None
+
+
+def decompressed(body: bytes) -> bytes:
+    """A zstd body, read; refused in the native shape, as no route has been reached yet."""
+    library = _zstd()
+    if library is None:
+        raise wire.ApiError(400, "this stand-in has no zstd library", native=True)
+    try:
+        reader = library.ZstdDecompressor(max_window_size=8 * 2**20).stream_reader(body)
+        plain: bytes = reader.read(MAX_BODY_BYTES + 1)
+    except library.ZstdError as exc:
+        raise wire.ApiError(400, f"zstd: {exc}", native=True) from None
+    if len(plain) > MAX_BODY_BYTES:
+        raise wire.ApiError(413, "request body too large", native=True)
+    return plain

@@ -37,7 +37,7 @@ class Fault(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     after: int = 0  # stream faults: so many pieces come first
     status: int = 500
     body: str | dict[str, Any] | None = None  # text: put in the route's error shape; object: as is
-    raw: str | None = None  # a status's body exactly so, as text/plain
+    raw: str | None = None  # a status's body exactly so, as text/plain; "": none, as of a panic
     headers: dict[str, str] = {}
     how: Literal["rst", "fin"] = "rst"  # a cut: reset, or an end in mid-body
     seconds: float | None = None  # a stall: so long; None: until cleared

@@ -12,6 +12,7 @@ from .engine import Engine
 from .models import Model
 from .runner import Runner, Settings, Slot
 from .script import TOKEN_CHARACTERS, Script, count_tokens
+from .wire import StreamError
 
 Kind = Literal["content", "thinking"]
 Emit = Callable[[Kind, str], Awaitable[None]]
@@ -30,6 +31,7 @@ class Turn:
     settings: Settings
     keep_alive: float | None = None
     extra_tokens: int = 0  # images
+    refusal: tuple[int, str] | None = None  # what the loaded runner says in place of an answer
 
 
 @dataclass
@@ -62,6 +64,9 @@ class Generation:
     async def run(self, emit: Emit) -> None:
         """Waits for a slot, evaluates the prompt, hands on the tokens at the node's pace."""
         prompt = self.turn.prompt
+        if self.turn.refusal is not None:
+            status, text = self.turn.refusal
+            raise StreamError(text, status)
         self.timings.load_duration = _nanoseconds(self.loaded_at - self.started)
         async with self.runner.slot(prompt) as slot:
             await self._evaluate(slot)
@@ -71,17 +76,29 @@ class Generation:
         self.timings.total_duration = _nanoseconds(_now() - self.started)
 
     async def _evaluate(self, slot: Slot) -> None:
-        """Only what the slot does not remember costs time; the count reports the whole prompt."""
+        """Reads the prompt; if its client leaves meanwhile, the slot is busy until it is read."""
         turn, began = self.turn, _now()
         total = count_tokens(turn.prompt) + turn.extra_tokens
+        self.timings.prompt_eval_count = min(total, turn.settings.num_ctx)
+        seconds_a_token = self.engine.hardware.prefill_seconds(turn.model, 1)
+        if seconds_a_token or self.engine.gate.holds_prompts:
+            reading = self._read(slot, total)
+            if self.engine.evaluates_on:
+                slot.evaluation = asyncio.create_task(reading)
+                await asyncio.shield(slot.evaluation)
+            else:
+                await reading
+        self.timings.prompt_eval_duration = _nanoseconds(_now() - began)
+
+    async def _read(self, slot: Slot, total: int) -> None:
+        """Only what the slot does not remember costs time; the count reports the whole prompt."""
+        turn, due = self.turn, _now()
         fresh = max(total - slot.overlap(turn.prompt) // TOKEN_CHARACTERS, 1)
-        due = began
         for batch in _batches(fresh, turn.settings.num_batch):
             seconds = self.engine.hardware.prefill_seconds(turn.model, batch)
             if seconds:
                 due = await _pause(due + seconds * self._factor())
-        self.timings.prompt_eval_count = total
-        self.timings.prompt_eval_duration = _nanoseconds(_now() - began)
+        await self.engine.gate.before_prompt_ends()
 
     async def _decode(self, emit: Emit) -> None:
         script, gate, seen = self.turn.script, self.engine.gate, self.engine.seen
@@ -90,12 +107,12 @@ class Generation:
         began = due = _now()
         produced = 0
         if not (script.thinking or script.content) and gate.stops(0):
-            await gate.wait()
+            await gate.before_token()
         kind: Kind
         for kind, texts in (("thinking", script.thinking), ("content", script.content)):
             for text, tokens in _lines(texts, per_line):
                 if gate.stops(produced):
-                    await gate.wait()
+                    await gate.before_token()
                 if interval:
                     due = await _pause(due + interval * tokens * self._factor())
                 else:

@@ -97,14 +97,19 @@ class Fields:
             self._complain(value, key, "int")
         return value
 
-    def array(self, key: str) -> list[Any]:
-        return self._typed(key, list, "[]interface {}", [])
+    def array(self, key: str, go_type: str = "[]interface {}") -> list[Any]:
+        return self._typed(key, list, go_type, [])
 
     def mapping(self, key: str) -> dict[str, Any]:
         return self._typed(key, dict, "map[string]interface {}", {})
 
-    def objects(self, key: str, struct: str) -> list[Fields]:
-        return [Fields(struct, item) for item in self.array(key)]
+    def objects(self, key: str, go_list: str, go_item: str) -> list[Fields]:
+        """The objects of a list, with the names of its type and theirs; `null` is an empty one."""
+        items = self.array(key, go_list)
+        for item in items:
+            if not isinstance(item, dict | None):
+                self._complain(item, key, go_item)
+        return [Fields(f"{self._struct}.{key}", item) for item in items]
 
     def name(self) -> str:
         """`model`, else `name`: an empty `model` falls through, which the CLI relies on."""

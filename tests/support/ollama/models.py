@@ -18,6 +18,9 @@ SERIAL_FAMILIES = frozenset(
     }
 )
 
+CUT_FILE = 'tensor "blk.0.attn_v.weight" offset+size (304768) exceeds file size (300000)'
+FOREIGN_FILE = "invalid file magic"
+
 
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
@@ -47,6 +50,8 @@ class Model:
     output_tokens: int | None = None  # None: what the request asks for, else 16
     thinking_tokens: int = 4
     calls_tools: bool | None = None  # None: when the last user message asks for one
+    damage: str = ""  # what Ollama says of the file when it looks into it, or loads it
+    missing: bool = False  # the file is not there, only the manifest is
     remote: bool = False  # a stub: ollama.com runs it
     repeats: bool = False  # one token over and over, until Ollama ends it without `done`
     prefill_tokens_per_second: float | None = None  # None: the node's, scaled by size
@@ -60,6 +65,8 @@ class Model:
         self.name = name.short
         self.digest = self.digest or sha256_hex(f"manifest of {name.canonical}")
         self.blob = self.blob or f"sha256:{sha256_hex(f'weights of {name.canonical}')}"
+        if self.missing:  # what a model can do stands in its file
+            self.capabilities = ()
         self.parameter_size = self.parameter_size or f"{self.size_bytes / 6e8:.1f}B"
 
     @property
@@ -85,9 +92,8 @@ class Model:
             "quantization_level": self.quantization,
         }
 
-    @property
-    def modelfile(self) -> str:
-        path = f"/usr/share/ollama/.ollama/models/blobs/{self.blob.replace(':', '-')}"
+    def modelfile(self, models_path: str) -> str:
+        path = f"{models_path}/blobs/{self.blob.replace(':', '-')}"
         lines = [f"FROM {path}", f'TEMPLATE "{self.template}"']
         if self.system:
             lines.append(f'SYSTEM "{self.system}"')

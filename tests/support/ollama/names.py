@@ -30,6 +30,11 @@ class Name:
         return f"{self.host}/{self.namespace}/{self.model}:{self.tag}".lower()
 
     @property
+    def path(self) -> str:
+        """Where its manifest is, below the folder of all manifests."""
+        return f"{self.host}/{self.namespace}/{self.model}/{self.tag}"
+
+    @property
     def short(self) -> str:
         """What tags, ps and show print: defaults dropped, the tag always kept."""
         name = f"{self.model}:{self.tag}"
@@ -42,16 +47,18 @@ class Name:
 
 def parse(text: str) -> Name | None:
     """The name, or None where Ollama would say it is not one."""
-    path = text.strip().rsplit("://", 1)[-1]
-    head, _, last = path.rpartition("/")
-    model, colon, tag = last.partition(":")
-    parts = [*(head.split("/") if head else []), model]
-    if len(parts) > 3:
-        return None
-    defaults = [DEFAULT_HOST, DEFAULT_NAMESPACE]
-    host, namespace, model = [*defaults[: 3 - len(parts)], *parts]
-    name = Name(host, namespace, model, tag if colon else "latest")
+    name = filled(text)
     return name if _valid(name) else None
+
+
+def filled(text: str) -> Name:
+    """The text in parts, the defaults in place of those that are not there; valid or not."""
+    tag = "latest"
+    if text.rfind(":") > text.rfind("/"):
+        text, _, tag = text.rpartition(":")
+    parts = text.rsplit("/", 2)
+    host, namespace, model = [*[DEFAULT_HOST, DEFAULT_NAMESPACE][: 3 - len(parts)], *parts]
+    return Name(host.partition("://")[2] or host, namespace, model, tag)
 
 
 def _valid(name: Name) -> bool:
@@ -70,7 +77,11 @@ def canonical(text: str) -> str:
 
 
 def split_source(text: str) -> tuple[str, Source]:
-    """Takes the `:local` suffix off and says where the model is to run; `x:tag:cloud` is a tag."""
+    """Takes the `:local` suffix off and says where the model is to run; `x:tag:cloud` is a tag.
+
+    Blanks around the name go too: the routes that look for a source trim, `parse` does not.
+    """
+    text = text.strip()
     lower = text.lower()
     if lower.endswith(":local"):
         return text[: -len(":local")], "local"
@@ -86,5 +97,5 @@ def names_both_sources(text: str) -> bool:
     base, source = split_source(text)
     if source == "local":
         return split_source(base)[1] == "cloud"
-    without = text.lower().removesuffix(":cloud").removesuffix("-cloud")
+    without = text.strip().lower().removesuffix(":cloud").removesuffix("-cloud")
     return source == "cloud" and without.endswith(":local")

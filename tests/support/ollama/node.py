@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,10 +32,23 @@ class Settings:
     cloud_disabled: bool = True
     signed_in_as: str | None = None
     cloud_models: Sequence[str] = ()  # what ollama.com runs for those that are signed in
+    evaluates_on: bool = True  # prompts whose client has left, as until 0.30
     download_bytes_per_second: float = float("inf")
+    models_path: str = "/usr/share/ollama/.ollama/models"  # OLLAMA_MODELS
     may_push: bool = True
     lacks: Sequence[str] = ()  # routes an older version does not have yet: 404
     answer: AnswerFunction | None = None
+
+    def since(self, version: str) -> bool:
+        """Whether what came with that version of Ollama is there."""
+        return _numbers(self.version) >= _numbers(version)
+
+    def blob_path(self, digest: str) -> str:
+        return f"{self.models_path}/blobs/{digest.replace(':', '-')}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 @dataclass
@@ -76,6 +90,7 @@ class Node:
             max_queue=settings.max_queue,
             keep_alive=settings.keep_alive,
             default_context=settings.default_context,
+            evaluates_on=settings.evaluates_on,
             load_failure=load_failure,
         )
         return cls(

@@ -8,10 +8,18 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from .exchange import NDJSON, EndEarly, Exchange, Garbled, Sink, StreamError
+from .exchange import NDJSON, PLAIN_JSON, EndEarly, Exchange, Garbled, Sink
 from .generation import Emit, Generation, Kind, Timings, Turn, generation
 from .script import ToolCall
-from .wire import ApiError, encode
+from .wire import ApiError, StreamError, encode
+
+STREAM_HEADERS: Mapping[str, str] = {"Cache-Control": "no-cache", "Connection": "keep-alive"}
+"""What Ollama sends along with server-sent events that have names."""
+
+
+def event(kind: str, /, **data: Any) -> bytes:
+    """A server-sent event with a name."""
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), encode({"type": kind, **data}))
 
 
 @dataclass
@@ -78,7 +86,7 @@ async def _streamed(
         pass
     except StreamError as exc:
         if not sink.opened:
-            raise
+            raise ApiError(exc.status, str(exc), begun=True) from None
         await sink.write(encoder.error(str(exc)))
     return await sink.close()
 
@@ -175,17 +183,17 @@ async def report(
 ) -> web.StreamResponse:
     """Runs long work; what it raises becomes the last line, or a status if nothing was streamed."""
     lines = ProgressLines(exchange, stream=stream)
-    failure: str | None = None
+    failure: StreamError | None = None
     try:
         await work(lines)
     except StreamError as exc:
-        failure = str(exc)
+        failure = exc
     except EndEarly:
         pass
+    if failure is not None and (lines.sink is None or not lines.sink.opened):
+        raise ApiError(failure.status, str(failure), begun=True)
     if lines.sink is None:
-        if failure is not None:
-            raise ApiError(500, failure)
-        return exchange.json(lines.last, content_type="application/json")
+        return exchange.json(lines.last, content_type=PLAIN_JSON)
     if failure is not None:
-        await lines.sink.write(encode({"error": failure}) + b"\n")
+        await lines.sink.write(encode({"error": str(failure)}) + b"\n")
     return await lines.sink.close()

@@ -43,6 +43,7 @@ class Slot:
     """Room for one generation; what it evaluated last it need not evaluate again."""
 
     cached: str = ""
+    evaluation: asyncio.Task[None] | None = None  # of the prompt; goes on without its client
 
     def overlap(self, prompt: str) -> int:
         return common_prefix(self.cached, prompt) if self.cached else 0
@@ -73,17 +74,20 @@ class Runner:
     vram_bytes: int = 0
     ready: bool = False
     doomed: bool = False  # goes as soon as nobody uses it
+    unloading: asyncio.Task[None] | None = None
     refs: int = 0  # requests using it or waiting for one of its slots
     expires_at: float | None = None
     timer: asyncio.TimerHandle | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # load ended, well or not
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     busy: int = 0
+    slots: list[Slot] = field(init=False)
     free: list[Slot] = field(init=False)
     waiting: deque[tuple[str, asyncio.Future[Slot]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.free = [Slot() for _ in range(self.slot_count)]
+        self.slots = [Slot() for _ in range(self.slot_count)]
+        self.free = list(self.slots)
 
     @property
     def lives_on(self) -> bool:
@@ -102,9 +106,16 @@ class Runner:
         try:
             yield slot
         finally:
-            self.busy -= 1
-            self._give(slot)
-            self.seen.generation(-1)
+            if slot.evaluation is None or slot.evaluation.done():
+                self._end(slot)
+            else:
+                slot.evaluation.add_done_callback(lambda _: self._end(slot))
+
+    def _end(self, slot: Slot) -> None:
+        slot.evaluation = None
+        self.busy -= 1
+        self._give(slot)
+        self.seen.generation(-1)
 
     def _take(self, prompt: str) -> Slot:
         slot = max(self.free, key=lambda slot: slot.overlap(prompt))

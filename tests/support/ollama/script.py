@@ -134,6 +134,7 @@ def _stopped(script: Script, request: Request) -> Script:
 
 def _tool_call(request: Request) -> ToolCall | None:
     functions = [tool.get("function") or tool for tool in request.tools]
+    functions = [function for function in functions if function.get("name")]
     wanted = request.model.calls_tools
     if not functions or wanted is False or request.after_tool:
         return None

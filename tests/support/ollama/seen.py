@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Outcome = Literal["running", "completed", "cancelled", "failed"]
+from support.deadline import DEADLINE_SECONDS
 
-WAIT_SECONDS = 100.0
-"""Below pytest's own limit for a test, so that a failure tells the figures."""
+Outcome = Literal["running", "completed", "cancelled", "failed"]
 
 
 @dataclass(eq=False)
@@ -123,7 +122,7 @@ class Seen(Figures):
                 future.set_result(None)
 
     async def wait_for(
-        self, predicate: Callable[[Seen], object], *, timeout: float | None = WAIT_SECONDS
+        self, predicate: Callable[[Seen], object], *, timeout: float | None = DEADLINE_SECONDS
     ) -> None:
         """Returns when the predicate holds; checked at every change, never by polling."""
         if predicate(self):

@@ -13,22 +13,21 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
+from support.deadline import DEADLINE_SECONDS
+
 from . import access
 from .control import Control
-from .exchange import EndEarly, Exchange, Garbled, Severed, StreamError
+from .exchange import EndEarly, Exchange, Garbled, Severed
 from .faults import Faults
 from .gojson import BadBody
 from .hardware import Hardware
 from .listener import Listener, Mode, ResetOnAccept, sever
 from .models import Model, Store
 from .node import Node, Settings
-from .routes import Handler, find
+from .routes import Handler, find, unclean
 from .seen import Outcome, Record, Seen
-from .wire import ApiError
-from .zstd import ZstdError
+from .wire import ApiError, StreamError
 
-# A handler whose connection was cut is cancelled by aiohttp; this only bounds a mistake of ours.
-CANCELLED_WITHIN_SECONDS = 60.0
 NO_BODY_LIMIT = 2**62
 
 
@@ -138,10 +137,10 @@ class StandIn:
             for connection in connections:
                 sever(connection.transport, how, flush=False)
             if running := list(self._exchanges):
-                await asyncio.wait(running, timeout=CANCELLED_WITHIN_SECONDS)
+                await asyncio.wait(running, timeout=DEADLINE_SECONDS)
             await asyncio.sleep(0)
         await self._web.shutdown(1.0)
-        self.node.engine.close()
+        await self.node.engine.close()
         self._web = None
 
     async def stop(self) -> None:
@@ -167,8 +166,16 @@ class StandIn:
         """Every generation waits before its token number `after` (0: the first) until released."""
         self.node.gate.hold(after)
 
+    def hold_prompts(self) -> None:
+        """Every evaluation of a prompt stays unfinished, also one whose client leaves."""
+        self.node.gate.hold_prompts()
+
     def hold_loads(self) -> None:
         self.node.gate.hold_loads()
+
+    def hold_unloads(self) -> None:
+        """What is unloaded stays listed as loaded."""
+        self.node.gate.hold_unloads()
 
     def release(self) -> None:
         self.node.gate.release()
@@ -255,8 +262,8 @@ class StandIn:
         await self.node.audible.wait()
         if starting := self.faults.pick(("slow_start",), exchange.path):
             await exchange.parked(starting)
-        if refusal := self._refusal(exchange):
-            return refusal
+        if answer := unclean(exchange) or self._refusal(exchange):
+            return answer
         try:
             route = find(exchange)
             if route.reads_body:
@@ -265,15 +272,11 @@ class StandIn:
         except Garbled:
             return exchange.text('{"', content_type="application/json")
         except StreamError as exc:
-            return exchange.error(500, str(exc))
-        except ZstdError as exc:
-            return exchange.json({"error": exc.text}, exc.status)
+            return exchange.error(exc.status, str(exc))
         except ApiError as exc:
-            if exc.native:
-                exchange.dialect = "native"
-            return exchange.error(exc.status, exc.text, **exc.extra)
+            return exchange.refusal(exc)
         except BadBody as exc:
-            return exchange.error(400, str(exc))
+            return exchange.refusal(ApiError(400, str(exc), early=True))
 
     async def _handled(self, exchange: Exchange, handler: Handler) -> web.StreamResponse:
         answer = await handler(exchange)
@@ -298,5 +301,6 @@ class StandIn:
         return None
 
     async def _until_cancelled(self) -> web.StreamResponse:
-        await asyncio.sleep(CANCELLED_WITHIN_SECONDS)
+        """aiohttp cancels a handler whose connection was cut; the time only bounds a mistake."""
+        await asyncio.sleep(DEADLINE_SECONDS)
         raise ConnectionResetError("the connection was cut, its handler was not cancelled")

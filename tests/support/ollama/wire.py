@@ -38,15 +38,36 @@ _GO_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)")
 class ApiError(Exception):
     """An answer that is a refusal: one status and one text, whatever the dialect.
 
-    `native`: in the native shape also where the route speaks another.
+    `native`: in the native shape also where the route speaks another. `early`: told by what reads
+    the body on `/v1`, before the handler that all dialects share. `begun`: told by a handler that
+    had already chosen the content type. The two differ from the rest by their content types.
     """
 
-    def __init__(self, status: int, text: str, *, native: bool = False, **extra: Any) -> None:
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        *,
+        native: bool = False,
+        early: bool = False,
+        begun: bool = False,
+        **extra: Any,
+    ) -> None:
         super().__init__(text)
-        self.native = native
         self.status = status
         self.text = text
+        self.native = native
+        self.early = early
+        self.begun = begun
         self.extra = extra
+
+
+class StreamError(Exception):
+    """What Ollama says when it fails while it generates; before the first byte with this status."""
+
+    def __init__(self, text: str, status: int = 500) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def dialect_of(path: str) -> Dialect:
@@ -74,7 +95,8 @@ def keep_alive_seconds(value: Any) -> float | None:
         return FOREVER_SECONDS if value < 0 else float(value)
     if isinstance(value, str):
         return _go_duration(value)
-    raise ApiError(400, f"json: cannot unmarshal {value!r} into a duration")
+    kind = "[]interface {}" if isinstance(value, list) else "map[string]interface {}"
+    raise ApiError(400, f"Unsupported type: '{kind}'")
 
 
 def _go_duration(text: str) -> float:

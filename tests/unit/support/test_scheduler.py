@@ -51,21 +51,6 @@ async def test_no_more_run_than_there_are_slots(http: aiohttp.ClientSession, slo
         assert (node.seen.peak, node.seen.loads) == (slots, 1)
 
 
-async def test_embedding_models_take_one_at_a_time(http: aiohttp.ClientSession) -> None:
-    embedder = Model("e", capabilities=("embedding",))
-    async with StandIn([embedder], slots=4) as node, asyncio.TaskGroup() as group:
-        node.hold()
-        for _ in range(3):
-            group.create_task(_embed(http, node))
-        await node.seen.wait_for(lambda seen: seen.held == 1 and seen.waiting == 2)
-        node.release()
-
-
-async def _embed(http: aiohttp.ClientSession, node: StandIn) -> None:
-    async with http.post(node.url + "/api/embed", json={"model": "e", "input": "a"}) as answer:
-        assert answer.status == 200
-
-
 def arrived(count: int) -> Callable[[Seen], bool]:
     return lambda seen: seen.held + seen.waiting == count
 
@@ -159,17 +144,6 @@ async def test_a_busy_model_is_waited_for_before_it_is_evicted(
         assert node.loaded == ["b:latest"]
 
 
-async def test_keep_alive_sticks_to_the_runner(http: aiohttp.ClientSession) -> None:
-    async with StandIn(models("a", "b")) as node:
-        await generate(http, node, "a", keep_alive=-1)
-        await generate(http, node, "a")
-        runner = node.node.engine.loaded[0]
-        assert runner.forever
-        assert runner.timer is None
-        await generate(http, node, "b", keep_alive=0)
-        assert node.loaded == ["a:latest"]
-
-
 async def test_an_idle_model_goes_when_its_keep_alive_is_over(http: aiohttp.ClientSession) -> None:
     async with StandIn(keep_alive=1.0, hardware=Hardware(speed=1000)) as node:
         await generate(http, node, "llama3.2")
@@ -189,19 +163,6 @@ async def test_unloading_answers_at_once_and_waits_for_what_runs(
         assert node.loaded == ["llama3.2:latest"]
         node.release()
         assert (await running)[0] == 200
-        assert node.loaded == []
-
-
-async def test_two_names_of_one_blob_share_a_runner(http: aiohttp.ClientSession) -> None:
-    async with StandIn() as node:
-        async with http.post(
-            node.url + "/api/copy", json={"source": "llama3.2", "destination": "twin"}
-        ) as answer:
-            assert answer.status == 200
-        await generate(http, node, "twin")
-        await generate(http, node, "llama3.2")
-        assert (node.loaded, node.seen.loads) == (["twin:latest"], 1)
-        await generate(http, node, "llama3.2", prompt="", keep_alive=0)
         assert node.loaded == []
 
 
@@ -234,26 +195,6 @@ async def test_what_forces_a_reload(
         assert node.seen.loads == 1 + reloads
 
 
-async def test_shift_forces_a_reload(http: aiohttp.ClientSession) -> None:
-    async with StandIn() as node:
-        await generate(http, node, "llama3.2")
-        await generate(http, node, "llama3.2", shift=False)
-        assert node.seen.reloads == 1
-
-
-async def test_a_reload_waits_for_what_runs(http: aiohttp.ClientSession) -> None:
-    async with StandIn() as node, asyncio.TaskGroup() as group:
-        node.hold()
-        callers = Callers(group, http)
-        callers.generate(node, "llama3.2")
-        await node.seen.wait_for(lambda seen: seen.held == 1)
-        callers.generate(node, "llama3.2", options={"num_ctx": 4096})
-        await node.seen.wait_for(lambda seen: seen.open == 2)
-        assert node.seen.loads == 1
-        node.release()
-    assert node.seen.reloads == 1
-
-
 async def cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -269,6 +210,55 @@ async def test_leaving_ends_a_generation(http: aiohttp.ClientSession) -> None:
         await node.seen.wait_for(lambda seen: seen.active == 0 and seen.cancelled == 1)
         assert node.seen.last.outcome == "cancelled"
         assert node.seen.tokens == 2
+
+
+@pytest.mark.parametrize("evaluates_on", [True, False])
+async def test_a_prompt_whose_client_left_may_be_evaluated_on(
+    http: aiohttp.ClientSession, evaluates_on: bool
+) -> None:
+    async with StandIn(evaluates_on=evaluates_on) as node, asyncio.TaskGroup() as group:
+        node.hold_prompts()
+        caller = asyncio.create_task(generate(http, node, "llama3.2"))
+        await node.seen.wait_for(lambda seen: seen.held == 1)
+        await cancelled(caller)
+        await node.seen.wait_for(lambda seen: seen.cancelled == 1)
+        assert node.seen.active == node.seen.held == int(evaluates_on)
+        other = Callers(group, http).generate(node, "llama3.2")
+        await node.seen.wait_for(lambda seen: seen.waiting + seen.held == 1 + int(evaluates_on))
+        assert node.seen.waiting == int(evaluates_on)
+        node.release()
+        assert (await other)[0] == 200
+        assert node.seen.active == 0
+
+
+async def test_an_unload_ends_the_evaluation_of_a_prompt_whose_client_left(
+    http: aiohttp.ClientSession,
+) -> None:
+    async with StandIn() as node:
+        node.hold_prompts()
+        caller = asyncio.create_task(generate(http, node, "llama3.2"))
+        await node.seen.wait_for(lambda seen: seen.held == 1)
+        await cancelled(caller)
+        await node.seen.wait_for(lambda seen: seen.cancelled == 1)
+        await generate(http, node, "llama3.2", prompt="", keep_alive=0)
+        await node.seen.wait_for(lambda seen: seen.active == 0 and seen.held == 0)
+        assert node.loaded == []
+
+
+async def test_what_is_being_unloaded_is_listed_until_it_is_gone(
+    http: aiohttp.ClientSession,
+) -> None:
+    async with StandIn() as node, asyncio.TaskGroup() as group:
+        await node.load("llama3.2")
+        node.hold_unloads()
+        await generate(http, node, "llama3.2", prompt="", keep_alive=0)
+        assert node.loaded == ["llama3.2:latest"]
+        again = Callers(group, http).generate(node, "llama3.2")
+        await node.seen.wait_for(lambda seen: seen.open == 1)
+        assert node.seen.loads == 1
+        node.release()
+        assert (await again)[0] == 200
+        assert node.seen.loads == 2
 
 
 async def test_leaving_the_line_for_a_slot_frees_the_place(http: aiohttp.ClientSession) -> None:
@@ -334,13 +324,6 @@ async def test_a_remembered_beginning_is_not_evaluated_again(http: aiohttp.Clien
         assert hardware.prefill_seconds(Model("m", size_bytes=GB), 1) == pytest.approx(0.001)
 
 
-def test_more_at_once_are_slower_each() -> None:
-    assert Hardware().factor(1, 1) == 1
-    assert Hardware().factor(3, 1) == pytest.approx(1.8)
-    assert Hardware().factor(1, 2) == 2
-    assert Hardware(slowdown=lambda here, runners: 10.0 * here).factor(2, 1) == 20
-
-
 async def test_ps_reports_memory_and_expiry(http: aiohttp.ClientSession) -> None:
     model = Model("m", size_bytes=GB, kv_bytes_per_token=1000)
     hardware = Hardware(vram_bytes=GB)
@@ -352,14 +335,3 @@ async def test_ps_reports_memory_and_expiry(http: aiohttp.ClientSession) -> None
     assert row["size_vram"] == GB
     assert row["context_length"] == 4096
     assert int(row["expires_at"][:4]) > 2200
-
-
-async def test_leftover_requests_do_not_keep_a_stopped_node_alive(
-    http: aiohttp.ClientSession,
-) -> None:
-    async with StandIn() as node:
-        node.hold()
-        caller = asyncio.create_task(generate(http, node, "llama3.2"))
-        await node.seen.wait_for(lambda seen: seen.held == 1)
-    with pytest.raises(aiohttp.ClientError):
-        await caller

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import posixpath
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ from aiohttp import web
 
 from support.ollama.exchange import Exchange
 
-from . import account, anthropic, audio, embed, inventory, native, openai, responses, transfer
+from . import anthropic, audio, embed, inventory, native, openai, responses, transfer
 
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
@@ -44,10 +46,10 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/pull": _post(transfer.pull),
     "/api/push": _post(transfer.push),
     "/api/create": _post(transfer.create),
-    "/api/me": _post(account.me),
-    "/api/signout": _post(account.signout),
-    "/api/experimental/web_search": _post(account.web_tool),
-    "/api/experimental/web_fetch": _post(account.web_tool),
+    "/api/me": _post(inventory.me),
+    "/api/signout": _post(inventory.signout),
+    "/api/experimental/web_search": _post(inventory.web_tool),
+    "/api/experimental/web_fetch": _post(inventory.web_tool),
     "/v1/audio/transcriptions": {"POST": Route(audio.transcriptions)},
     "/v1/chat/completions": _post(openai.chat_completions),
     "/v1/completions": _post(openai.completions),
@@ -61,7 +63,7 @@ ROUTES: dict[str, dict[str, Route]] = {
 WITH_ARGUMENT: dict[str, dict[str, Route]] = {
     "/v1/models": _get(openai.model),
     "/api/blobs": {"HEAD": Route(transfer.blob_head), "POST": Route(transfer.blob_post)},
-    "/api/user/keys": {"DELETE": Route(account.signout)},
+    "/api/user/keys": {"DELETE": Route(inventory.signout)},
 }
 
 
@@ -104,4 +106,24 @@ async def _redirect(exchange: Exchange) -> web.StreamResponse:
     answer = exchange.nothing(moved)
     query = exchange.request.query_string
     answer.headers["Location"] = exchange.path.rstrip("/") + (f"?{query}" if query else "")
+    return answer
+
+
+def unclean(exchange: Exchange) -> web.StreamResponse | None:
+    """The redirect of a path with a doubled slash or a dot segment; it comes before all else."""
+    path, _, query = exchange.request.raw_path.partition("?")
+    if exchange.request.method == "CONNECT" or not path.startswith("/"):
+        return None
+    clean = posixpath.normpath(path).replace("//", "/", 1)
+    if path.endswith("/") and clean != "/":
+        clean += "/"
+    if clean == path:
+        return None
+    location = clean + (f"?{query}" if query else "")
+    if exchange.request.method not in ("GET", "HEAD"):
+        answer = exchange.nothing(307)
+    else:
+        page = f'<a href="{html.escape(location)}">Temporary Redirect</a>.\n\n'
+        answer = exchange.text(page, 307, "text/html; charset=utf-8")
+    answer.headers["Location"] = location
     return answer

@@ -11,12 +11,11 @@ from aiohttp import web
 from support.ollama.exchange import SSE, Exchange
 from support.ollama.generation import Kind
 from support.ollama.gojson import Fields
-from support.ollama.reply import Outcome, reply
+from support.ollama.reply import STREAM_HEADERS, Outcome, event, reply
 from support.ollama.script import Request, ToolCall
 from support.ollama.wire import ApiError
 
 from . import options as read
-from .events import STREAM_HEADERS, event
 from .lookup import require, require_name, require_tools, resolve, single_quoted
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -25,12 +24,14 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 async def messages(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("MessagesRequest")
     asked, limit = fields.text("model"), fields.number("max_tokens") or 0
-    turns = fields.objects("messages", "MessageParam")
-    require_name(asked)
+    turns = fields.objects("messages", "[]anthropic.MessageParam", "anthropic.MessageParam")
+    if not asked:
+        raise ApiError(400, "model is required", early=True)
     if limit <= 0:
-        raise ApiError(400, "max_tokens is required and must be positive")
+        raise ApiError(400, "max_tokens is required and must be positive", early=True)
     if not turns:
-        raise ApiError(400, "messages is required")
+        raise ApiError(400, "messages is required", early=True)
+    require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "chat")
     tools = [_as_function(tool) for tool in read.tools(fields)]
@@ -38,7 +39,7 @@ async def messages(exchange: Exchange) -> web.StreamResponse:
         require_tools(model)
     request = Request(
         model,
-        _system(fields) + read.flatten(turns),
+        _system(fields) + read.conversation(exchange, model, turns, {}),
         last_user=read.last_user(turns),
         num_predict=int(limit),
         exact=False,
@@ -80,7 +81,7 @@ class MessageEvents:
         return self._close_block() + b"".join(self._tool(call) for call in calls)
 
     def closing(self, outcome: Outcome) -> bytes:
-        delta = {"stop_reason": _stop_reason(outcome), "stop_sequence": None}
+        delta = {"stop_reason": _stop_reason(outcome)}
         return (
             self._close_block()
             + event("message_delta", delta=delta, usage=_usage(outcome))
@@ -112,8 +113,7 @@ class MessageEvents:
             "role": "assistant",
             "model": self._asked,
             "content": content,
-            "stop_reason": reason,
-            "stop_sequence": None,
+            **({} if reason is None else {"stop_reason": reason}),
             "usage": _usage(outcome),
         }
 

@@ -19,10 +19,10 @@ TRANSCRIBED_TOKENS = 8
 async def transcriptions(exchange: Exchange) -> web.StreamResponse:
     form = await _form(exchange)
     asked = form.get("model", b"").decode("utf-8", "replace")
-    if "file" not in form:
-        raise ApiError(400, "file is required")
     if not asked:
-        raise ApiError(400, "model is required")
+        raise ApiError(400, "model is required", early=True)
+    if "file" not in form:
+        raise ApiError(400, "file is required: http: no such file", early=True)
     exchange.record.model = asked
     model = resolve(exchange.node, asked, single_quoted(asked))
     heard = form["file"].hex()
@@ -45,8 +45,9 @@ async def _form(exchange: Exchange) -> dict[str, bytes]:
     """Every field of the form; the record keeps the size of what was sent."""
     try:
         reader = await exchange.request.multipart()
-    except (AssertionError, ValueError):  # what aiohttp says to a body that is no form
-        raise ApiError(400, "request Content-Type isn't multipart/form-data") from None
+    except (AssertionError, KeyError, ValueError):  # what aiohttp says to a body that is no form
+        text = "failed to parse multipart form: request Content-Type isn't multipart/form-data"
+        raise ApiError(400, text, early=True) from None
     form: dict[str, bytes] = {}
     while (part := await reader.next()) is not None:
         if isinstance(part, BodyPartReader) and part.name:

@@ -1,4 +1,4 @@
-"""What the node is and has: version, tags, ps, show; and copy and delete."""
+"""What the node is and has: version, tags, ps, show, its account; and copy and delete."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from aiohttp import web
 from support.ollama import names
 from support.ollama.exchange import Exchange
 from support.ollama.models import Model
+from support.ollama.node import Settings
 from support.ollama.runner import Runner
 from support.ollama.wire import ApiError, local_time
 
-from .lookup import require_name, resolve, single_quoted
+from .lookup import (
+    SIGNIN_URL,
+    both_sources,
+    cloud_refusal,
+    require_file,
+    require_name,
+    resolve,
+    single_quoted,
+)
 
 
 async def root(exchange: Exchange) -> web.StreamResponse:
@@ -30,7 +39,9 @@ async def status(exchange: Exchange) -> web.StreamResponse:
 
 
 async def tags(exchange: Exchange) -> web.StreamResponse:
-    return exchange.json({"models": [_on_disk(model) for model in exchange.node.store]})
+    settings = exchange.node.settings
+    listed = [_on_disk(model, settings) for model in exchange.node.store]
+    return exchange.json({"models": listed})
 
 
 async def ps(exchange: Exchange) -> web.StreamResponse:
@@ -42,15 +53,20 @@ async def show(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("ShowRequest")
     asked, verbose = fields.name(), fields.flag("verbose")
     require_name(asked)
-    parsed = names.parse(names.split_source(asked)[0])
-    shown = parsed.short if parsed else asked
+    shown, _ = names.split_source(asked)
+    if exchange.node.settings.since("0.33"):
+        parsed = names.parse(shown)
+        shown = parsed.short if parsed else shown
     model = resolve(
         exchange.node,
         asked,
         single_quoted(shown),
         disabled="remote model details are unavailable",
     )
-    return exchange.json(_shown(model, verbose=verbose))
+    require_file(model, single_quoted(shown))
+    if model.damage:
+        raise ApiError(500, model.damage)
+    return exchange.json(_shown(model, exchange.node.settings, verbose=verbose))
 
 
 async def copy(exchange: Exchange) -> web.StreamResponse:
@@ -69,11 +85,12 @@ async def copy(exchange: Exchange) -> web.StreamResponse:
 
 async def delete(exchange: Exchange) -> web.StreamResponse:
     asked = exchange.fields("DeleteRequest").name()
-    if not asked:
-        raise ApiError(400, "model is required")
-    if names.parse(asked) is None:
+    require_name(asked)
+    if names.names_both_sources(asked):
+        raise ApiError(400, both_sources(asked))
+    if names.parse(names.split_source(asked)[0]) is None:
         raise ApiError(400, f'name "{asked}" is invalid')
-    if exchange.node.store.remove(asked) is None:
+    if exchange.node.store.remove(asked.strip()) is None:
         raise ApiError(404, single_quoted(asked))
     return exchange.nothing()
 
@@ -82,21 +99,50 @@ async def recommendations(exchange: Exchange) -> web.StreamResponse:
     return exchange.json({"recommendations": []})
 
 
-def _on_disk(model: Model) -> dict[str, Any]:
-    lengths = {
-        "context_length": model.context_length,
-        "embedding_length": model.embedding_length,
-    }
-    return {
+async def me(exchange: Exchange) -> web.StreamResponse:
+    return exchange.json({"id": "stand-in", "name": _user(exchange), "email": ""})
+
+
+async def signout(exchange: Exchange) -> web.StreamResponse:
+    _user(exchange)
+    exchange.node.settings.signed_in_as = None
+    return exchange.json(None)
+
+
+async def web_tool(exchange: Exchange) -> web.StreamResponse:
+    """Search and fetch, for those that are signed in; a stand-in finds nothing."""
+    what = exchange.path.rpartition("_")[2]
+    refusal = cloud_refusal(exchange.node, f"web {what} is unavailable")
+    if refusal is not None:
+        raise refusal
+    return exchange.json({"results": []})
+
+
+def _user(exchange: Exchange) -> str:
+    user = exchange.node.settings.signed_in_as
+    if user is None:
+        raise ApiError(401, "unauthorized", signin_url=SIGNIN_URL)
+    return user
+
+
+def _on_disk(model: Model, settings: Settings) -> dict[str, Any]:
+    row = {
         "name": model.name,
         "model": model.name,
         "modified_at": local_time(model.modified_at),
         "size": model.size_bytes,
         "digest": model.digest,
         **_remote(model),
-        "details": {**model.details, **lengths},
-        "capabilities": list(model.capabilities),
+        "details": model.details,
     }
+    if not settings.since("0.30"):
+        return row
+    lengths = {
+        "context_length": model.context_length,
+        "embedding_length": model.embedding_length,
+    }
+    capabilities = list(model.capabilities)
+    return {**row, "details": {**model.details, **lengths}, "capabilities": capabilities}
 
 
 def _remote(model: Model) -> dict[str, Any]:
@@ -120,7 +166,7 @@ def _in_memory(exchange: Exchange, runner: Runner) -> dict[str, Any]:
     }
 
 
-def _shown(model: Model, *, verbose: bool) -> dict[str, Any]:
+def _shown(model: Model, settings: Settings, *, verbose: bool) -> dict[str, Any]:
     parameters = "\n".join(f"{key:<30} {value}" for key, value in model.parameters.items())
     optional = {
         "license": model.license,
@@ -132,7 +178,7 @@ def _shown(model: Model, *, verbose: bool) -> dict[str, Any]:
     }
     return {
         **{key: value for key, value in optional.items() if value},
-        "modelfile": model.modelfile,
+        "modelfile": model.modelfile(settings.models_path),
         "template": model.template,
         **_remote(model),
         "details": model.details,

@@ -11,16 +11,29 @@ SIGNIN_URL = "https://ollama.com/connect?name=stand-in&key=c3RhbmQtaW4"
 
 
 def resolve(
-    node: Node, asked: str, missing: str, *, disabled: str = "remote model is unavailable"
+    node: Node,
+    asked: str,
+    missing: str,
+    *,
+    disabled: str = "remote model is unavailable",
+    exact: bool = False,
 ) -> Model:
-    """The model, or the refusal: `missing` is the 404's text, `disabled` that without the cloud."""
+    """The model, or the refusal: `missing` is the 404's text, `disabled` that without the cloud.
+
+    `exact`: a name in another case than the one on disk is another name.
+    """
+    if not asked.strip():
+        raise ApiError(404, missing)
     if names.names_both_sources(asked):
-        raise ApiError(400, f'use either :local or :cloud, not both: "{asked}"')
+        raise ApiError(400, both_sources(asked))
     base, source = names.split_source(asked)
+    name = names.parse(base)
+    if name is None:
+        raise ApiError(400, "invalid model name")
     if source == "cloud":
         return _of_the_cloud(node, base, missing, disabled)
     model = node.store.find(base)
-    if model is None:
+    if model is None or (exact and model.name != name.short):
         raise ApiError(404, missing)
     return model
 
@@ -46,18 +59,29 @@ def cloud_refusal(node: Node, what: str) -> ApiError | None:
 
 
 def require_name(asked: str) -> None:
-    """For the routes that tell a missing name from one that is no name at all."""
-    if not asked:
+    """For the routes that tell a missing name from one that is not there."""
+    if not asked.strip():
         raise ApiError(400, "model is required")
-    if not names.names_both_sources(asked) and names.parse(names.split_source(asked)[0]) is None:
-        raise ApiError(400, "invalid model name")
+
+
+def require_file(model: Model, missing: str) -> None:
+    """For the routes that do not ask first what a model can do."""
+    if model.missing:
+        raise ApiError(404, missing)
+
+
+def both_sources(asked: str) -> str:
+    return f'use either :local or :cloud, not both: "{asked}"'
 
 
 def single_quoted(asked: str) -> str:
     return f"model '{asked}' not found"
 
 
-def double_quoted(asked: str) -> str:
+def try_pulling(asked: str) -> str:
+    """What the embedding routes say of an unknown model; of no name at all they say less."""
+    if not asked.strip():
+        return single_quoted(asked)
     return f'model "{asked}" not found, try pulling it first'
 
 

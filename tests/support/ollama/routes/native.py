@@ -29,8 +29,8 @@ async def generate(exchange: Exchange) -> web.StreamResponse:
         return _unloaded(exchange, model, encoder)
     require(model, asked, "completion", "generate")
     think = read.wants_thinking(model, fields.raw.get("think"), asked)
-    shift = fields.flag("shift", True)
-    images = fields.array("images")
+    shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
+    images = fields.array("images", "[]api.ImageData")
     if not prompt and not images:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
     request = Request(
@@ -43,7 +43,13 @@ async def generate(exchange: Exchange) -> web.StreamResponse:
         format=fields.raw.get("format"),
     )
     turn = read.turn(
-        exchange, request, chosen, keep_alive=keep_alive, images=len(images), shift=shift
+        exchange,
+        request,
+        chosen,
+        keep_alive=keep_alive,
+        images=len(images),
+        shift=shift,
+        truncate=truncate,
     )
     return await reply(exchange, turn, encoder, stream=stream)
 
@@ -51,7 +57,9 @@ async def generate(exchange: Exchange) -> web.StreamResponse:
 async def chat(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("ChatRequest")
     asked, stream = fields.text("model"), fields.flag("stream", True)
-    messages = fields.objects("messages", "Message")
+    messages = fields.objects("messages", "[]api.Message", "api.Alias")
+    for said in messages:
+        said.text("content")  # parts are only taken on `/v1`
     chosen, keep_alive = read.chosen(fields), keep_alive_seconds(fields.raw.get("keep_alive"))
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
@@ -63,12 +71,12 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     if tools:
         require_tools(model)
     think = read.wants_thinking(model, fields.raw.get("think"), asked)
-    shift = fields.flag("shift", True)
+    shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
     if not messages:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
     request = Request(
         model,
-        read.flatten(messages),
+        read.conversation(exchange, model, messages, chosen, truncate=truncate),
         last_user=read.last_user(messages),
         num_predict=chosen.get("num_predict"),
         stop=read.stops(chosen.get("stop")),
@@ -78,7 +86,15 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
         after_tool=messages[-1].text("role") == "tool",
     )
     images = sum(len(message.array("images")) for message in messages)
-    turn = read.turn(exchange, request, chosen, keep_alive=keep_alive, images=images, shift=shift)
+    turn = read.turn(
+        exchange,
+        request,
+        chosen,
+        keep_alive=keep_alive,
+        images=images,
+        shift=shift,
+        truncate=truncate,
+    )
     return await reply(exchange, turn, encoder, stream=stream)
 
 

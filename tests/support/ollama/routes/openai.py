@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import array
 import base64
+import json
+import time
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
 
-from support.ollama.exchange import Exchange
+from support.ollama.exchange import SSE, Exchange
+from support.ollama.generation import Kind
 from support.ollama.gojson import Fields
 from support.ollama.models import Model
-from support.ollama.reply import reply
-from support.ollama.script import Request
-from support.ollama.wire import ApiError
+from support.ollama.reply import Outcome, reply
+from support.ollama.script import Request, ToolCall
+from support.ollama.wire import ApiError, encode
 
 from . import options as read
 from .embed import inputs, vectors_of
-from .lookup import double_quoted, require, require_name, require_tools, resolve, single_quoted
-from .openai_encoding import ChatChunks, TextChunks
+from .lookup import (
+    require,
+    require_file,
+    require_name,
+    require_tools,
+    resolve,
+    single_quoted,
+    try_pulling,
+)
+
+DONE = b"data: [DONE]\n\n"
 
 # What a `/v1` body calls it -> what `options` calls it.
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "seed": "seed"}
@@ -27,9 +41,9 @@ _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 async def chat_completions(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("ChatCompletionRequest")
     asked = fields.text("model")
-    messages = fields.objects("messages", "Message")
+    messages = fields.objects("messages", "[]openai.Message", "openai.Message")
     if not messages:
-        raise ApiError(400, "[] is too short - 'messages'")
+        raise ApiError(400, "[] is too short - 'messages'", early=True)
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "chat")
@@ -39,7 +53,7 @@ async def chat_completions(exchange: Exchange) -> web.StreamResponse:
     limit = fields.number("max_completion_tokens") or fields.number("max_tokens")
     request = Request(
         model,
-        read.flatten(messages),
+        read.conversation(exchange, model, messages, {}),
         last_user=read.last_user(messages),
         num_predict=int(limit) if limit else None,
         stop=read.stops(fields.raw.get("stop")),
@@ -73,16 +87,19 @@ async def completions(exchange: Exchange) -> web.StreamResponse:
 
 async def embeddings(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("EmbedRequest")
-    asked, texts = fields.text("model"), inputs(fields.raw.get("input"))
-    if not texts:
-        raise ApiError(400, "invalid input")
-    how = fields.text("encoding_format", "float")
+    asked, how = fields.text("model"), fields.text("encoding_format", "float")
     if how not in ("float", "base64"):
-        raise ApiError(400, f"Invalid value for 'encoding_format' = {how}. Supported: \"float\"")
-    missing = double_quoted(asked) if asked else single_quoted(asked)
-    model = resolve(exchange.node, asked, missing)
+        supported = "Supported values: ['float', 'base64']."
+        text = f"Invalid value for 'encoding_format' = {how}. {supported}"
+        raise ApiError(400, text, early=True)
+    given = fields.raw.get("input")
+    if given is None or given == []:
+        raise ApiError(400, "invalid input", early=True)
+    texts = inputs(given) or [""]
+    model = resolve(exchange.node, asked, try_pulling(asked))
+    require_file(model, try_pulling(asked))
     size = int(fields.number("dimensions") or 0) or model.embedding_length
-    vectors, timings = await vectors_of(exchange, model, texts, {}, None, size)
+    vectors, timings = await vectors_of(exchange, model, texts, {}, size=size)
     data = [
         {
             "object": "embedding",
@@ -146,3 +163,137 @@ def _images(messages: list[Fields]) -> int:
     contents = [message.raw.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return sum(1 for part in parts if isinstance(part, dict) and part.get("type") == "image_url")
+
+
+def usage(outcome: Outcome) -> dict[str, int]:
+    timings = outcome.timings
+    return {
+        "prompt_tokens": timings.prompt_eval_count,
+        "completion_tokens": timings.eval_count,
+        "total_tokens": timings.prompt_eval_count + timings.eval_count,
+    }
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
+
+
+class _Chunks:
+    """What chat and text chunks have in common."""
+
+    content_type = SSE
+    headers: Mapping[str, str] = {}
+    garbage = b'data: {"id":"chatcmpl-\n\n'
+    chunk_object = ""
+    whole_object = ""
+
+    def __init__(self, asked: str, *, include_usage: bool) -> None:
+        self._include_usage = include_usage
+        created = int(time.time())
+        self._base = {
+            "id": f"chatcmpl-{zlib.crc32(f'{asked}{created}'.encode()) % 1000}",
+            "object": self.chunk_object,
+            "created": created,
+            "model": asked,
+            "system_fingerprint": "fp_ollama",
+        }
+        self._head = b"data: " + encode(self._base)[:-1] + b',"choices":[{"index":0,'
+
+    def opening(self) -> bytes:
+        return b""
+
+    def closing(self, outcome: Outcome) -> bytes:
+        end = _event({**self._base, "choices": [self._last(outcome)]})
+        if self._include_usage:
+            end += _event({**self._base, "choices": [], "usage": usage(outcome)})
+        return end + DONE
+
+    def whole(self, outcome: Outcome) -> dict[str, Any]:
+        return {
+            **self._base,
+            "object": self.whole_object,
+            "choices": [self._choice(outcome)],
+            "usage": usage(outcome),
+        }
+
+    def _last(self, outcome: Outcome) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _choice(self, outcome: Outcome) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatChunks(_Chunks):
+    """`chat.completion.chunk` and `chat.completion`."""
+
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def piece(self, kind: Kind, text: str) -> bytes:
+        if kind == "thinking":
+            delta = b'"delta":{"role":"assistant","content":"","reasoning":'
+        else:
+            delta = b'"delta":{"role":"assistant","content":'
+        return self._head + delta + encode(text) + b'},"finish_reason":null}]}\n\n'
+
+    def tool_calls(self, calls: list[ToolCall]) -> bytes:
+        delta = {"role": "assistant", "content": "", "tool_calls": _calls(calls)}
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        return _event({**self._base, "choices": [choice]})
+
+    def error(self, text: str) -> bytes:
+        """The error line, mistaken for an empty chunk; no finish and no `[DONE]` follow."""
+        return self.piece("content", "")
+
+    def _last(self, outcome: Outcome) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": 0, "delta": delta, "finish_reason": _finish(outcome)}
+
+    def _choice(self, outcome: Outcome) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": outcome.content}
+        if outcome.thinking:
+            message["reasoning"] = outcome.thinking
+        if outcome.tool_calls:
+            message["tool_calls"] = _calls(outcome.tool_calls)
+        return {"index": 0, "message": message, "finish_reason": _finish(outcome)}
+
+
+class TextChunks(_Chunks):
+    """`text_completion`, streamed or whole."""
+
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def piece(self, kind: Kind, text: str) -> bytes:
+        shown = text if kind == "content" else ""
+        return self._head + b'"text":' + encode(shown) + b',"finish_reason":null}]}\n\n'
+
+    def tool_calls(self, calls: list[ToolCall]) -> bytes:
+        return b""
+
+    def error(self, text: str) -> bytes:
+        return self.piece("content", "")
+
+    def _last(self, outcome: Outcome) -> dict[str, Any]:
+        return {"index": 0, "text": "", "finish_reason": _finish(outcome)}
+
+    def _choice(self, outcome: Outcome) -> dict[str, Any]:
+        return {"index": 0, "text": outcome.content, "finish_reason": _finish(outcome)}
+
+
+def _finish(outcome: Outcome) -> str | None:
+    if not outcome.done:
+        return None
+    return "tool_calls" if outcome.tool_calls else outcome.done_reason
+
+
+def _calls(calls: list[ToolCall]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": call.id,
+            "index": index,
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        }
+        for index, call in enumerate(calls)
+    ]

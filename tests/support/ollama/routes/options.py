@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from support.ollama.exchange import Exchange
@@ -10,7 +13,14 @@ from support.ollama.generation import Turn
 from support.ollama.gojson import Fields
 from support.ollama.models import Model
 from support.ollama.runner import Settings
-from support.ollama.script import IMAGE_TOKENS, Request, answer, count_tokens
+from support.ollama.script import (
+    IMAGE_TOKENS,
+    TOKEN_CHARACTERS,
+    Request,
+    Script,
+    answer,
+    count_tokens,
+)
 from support.ollama.wire import ApiError
 
 _INTEGERS = frozenset(
@@ -25,6 +35,10 @@ _NUMBERS = frozenset(
         *("repeat_penalty", "presence_penalty", "frequency_penalty"),
     }
 )
+
+
+TOO_LONG = "the input length exceeds the context length"
+KEPT_TOKENS = 5  # at a prompt's beginning, when its middle is cut: num_keep, and the first one
 
 
 def chosen(fields: Fields) -> dict[str, Any]:
@@ -42,6 +56,8 @@ def check(options: Mapping[str, Any]) -> None:
             raise ApiError(500, f'option "{key}" must be of type float32')
         if key == "stop" and not isinstance(value, list):
             raise ApiError(500, f'option "{key}" must be of type array')
+        if key == "stop" and not all(isinstance(stop, str) for stop in value):
+            raise ApiError(500, f'option "{key}" must be of an array of strings')
         if key == "use_mmap" and not isinstance(value, bool):
             raise ApiError(500, f'option "{key}" must be of type boolean')
 
@@ -71,31 +87,76 @@ def turn(
     keep_alive: float | None = None,
     images: int = 0,
     shift: bool = True,
+    truncate: bool = True,
 ) -> Turn:
     """Everything the engine needs, from what the route understood."""
     wanted = settings(exchange, request.model, options, shift=shift)
     extra = images * IMAGE_TOKENS
-    if not shift and count_tokens(request.prompt) + extra > wanted.num_ctx:
-        raise ApiError(400, "the input length exceeds the context length")
+    tokens = count_tokens(request.prompt) + extra
+    if tokens > wanted.num_ctx:
+        request = replace(request, prompt=middle_cut(request.prompt, wanted.num_ctx))
+    refusal = None
+    if isinstance(request.format, str) and request.format not in ("", "json"):
+        quoted = json.dumps(json.dumps(request.format))
+        text = f'invalid format: {quoted}; expected "json" or a valid JSON Schema object'
+        refusal = (500, text)
+    elif tokens > wanted.num_ctx and not truncate:
+        refusal = (400, TOO_LONG)
+    script = answer(request, exchange.node.settings.answer)
+    if not shift:
+        script = _ended_by(script, max(wanted.num_ctx - tokens, 0) + 1)
     return Turn(
         model=request.model,
         prompt=request.prompt,
-        script=answer(request, exchange.node.settings.answer),
+        script=script,
         settings=wanted,
         keep_alive=keep_alive,
         extra_tokens=extra,
+        refusal=refusal,
     )
+
+
+def middle_cut(prompt: str, num_ctx: int) -> str:
+    """What is evaluated of a prompt that is too long: its first tokens and its end."""
+    most, kept = num_ctx * TOKEN_CHARACTERS, min(KEPT_TOKENS, num_ctx - 1) * TOKEN_CHARACTERS
+    return prompt[:kept] + prompt[kept - most :]
+
+
+def _ended_by(script: Script, tokens: int) -> Script:
+    """Where nothing may shift, an answer ends when the context is full."""
+    if len(script.content) <= tokens:
+        return script
+    return replace(script, content=script.content[:tokens], done_reason="length")
 
 
 def tools(fields: Fields) -> list[dict[str, Any]]:
     """The request's tools; a `null` among them is one without a name."""
-    return [tool.raw for tool in fields.objects("tools", "Tool")]
+    return [tool.raw for tool in fields.objects("tools", "api.Tools", "api.Tool")]
 
 
 def stops(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     return tuple(str(stop) for stop in value) if isinstance(value, list) else ()
+
+
+def conversation(
+    exchange: Exchange,
+    model: Model,
+    messages: Sequence[Fields],
+    options: Mapping[str, Any],
+    *,
+    truncate: bool = True,
+) -> str:
+    """The prompt of a chat: without its oldest messages if all do not fit, but the system's."""
+    prompt = flatten(messages)
+    most = settings(exchange, model, options).num_ctx if truncate else math.inf
+    for first in range(1, len(messages)):
+        if count_tokens(prompt) <= most:
+            break
+        system = [said for said in messages[:first] if said.text("role") == "system"]
+        prompt = flatten([*system, *messages[first:]])
+    return prompt
 
 
 def flatten(messages: Sequence[Fields]) -> str:

@@ -12,16 +12,34 @@ from aiohttp import web
 from support.ollama.exchange import SSE, Exchange
 from support.ollama.generation import Kind
 from support.ollama.gojson import Fields
-from support.ollama.reply import Outcome, reply
+from support.ollama.reply import STREAM_HEADERS, Outcome, event, reply
 from support.ollama.script import Request, ToolCall
 
 from . import options as read
-from .events import STREAM_HEADERS, event
 from .lookup import require, require_name, require_tools, resolve, single_quoted
 
 RESPONSE_ID = "resp_0123456789abcdef"
 MESSAGE_ID = "msg_0123456789abcdef"
 REASONING_ID = "rs_0123456789abcdef"
+
+# What every response says, whatever was asked.
+_CONSTANT = {
+    "background": False,
+    "frequency_penalty": 0,
+    "max_tool_calls": None,
+    "presence_penalty": 0,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": None,
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": False,
+    "temperature": 1,
+    "text": {"format": {"type": "text"}},
+    "top_logprobs": 0,
+    "top_p": 1,
+    "truncation": "disabled",
+}
 
 
 async def responses(exchange: Exchange) -> web.StreamResponse:
@@ -37,7 +55,7 @@ async def responses(exchange: Exchange) -> web.StreamResponse:
     limit = fields.number("max_output_tokens")
     request = Request(
         model,
-        fields.text("instructions") + read.flatten(turns),
+        fields.text("instructions") + read.conversation(exchange, model, turns, {}),
         last_user=read.last_user(turns),
         num_predict=int(limit) if limit else None,
         think=read.wants_thinking(model, fields.mapping("reasoning").get("effort"), asked),
@@ -46,7 +64,9 @@ async def responses(exchange: Exchange) -> web.StreamResponse:
         after_tool=bool(turns) and turns[-1].text("type") == "function_call_output",
     )
     turn = read.turn(exchange, request, {})
-    return await reply(exchange, turn, ResponseEvents(asked), stream=fields.flag("stream"))
+    return await reply(
+        exchange, turn, ResponseEvents(asked, request.num_predict), stream=fields.flag("stream")
+    )
 
 
 class ResponseEvents:
@@ -56,8 +76,9 @@ class ResponseEvents:
     headers: Mapping[str, str] = STREAM_HEADERS
     garbage = b'event: response.output_text.delta\ndata: {"type":"respon\n\n'
 
-    def __init__(self, asked: str) -> None:
+    def __init__(self, asked: str, limit: int | None) -> None:
         self._asked = asked
+        self._limit = limit
         self._created = int(time.time())
         self._number = -1
         self._index = -1
@@ -127,6 +148,9 @@ class ResponseEvents:
             "tool_choice": "auto",
             "tools": [],
             "usage": usage,
+            "completed_at": None if usage is None else int(time.time()),
+            "max_output_tokens": self._limit,
+            **_CONSTANT,
         }
 
     def _place(self) -> dict[str, Any]:
@@ -218,7 +242,7 @@ def _turns(fields: Fields) -> list[Fields]:
     """`input` is one user message as text, or a list of items."""
     if isinstance(said := fields.raw.get("input"), str):
         return [Fields("Message", {"role": "user", "content": said})]
-    return fields.objects("input", "ResponsesInputItem")
+    return fields.objects("input", "[]openai.ResponsesInputItem", "openai.ResponsesInputItem")
 
 
 def _format(wanted: Any) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 from aiohttp import web
 
 from support.ollama import names
-from support.ollama.exchange import Exchange, StreamError
+from support.ollama.exchange import Exchange
 from support.ollama.gojson import Fields
 from support.ollama.models import Model, sha256_hex
 from support.ollama.reply import ProgressLines, report
-from support.ollama.wire import ApiError
+from support.ollama.wire import ApiError, StreamError
 
 PROGRESS_SECONDS = 0.06
 NOT_IN_REGISTRY = "pull model manifest: file does not exist"
@@ -47,7 +47,7 @@ async def push(exchange: Exchange) -> web.StreamResponse:
         model = exchange.node.store.find(asked)
         if model is None:
             await lines.send("couldn't retrieve manifest")
-            raise StreamError("file does not exist")
+            raise StreamError(_no_manifest(exchange, asked))
         if not exchange.node.settings.may_push:
             raise StreamError("you are not authorized to push to this namespace")
         await _pushed(exchange, model, lines)
@@ -59,24 +59,28 @@ async def push(exchange: Exchange) -> web.StreamResponse:
 async def create(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("CreateRequest")
     asked = fields.name()
+    files = {str(file): str(blob) for file, blob in fields.mapping("files").items()}
+    if any(file.startswith("/") or ".." in file.split("/") for file in files):
+        raise ApiError(400, "file path must be relative")
+    if not all(files.values()):
+        raise ApiError(400, "invalid digest format")
     if names.parse(asked) is None:
         raise ApiError(400, "invalid model name")
-    source, files = fields.text("from"), fields.mapping("files")
-    if not source and not files:
-        raise ApiError(400, "neither 'from' or 'files' was specified")
-    for digest in files.values():
-        if not exchange.node.store.has_blob(str(digest)):
-            raise ApiError(400, f"blob {digest} does not exist")
 
     async def work(lines: ProgressLines) -> None:
-        store = exchange.node.store
-        base = store.find(source) if source else _from_files(exchange, asked, files)
-        if base is None:  # a node that lacks what `from` names pulls it by itself
-            base = await _pulled(exchange, source, lines)
+        source = fields.text("from")
+        if source:
+            base = await _from_model(exchange, source, lines)
+            manifest = f"{base.blob} from {base.name}"
+        else:
+            base = await _from_files(exchange, asked, files, lines)
+            # The manifest names the file that the weights came from: on this node's disk.
+            manifest = f"{base.blob} from {exchange.node.settings.blob_path(base.blob)}"
+        changes = _changes(fields, base)
         await lines.send(f"using existing layer {base.blob}")
         await lines.send("writing manifest")
-        digest = sha256_hex(f"manifest of {asked} on {base.digest}")
-        store.copy(base, asked, digest=digest, **_changes(fields, base))
+        digest = sha256_hex(f"manifest of {manifest} with {sorted(changes.items())}")
+        exchange.node.store.copy(base, asked, digest=digest, **changes)
         await lines.send("success")
 
     return await report(exchange, work, stream=fields.flag("stream", True))
@@ -100,6 +104,15 @@ async def blob_post(exchange: Exchange) -> web.StreamResponse:
         raise ApiError(400, f'digest mismatch, expected "{exchange.argument}", got "{actual}"')
     store.uploaded[digest] = size
     return exchange.nothing(201)
+
+
+def _no_manifest(exchange: Exchange, asked: str) -> str:
+    name = names.parse(asked)
+    if name is None:
+        whole = names.filled(asked)
+        return f"unqualified name: {whole.host}/{whole.namespace}/{whole.model}:{whole.tag}"
+    path = f"{exchange.node.settings.models_path}/manifests/{name.path}"
+    return f"open {path}: no such file or directory"
 
 
 async def _pulled(exchange: Exchange, asked: str, lines: ProgressLines) -> Model:
@@ -148,9 +161,29 @@ def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
-def _from_files(exchange: Exchange, asked: str, files: dict[str, Any]) -> Model:
-    blob = str(next(iter(files.values())))
-    return Model(asked, size_bytes=exchange.node.store.uploaded.get(blob, 0), blob=blob)
+async def _from_model(exchange: Exchange, source: str, lines: ProgressLines) -> Model:
+    if names.parse(source) is None:
+        raise StreamError("invalid model name", 400)
+    found = exchange.node.store.find(source)
+    # A node that lacks what `from` names pulls it by itself.
+    return found or await _pulled(exchange, source, lines)
+
+
+async def _from_files(
+    exchange: Exchange, asked: str, files: dict[str, str], lines: ProgressLines
+) -> Model:
+    if not files:
+        raise StreamError("neither 'from' or 'files' was specified", 400)
+    file, blob = next(iter(files.items()))
+    store = exchange.node.store
+    known = store.has_blob(blob)
+    if not known and not file.endswith(".gguf"):  # it would have looked into the file
+        raise StreamError("unknown type", 400)
+    await lines.send("parsing GGUF")
+    if not known:
+        path = exchange.node.settings.blob_path(blob)
+        raise StreamError(f"open {path}: no such file or directory")
+    return Model(asked, size_bytes=store.uploaded.get(blob, 0), blob=blob)
 
 
 def _changes(fields: Fields, base: Model) -> dict[str, Any]:
