@@ -14,8 +14,9 @@ from msgspec import Struct, field
 from ollama_coordinator_common.protocol import LogLine, LogReport
 from ollama_coordinator_common.types import AgentId
 
-LINES = 500
-LINE_CHARACTERS = 2000
+LINES, LINE_CHARACTERS = 500, 2000
+"""Of one agent's log: at most a megabyte, whatever an agent sends."""
+
 LOOKING_SECONDS = 30.0
 """How long after its last question a client is taken to read still; the page asks more often."""
 

@@ -14,6 +14,8 @@ from .db import Store
 log = logging.getLogger(__name__)
 
 KEEP_SECONDS = 10.0
+"""What a crash may cost: the state of so many seconds."""
+
 BYTES_PER_SECOND = 200_000
 """The most that a document may write on average: a long one is written more seldom."""
 

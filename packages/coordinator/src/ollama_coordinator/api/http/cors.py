@@ -27,6 +27,7 @@ ALLOWED_HEADERS = (
 )
 ALLOWED_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 MAX_AGE_SECONDS = 12 * 3600
+"""How long a browser may remember a preflight: as gin's CORS, which Ollama uses, has it."""
 
 _PREFLIGHT: Headers = [
     (b"access-control-allow-methods", ",".join(ALLOWED_METHODS).encode()),

@@ -13,6 +13,7 @@ from msgspec import Struct
 from ollama_coordinator.scheduler import Kind, Timings
 
 NANOSECONDS = 1e9
+"""Of a second; Ollama reports durations in nanoseconds."""
 
 
 class Dialect(Enum):

@@ -15,8 +15,7 @@ from .request import Routing
 
 PATH = "/v1/audio/transcriptions"
 
-HEADERS = 1000
-HEADER_BYTES = 64 * 1024
+HEADERS, HEADER_BYTES = 1000, 64 * 1024
 """Of one part: far more than clients send, and no more than Ollama's own decoder takes."""
 
 # Its warnings are about single requests; a form that is wrong is for Ollama to answer.

@@ -20,12 +20,14 @@ from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
-PAGE = 50
-LARGEST_PAGE = 500
-EXPORT_PAGE = 1000
-SHORTEST_MINUTES = 1
-LONGEST_MINUTES = 31 * 24 * 60
+PAGE, LARGEST_PAGE = 50, 500
+"""Rows of a page of the history: a screen or two, and at most some hundred kilobytes."""
 
+EXPORT_PAGE = 1000
+"""Rows that an export reads at a time: the database's one thread serves others in between."""
+
+SHORTEST_MINUTES, LONGEST_MINUTES = 1, 31 * 24 * 60
+"""Of a chart: some points of the finest tier; nearly as much as the coarsest one keeps."""
 
 Limit = Annotated[int, Meta(ge=1, le=LARGEST_PAGE)]
 Minutes = Annotated[float, Meta(ge=SHORTEST_MINUTES, le=LONGEST_MINUTES)]
