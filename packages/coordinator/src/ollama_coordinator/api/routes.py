@@ -16,7 +16,7 @@ from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
 from .own.history import HistoryApi
 from .own.operations import OperationsApi
-from .own.requests import ExplainApi, RequestsApi
+from .own.requests import RequestsApi
 from .own.settings import SettingsApi
 
 
@@ -27,7 +27,6 @@ def endpoints(parts: Parts) -> list[Endpoint]:
     lists, show, cloud = ListsApi(parts), ShowApi(parts), CloudApi(parts)
     transfer, operations, settings = TransferApi(parts), OperationsApi(parts), SettingsApi(parts)
     dashboard, events, history = DashboardApi(), EventsApi(parts), HistoryApi(parts)
-    explain = ExplainApi(parts)
     table = [
         *(Endpoint("POST", one.path, Proxy(parts, one, context_fit)) for one in INFERENCE_ROUTES),
         # Ollama's, beside inference
@@ -74,8 +73,8 @@ def endpoints(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/requests/{request_id}", requests.show),
         Endpoint("DELETE", "/api/requests/{request_id}", requests.cancel),
         Endpoint("GET", "/api/queue", requests.queue),
-        Endpoint("POST", "/api/explain", explain.explain),
-        Endpoint("GET", "/api/estimates", explain.estimates),
+        Endpoint("POST", "/api/explain", requests.explain),
+        Endpoint("GET", "/api/estimates", requests.estimates),
         Endpoint("GET", "/api/history", history.list),
         Endpoint("GET", "/api/history/choices", history.choices),
         Endpoint("GET", "/api/history/export", history.export),

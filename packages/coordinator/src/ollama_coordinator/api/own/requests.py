@@ -35,6 +35,7 @@ def _detailed(name: str, base: type[Struct], about: str, **fields: Any) -> Any:
 
 
 RequestViews = list[RequestView]
+Estimates = list[Estimate]
 LivingRequest = _detailed(
     "LivingRequest",
     RequestView,
@@ -51,13 +52,23 @@ FinishedRequest = _detailed(
 )
 
 
+class ChatRequest(Struct, frozen=True):
+    """A request of `/api/chat` or `/api/generate`; fields that are not here are not read."""
+
+    model: str
+    messages: list[dict[str, Any]] = []
+    prompt: str = ""
+    options: dict[str, Any] = {}
+
+
 class RequestsApi:
-    """The handlers of live requests."""
+    """The handlers of requests."""
 
     def __init__(self, parts: Parts) -> None:
         self._history = parts.observation.history
         self._journal: Journal = parts.observation.journal
         self._dispatch = parts.dispatch
+        self._scheduler = parts.scheduler
         self._clock = parts.clock
 
     @operation(gives={200: RequestViews})
@@ -99,6 +110,19 @@ class RequestsApi:
             raise _unknown(request_id)
         return Response(status_code=204)
 
+    @operation(takes=ChatRequest, gives={200: Decision}, errors=(404, 409, 503))
+    async def explain(self, request: Request) -> Response:
+        """Where a request would go, and why; nothing is sent."""
+        routing = read_routing(CHAT, await own_body(request))
+        now = self._clock.now()
+        asked = schedulable(CHAT, routing, request.scope, now)
+        return reply(self._scheduler.explain(asked, now))
+
+    @operation(gives={200: Estimates}, errors=(409,))
+    async def estimates(self, request: Request) -> Response:
+        """Learned speeds of every model on every agent."""
+        return reply(self._scheduler.estimates())
+
     def _living(self, entry: JournalEntry) -> Any:
         now = self._clock.now()
         view = next(view for view in self._journal.views(now) if view.id == entry.request.id)
@@ -118,33 +142,3 @@ def _unknown(request_id: str) -> HttpError:
     return HttpError(
         404, f"request '{request_id}' is not known; see /api/requests and /api/history"
     )
-
-
-class ChatRequest(Struct, frozen=True):
-    """A request of `/api/chat` or `/api/generate`; fields that are not here are not read."""
-
-    model: str
-    messages: list[dict[str, Any]] = []
-    prompt: str = ""
-    options: dict[str, Any] = {}
-
-
-class ExplainApi:
-    """The handlers of the scheduler's predictions."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._scheduler = parts.scheduler
-        self._clock = parts.clock
-
-    @operation(takes=ChatRequest, gives={200: Decision}, errors=(404, 409, 503))
-    async def explain(self, request: Request) -> Response:
-        """Where a request would go, and why; nothing is sent."""
-        routing = read_routing(CHAT, await own_body(request))
-        now = self._clock.now()
-        asked = schedulable(CHAT, routing, request.scope, now)
-        return reply(self._scheduler.explain(asked, now))
-
-    @operation(gives={200: list[Estimate]}, errors=(409,))
-    async def estimates(self, request: Request) -> Response:
-        """Learned speeds of every model on every agent."""
-        return reply(self._scheduler.estimates())
