@@ -68,8 +68,8 @@ class Monitor:
         self._agent_store = agent_store
         self.interval = interval
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
-        self._silent: dict[AgentId, tuple[int, float]] = {}
-        self._asked_at: dict[AgentId, float] = {}
+        self._silent: dict[AgentId, tuple[int, float]] = {}  # failed probes in a row, last probe
+        self._asked_at: dict[AgentId, float] = {}  # for the lists of models
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -126,13 +126,13 @@ class Monitor:
     # ── probing ───────────────────────────────────────────────────────────────────────────────
 
     def _wants_probe(self, agent: AgentState, silent: set[AgentId], now: float) -> bool:
-        lives = agent.is_bare or self._registry.is_online(agent, now)
+        online = agent.is_bare or self._registry.is_online(agent, now)
         if agent.resting and agent.cooldown is not None:
-            return lives and now >= agent.cooldown.until
+            return online and now >= agent.cooldown.until
         if agent.id in silent:
             failures, asked_at = self._silent.get(agent.id, (0, -inf))
             return now - asked_at >= (PROBE_AGAIN_SECONDS if failures else SILENCE_SECONDS)
-        if agent.brings_inventory or not lives:
+        if agent.brings_inventory or not online:
             return False
         # A model was loaded: only its Ollama knows which others had to leave memory for it.
         interval = min(AFTER_LOAD_SECONDS if agent.inventory.is_inferred else inf, self.interval)
@@ -195,7 +195,7 @@ class Monitor:
             if silent and failures >= (SILENT_PROBES if held.began_at is None else STALLED_PROBES):
                 yield held
 
-    # ── models of agents that do not bring them ───────────────────────────────────────────────
+    # ── models of agents that do not report them ──────────────────────────────────────────────
 
     async def look_at(self, agent: AgentState, *, seconds: float) -> None:
         """Learn an agent's models now; one that does not answer in `seconds` leaves rotation."""
@@ -237,7 +237,7 @@ class Monitor:
         return not agent.brings_inventory and now - asked_at > older_than
 
     async def _ask_models(self, agent: AgentState) -> None:
-        """Take over what the agent's Ollama lists.
+        """Read the lists of the agent's Ollama into the registry.
 
         Raises:
             Unreachable: it does not list its models.

@@ -95,10 +95,9 @@ class Target:
     `failures` counts attempts that broke off since the last progress.
     """
 
-    def __init__(self, agent: AgentState, command: AgentCommand) -> None:
+    def __init__(self, agent: AgentState) -> None:
         self.agent_id = agent.id
         self.agent_name = agent.name
-        self.command = command
         self.state = OperationState.WAITING
         self.status = ""
         self.error: OllamaCoordinatorError | None = None
@@ -164,15 +163,9 @@ class Operation:
             return OperationState.CANCELLED
         return OperationState.FAILED if self.error is not None else OperationState.DONE
 
-    def add(
-        self, agents: Iterable[AgentState], command: AgentCommand | None = None
-    ) -> list[Target]:
+    def add(self, agents: Iterable[AgentState]) -> list[Target]:
         """Add agents; the targets of those that are new."""
-        new = [
-            Target(agent, command or self.command)
-            for agent in agents
-            if agent.id not in self.targets
-        ]
+        new = [Target(agent) for agent in agents if agent.id not in self.targets]
         self.targets.update((target.agent_id, target) for target in new)
         return new
 
@@ -226,11 +219,9 @@ class Operation:
             self.error = self.error or self._failure()
         self.feed.end()
 
-    def forget_bodies(self) -> None:
-        """Drop the bodies of its commands, perhaps megabytes; the rest is remembered."""
+    def forget_body(self) -> None:
+        """Drop its command's body, perhaps megabytes; the rest is remembered."""
         self.command = structs.replace(self.command, body="")
-        for target in self.targets.values():
-            target.command = structs.replace(target.command, body="")
 
     def _failure(self) -> OllamaCoordinatorError:
         """What an Ollama answered, if any did; else that an agent was not reached."""

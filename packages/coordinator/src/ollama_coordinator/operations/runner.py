@@ -195,12 +195,12 @@ class Operations:
                 self._drop_deferred(operation)
             if operation.state is OperationState.DONE:
                 self._drop_uploads(operation)
-            operation.forget_bodies()
+            operation.forget_body()
         log.info("operation ended", extra=_facts(operation))
 
     def _drop_deferred(self, operation: Operation) -> None:
         for target in operation.targets.values():
-            self._deferred.finish(target.agent_id, target.command)
+            self._deferred.finish(target.agent_id, operation.command)
 
     def _drop_uploads(self, operation: Operation) -> None:
         """Drop the files of a created model: the agents have them now."""
@@ -230,9 +230,8 @@ class Operations:
                 self._deferred.forget(deferred.agent_id)
             elif agent.id not in busy and self._registry.is_reachable(agent, now):
                 busy.add(agent.id)
-                targets = [o.targets[agent.id] for o in running if agent.id in o.targets]
                 # The operation that deferred it may still run on other agents: not beside it.
-                if deferred.command not in [target.command for target in targets]:
+                if deferred.command not in [o.command for o in running if agent.id in o.targets]:
                     self.start(deferred.command, [agent], detached=True)
 
 

@@ -13,7 +13,7 @@ from .deferred import Deferred
 from .operation import Operation, Target
 from .progress import ProgressLine
 from .remote import Remote
-from .types import DeferredCommand, OperationKind, OperationState, Refused
+from .types import AgentCommand, DeferredCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ class Worker:
         """Keep what every agent still has to do, so that a restart continues it."""
         for target in operation.targets.values():
             if not target.state.is_over:
-                self._defer(target)
+                self._defer(operation, target)
 
-    def _defer(self, target: Target) -> None:
+    def _defer(self, operation: Operation, target: Target) -> None:
         since = self._clock.utc(self._clock.now())
-        self._deferred.add(DeferredCommand(target.agent_id, target.command, since))
+        self._deferred.add(DeferredCommand(target.agent_id, operation.command, since))
 
     async def carry_out(self, operation: Operation) -> None:
         """Run until every target is over; targets may be added meanwhile."""
@@ -122,7 +122,7 @@ class Worker:
         target.interrupt = Interrupt()
         try:
             async with target.interrupt:
-                await self._remote.do(agent, target.command, report)
+                await self._remote.do(agent, operation.command, report)
         except Refused as exc:
             log.warning("agent refused", extra=_facts(operation, target, exc))
             self._fail(operation, target, exc)
@@ -131,14 +131,14 @@ class Worker:
             self._broke_off(operation, target, agent, exc)
             await asyncio.sleep(LOOK_SECONDS)
         else:
-            self._deferred.finish(target.agent_id, target.command)
+            self._deferred.finish(target.agent_id, operation.command)
             self._registry.answered(agent)
-            await self._update_models(target, agent)
+            await self._update_models(operation.command, agent)
             operation.succeeds(target)
 
     def _fail(self, operation: Operation, target: Target, reason: Refused) -> None:
         operation.gives_up(target, OperationState.FAILED, reason)
-        self._deferred.finish(target.agent_id, target.command)
+        self._deferred.finish(target.agent_id, operation.command)
 
     def _broke_off(
         self, operation: Operation, target: Target, agent: AgentState, error: UpstreamError
@@ -152,14 +152,13 @@ class Worker:
         self._dispatch.take_out(agent, str(error))
         operation.is_away(target, reason, self._clock.now())
 
-    async def _update_models(self, target: Target, agent: AgentState) -> None:
+    async def _update_models(self, command: AgentCommand, agent: AgentState) -> None:
         """Learn at once which models the agent has now: the next request may ask for this one."""
-        key = target.command.key
-        if target.command.kind is OperationKind.DELETE:
-            self._registry.note_missing(agent, key)
-        elif target.command.kind is OperationKind.UNLOAD:
-            self._registry.note_unloaded(agent, key)
-        if target.command.kind is not OperationKind.PUSH:
+        if command.kind is OperationKind.DELETE:
+            self._registry.note_missing(agent, command.key)
+        elif command.kind is OperationKind.UNLOAD:
+            self._registry.note_unloaded(agent, command.key)
+        if command.kind is not OperationKind.PUSH:
             await self._monitor.look_at(agent, seconds=LISTED_SECONDS)
 
     # ── agents that are silent or away ────────────────────────────────────────────────────────
@@ -195,7 +194,7 @@ class Worker:
         away = Refused(503, f"agent {target.agent_name} is away; it goes on when it is back")
         operation.gives_up(target, OperationState.PENDING, target.error or away)
         if operation.kind is not OperationKind.PUSH:
-            self._defer(target)
+            self._defer(operation, target)
 
 
 def _replace(operation: Operation, target: Target) -> None:
