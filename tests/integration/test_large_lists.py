@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from ollama_coordinator import aio
 from ollama_coordinator.api.models import lists
-from ollama_coordinator.api.models.lists import FleetModel, ListsApi, fleet_model
+from ollama_coordinator.api.models.lists import FleetApi, FleetModel, ListsApi, fleet_model
 from ollama_coordinator.api.own.agents import AgentsApi
 from ollama_coordinator.registry import Registry
 from support.coordinator import Running
@@ -40,8 +40,9 @@ async def test_others_run_while_a_list_is_made(
     await agents(coordinator, 3, *(f"m{number}" for number in range(50)))
     monkeypatch.setattr(aio, "SLICE_SECONDS", 0.0)
     request = Request({"type": "http"})
-    made = ListsApi(coordinator.parts)
-    for make in (made.tags, made.fleet, made.ps, AgentsApi(coordinator.parts).list):
+    parts = coordinator.parts
+    made = ListsApi(parts)
+    for make in (made.tags, FleetApi(parts).models, made.ps, AgentsApi(parts).list):
         turns = 0
 
         async def count() -> None:

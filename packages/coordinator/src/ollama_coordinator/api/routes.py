@@ -8,7 +8,7 @@ from .http.routing import Endpoint
 from .inference.context_fit import ContextFit
 from .inference.proxy import Proxy
 from .models.cloud import CloudApi
-from .models.lists import ListsApi
+from .models.lists import FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
 from .own.agents import AgentsApi
@@ -22,15 +22,16 @@ from .own.settings import SettingsApi
 
 def endpoints(parts: Parts) -> list[Endpoint]:
     """Every method of every path with its handler; the most frequent first."""
-    context_fit = ContextFit(parts)
-    agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
-    lists, show, cloud = ListsApi(parts), ShowApi(parts), CloudApi(parts)
-    transfer, operations, settings = TransferApi(parts), OperationsApi(parts), SettingsApi(parts)
-    dashboard, events, history = DashboardApi(), EventsApi(parts), HistoryApi(parts)
-    table = [
+    table = [*_of_ollama(parts), *_of_our_own(parts)]
+    table.append(Endpoint("GET", "/api/openapi.json", OpenApi(table).show))
+    return table
+
+
+def _of_ollama(parts: Parts) -> list[Endpoint]:
+    context_fit, lists, show = ContextFit(parts), ListsApi(parts), ShowApi(parts)
+    transfer, cloud = TransferApi(parts), CloudApi(parts)
+    return [
         *(Endpoint("POST", one.path, Proxy(parts, one, context_fit)) for one in INFERENCE_ROUTES),
-        # Ollama's, beside inference
-        Endpoint("GET", "/", dashboard.root),
         Endpoint("GET", "/api/version", lists.version),
         Endpoint("GET", "/api/tags", lists.tags),
         Endpoint("GET", "/api/ps", lists.ps),
@@ -51,7 +52,15 @@ def endpoints(parts: Parts) -> list[Endpoint]:
         Endpoint("POST", "/api/experimental/web_search", cloud.web),
         Endpoint("POST", "/api/experimental/web_fetch", cloud.web),
         Endpoint("GET", "/api/experimental/model-recommendations", cloud.recommendations),
-        # our own: agents
+    ]
+
+
+def _of_our_own(parts: Parts) -> list[Endpoint]:
+    agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
+    fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
+    settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
+    return [
+        # agents
         Endpoint("POST", "/api/health", health.heartbeat),
         Endpoint("POST", "/api/agents", agents.register),
         Endpoint("GET", "/api/agents", agents.list),
@@ -61,14 +70,14 @@ def endpoints(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/agents/{agent_id}/details", agents.details),
         Endpoint("GET", "/api/agents/{agent_id}/log", agents.log),
         Endpoint("POST", "/api/agents/{agent_id}/log", agents.take_log),
-        # our own: models and operations
-        Endpoint("GET", "/api/models", lists.fleet),
+        # models and operations
+        Endpoint("GET", "/api/models", fleet.models),
         Endpoint("GET", "/api/operations", operations.overview),
         Endpoint("POST", "/api/operations", operations.start),
         Endpoint("GET", "/api/operations/{operation_id}", operations.show),
         Endpoint("DELETE", "/api/operations/{operation_id}", operations.cancel),
         Endpoint("GET", "/api/operations/{operation_id}/progress", operations.follow),
-        # our own: requests, live and finished
+        # requests, live and finished
         Endpoint("GET", "/api/requests", requests.list),
         Endpoint("GET", "/api/requests/{request_id}", requests.show),
         Endpoint("DELETE", "/api/requests/{request_id}", requests.cancel),
@@ -79,14 +88,13 @@ def endpoints(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/history/choices", history.choices),
         Endpoint("GET", "/api/history/export", history.export),
         Endpoint("GET", "/api/statistics", history.statistics),
-        # our own: the coordinator itself
+        # the coordinator itself
         Endpoint("GET", "/healthz", health.healthz),
         Endpoint("GET", "/readyz", health.readyz),
         Endpoint("GET", "/api/settings", settings.list),
         Endpoint("PATCH", "/api/settings", settings.change),
+        Endpoint("GET", "/", dashboard.root),
         Endpoint("GET", "/dashboard", dashboard.page),
         Endpoint("GET", "/dashboard/events", events),
         Endpoint("GET", "/dashboard/{path:path}", dashboard.page),
     ]
-    table.append(Endpoint("GET", "/api/openapi.json", OpenApi(table).show))
-    return table

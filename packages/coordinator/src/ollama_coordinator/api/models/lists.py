@@ -157,15 +157,14 @@ class FleetModels(Struct, frozen=True):
 
 
 class ListsApi:
-    """The handlers of the lists."""
+    """The handlers of Ollama's lists."""
 
     def __init__(self, parts: Parts) -> None:
-        self._registry = registry = parts.registry
+        self._registry = parts.registry
         self._monitor = parts.monitor
         self._clock = parts.clock
         self._cloud = parts.cloud
-        self._lists = KeptList(registry, _listed, _write_lists)
-        self._fleet = KeptList(registry, _of_the_fleet, _write_fleet)
+        self._lists = KeptList(parts.registry, _listed, _write_lists)
 
     async def version(self, request: Request) -> Response:
         """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
@@ -203,12 +202,6 @@ class ListsApi:
         _, openai = await self._lists.bodies()
         return _v1(openai)
 
-    @operation(gives={200: FleetModels})
-    async def fleet(self, request: Request) -> Response:
-        """Every model of the fleet, and who has it."""
-        (body,) = await self._fleet.bodies()
-        return Response(body, media_type=JSON)
-
     async def v1_show(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
         name = request.path_params["model"]
@@ -225,6 +218,19 @@ class ListsApi:
         if row is None:
             return error_reply(HttpError(404, f"model '{name}' not found"), Dialect.OPENAI)
         return _v1(msgspec.json.encode({**_openai_row(row), "id": name}))
+
+
+class FleetApi:
+    """The handler of the fleet's own list."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._list = KeptList(parts.registry, _of_the_fleet, _write_fleet)
+
+    @operation(gives={200: FleetModels})
+    async def models(self, request: Request) -> Response:
+        """Every model of the fleet, and who has it."""
+        (body,) = await self._list.bodies()
+        return Response(body, media_type=JSON)
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────
