@@ -69,7 +69,7 @@ def _used_percent(agent: AgentState) -> float:
 
 
 class CountingScheduler(Scheduler):
-    """A `Scheduler` that asks a policy which counts."""
+    """The scheduler of the policies that count; its methods are those of `Scheduler`."""
 
     def __init__(self, policy: str, registry: Registry, choose: Choose, *, max_queue: int) -> None:
         self.policy = policy
@@ -84,7 +84,6 @@ class CountingScheduler(Scheduler):
         self._last_chosen: dict[AgentId, int] = {}
 
     def submit(self, request: Request, now: float) -> None:
-        """See `Scheduler.submit`."""
         found = eligible(self._registry, request, now)
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
@@ -93,19 +92,13 @@ class CountingScheduler(Scheduler):
         self._waiting[request.id] = request
 
     def withdraw(self, request_id: RequestId, now: float) -> None:
-        """See `Scheduler.withdraw`."""
         self._waiting.pop(request_id, None)
 
-    def began(self, lease_id: LeaseId, now: float) -> None:
-        """See `Scheduler.began`."""
-
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
-        """See `Scheduler.end`."""
         lease = self._leases.pop(lease_id)
         self._by_agent[lease.agent_id].discard(lease_id)
 
     def plan(self, now: float) -> Plan:
-        """See `Scheduler.plan`."""
         granted: list[Lease] = []
         refused: list[tuple[RequestId, SchedulerError]] = []
         none_free: set[str] = set()  # models without a free slot, now and so in this plan
@@ -153,7 +146,6 @@ class CountingScheduler(Scheduler):
         return lease
 
     def adopt(self, lease: Lease, now: float) -> bool:
-        """See `Scheduler.adopt`."""
         if self._registry.find(lease.agent_id) is None:
             return False
         self._count(lease)
@@ -166,7 +158,6 @@ class CountingScheduler(Scheduler):
         self._last_chosen[lease.agent_id] = lease.id
 
     def wake_at(self, now: float) -> float | None:
-        """See `Scheduler.wake_at`."""
         times = [
             min(request.arrived_at + RECOVERY_SECONDS, request.deadline or float("inf"))
             for request in self._waiting.values()
@@ -175,15 +166,12 @@ class CountingScheduler(Scheduler):
         return min(later, default=None)
 
     def leases(self) -> Iterable[Lease]:
-        """See `Scheduler.leases`."""
         return self._leases.values()
 
     def in_flight(self, agent_id: AgentId) -> int:
-        """See `Scheduler.in_flight`."""
         return len(self._by_agent.get(agent_id, ()))
 
     def waiting(self, now: float) -> list[Waiting]:
-        """See `Scheduler.waiting`."""
         position: Counter[str] = Counter()
         waiting = []
         for request in self._waiting.values():
@@ -192,13 +180,10 @@ class CountingScheduler(Scheduler):
         return waiting
 
     def waiting_count(self) -> int:
-        """See `Scheduler.waiting_count`."""
         return len(self._waiting)
 
     def export_state(self) -> Learned:
-        """See `Scheduler.export_state`."""
         return self._learned
 
     def import_state(self, learned: Learned) -> None:
-        """See `Scheduler.import_state`."""
         self._learned = learned

@@ -33,7 +33,7 @@ QUEUES_LOOKED_AT_PER_SECOND = 40  # A tick looks at so many a second: each may c
 
 
 class PredictedScheduler(Scheduler):
-    """A `Scheduler` that predicts.
+    """The scheduler that predicts; its methods are those of `Scheduler`.
 
     `weights`: a client's share of a contended model where it is not 1. `lengths` predict how long
     answers get.
@@ -69,7 +69,6 @@ class PredictedScheduler(Scheduler):
     # ── events ──────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request, now: float) -> None:
-        """See `Scheduler.submit`."""
         self._sync(now)
         queue = self._queues.of_request(request, now)
         if request.excluded or not (queue.hot or queue.cold or queue.loading):
@@ -86,14 +85,12 @@ class PredictedScheduler(Scheduler):
         self._dirty[queue] = self._dirty.get(queue, 0) | part
 
     def withdraw(self, request_id: RequestId, now: float) -> None:
-        """See `Scheduler.withdraw`."""
         entry = self._serving.entries.get(request_id)
         if entry is not None:
             self._serving.give_up(entry)
             self._look(entry.queue, BOTH)
 
     def began(self, lease_id: LeaseId, now: float) -> None:
-        """See `Scheduler.began`."""
         known = self._leases.running.get(lease_id)
         if known is None:  # it ended in the same moment
             return
@@ -110,7 +107,6 @@ class PredictedScheduler(Scheduler):
             self._look(queue, BOTH)
 
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
-        """See `Scheduler.end`."""
         run, queue = self._leases.finish(lease_id, now)
         place, machine = run.place, run.place.machine
         served = outcome.result in (Result.SERVED, Result.ERRORED)
@@ -139,7 +135,6 @@ class PredictedScheduler(Scheduler):
             self._idle[machine] = None
 
     def adopt(self, lease: Lease, now: float) -> bool:
-        """See `Scheduler.adopt`."""
         self._sync(now)
         request = lease.request
         machine = self._machines.by_agent.get(lease.agent_id)
@@ -153,7 +148,6 @@ class PredictedScheduler(Scheduler):
     # ── decisions ───────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> Plan:
-        """See `Scheduler.plan`."""
         self._sync(now)
         self._advance(now)
         serving = self._serving
@@ -217,7 +211,6 @@ class PredictedScheduler(Scheduler):
     # ── counts and reasons ──────────────────────────────────────────────────────────────────────
 
     def wake_at(self, now: float) -> float | None:
-        """See `Scheduler.wake_at`."""
         if not self._serving.entries:
             return None
         wake_at = self._tick_at
@@ -228,15 +221,12 @@ class PredictedScheduler(Scheduler):
         return max(wake_at, now)
 
     def leases(self) -> Iterable[Lease]:
-        """See `Scheduler.leases`."""
         return [run.lease for run, _ in self._leases.running.values()]
 
     def in_flight(self, agent_id: AgentId) -> int:
-        """See `Scheduler.in_flight`."""
         return self._leases.by_agent.get(agent_id, 0)
 
     def waiting(self, now: float) -> list[Waiting]:
-        """See `Scheduler.waiting`."""
         in_order: list[tuple[float, Waiting]] = []
         for queue in self._queues.waiting():
             self._queues.refresh(queue, now)
@@ -249,11 +239,9 @@ class PredictedScheduler(Scheduler):
         return [waiting for _, waiting in in_order]
 
     def waiting_count(self) -> int:
-        """See `Scheduler.waiting_count`."""
         return len(self._serving.entries)
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
-        """See `Scheduler.decision`."""
         known = self._leases.running.get(lease_id)
         if known is None:
             return None
@@ -261,7 +249,6 @@ class PredictedScheduler(Scheduler):
         return None if run.adopted else brief(run)
 
     def account(self, lease_id: LeaseId) -> Decision | None:
-        """See `Scheduler.account`."""
         known = self._leases.running.get(lease_id)
         if known is None:
             return None
@@ -269,26 +256,21 @@ class PredictedScheduler(Scheduler):
         return None if run.adopted else self._accounts.of(run, queue)
 
     def explain(self, request: Request, now: float) -> Decision:
-        """See `Scheduler.explain`."""
         self._sync(now)
         queue = self._queues.of_request(request, now)
         entry = QueueEntry(request, NO_TAG, queue, self._queues.expected_output(request), 0.0)
         return explain(self._registry, self._chooser, entry, now)
 
     def estimates(self) -> list[Estimate]:
-        """See `Scheduler.estimates`."""
         return estimates(self._machines, self._rates)
 
     def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
-        """See `Scheduler.estimate`."""
         return estimate(self._machines, self._rates, agent_id, model)
 
     def export_state(self) -> Learned:
-        """See `Scheduler.export_state`."""
         return export_learned(self._machines, self._rates, self._lengths)
 
     def import_state(self, learned: Learned) -> None:
-        """See `Scheduler.import_state`."""
         import_learned(learned, self._machines, self._rates, self._lengths)
 
 

@@ -64,6 +64,7 @@ class Scheduler(Protocol):
 
     def began(self, lease_id: LeaseId, now: float) -> None:
         """The first byte of the answer arrived. No error if the lease has ended."""
+        return
 
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
         """An attempt ended; its slot is free.

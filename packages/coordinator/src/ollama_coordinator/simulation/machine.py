@@ -4,8 +4,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.names import model_key
 
-TYPICAL_BYTES = 4_900_000_000
-"""An 8B model in 4 bits, for which the rates of a machine are stated."""
+TYPICAL_BYTES = 4_900_000_000  # an 8B model in 4 bits, for which the rates of a machine are stated
 
 GIB = 2**30
 

@@ -17,8 +17,7 @@ from ollama_coordinator_common.types import AgentId, Gpu, RunnerSettings
 from .machine import MachineSpec, ModelSpec
 from .trace import TraceRequest
 
-TINY = 1e-9
-"""Seconds of work that count as none: sums of floats do not end at 0."""
+TINY = 1e-9  # seconds of work that count as none: sums of floats do not end at 0
 
 
 @dataclass(slots=True, eq=False)
@@ -69,11 +68,9 @@ def _left(work: float, done: float) -> float:
     return work - done if work - done > TINY else 0.0
 
 
+# Beside others a model must fit into this share of what is free, as Ollama's estimates do.
 FIT_SHARE = 0.8
-"""Beside others a model must fit into this share of what is free, as Ollama's estimates do."""
-
-CONVERSATIONS_PER_SLOT = 1
-"""A slot of llama.cpp caches the prompt of its last request."""
+CONVERSATIONS_PER_SLOT = 1  # A slot of llama.cpp caches the prompt of its last request
 
 NEVER = float("inf")
 

@@ -29,12 +29,11 @@ from .node import Job, Node, health_report
 from .summary import PATIENCE_SECONDS, Record, Replay
 from .trace import TraceRequest
 
-AGENT_TIMEOUT_SECONDS = 60.0
-"""The setting's default."""
+AGENT_TIMEOUT_SECONDS = 60.0  # the setting's default
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+# A replay ends so long after its last arrival at the latest: what runs then never ends.
 AFTERWARDS_SECONDS = 600.0
-"""A replay ends so long after its last arrival at the latest: what runs then never ends."""
 
 NOWHERE = "192.0.2.1"  # RFC 5737: an address of nothing
 

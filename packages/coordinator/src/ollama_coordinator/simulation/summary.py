@@ -10,8 +10,7 @@ from ollama_coordinator.scheduler.types import Lane
 from .machine import Fleet
 from .trace import TraceRequest
 
-PATIENCE_SECONDS = 120.0
-"""A client that has heard nothing for so long leaves."""
+PATIENCE_SECONDS = 120.0  # A client that has heard nothing for so long leaves
 
 
 class Record(Struct, kw_only=True):
@@ -44,8 +43,7 @@ class Replay:
     most_in_flight: int = 0
 
 
-IN_TIME_SECONDS = 10.0
-"""People leave a chat that shows nothing for so long."""
+IN_TIME_SECONDS = 10.0  # people leave a chat that shows nothing for so long
 
 
 class Summary(Struct, frozen=True):
