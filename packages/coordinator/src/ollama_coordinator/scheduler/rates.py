@@ -58,7 +58,7 @@ class Quantity(IntEnum):
 
 def prior(quantity: Quantity, size: int, *, has_gpu: bool = True) -> float:
     """Tokens per second read or written, or the seconds of a load, for weights of `size` bytes."""
-    weight = max(size or TYPICAL_BYTES, 1)
+    weight = size if size > 0 else TYPICAL_BYTES
     if quantity is Quantity.PREFILL:
         rate = PREFILL_TOKENS_PER_SECOND * TYPICAL_BYTES / weight
         return rate if has_gpu else rate * WITHOUT_GPU_PREFILL

@@ -126,9 +126,9 @@ class Place:
             prior(quantity, self.disk_bytes, has_gpu=machine.has_gpu),
             machine.memory.total,
         )
-        if total is None or quantity is Quantity.LOAD:
+        if total is None or total >= self.memory_bytes or quantity is Quantity.LOAD:
             return rate
-        return rate / (1 + SPILL_FACTOR * max(0.0, 1 - total / max(self.memory_bytes, 1)))
+        return rate / (1 + SPILL_FACTOR * (1 - total / self.memory_bytes))
 
     def take_rates(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
@@ -516,9 +516,8 @@ class Running(Struct, eq=False):
 
     def remaining(self, now: float) -> float:
         """The predicted seconds left; never less than a quarter of its age."""
-        left = self.ends_at - now
-        least = (now - self.lease.granted_at) / 4
-        return max(least, left)
+        left, least = self.ends_at - now, (now - self.lease.granted_at) / 4
+        return left if left > least else least  # noqa: FURB136 - `max` takes three times as long
 
     def began(self, now: float) -> None:
         """The first byte of its answer came."""
