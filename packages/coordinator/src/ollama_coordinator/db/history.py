@@ -29,7 +29,7 @@ from .finished import (
 from .store import DatabaseError, Store
 
 UNWRITTEN_AT_MOST = 20_000
-"""When the database fails for long, older requests are dropped: these are some 20 MB."""
+"""When the database fails for long, older requests are dropped: each takes a kilobyte or two."""
 
 _UPSERT = "INSERT OR REPLACE INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)"
 

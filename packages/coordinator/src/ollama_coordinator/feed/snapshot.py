@@ -30,7 +30,7 @@ FINISHED_SHOWN = 40
 """Finished requests on the overview; the history page has all."""
 
 LIVE_SHOWN = 500
-"""Requests in progress that are sent to the page: more are a megabyte that nobody reads."""
+"""Requests in progress that are sent to the page, oldest first; the counts are of all."""
 
 OPERATIONS_SHOWN = 12
 """Operations that fit on the page of models."""

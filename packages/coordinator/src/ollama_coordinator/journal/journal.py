@@ -22,7 +22,7 @@ from .entry import Ended, JournalAttempt, JournalEntry, RequestState, RequestVie
 from .sampler import Sampler
 
 REMEMBERED = 500
-"""Finished requests kept in memory with their reasons: about a megabyte, and what pages show."""
+"""Finished requests kept in memory with their reasons; older ones are read from the database."""
 
 LONG_QUEUE = 100
 """A queue of so many is predicted once a second only: each prediction costs some microseconds."""

@@ -25,7 +25,7 @@ SAMPLE_SECONDS = 1.0
 """Every stretch of statistics (10 s at least) has some samples."""
 
 AGENTS_WRITTEN_SECONDS = 60.0
-"""How often agents' statistics are written: a thousand rows a second would wear the disk."""
+"""How often agents' statistics are written: a thousand agents have thousands of rows."""
 
 
 class Standing(Struct, frozen=True):

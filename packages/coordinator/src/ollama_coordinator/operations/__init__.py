@@ -2,7 +2,7 @@
 
 from .blobs import Blobs
 from .deferred import Deferred
-from .operation import Operation, Target
+from .operation import Operation
 from .remote import Remote
 from .runner import Operations
 from .targets import Chosen, Placement, TargetChooser, WrongPlacement, choose
@@ -15,7 +15,6 @@ from .types import (
     OperationState,
     OperationView,
     Refused,
-    TargetView,
     UnknownOperation,
 )
 from .uploads import UploadError, Uploads, digest_of
@@ -36,9 +35,7 @@ __all__ = [
     "Placement",
     "Refused",
     "Remote",
-    "Target",
     "TargetChooser",
-    "TargetView",
     "UnknownOperation",
     "UploadError",
     "Uploads",

@@ -32,7 +32,7 @@ from .worker import LOOK_SECONDS, Worker
 log = logging.getLogger(__name__)
 
 REMEMBERED = 100
-"""Ended operations that `GET /api/operations` still shows: a day's worth, some kilobytes each."""
+"""Ended operations that `GET /api/operations` still shows; each has a row for every agent."""
 
 
 class Operations:

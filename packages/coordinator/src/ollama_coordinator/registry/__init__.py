@@ -1,6 +1,6 @@
 """The registered agents and their state; pure: takes the time and facts, returns what changed."""
 
-from .agent import AgentSettings, AgentState, Cooldown
+from .agent import AgentSettings, AgentState
 from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
 from .model_index import contents, modified_at, newest
@@ -10,7 +10,6 @@ __all__ = [
     "AgentSettings",
     "AgentState",
     "AvailableRow",
-    "Cooldown",
     "Inventory",
     "LoadedRow",
     "Registration",
