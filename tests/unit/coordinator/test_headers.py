@@ -3,7 +3,6 @@
 import pytest
 
 from ollama_coordinator.api.http.headers import (
-    declared_length,
     first,
     served_by,
     to_client,
@@ -76,11 +75,3 @@ def test_the_first_value_of_a_header_counts() -> None:
     headers = [(b"a", b"1"), (b"b", b"\xe4"), (b"b", b"2")]
     assert first(headers, b"b") == "ä"
     assert first(headers, b"c") is None
-
-
-@pytest.mark.parametrize(
-    ("value", "length"), [(b"0", 0), (b"12", 12), (b"", None), (b"-1", None), (b"1,1", None)]
-)
-def test_a_length_is_a_number_or_not_declared(value: bytes, length: int | None) -> None:
-    assert declared_length({b"content-length": value}) == length
-    assert declared_length({}) is None

@@ -319,31 +319,36 @@ def part(body: bytes, more: bool = False) -> Message:
 
 
 async def test_a_body_is_joined_from_its_parts() -> None:
-    assert await read_body(receiving(part(b"ab", True), part(b"", True), part(b"c")), 3, None) == (
+    assert await read_body(receiving(part(b"ab", True), part(b"", True), part(b"c")), 3, {}) == (
         b"abc"
     )
-    assert await read_body(receiving({"type": "http.request"}), 3, None) == b""
+    assert await read_body(receiving({"type": "http.request"}), 3, {}) == b""
 
 
 async def test_a_body_of_exactly_the_limit_is_taken() -> None:
-    assert await read_body(receiving(part(b"abc")), 3, 3) == b"abc"
+    assert await read_body(receiving(part(b"abc")), 3, {b"content-length": b"3"}) == b"abc"
 
 
 async def test_a_body_that_announces_too_much_is_refused_before_it_is_read() -> None:
     with pytest.raises(HttpError, match=r"the limit is 3 bytes \(COORDINATOR_MAX_BODY_MIB\)") as e:
-        await read_body(receiving(), 3, 4)
+        await read_body(receiving(), 3, {b"content-length": b"4"})
     assert e.value.status == 413
+
+
+@pytest.mark.parametrize("length", [b"", b"-1", b"9,9", b"x"])
+async def test_a_length_that_is_no_number_announces_nothing(length: bytes) -> None:
+    assert await read_body(receiving(part(b"abc")), 3, {b"content-length": length}) == b"abc"
 
 
 async def test_a_body_that_grows_too_large_is_refused_at_once() -> None:
     with pytest.raises(HttpError) as caught:
-        await read_body(receiving(part(b"ab", True), part(b"cd", True)), 3, None)
+        await read_body(receiving(part(b"ab", True), part(b"cd", True)), 3, {})
     assert caught.value.status == 413
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body_is_gone() -> None:
     with pytest.raises(ClientLeft):
-        await read_body(receiving(part(b"ab", True), {"type": "http.disconnect"}), 9, None)
+        await read_body(receiving(part(b"ab", True), {"type": "http.disconnect"}), 9, {})
 
 
 # ── both ways of reading ──────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """Which headers pass between a client and an agent's Ollama, and which end here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from urllib.parse import quote
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
@@ -101,9 +101,3 @@ def served_by(agent_name: str, request_id: str) -> list[tuple[bytes, bytes]]:
 def first(headers: RawHeaders, name: bytes) -> str | None:
     """The first value of a header."""
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
-
-
-def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
-    """The announced size of a body in bytes."""
-    value = headers.get(b"content-length", b"")
-    return int(value) if value.isdigit() else None

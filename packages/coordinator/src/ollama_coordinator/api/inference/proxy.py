@@ -12,7 +12,7 @@ from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
-from ollama_coordinator.api.http.headers import declared_length, to_ollama
+from ollama_coordinator.api.http.headers import to_ollama
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import JournalEntry
 from ollama_coordinator.parts import Parts
@@ -49,9 +49,8 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            limit = self._settings.config.max_body_bytes
             headers = dict(scope["headers"])
-            body = await read_body(receive, limit, declared_length(headers))
+            body = await read_body(receive, self._settings.config.max_body_bytes, headers)
             async with until_disconnect(receive):
                 routing = await self._read_routing(headers, body)
                 request = schedulable(self._route, routing, scope, self._clock.now())

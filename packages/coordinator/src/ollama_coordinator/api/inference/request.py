@@ -38,7 +38,7 @@ INLINE_IMAGE_BYTES = 20_000
 """A message longer than this with a data URL in it is taken for an image, not for text."""
 
 
-async def read_body(receive: Receive, limit: int, declared: int | None) -> bytes:
+async def read_body(receive: Receive, limit: int, headers: Mapping[bytes, bytes]) -> bytes:
     """The whole request body, joined once.
 
     Raises:
@@ -47,7 +47,8 @@ async def read_body(receive: Receive, limit: int, declared: int | None) -> bytes
     """
     parts: list[bytes] = []
     size = 0
-    if (declared or 0) > limit:
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit:
         raise _too_large(limit)
     more = True
     while more:
