@@ -68,7 +68,7 @@ LAYERS = (
     {"journal", "monitor", "commands"},
     {"dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state"},
-    {"registry", "db", "http1", "pool", "aio", "clock", "agent_logs"},
+    {"registry", "db", "http1", "aio", "clock", "agent_logs"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""
 

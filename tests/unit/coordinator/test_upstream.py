@@ -12,9 +12,9 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from ollama_coordinator.pool import LargeBody
 from ollama_coordinator.upstream import (
     Cut,
+    LargeBody,
     Unreachable,
     UpstreamError,
     Upstreams,
@@ -98,7 +98,7 @@ async def test_no_error_of_the_library_escapes(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstreams = Upstreams()
-    monkeypatch.setattr(upstreams, "_pool", Failing(error))
+    monkeypatch.setattr(upstreams, "_send", Failing(error).send)
     with pytest.raises(Unreachable) as caught:
         async with upstreams.open("GET", "http://gpu-1:11434/"):
             pytest.fail("must not open")
@@ -208,7 +208,7 @@ async def test_a_host_that_cannot_be_one_is_unreachable(upstreams: Upstreams, ho
 async def test_a_connection_that_does_not_come_about_makes_one_think_of_a_firewall(
     upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstreams, "_pool", Failing(aiohttp.ConnectionTimeoutError()))
+    monkeypatch.setattr(upstreams, "_send", Failing(aiohttp.ConnectionTimeoutError()).send)
     with pytest.raises(Unreachable, match="no connection within 3 s; does a firewall"):
         await upstreams.fetch("GET", "http://gpu-1:11434/", seconds=5)
 

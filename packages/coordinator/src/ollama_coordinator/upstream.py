@@ -10,16 +10,41 @@ UpstreamError
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import socket
+from collections.abc import AsyncIterator, Awaitable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
+from aiohttp import AddrInfoType
+from aiohttp.abc import AbstractStreamWriter
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .pool import CONNECT_SECONDS, Pool
-
 log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 3.0
+"""A machine on a network answers a connection within milliseconds or not at all."""
+
+STALE_SECONDS = 1.0
+"""A request on a connection that its agent had closed fails after a round trip, hence within it."""
+
+KEPT_SECONDS = 60.0
+"""An idle connection is kept so long. Ollama itself never closes one, a proxy before it may."""
+
+DNS_SECONDS = 60
+"""How long a name's addresses are kept: agents with a new address register it."""
+
+READ_BUFFER_BYTES = 256 * 1024
+"""An agent that is faster than its client is read this far ahead, twice over."""
+
+KEEPALIVE_IDLE_SECONDS = 10
+KEEPALIVE_INTERVAL_SECONDS = 5
+KEEPALIVE_PROBES = 3
+"""TCP asks a silent machine after 10 s, and gives it up 15 s later: within half a minute."""
+
+UNACKNOWLEDGED_MILLISECONDS = 20_000
+"""The same for a machine that does not acknowledge what it is sent."""
 
 
 class UpstreamError(OllamaCoordinatorError):
@@ -43,25 +68,35 @@ class RequestCancelled(UpstreamError):
 
 
 class Upstreams:
-    """What is asked of all agents, over one pool; open between `async with` only.
+    """The connections to all agents' Ollamas; open between `async with` only.
 
     There is no total and no read time-out: a cold load or a long prompt may be silent for minutes.
     A machine that vanished is noticed by TCP itself (keep-alive, unacknowledged data) and by the
     monitor's probes.
+
+    A kept connection that its agent closes just when a request goes out says nothing about the
+    agent. Where it ends at once and before a byte of an answer, the request is sent once more, on
+    a new connection. One that ends later may have been worked on meanwhile, as in a cold load.
     """
 
     def __init__(self) -> None:
-        self._pool = Pool()
+        self._kept: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Upstreams":
-        await self._pool.__aenter__()
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_Sending.on_reuse)
+        tracing.on_request_chunk_sent.append(_Sending.on_sent)
+        self._kept = _session(keepalive_timeout=KEPT_SECONDS, trace_configs=[tracing])
+        self._fresh = _session(force_close=True)
         return self
 
     async def __aexit__(self, *raised: object) -> None:
-        await self._pool.__aexit__(*raised)
+        for session in (self._kept, self._fresh):
+            if session is not None:
+                await session.close()
 
-    @asynccontextmanager
-    async def open(
+    def open(
         self,
         method: str,
         url: str,
@@ -69,26 +104,49 @@ class Upstreams:
         headers: Iterable[tuple[str, str]] = (),
         body: bytes = b"",
         stream: AsyncIterator[bytes] | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request and yield the response once its headers are here.
+    ) -> "_Opened":
+        """`async with` sends a request, and has the response once its headers are here.
 
-        `stream` is a body in pieces, in place of `body`.
+        `stream` is a body in pieces, in place of `body`. Leaving the block before the end of the
+        response's body closes the connection, by which Ollama learns that its client has left.
 
-        Leaving the block before the end of the body closes the connection, which is how Ollama
-        learns that nobody listens any more.
-
-        Raises:
+        Raises (at the block's start):
             Unreachable: no headers arrived.
         """
+        return _Opened(self._send(method, url, list(headers), body, stream))
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        headers: list[tuple[str, str]],
+        body: bytes,
+        stream: AsyncIterator[bytes] | None,
+    ) -> aiohttp.ClientResponse:
+        """The response, once its headers are here.
+
+        Raises:
+            aiohttp.ClientError, TimeoutError, OSError, UnicodeError: there is none.
+        """
+        if self._kept is None or self._fresh is None:
+            raise RuntimeError("the upstream connections are not open")
+        sending = _Sending()
         try:
-            response = await self._pool.send(method, url, list(headers), body, stream)
-        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
-            raise Unreachable(_reason(exc)) from exc
-        try:
-            with _noticing_the_end(response):
-                yield response
-        finally:
-            response.release() if response.content.is_eof() else response.close()
+            return await self._kept.request(
+                method,
+                url,
+                headers=headers,
+                data=_payload(body) if stream is None else stream,
+                allow_redirects=False,
+                trace_request_ctx=sending,
+            )
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
+            now = asyncio.get_running_loop().time()
+            if stream is not None or not sending.was_stale(exc, now):
+                raise
+        return await self._fresh.request(
+            method, url, headers=headers, data=_payload(body), allow_redirects=False
+        )
 
     async def fetch(
         self, method: str, url: str, *, seconds: float, body: bytes = b""
@@ -112,40 +170,54 @@ async def chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it arrives.
 
     Raises:
-        Cut: it ended before its end.
+        Cut: the connection ended before the body did.
     """
+    content = response.content
     try:
-        async for chunk in response.content.iter_any():
+        while chunk := await content.readany():
             yield chunk
     except (aiohttp.ClientError, OSError) as exc:
         raise Cut(_reason(exc)) from exc
 
 
-@contextmanager
-def _noticing_the_end(response: aiohttp.ClientResponse) -> Iterator[None]:
-    """Whoever reads the body learns that the connection is gone, whatever the reason.
+class _Opened:
+    """A response while a block uses it. The end of its connection reaches who reads its body.
 
     Aiohttp 3.14 closes a connection on which it meets a malformed chunk and does not tell the
     reader of the body, which would wait for ever.
     """
-    connection, content = response.connection, response.content
-    protocol = connection.protocol if connection is not None else None
-    closed = protocol.closed if protocol is not None else None
 
-    def tell(_: object) -> None:
+    __slots__ = ("_closed", "_response", "_sending")
+
+    def __init__(self, sending: Awaitable[aiohttp.ClientResponse]) -> None:
+        self._sending = sending
+        self._closed: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            self._response = response = await self._sending
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
+            raise Unreachable(_reason(exc)) from exc
+        connection = response.connection
+        protocol = connection.protocol if connection is not None else None
+        self._closed = closed = protocol.closed if protocol is not None else None
+        if closed is not None:
+            # One connection serves many responses: there is one `_seen` a connection.
+            closed.remove_done_callback(_seen)
+            closed.add_done_callback(_seen)
+            closed.add_done_callback(self._on_closed)
+        return response
+
+    async def __aexit__(self, *raised: object) -> None:
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._on_closed)
+        response = self._response
+        response.release() if response.content.is_eof() else response.close()
+
+    def _on_closed(self, _: object) -> None:
+        content = self._response.content
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
-
-    if closed is not None:
-        # One connection serves many responses: there is one of these a connection.
-        closed.remove_done_callback(_seen)
-        closed.add_done_callback(_seen)
-        closed.add_done_callback(tell)
-    try:
-        yield
-    finally:
-        if closed is not None:
-            closed.remove_done_callback(tell)
 
 
 def _seen(closed: asyncio.Future[None]) -> None:
@@ -177,3 +249,99 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, ConnectionResetError) or getattr(exc, "errno", None) in _RESET:
         return "reset the connection"
     return str(exc) or type(exc).__name__
+
+
+# ── sending ───────────────────────────────────────────────────────────────────────────────────
+
+
+class LargeBody(aiohttp.Payload):
+    """A request body sent in slices, so that it is neither copied nor written in one step."""
+
+    SLICE_BYTES = 256 * 1024
+    """Writing it takes a tenth of a millisecond, during which no other stream goes on."""
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__(value, content_type="application/octet-stream")
+        self._size = len(value)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send it; waits whenever the agent does not keep up."""
+        whole = memoryview(self._value)
+        for start in range(0, len(whole), self.SLICE_BYTES):
+            await writer.write(whole[start : start + self.SLICE_BYTES])
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The body as text; aiohttp requires the method."""
+        return str(self._value, encoding, errors)
+
+
+class _Sending:
+    """How a request was sent.
+
+    `reused`: on a connection that had served another one before. `sent_at`: when its last part
+    was sent, by the event loop's clock.
+    """
+
+    def __init__(self) -> None:
+        self.reused = False
+        self.sent_at = 0.0
+
+    @staticmethod
+    async def on_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+        """Called by aiohttp for each request that gets a kept connection."""
+        context.trace_request_ctx.reused = True
+        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
+
+    @staticmethod
+    async def on_sent(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+        """Called by aiohttp for each part of a body."""
+        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
+
+    def was_stale(self, exc: Exception, now: float) -> bool:
+        """Whether the agent most likely closed the connection before it saw the request."""
+        at_once = now - self.sent_at <= STALE_SECONDS
+        return self.reused and at_once and not _began(exc)
+
+
+def _payload(body: bytes) -> bytes | LargeBody | None:
+    return LargeBody(body) if len(body) > LargeBody.SLICE_BYTES else body or None
+
+
+def _session(
+    *, trace_configs: list[aiohttp.TraceConfig] | None = None, **connections: Any
+) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        auto_decompress=False,
+        # A cookie that an agent sets for one client is not for the next.
+        cookie_jar=aiohttp.DummyCookieJar(),
+        connector=aiohttp.TCPConnector(
+            limit=0, socket_factory=_socket, ttl_dns_cache=DNS_SECONDS, **connections
+        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        read_bufsize=READ_BUFFER_BYTES,
+        trace_configs=trace_configs,
+    )
+
+
+def _began(exc: Exception) -> bool:
+    """Whether a part of an answer's head had come before the connection ended."""
+    return isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(exc.message, str)
+
+
+def _socket(address: AddrInfoType) -> socket.socket:
+    """A socket that notices a vanished machine within half a minute, where the platform can."""
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+        ("TCP_KEEPALIVE", KEEPALIVE_IDLE_SECONDS),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return sock

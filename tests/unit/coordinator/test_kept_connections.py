@@ -6,8 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from ollama_coordinator.pool import LargeBody
-from ollama_coordinator.upstream import Unreachable, Upstreams, chunks
+from ollama_coordinator.upstream import LargeBody, Unreachable, Upstreams, chunks
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -97,7 +96,7 @@ async def test_a_request_is_sent_once_more_only(upstreams: Upstreams) -> None:
 async def test_a_request_that_may_have_been_worked_on_is_not_sent_again(
     upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ollama_coordinator.pool.STALE_SECONDS", 0.0)
+    monkeypatch.setattr("ollama_coordinator.upstream.STALE_SECONDS", 0.0)
     agent = Agent()
     async with agent.listening() as url:
         assert await ask(upstreams, url) == b"ok"
