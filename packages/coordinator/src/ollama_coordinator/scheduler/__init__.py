@@ -16,6 +16,7 @@ from .policies import create_scheduler
 from .predicted import PredictedScheduler
 from .protocol import Scheduler, Waiting
 from .types import (
+    NO_OPTIONS,
     Kind,
     Lane,
     Lease,
@@ -29,6 +30,7 @@ from .types import (
 )
 
 __all__ = [
+    "NO_OPTIONS",
     "POLICIES",
     "Decision",
     "DoesNotPredict",

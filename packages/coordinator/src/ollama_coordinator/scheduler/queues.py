@@ -12,7 +12,7 @@ from .rates import OutputLengths
 from .slots import EMBEDDING_EXTRA
 from .state import Machine, Place
 from .sync import Machines
-from .types import Kind, Request, RunnerOptions, normal
+from .types import NO_OPTIONS, Kind, Request, RunnerOptions, normal
 
 # How often places are sorted although nothing happened: load times move their order.
 REFRESH_SECONDS = 15.0
@@ -52,7 +52,8 @@ class Queues:
         Raises:
             ModelNotFound, NoAgentRegistered, HoldersUnavailable: no agent has the model.
         """
-        key = (request.model, normal(request.options))
+        options = request.options
+        key = (request.model, NO_OPTIONS if options is NO_OPTIONS else normal(options))
         queue = self._queues.get(key)
         if queue is None:
             if not self._registry.servers(request.model):

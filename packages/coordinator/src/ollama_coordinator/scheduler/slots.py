@@ -87,6 +87,8 @@ class Slots:
     failures: int = 0
     try_from: float = 0.0
     burst_until: float = -1.0
+    count: int = field(init=False, default=1)
+    """How many run at once, as far as known."""
     limit: int = field(init=False, default=1)
     """How many may be in flight without trying anything."""
 
@@ -99,21 +101,16 @@ class Slots:
         """Whether the model itself has shown how many it runs."""
         return self.proven > 1 or self.failures > 0
 
-    @property
-    def count(self) -> int:
-        """How many run at once, as far as known."""
-        if self.fixed is not None:
-            return self.fixed
-        return self.proven if self.is_seen else self.agent_slots.count
-
     def refresh(self) -> None:
-        """What is assumed of the agent's models has changed."""
+        """What is known of this model's slots, or assumed of the agent's models, has changed."""
+        seen = self.proven if self.is_seen else self.agent_slots.count
+        self.count = seen if self.fixed is None else self.fixed
         self.limit = self.count + self.extra
 
     def fix(self, count: int | None, *, extra: int = 0) -> None:
         """The agent reports how many it runs, or no longer does (`None`)."""
         self.fixed, self.extra = count, extra
-        self.limit = self.count + extra
+        self.refresh()
 
     def allowance(self, now: float) -> int:
         """How many may be in flight, trials included."""

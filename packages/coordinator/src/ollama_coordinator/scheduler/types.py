@@ -140,7 +140,7 @@ DEFAULT_BATCH = 512
 
 def normal(options: RunnerOptions) -> RunnerOptions:
     """The same options with every value that Ollama treats as its default left out."""
-    if options is NO_OPTIONS or options == NO_OPTIONS:
+    if options == NO_OPTIONS:
         return NO_OPTIONS
     context = options.num_ctx or None
     return structs.replace(

@@ -18,7 +18,7 @@ from ollama_coordinator.api.http.json_edit import field, spliced
 from ollama_coordinator.api.models.lists import is_older
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.scheduler import Request, RunnerOptions
+from ollama_coordinator.scheduler import NO_OPTIONS, Request
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
@@ -84,7 +84,7 @@ class ContextFit:
         if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
             return None
         options = request.options
-        if structs.replace(options, num_ctx=None) != RunnerOptions():
+        if structs.replace(options, num_ctx=None) != NO_OPTIONS:
             return None  # something else may force a reload, and then the wanted size is right
         best: int | None = None
         for has, default in self._in_memory(request.model, holders):

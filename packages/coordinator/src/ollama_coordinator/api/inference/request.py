@@ -24,7 +24,14 @@ from starlette.types import Message, Receive, Scope
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError
 from ollama_coordinator.api.http.gojson import read_fields
-from ollama_coordinator.scheduler import Kind, Lane, Request, RequestId, RunnerOptions
+from ollama_coordinator.scheduler import (
+    NO_OPTIONS,
+    Kind,
+    Lane,
+    Request,
+    RequestId,
+    RunnerOptions,
+)
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import model_key
 
@@ -153,7 +160,7 @@ class Routing(Struct, frozen=True):
     prompt_tokens: int = 0
     prefix: tuple[int, ...] = ()
     output_limit: int | None = None
-    options: RunnerOptions = RunnerOptions()
+    options: RunnerOptions = NO_OPTIONS
     load_only: bool = False
     unload_only: bool = False
 
@@ -236,9 +243,9 @@ def _output_limit(fields: _Fields) -> int | None:
 
 def _runner_options(fields: _Fields) -> RunnerOptions:
     try:
-        options = _options.decode(fields.options) if fields.options else RunnerOptions()
+        options = _options.decode(fields.options) if fields.options else NO_OPTIONS
     except msgspec.DecodeError:
-        return RunnerOptions()
+        return NO_OPTIONS
     if bytes(fields.shift) not in (b"true", b"false"):
         return options
     return msgspec.structs.replace(options, shift=bytes(fields.shift) == b"true")
