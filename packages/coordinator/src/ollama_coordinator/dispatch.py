@@ -120,7 +120,7 @@ class Dispatch:
     def _settle(self, held: Held) -> None:
         now = self.clock.now()
         try:
-            self._note(held.agent, held.lease, held.outcome, now)
+            self._note(held, now)
         finally:
             self._end(held, now)
             self.plan()
@@ -144,13 +144,17 @@ class Dispatch:
                 return True
         return False
 
-    def _note(self, agent: AgentState, lease: Lease, outcome: Outcome, now: float) -> None:
+    def _note(self, held: Held, now: float) -> None:
         """What an attempt showed of its agent."""
+        agent, lease, outcome = held.agent, held.lease, held.outcome
         model, began = lease.request.model, lease.granted_at
         match outcome.result:
             case Result.SERVED | Result.ERRORED:
                 self.registry.succeeded(agent, model, lease.request.options.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
+                if outcome.died or held.status:
+                    # Its Ollama may answer probes at once: the model is asked for elsewhere first.
+                    self.registry.fail_model(agent, model, outcome.reason, now, began=began)
                 self.take_out(agent, outcome.reason, began)
             case Result.BUSY | Result.MODEL_FAILED:
                 self.registry.fail_model(agent, model, outcome.reason, now, began=began)
@@ -158,8 +162,14 @@ class Dispatch:
             case Result.MODEL_MISSING:
                 self.registry.note_missing(agent, model)
                 log.warning("model missing on agent", extra=_facts(agent, model, outcome.reason))
-            case Result.CANCELLED:
+            case Result.CANCELLED | Result.REJECTED:
                 pass
+
+    def pardon(self, agent: AgentState, model: str) -> None:
+        """An attempt failed through no fault of its agent: the request's, as others showed."""
+        self.registry.pardon(agent, model)
+        log.info("model serves again on agent", extra=_facts(agent, model, "others fail alike"))
+        self.plan()
 
     def take_out(self, agent: AgentState, reason: str, began: float | None = None) -> None:
         """An agent does not answer: out of rotation until a probe succeeds.

@@ -1,7 +1,8 @@
 """The connections to the agents' Ollamas; every transport error is translated here, once.
 
 UpstreamError
-├── Unreachable   nothing of an answer arrived: refused, reset, timed out, closed
+├── Unreachable   nothing of an answer arrived: refused, timed out, no HTTP
+│   └── ConnectionLost   the connection ended after the request had gone out
 ├── Cut           the answer ended before its end
 ├── AgentLost     somebody else found out that the agent does not answer any more
 └── RequestCancelled   an operator ended the request; the agent is well
@@ -53,6 +54,10 @@ class UpstreamError(OllamaCoordinatorError):
 
 class Unreachable(UpstreamError):
     """Nothing of an answer arrived."""
+
+
+class ConnectionLost(Unreachable):
+    """The connection ended after the request had gone out, before an answer."""
 
 
 class Cut(UpstreamError):
@@ -197,7 +202,8 @@ class _Opened:
         try:
             self._response = response = await self._sending
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
-            raise Unreachable(_reason(exc)) from exc
+            kind = ConnectionLost if _is_lost(exc) else Unreachable
+            raise kind(_reason(exc)) from exc
         connection = response.connection
         protocol = connection.protocol if connection is not None else None
         self._closed = closed = protocol.closed if protocol is not None else None
@@ -224,6 +230,12 @@ def _seen(closed: asyncio.Future[None]) -> None:
     """Take note of a reset, which asyncio would otherwise log as overlooked."""
     if not closed.cancelled():
         closed.exception()
+
+
+def _is_lost(exc: Exception) -> bool:
+    """Whether there was a connection, and it ended."""
+    ended = aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
+    return isinstance(exc, ended) and not isinstance(exc, aiohttp.ClientConnectorError)
 
 
 _RESET = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)

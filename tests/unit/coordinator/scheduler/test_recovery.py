@@ -96,6 +96,31 @@ def test_failures_make_an_agent_less_attractive_and_successes_more_again() -> No
     assert {world.send().agent_id for _ in range(6)} == {A, B}
 
 
+@pytest.mark.spec("SCHED-65")
+def test_the_share_of_failures_costs_a_repetition() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=4)
+    for _ in range(10):
+        world.end(world.send(excluded=frozenset({B})), Result.MODEL_FAILED)
+    for _ in range(4):
+        lease = world.send()
+        assert lease.agent_id == B
+        world.end(lease, Result.CANCELLED)
+    # It is forgotten by and by where it is not asked.
+    world.now += 1500.0
+    assert {world.send().agent_id for _ in range(6)} == {A, B}
+
+
+@pytest.mark.spec("SCHED-65")
+def test_one_failure_alone_changes_no_choice() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=1)
+    world.end(world.send(excluded=frozenset({B})), Result.MODEL_FAILED)
+    assert {world.send().agent_id for _ in range(2)} == {A, B}
+
+
 @pytest.mark.spec("SCHED-34")
 def test_a_load_that_came_to_nothing_is_forgotten() -> None:
     world = World()

@@ -7,6 +7,7 @@ from .http.openapi import OpenApi
 from .http.routing import Endpoint
 from .inference.context_fit import ContextFit
 from .inference.proxy import Proxy
+from .inference.retry_rule import Poison
 from .models.cloud import CloudApi
 from .models.lists import FleetApi, ListsApi
 from .models.show import ShowApi
@@ -29,9 +30,10 @@ def endpoints(parts: Parts) -> list[Endpoint]:
 
 def _of_ollama(parts: Parts) -> list[Endpoint]:
     context_fit, lists, show = ContextFit(parts), ListsApi(parts), ShowApi(parts)
-    transfer, cloud = TransferApi(parts), CloudApi(parts)
+    transfer, cloud, poison = TransferApi(parts), CloudApi(parts), Poison()
+    proxies = [(one.path, Proxy(parts, one, context_fit, poison)) for one in INFERENCE_ROUTES]
     return [
-        *(Endpoint("POST", one.path, Proxy(parts, one, context_fit)) for one in INFERENCE_ROUTES),
+        *(Endpoint("POST", path, proxy) for path, proxy in proxies),
         Endpoint("GET", "/api/version", lists.version),
         Endpoint("GET", "/api/tags", lists.tags),
         Endpoint("GET", "/api/ps", lists.ps),

@@ -174,7 +174,7 @@ def _ending(entry: JournalEntry, http_status: int | None, error: str) -> tuple[S
         if result is Result.CANCELLED:
             http_status = http_status or 499
             return Status.CANCELLED, http_status, error
-        if result is not Result.SERVED:
+        if result not in (Result.SERVED, Result.REJECTED):
             return Status.FAILED, http_status or 503, error
     status = http_status or 500
     if status == 499:

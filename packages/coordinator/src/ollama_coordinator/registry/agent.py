@@ -54,6 +54,23 @@ def cooldown_after(
     return Cooldown(failures=failures, since=now, until=now + wait, reason=reason)
 
 
+FIRST_AVOIDED_SECONDS = 10.0
+AVOIDED_SECONDS = 50.0
+"""How long a model that failed on an agent is asked for elsewhere first: a broken machine is asked
+twice a minute at most, and one that failed once is soon equal again."""
+
+
+def avoided_after(
+    previous: Cooldown | None, reason: str, now: float, *, began: float | None = None
+) -> Cooldown:
+    """The next cooldown of a model on an agent; `began` as in `cooldown_after`."""
+    if previous is not None and began is not None and began <= previous.since:
+        return previous
+    failures = previous.failures + 1 if previous else 1
+    seconds = FIRST_AVOIDED_SECONDS if failures == 1 else AVOIDED_SECONDS
+    return Cooldown(failures=failures, since=now, until=now + seconds, reason=reason)
+
+
 @dataclass(slots=True)
 class AgentState:
     """One agent. `heard_at` is when it was last heard, in monotonic seconds of this process.
@@ -61,6 +78,8 @@ class AgentState:
     `resting`: out of rotation after a failure. `cooldown` keeps its count of failures after that,
     until a request succeeds: an agent whose probes succeed while its requests fail is tried less
     and less often. `replaced` are the instance ids of processes that later ones have replaced.
+    `model_cooldowns`: by routing key, models that are asked for here only after others. `bad_since`
+    is when the first request failed after the last good answer.
     """
 
     id: AgentId
@@ -75,6 +94,7 @@ class AgentState:
     resting: bool = False
     replaced: tuple[str, ...] = ()
     model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
+    bad_since: float | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +128,10 @@ class AgentState:
         if self.left or now - self.heard_at > timeout:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
+
+    def was_good_at(self, now: float) -> bool:
+        """Whether its last answer before this time was good, or none was bad."""
+        return self.bad_since is None or self.bad_since > now
 
     def out_of_rotation(self) -> str | None:
         """Why an online agent gets no requests; `None` if it may get some."""

@@ -10,7 +10,7 @@ from ollama_coordinator_common.protocol import AgentView, HealthReport, Register
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
-from .agent import AgentSettings, AgentState, cooldown_after
+from .agent import AgentSettings, AgentState, avoided_after, cooldown_after
 from .agent_match import MachineIds
 from .model_index import CloudModels, ModelIndex
 
@@ -258,8 +258,13 @@ class Registry:
     ) -> None:
         """Take an agent out of rotation until a probe succeeds; the first probe may come at once.
 
-        `began` is when the attempt that failed began.
+        `began` is when the attempt that failed began; a probe gives none. An Ollama that does not
+        answer a probe either will be another process when it is back.
         """
+        if began is None:
+            agent.model_cooldowns.clear()
+        elif agent.bad_since is None:
+            agent.bad_since = now
         cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0, began=began)
         if cooldown is not agent.cooldown:
             agent.cooldown, agent.resting = cooldown, True
@@ -269,9 +274,16 @@ class Registry:
         self, agent: AgentState, key: str, reason: str, now: float, *, began: float | None = None
     ) -> None:
         """One model does not run on this agent: other agents are preferred during its cooldown."""
+        if agent.bad_since is None:
+            agent.bad_since = now
         previous = agent.model_cooldowns.get(key)
-        agent.model_cooldowns[key] = cooldown_after(previous, reason, now, first=1.0, began=began)
+        agent.model_cooldowns[key] = avoided_after(previous, reason, now, began=began)
         self.changes += 1
+
+    def pardon(self, agent: AgentState, key: str) -> None:
+        """What a model failed with was not the agent's fault: others said the same."""
+        if agent.model_cooldowns.pop(key, None) is not None:
+            self.changes += 1
 
     def probed(self, agent: AgentState) -> None:
         """The agent's Ollama answered a probe: it is back in rotation."""
@@ -291,7 +303,9 @@ class Registry:
         `context_length` is what the request asked for, if anything.
         """
         self.answered(agent)
-        agent.model_cooldowns.pop(key, None)
+        agent.bad_since = None
+        if agent.model_cooldowns.pop(key, None) is not None:
+            self.changes += 1
         if agent.inventory.note_loaded(key, context_length):
             self._loaded_changed(agent, [key])
 

@@ -69,6 +69,8 @@ class Chooser:
                 cost += _wait_behind(place)
             if machine.trouble:
                 cost += machine.penalty(now)
+            if place.failing:
+                cost += cost * place.failing_share(now)
             if machine.preference != 1.0:
                 cost /= machine.preference
             near = floor * NEARLY + NEARLY_SECONDS
@@ -123,6 +125,8 @@ class Chooser:
             return None
         run = run_seconds(place, tokens, output, now, entry.courtesy)
         least = place.load + run + (machine.penalty(now) if machine.trouble else 0.0)
+        if place.failing:
+            least += place.failing_share(now) * (place.load + run)
         if least >= below or (eviction := self._evictions.find(place, now)) is None:
             return None
         leave = UNLOAD_SECONDS if eviction.victims or place.resident else 0.0

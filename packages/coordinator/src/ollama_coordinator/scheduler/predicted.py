@@ -23,7 +23,7 @@ from .queue import Queue, QueueEntry
 from .queues import Queues
 from .rates import OutputLengths, Rates
 from .serving import BOTH, HEAD, TAIL, Serving
-from .state import Machine
+from .state import Machine, Place
 from .sync import Machines
 from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
 
@@ -110,6 +110,8 @@ class PredictedScheduler(Scheduler):
         run, queue = self._leases.finish(lease_id, now)
         place, machine = run.place, run.place.machine
         served = outcome.result in (Result.SERVED, Result.ERRORED)
+        if served or outcome.result in (Result.BUSY, Result.MODEL_FAILED):
+            place.judged(now, failed=not served)
         observations.ended(run, outcome.result, outcome.timings, now)
         if served:
             self._leases.answered(place)
@@ -124,15 +126,18 @@ class PredictedScheduler(Scheduler):
             service = now - run.lease.granted_at - (place.load if run.loads else 0.0)
             queue.served_for(max(service, 0.0))
             place.served_for(max(service, 0.0))
-        elif outcome.result is not Result.CANCELLED:
+        elif outcome.result in (Result.UNREACHABLE, Result.CUT):
             machine.failed(now)
-        if not self._serving.entries:
-            return
+        if self._serving.entries:
+            self._freed(place, queue if served else None)
+
+    def _freed(self, place: Place, queue: Queue | None) -> None:
+        """A slot is free there; `queue` is that of a request that was served."""
         for freed in self._queues.of(place.names):
             if freed.size:
-                self._look(freed, HEAD if freed is queue and served else BOTH)
+                self._look(freed, HEAD if freed is queue else BOTH)
         if not place.running:
-            self._idle[machine] = None
+            self._idle[place.machine] = None
 
     def adopt(self, lease: Lease, now: float) -> bool:
         self._sync(now)

@@ -5,12 +5,14 @@ head is late first goes first. `Queue` alone writes its fields, as `state` does 
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import exp
 from typing import NamedTuple
 
 from msgspec import Struct
+
+from ollama_coordinator_common.types import AgentId
 
 from .state import NEVER, Place, Running
 from .types import Lane, Request, RunnerOptions, serves
@@ -143,7 +145,8 @@ class Queue:
 
     `hot` are the places with the model in memory, `loading` those where it is being loaded, `cold`
     the others, the fastest to load first. `ends` are the predicted ends of what runs, the soonest
-    first. `guesses`: some place has slots that were not reported.
+    first. `guesses`: some place has slots that were not reported. `avoided` are places where the
+    model failed, for requests that nobody else may serve.
     """
 
     def __init__(self, model: str, options: RunnerOptions, demand: FadingRate) -> None:
@@ -162,6 +165,7 @@ class Queue:
         self.cold: list[Place] = []
         self.could_load: set[Place] = set()
         self.away: set[Place] = set()
+        self.avoided: list[Place] = []
         self.guesses = False
         self.embeds = False
         self.ends: list[PredictedEnd] = []
@@ -333,6 +337,16 @@ class Queue:
     def quickest_load(self) -> float:
         """The seconds of the fastest load that may be possible."""
         return load_seconds(self.cold[0]) if self.cold else float("inf")
+
+    def avoid(self, places: list[Place]) -> None:
+        """The model failed there a moment ago."""
+        self.avoided = places
+
+    def last_resort(self, excluded: Container[AgentId], now: float) -> "Queue":
+        """The same queue, empty, with the avoided places that are not excluded."""
+        alone = Queue(self.model, self.options, self.demand)
+        alone.sort([one for one in self.avoided if one.machine.id not in excluded], now)
+        return alone
 
     def only(self, place: Place) -> "Queue":
         """The same queue, empty, as if its model had this place alone."""

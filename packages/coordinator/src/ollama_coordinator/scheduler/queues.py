@@ -16,6 +16,7 @@ from .types import NO_OPTIONS, Kind, Request, RunnerOptions, normal
 
 # How often places are sorted although nothing happened: load times move their order.
 REFRESH_SECONDS = 15.0
+TRIED_SECONDS = 1.0  # how often it is looked whether a request still tries an avoided place
 # Clients may send any options: beyond so many, queues not used for so long are dropped:
 FORGET_SECONDS = 10.0
 MANY_QUEUES = 512
@@ -132,7 +133,8 @@ class Queues:
     def refresh(self, queue: Queue, now: float) -> None:
         """Sort the places of a queue's model anew if they are stale.
 
-        A place where the model failed a moment ago may serve only when no other does.
+        A place where the model failed a moment ago may serve only when no other does. Once its
+        time is over, one request shows whether it fails again.
         """
         if now < queue.fresh_until:
             return
@@ -143,12 +145,13 @@ class Queues:
             if not place.machine.routable:
                 continue
             cooldown = place.machine.agent.model_cooldowns.get(queue.model)
-            if cooldown is None or cooldown.until <= now:
+            if cooldown is None or (cooldown.until <= now and not place.running):
                 ready.append(place)
             else:
-                until = min(until, cooldown.until)
+                until = min(until, max(cooldown.until, now + TRIED_SECONDS))
                 failed.append(place)
         queue.fresh(until)
+        queue.avoid(failed if ready else [])
         places = ready or failed
         if queue.embeds:
             self._embed_at(places)

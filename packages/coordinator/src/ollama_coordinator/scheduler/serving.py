@@ -153,6 +153,8 @@ class Serving:
         queue = entry.queue
         queue.clock.serve(entry.tag.start)
         self.granted.append(self._leases.grant(queue, entry, choice, now, tries=tries))
+        if choice.place is not None and choice.place.machine.agent.model_cooldowns:
+            queue.stale()  # where the model failed before, one request tries at a time
         self._rate.count(now)
 
     def _try_more(self, queue: Queue, now: float) -> None:
@@ -172,9 +174,20 @@ class Serving:
                 entry.may_be_served()
                 continue
             found = eligible(self._registry, entry.request, now)
+            if queue.avoided and self._try_avoided(queue, entry, now):
+                continue
             hopeless = entry.stranded(now) >= RECOVERY_SECONDS or not found.recovering
             if hopeless and not found.agents:
                 self._refuse(entry, unavailable(self._registry, entry.request, found, now))
+
+    def _try_avoided(self, queue: Queue, entry: QueueEntry, now: float) -> bool:
+        """Send a request that failed on all others to a place where the model failed before."""
+        places = queue.last_resort(entry.request.excluded, now)
+        choice = self._chooser.choose(places, entry, 0, now)
+        if choice.action is Action.WAIT or choice.place is None:
+            return False
+        self._grant(entry, choice, now)
+        return True
 
     # ── one machine ───────────────────────────────────────────────────────────────────────────
 

@@ -25,6 +25,9 @@ TROUBLE_SECONDS = 0.5
 # A machine that failed once counts as the others within a minute: a restart takes as long.
 TROUBLE_HALF_LIFE_SECONDS = 10.0
 LEAST_TROUBLE_SECONDS = 0.01  # costs this close are equal (`choose.NEARLY_SECONDS`)
+# Some twenty requests count; one failure alone costs no more than what counts as equal.
+FAILING_GAIN = 0.05
+FAILING_HALF_LIFE_SECONDS = 300.0  # some tries of an avoided place
 SPILL_FACTOR = 8.0  # A model outside the GPU is so much slower: memory of 50 beside 400 GB/s
 SERVICE_GAIN = 0.2  # the last five requests count: how long answers are changes with the client
 # A load that is late is expected after a quarter more of its age, a second at least:
@@ -79,7 +82,8 @@ class Place:
     assumed to be over and then found to wait for memory. `ends` is the sum of the predicted ends of
     its leases, so that the time left is known without a loop, and `slow_down` the factor by which
     they were predicted to be slower than alone. `waiting_load` is its share of the interactive
-    requests that wait. `prefill` and `decode` are seconds per token, `load` the seconds of a load.
+    requests that wait, `failing` the share of its requests that failed. `prefill` and `decode` are
+    seconds per token, `load` the seconds of a load.
     """
 
     machine: "Machine"
@@ -110,6 +114,8 @@ class Place:
     load: float = 0.0
     solo: int = 0
     mean_service: float | None = None
+    failing: float = 0.0
+    failing_at: float = 0.0
     concurrency_seconds: float = 0.0
     counted_at: float = 0.0
     known_eviction: KnownEviction | None = None
@@ -153,6 +159,19 @@ class Place:
         """A request held its slot for so long."""
         before = seconds if self.mean_service is None else self.mean_service
         self.mean_service = before + SERVICE_GAIN * (seconds - before)
+
+    # ── failures ──────────────────────────────────────────────────────────────────────────────
+
+    def judged(self, now: float, *, failed: bool) -> None:
+        """A request failed here or was served."""
+        if failed or self.failing:
+            share = self.failing_share(now)
+            self.failing = share + FAILING_GAIN * (failed - share)
+            self.failing_at = now
+
+    def failing_share(self, now: float) -> float:
+        """The probability that a request has to be repeated elsewhere."""
+        return self.failing * exp((self.failing_at - now) * 0.693 / FAILING_HALF_LIFE_SECONDS)
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 

@@ -108,7 +108,9 @@ class Result(Enum):
     """How an attempt ended."""
 
     SERVED = "served"
-    """Answered, also with an error of the client's own making."""
+    """Answered."""
+    REJECTED = "rejected"
+    """Answered with an error of the request's own making: it shows nothing of the agent."""
     ERRORED = "errored"
     """Answered, with an error at the end that says nothing against the agent."""
     CANCELLED = "cancelled"
@@ -126,11 +128,15 @@ class Result(Enum):
 
 
 class Outcome(Struct, frozen=True):
-    """How an attempt ended, why, and what can be learned from it."""
+    """How an attempt ended, why, and what can be learned from it.
+
+    `died`: the connection or the runner was lost while the request ran.
+    """
 
     result: Result
     reason: str = ""
     timings: Timings | None = None
+    died: bool = False
 
 
 # Ollama's own: it raises a smaller `num_ctx`, and takes this `num_batch` where none is given:

@@ -8,7 +8,7 @@ from enum import Enum
 from uuid import uuid4
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from ollama_coordinator.scheduler import Kind, Timings
 
@@ -145,6 +145,39 @@ def error_record(route: InferenceRoute, message: str) -> bytes:
     body = error_body(route.dialect, 500, message)
     prefix = b"event: error\n" if route.dialect is Dialect.ANTHROPIC else b""
     return prefix + b"data: " + body + b"\n\n"
+
+
+# ── what the first record says ────────────────────────────────────────────────────────────────
+
+
+class _Answer(Struct):
+    error: Raw = Raw()
+
+
+_answer = msgspec.json.Decoder(_Answer)
+_EVENT = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""How a line of a server-sent event begins."""
+
+NO_JSON = "what it answered is no JSON"
+
+
+def wrong_start(route: InferenceRoute, first: bytes, *, streamed: bool) -> str | None:
+    """Why the first records of a stream, or a whole answer, are no answer; `None`: they are one.
+
+    It is `NO_JSON`, or the JSON object that has an error in place of an answer.
+    """
+    if streamed and route.dialect is Dialect.NATIVE:
+        first = first.partition(b"\n")[0]
+    elif streamed:
+        if not first.lstrip().startswith(_EVENT):
+            return NO_JSON
+        data = first.partition(b"data:")[2].partition(b"\n")[0].strip()
+        first = data if data.startswith(b"{") else b"{}"
+    try:
+        error = bytes(_answer.decode(first).error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return NO_JSON
+    return None if error in (b"", b"null") else first.decode(errors="replace")
 
 
 # ── the last record ───────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ Read the routing fields; lease a place; open the upstream; relay until either si
 lease with the outcome; or answer the error in the client's dialect. Bodies pass as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +25,7 @@ from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
 from .request import NotDecompressed, Routing, plain_body, read_body, read_routing, schedulable
+from .retry_rule import Poison, say_the_same
 from .unload import make_room, unload_everywhere
 
 OF_THE_CLOUD = (":cloud", "-cloud")
@@ -34,7 +35,9 @@ OF_THE_CLOUD = (":cloud", "-cloud")
 class Proxy:
     """The ASGI application of one inference route."""
 
-    def __init__(self, parts: Parts, route: InferenceRoute, context_fit: ContextFit) -> None:
+    def __init__(
+        self, parts: Parts, route: InferenceRoute, context_fit: ContextFit, poison: Poison
+    ) -> None:
         self._parts = parts
         self._registry = parts.registry
         self._dispatch = parts.dispatch
@@ -44,6 +47,7 @@ class Proxy:
         self._journal = parts.observation.journal
         self._route = route
         self._context_fit = context_fit
+        self._poison = poison
         self._settings = parts.settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,24 +102,35 @@ class Proxy:
 
     async def _serve(self, call: Call, entry: JournalEntry) -> None:
         request = call.request
-        failure: Failure | None = None
-        while True:
+        failures: list[Failure] = []
+        stopped = False
+        while not stopped:
             try:
                 async with self._dispatch.lease(request) as held:
                     self._journal.leased(entry, held)
                     failure = await self._attempt(call, held)
+                    stopped = self._poison.stops(request, call.body, held, self._clock.now())
             except ModelNotFound as exc:
-                if failure is None:
+                if not failures:
                     raise self._missing(request) from exc
                 break
             except SchedulerError:
-                if failure is None:
+                if not failures:
                     raise
                 break
             if failure is None:
                 return
+            failures.append(failure)
             request = request.without([held.agent.id])
-        await self._answer_failure(call, failure)
+        self._pardon(request, failures, is_poison=stopped)
+        await self._answer_failure(call, failures)
+
+    def _pardon(self, request: Request, failures: Sequence[Failure], *, is_poison: bool) -> None:
+        """No agent served the request: those that say the same are not to blame for it."""
+        for one in failures:
+            others = (other.outcome for other in failures if other is not one)
+            if is_poison or any(say_the_same(one.outcome, other) for other in others):
+                self._dispatch.pardon(one.agent, request.model)
 
     def _missing(self, request: Request) -> OllamaCoordinatorError:
         if request.model.endswith(OF_THE_CLOUD):
@@ -144,10 +159,11 @@ class Proxy:
         except UpstreamError as exc:
             return await relay.broken(exc)
 
-    async def _answer_failure(self, call: Call, failure: Failure) -> None:
-        """Every agent failed: answer with the last one's refusal, or why it was not reached."""
-        if failure.status:
-            await send_whole(call.send, failure.status, failure.headers, failure.body)
-            return
-        text = f"no agent could serve model '{call.request.name}': {failure.outcome.reason}"
-        raise HttpError(503, text)
+    async def _answer_failure(self, call: Call, failures: Sequence[Failure]) -> None:
+        """Every agent failed: answer with the last one's refusal, or why none was reached."""
+        for failure in reversed(failures):
+            if failure.status:
+                await send_whole(call.send, failure.status, failure.headers, failure.body)
+                return
+        reason = failures[-1].outcome.reason
+        raise HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")

@@ -11,19 +11,30 @@ from msgspec import Struct
 from starlette.types import Send
 
 from ollama_coordinator.api.http.dialects import (
+    NO_JSON,
     Ending,
     InferenceRoute,
     error_record,
     read_ending,
     swallowed_error,
+    wrong_start,
 )
 from ollama_coordinator.api.http.errors import send_whole
 from ollama_coordinator.api.http.headers import RUNNER_HEADER, served_by, to_client
 from ollama_coordinator.dispatch import Dispatch, Held
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Outcome, Request, Result
-from ollama_coordinator.upstream import AgentLost, RequestCancelled, UpstreamError, chunks
+from ollama_coordinator.upstream import (
+    AgentLost,
+    ConnectionLost,
+    Cut,
+    RequestCancelled,
+    UpstreamError,
+    chunks,
+)
 
-from .retry_rule import cannot_run, retryable
+from . import audio
+from .retry_rule import DIED, judge, says_nothing_of_the_machine
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +45,12 @@ STREAMED = ("application/x-ndjson", "text/event-stream")
 
 
 class Failure(Struct, frozen=True):
-    """Why an attempt failed before the client saw a byte, and the agent's answer, if any."""
+    """Why an attempt failed before the client saw a byte, and the agent's answer.
 
+    `status` is 0 where the agent gave no answer that the client could be given.
+    """
+
+    agent: AgentState
     outcome: Outcome
     status: int = 0
     headers: list[tuple[bytes, bytes]] = []
@@ -76,7 +91,10 @@ class Relay:
         self._held.status = response.status
         headers = to_client(response.raw_headers)
         if response.status >= 400:
-            return await self._refused(response, headers)
+            body = b"".join([chunk async for chunk in chunks(response)])
+            return await self._refused(response.status, headers, body)
+        if response.status != 200:
+            return self._useless(f"answered {response.status} in place of an answer")
         head = [*headers, *served_by(self._held.agent.name, self._call.request.id)]
         if self._call.note:
             head.append((RUNNER_HEADER, self._call.note.encode()))
@@ -85,16 +103,45 @@ class Relay:
         return await self._whole(response, head)
 
     async def _refused(
-        self, response: aiohttp.ClientResponse, headers: list[tuple[bytes, bytes]]
+        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes
     ) -> Failure | None:
-        body = b"".join([chunk async for chunk in chunks(response)])
-        outcome = retryable(response.status, body)
+        """An error: one of the request's own making passes, any other is tried elsewhere."""
+        held = self._held
+        outcome = judge(status, body, of_cloud=self._is_of_the_cloud(), lists=self._others_list)
         if outcome is not None:
-            self._held.outcome = outcome
-            return Failure(outcome, response.status, headers, body)
-        self._held.outcome = Outcome(Result.SERVED)
-        await send_whole(self._call.send, response.status, headers, body)
+            held.outcome = outcome
+            return Failure(held.agent, outcome, status, headers, body)
+        held.status, held.outcome = status, Outcome(Result.REJECTED)
+        await send_whole(self._call.send, status, headers, body)
         return None
+
+    def _useless(self, reason: str) -> Failure:
+        """What came is no answer that the client could be given."""
+        self._held.outcome = outcome = Outcome(Result.MODEL_FAILED, reason)
+        return Failure(self._held.agent, outcome)
+
+    async def _refused_late(self, wrong: str) -> Failure | None:
+        """The answer began well, and is none: `NO_JSON`, or an object with an error."""
+        if wrong == NO_JSON:
+            return self._useless(wrong)
+        headers = [(b"content-type", b"application/json; charset=utf-8")]
+        return await self._refused(500, headers, wrong.encode())
+
+    def _is_of_the_cloud(self) -> bool:
+        row = self._held.agent.inventory.servable.get(self._call.request.model)
+        return row is not None and bool(row.model.remote_host)
+
+    def _others_list(self, capability: str) -> bool | None:
+        """Whether another holder's listing has a capability; `None` where no listing has any."""
+        model = self._call.request.model
+        listings = [
+            agent.inventory.available[model].model.capabilities
+            for agent in self._dispatch.registry.holders(model)
+            if agent is not self._held.agent
+        ]
+        if any(capability in listed for listed in listings):
+            return True
+        return False if any(listings) else None
 
     async def _whole(
         self, response: aiohttp.ClientResponse, head: list[tuple[bytes, bytes]]
@@ -111,6 +158,10 @@ class Relay:
                 await self._forward(b"".join(parts))
                 parts.clear()
         body = b"".join(parts)
+        if not self._started and not _is_text(self._call.route, response):
+            wrong = wrong_start(self._call.route, body, streamed=False)
+            if wrong is not None:
+                return await self._refused_late(wrong)
         self._settle(read_ending(self._call.route, body, 0))
         if self._started:
             await self._finish(body)
@@ -122,21 +173,27 @@ class Relay:
         self, response: aiohttp.ClientResponse, head: list[tuple[bytes, bytes]]
     ) -> Failure | None:
         """Whole records as they come. The first one decides whether the answer has begun."""
-        records = self._records
+        records, route, first = self._records, self._call.route, b""
         async for chunk in chunks(response):
             self._progress()
             whole = records.feed(chunk)
             if not whole:
                 continue
             if not self._started:
-                failure = self._stillborn(whole)
-                if failure is not None:
-                    return failure
+                whole = first = first + whole
+                if (wrong := wrong_start(route, first, streamed=True)) is not None:
+                    return await self._refused_late(wrong)
+                if swallowed_error(route, first):
+                    continue  # an error, if nothing follows
                 # Not retried after this line: the client has seen tokens from this agent.
                 await self._start(response.status, head)
             self._held.records = records.count
             await self._forward(whole)
         if not self._started:
+            if first or not records.rest.strip():
+                return self._useless("ended its answer before it began")
+            if (wrong := wrong_start(route, records.rest, streamed=True)) is not None:
+                return await self._refused_late(wrong)
             await self._start(response.status, head)
         await self._end_stream()
         return None
@@ -147,16 +204,8 @@ class Relay:
         rest = records.rest
         if swallowed_error(route, records.last):
             rest += error_record(route, f"agent {self._held.agent.name} broke off the answer")
+            self._held.outcome = Outcome(Result.MODEL_FAILED, "broke off the answer")
         await self._finish(rest)
-
-    def _stillborn(self, first: bytes) -> Failure | None:
-        """An error in place of the first record, from an agent that cannot run the model."""
-        error = read_ending(self._call.route, first, 1).error
-        if error is None or not cannot_run(error):
-            return None
-        outcome = Outcome(Result.MODEL_FAILED, error)
-        self._held.outcome = outcome
-        return Failure(outcome, 500, [(b"content-type", b"application/json")], first)
 
     async def broken(self, error: UpstreamError) -> Failure | None:
         """The agent broke off: a `Failure` if the client has seen nothing, else an error record."""
@@ -166,13 +215,13 @@ class Relay:
         held = self._held
         result = Result.CUT if self._started else Result.UNREACHABLE
         reason = f"agent {held.agent.name}: {error}"
-        held.outcome = Outcome(result, str(error))
+        held.outcome = Outcome(result, str(error), died=isinstance(error, ConnectionLost | Cut))
         log.warning(
             "attempt failed",
             extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
         )
         if not self._started:
-            return Failure(Outcome(result, reason))
+            return Failure(held.agent, Outcome(result, reason))
         if isinstance(error, AgentLost):
             reason = str(error)
         if self._records.count:
@@ -199,8 +248,10 @@ class Relay:
 
     def _settle(self, ending: Ending) -> None:
         if ending.error is not None:
-            result = Result.MODEL_FAILED if cannot_run(ending.error) else Result.ERRORED
-            self._held.outcome = Outcome(result, ending.error)
+            blameless = says_nothing_of_the_machine(ending.error)
+            result = Result.ERRORED if blameless else Result.MODEL_FAILED
+            died = DIED.search(ending.error) is not None
+            self._held.outcome = Outcome(result, ending.error, died=died)
         else:
             self._held.outcome = Outcome(Result.SERVED, timings=ending.timings)
 
@@ -215,6 +266,11 @@ class Relay:
 
     async def _finish(self, data: bytes) -> None:
         await self._call.send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+def _is_text(route: InferenceRoute, response: aiohttp.ClientResponse) -> bool:
+    """Whether an answer is a transcription in plain text, which may be anything."""
+    return response.content_type == "text/plain" and route.path == audio.PATH
 
 
 HELD_BACK_BYTES = 1024 * 1024

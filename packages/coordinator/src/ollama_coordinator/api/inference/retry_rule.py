@@ -1,58 +1,115 @@
-"""The rule for retries: which answers of an agent another agent may give better.
+"""The rule for retries: which answers are the request's own fault, and which requests are poison.
 
-Only before the client has seen a byte. An error of the client's own making would be the same
-everywhere and is passed on; an error that only *this agent* makes is tried elsewhere.
+Only before the client has seen a byte. What Ollama says of the request itself would be the same
+everywhere and is passed on; every other answer is the agent's until another agent says the same.
 """
 
 import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from hashlib import sha256
 
-from ollama_coordinator.scheduler import Outcome, Result
+from msgspec import Struct
 
-CANNOT_RUN = (
-    "llama-server process has terminated",
-    "llama runner process has terminated",
-    "timed out waiting for llama-server to start",
-    "timed out waiting for llama runner to start",
-    "model runner has unexpectedly stopped",
-    "unable to load",
-    "failed to load",
-    "error loading model",
-    "out of memory",
-    "cudamalloc failed",
-    "requires more system memory",
-    "insufficient memory",
-    "no kernel image is available",
-)
-"""Texts (lower case) in Ollama's 500s that mean a load failed, memory ran out or a runner died."""
+from ollama_coordinator.dispatch import Held
+from ollama_coordinator.scheduler import Outcome, Request, Result
+
+Lists = Callable[[str], bool | None]
+"""Whether the listing of another holder has a capability; `None` where no listing says."""
 
 
-def retryable(status: int, body: bytes) -> Outcome | None:
+def _any_of(*texts: str) -> re.Pattern[str]:
+    return re.compile("|".join(texts), re.IGNORECASE)
+
+
+OF_THE_REQUEST = _any_of(
+    # Go's decoders of JSON, numbers, durations, base64 and forms
+    r"^invalid character ", r"^json: ", r"^unexpected end of JSON",
+    r"cannot unmarshal ", r"^missing request body", r"^time: ", r"^strconv\.", r"illegal base64",
+    r"multipart", r"Content-Type isn't", r"^zstd: ", r"decompress",
+    # fields and their values
+    r" (?:is|are) required", r"missing required ",
+    r"must be (?:a|an|of|one|between|positive|set)\b",
+    r"^invalid (?:model name|option|think|reasoning|format|input|message|image|base64|tool|type"
+    r"|value|stop|role|json|duration|request|schema|options|parameter)", r"^Invalid value for ",
+    r"^unsupported (?:type|value|role)", r"^unknown (?:content|input item|parameter|field)",
+    r"is too short - ", r"not currently supported", r"^raw mode does not support",
+    r"only supports one image", r"^use either ", r"^(?:name|source|destination) .* is invalid",
+    r"^(?:content|input|output)\[?\d*\]?(?: must|:) ",
+    r"audio file is empty", r"not supported for this model", r"insert is not supported",
+    # what does not fit
+    r"context (?:length|size|window)", r"prompt (?:is )?too long", r"input (?:is )?too long",
+    # grammars and schemas
+    r"(?:parse|compile|invalid|initialize) (?:the )?grammar", r"JSON schema",
+)  # fmt: skip
+"""Ollama's 400s (v0.5 to v0.33) that speak of the request. A text that is not here is tried on each
+holder once; one too many here, and a broken machine keeps its requests."""
+
+WRONG_OPTION = _any_of(
+    r"\boption \S+ must be of ", r"^invalid format: ", r"^invalid JSON schema in format",
+    r"^json: cannot unmarshal ", r"^unknown type loading config params",
+)  # fmt: skip
+"""The same with another status: Ollama answers 500 for an option of a wrong type."""
+
+OF_THE_MODEL = _any_of(r"parsing tool call", r"invalid tool call arguments", r"token repeat limit")
+"""What a model wrote cannot be read. In mid-stream that says nothing against its machine."""
+
+LACKS = re.compile(r"does not support (\w+)")
+BASIC = ("generate", "chat", "completion")
+COMPLETION = "completion"
+"""Ollama's words in errors, and that in its listings, for what every model but an embedding one
+can. It also says so of a model whose file is missing."""
+
+BUSY = (429, 499, 502, 503, 504)
+
+DIED = _any_of(
+    r"unexpectedly stopped", r"process has terminated", r"process no longer running",
+    r"\bEOF\b", r"connection reset", r"forcibly closed", r"broken pipe", r"signal: ",
+)  # fmt: skip
+"""Texts of an Ollama whose runner was lost while a request ran."""
+
+SAME = re.compile(r"0x[0-9a-f]+|[0-9a-f]{12,}|[/\\][^\s\"']+|\d+", re.IGNORECASE)
+"""What differs between two machines that say the same: addresses, digests, paths, numbers."""
+
+
+def judge(
+    status: int, body: bytes, *, of_cloud: bool = False, lists: Lists = lambda _: None
+) -> Outcome | None:
     """Why another agent should be asked in place of passing this answer on; `None`: pass it on.
 
-    `body` is the whole body of an answer with an error status.
+    `body` is the whole body of an answer with an error status. `of_cloud`: ollama.com runs the
+    model, and says itself who may use it.
     """
-    if status < 400:
-        return None
     text = error_text(body)
-    reason = f"answered {status}: {text}" if text else f"answered {status} with no text"
+    told = f"answered {status}: {text}" if text else f"answered {status} with no text"
     if status == 403 and not body.strip():
         # Ollama's Host check: it is bound to loopback and does not take our name for it.
-        return Outcome(Result.UNREACHABLE, f"{reason}; set OLLAMA_HOST=0.0.0.0 on that machine")
+        return Outcome(Result.UNREACHABLE, f"{told}; set OLLAMA_HOST=0.0.0.0 on that machine")
+    if is_of_the_request(status, text, of_cloud=of_cloud, lists=lists):
+        return None
     if status == 404 and body.startswith(b"404 page not found"):
         return Outcome(Result.BUSY, "its Ollama is too old for this route")
-    if status == 404:
-        return Outcome(Result.MODEL_MISSING, reason) if "not found" in text else None
-    if status in (429, 499, 502, 503, 504):
-        return Outcome(Result.BUSY, reason)
-    if status == 500 and cannot_run(text):
-        return Outcome(Result.MODEL_FAILED, reason)
-    return None
+    if status == 404 and "not found" in text:
+        return Outcome(Result.MODEL_MISSING, told)
+    died = status >= 400 and DIED.search(text) is not None
+    return Outcome(Result.BUSY if status in BUSY else Result.MODEL_FAILED, told, died=died)
 
 
-def cannot_run(text: str) -> bool:
-    """Whether an error's text says that the agent could not load or run the model."""
-    lowered = text.lower()
-    return any(sign in lowered for sign in CANNOT_RUN)
+def is_of_the_request(status: int, text: str, *, of_cloud: bool, lists: Lists) -> bool:
+    """Whether an error is known to be the request's own fault."""
+    if status in (401, 403) and (of_cloud or text.startswith("ollama cloud is disabled")):
+        return True
+    if status != 400:
+        return WRONG_OPTION.search(text) is not None
+    if lacks := LACKS.search(text):
+        return lacks[1] not in BASIC or lists(COMPLETION) is False
+    return DIED.search(text) is None and OF_THE_REQUEST.search(text) is not None
+
+
+def says_nothing_of_the_machine(text: str) -> bool:
+    """Whether an error in mid-stream is the request's or the model's own."""
+    return any(kind.search(text) for kind in (WRONG_OPTION, OF_THE_MODEL))
 
 
 def error_text(body: bytes) -> str:
@@ -65,3 +122,64 @@ def error_text(body: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message")
     return error if isinstance(error, str) else ""
+
+
+def say_the_same(one: Outcome, other: Outcome) -> bool:
+    """Whether two agents failed in the same words, but for what differs between machines."""
+    return SAME.sub("#", one.reason) == SAME.sub("#", other.reason)
+
+
+# ── poison ────────────────────────────────────────────────────────────────────────────────────
+
+MOST_DEATHS = 2
+"""One death may be the agent's; of two healthy agents the request is the common cause."""
+
+SUSPECT_SECONDS = 300.0
+"""A client repeats for some minutes; afterwards the model or Ollama may be another version."""
+
+MOST_SUSPECTS = 256
+"""Requests that are remembered; each needs a machine to die for it, so that more are an outage."""
+
+
+class Suspect(Struct):
+    """A request under which agents died: how many, and until when it is remembered."""
+
+    deaths: int
+    until: float
+
+
+class Poison:
+    """Requests that killed healthy agents, by model and hash of the body."""
+
+    def __init__(self) -> None:
+        self._suspects: OrderedDict[tuple[str, bytes], Suspect] = OrderedDict()
+
+    def stops(self, request: Request, body: bytes, held: Held, now: float) -> bool:
+        """Note how an attempt ended; whether its request may be tried nowhere else.
+
+        A death counts only if the agent's last answer before the attempt was good, or none is
+        known. Call it before the lease ends.
+        """
+        outcome = held.outcome
+        if outcome.result is Result.SERVED:
+            if any(model == request.model for model, _ in self._suspects):
+                self._suspects.pop(_fingerprint(request, body), None)
+            return False
+        if outcome.result in (Result.CANCELLED, Result.REJECTED):
+            return False
+        fingerprint = _fingerprint(request, body)
+        suspect = self._suspects.get(fingerprint)
+        if suspect is None or suspect.until <= now:
+            suspect = Suspect(0, 0.0)
+        if outcome.died and held.agent.was_good_at(held.lease.granted_at):
+            suspect.deaths += 1
+            suspect.until = now + SUSPECT_SECONDS
+            self._suspects[fingerprint] = suspect
+            self._suspects.move_to_end(fingerprint)
+            if len(self._suspects) > MOST_SUSPECTS:
+                self._suspects.popitem(last=False)
+        return suspect.deaths >= MOST_DEATHS
+
+
+def _fingerprint(request: Request, body: bytes) -> tuple[str, bytes]:
+    return request.model, sha256(body).digest()
