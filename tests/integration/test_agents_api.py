@@ -22,7 +22,7 @@ SEED = {
 async def test_a_machine_registers_once_and_is_updated_afterwards(coordinator: Running) -> None:
     status, first = await coordinator.post("/api/agents", SEED)
     assert (status, first["status"]) == (201, "registered")
-    again = {**SEED, "ip_address": "127.0.0.2", "field_of_tomorrow": {"x": 1}}
+    again = {**SEED, "ollama_version": "0.2.0", "field_of_tomorrow": {"x": 1}}
     status, second = await coordinator.post("/api/agents", again)
     assert (status, second["status"]) == (200, "updated")
     assert second["agent_id"] == first["agent_id"]
@@ -235,3 +235,97 @@ async def test_a_machine_called_like_markup_stays_a_name(coordinator: Running) -
         async with coordinator.stream() as response:
             assert response.headers["X-Ollama-Coordinator-Agent"].startswith("%3Cscript")
             await response.read()
+
+
+async def register(coordinator: Running, **more: object) -> dict[str, str]:
+    return dict((await coordinator.post("/api/agents", {**SEED, **more}))[1])
+
+
+@pytest.mark.spec("FLEET-29")
+async def test_one_ollama_is_one_machine_whatever_it_is_called(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    """It was registered bare by the fixture; it comes again under other names, and by its agent."""
+    (known,) = await coordinator.get("/api/agents")
+    own = {"ollama_port": ollama.port, "machine_id": "disk-1"}
+    for ways in (
+        {"machine_name": "renamed", "ollama_port": ollama.port},
+        {"machine_name": "gpu", "ip_address": "localhost", "ollama_port": ollama.port},
+        {"machine_name": "gpu", "ip_address": "::ffff:127.0.0.1", "ollama_port": ollama.port},
+        {"machine_name": "with-agent", "instance_id": "r1", **own},
+        # Bare again, as a script does at each start: the agent's row stays as it is.
+        {"machine_name": "first", "ollama_port": ollama.port},
+    ):
+        assert await register(coordinator, **ways) == {"agent_id": known["id"], "status": "updated"}
+    (row,) = await coordinator.get("/api/agents")
+    assert (row["machine_name"], row["status"]) == ("with-agent", "online")
+    # Another agent for the same Ollama takes it over; the first one is refused with a sentence.
+    other = {"machine_name": "other", "machine_id": "disk-2", "instance_id": "s1"}
+    assert (await register(coordinator, **own | other))["agent_id"] == known["id"]
+    assert await coordinator.heartbeat(known["id"], instance_id="r1") == 404
+    status, refused = await coordinator.post(
+        "/api/agents", {**SEED, "machine_name": "with-agent", "instance_id": "r1", **own}
+    )
+    assert status == 409
+    url = f"http://127.0.0.1:{ollama.port}"
+    assert refused["error"] == (
+        f"two agents ('other' and 'with-agent') report the same Ollama, {url}; stop one of them"
+    )
+
+
+@pytest.mark.spec("FLEET-29")
+async def test_a_machine_that_moves_to_the_address_of_another_replaces_it(
+    coordinator: Running,
+) -> None:
+    first = {"machine_id": "a", "instance_id": "a1", "machine_name": "a", "ip_address": "127.0.0.2"}
+    second = {"machine_id": "b", "instance_id": "b1", "machine_name": "b"}
+    ids = [(await register(coordinator, **one))["agent_id"] for one in (first, second)]
+    # They swap their addresses.
+    moved = {**first, "ip_address": "127.0.0.1"}
+    assert (await register(coordinator, **moved))["agent_id"] == ids[0]
+    assert [a["status"] for a in await coordinator.get("/api/agents")] == ["online", "offline"]
+    assert await coordinator.heartbeat(ids[1], instance_id="b1") == 404
+    moved = {**second, "ip_address": "127.0.0.2"}
+    assert (await register(coordinator, **moved))["agent_id"] == ids[1]
+    assert [a["status"] for a in await coordinator.get("/api/agents")] == ["online", "online"]
+    assert await coordinator.heartbeat(ids[0], instance_id="a1") == 200
+
+
+@pytest.mark.spec("FLEET-30")
+@pytest.mark.parametrize("identity", [{}, {"machine_id": "disk", "instance_id": "r1"}])
+async def test_a_namesake_takes_nothing_from_a_machine_that_is_alive(
+    coordinator: Running, identity: dict[str, str]
+) -> None:
+    first = await register(coordinator, machine_name="ubuntu", **identity)
+    second = await register(coordinator, machine_name="ubuntu", ip_address="127.0.0.2")
+    assert second["status"] == "registered"
+    assert await coordinator.heartbeat(first["agent_id"]) == 200
+    rows = await coordinator.get("/api/agents")
+    assert {row["ip_address"] for row in rows} == {"127.0.0.1", "127.0.0.2"}
+    for row, other in zip(rows, reversed(rows), strict=True):
+        assert "the same name, 'ubuntu'" in row["conflict"]
+        assert f"ubuntu at {other['ip_address']}" in row["conflict"]
+        assert "another machine_name" in row["conflict"]
+    await coordinator.heartbeat(second["agent_id"], leaving=True)
+    assert [row["conflict"] for row in await coordinator.get("/api/agents")] == [None, None]
+    # Once it is gone, its name tells who it is: its address has changed.
+    again = await register(coordinator, machine_name="ubuntu", ip_address="127.0.0.3", **identity)
+    assert again["status"] == "updated"
+
+
+@pytest.mark.spec("FLEET-30")
+async def test_a_machine_whose_ollama_still_answers_is_alive(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    """It was not heard for a long time, as its agent was stopped; its Ollama runs."""
+    (known,) = await coordinator.get("/api/agents")
+    await coordinator.heartbeat(known["id"], leaving=True)
+    assert (await coordinator.get("/api/agents"))[0]["status"] == "offline"
+    namesake = {"machine_name": "first", "ip_address": "127.0.0.2", "ollama_port": ollama.port}
+    assert (await register(coordinator, **namesake))["agent_id"] != known["id"]
+    await ollama.stop()
+    moved = {**namesake, "ip_address": "127.0.0.3"}
+    agents = await coordinator.get("/api/agents")
+    for agent in agents:
+        await coordinator.heartbeat(agent["id"], leaving=True)
+    assert (await register(coordinator, **moved))["status"] == "updated"

@@ -15,7 +15,7 @@ from ollama_coordinator.registry import (
     TwoMachines,
     UnknownAgent,
 )
-from ollama_coordinator.registry.agent_match import MachineIds
+from ollama_coordinator.registry.agent_match import Identities
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -49,7 +49,7 @@ def register(registry: Registry, request: RegisterRequest, now: float = 0.0) -> 
 
 
 def add(registry: Registry, agent_id: str, *, now: float = 0.0) -> AgentState:
-    request = machine(agent_id, "10.0.0.9", machine_id=agent_id)
+    request = machine(agent_id, f"{agent_id}.local", machine_id=agent_id)
     return registry.register(request, AgentId(agent_id), AT, now).agent
 
 
@@ -101,7 +101,7 @@ def test_a_machine_that_got_another_name_stays_itself(registry: Registry) -> Non
 
 def test_a_machine_without_an_id_is_known_by_its_name(registry: Registry) -> None:
     before = register(registry, machine()).agent
-    assert register(registry, machine(address="10.0.0.2")).agent is before
+    assert register(registry, machine(address="10.0.0.2"), now=100.0).agent is before
     assert register(registry, machine("other")).created
 
 
@@ -570,16 +570,16 @@ def test_a_removed_agent_that_answers_late_of_a_cloud_model_harms_nothing(
     assert not agent.inventory.is_loaded(CLOUD)
 
 
-def test_a_machine_id_that_no_agent_has_any_more_is_forgotten() -> None:
-    machine_ids = MachineIds()
+def test_what_identifies_no_agent_any_more_is_forgotten() -> None:
+    identities = Identities()
     first, second, without = (
-        AgentState(AgentId(name), machine(name, machine_id=machine_id), AT, 0.0)
+        AgentState(AgentId(name), machine(name, f"{name}.local", machine_id=machine_id), AT, 0.0)
         for name, machine_id in (("a", "image"), ("b", "image"), ("c", None))
     )
     for agent in (first, second, without):
-        machine_ids.add(agent)
-    assert machine_ids.others(first) == {"b"}
-    assert machine_ids.others(without) == set()
-    for agent in (first, second, second):
-        machine_ids.discard(agent)
-    assert len(machine_ids) == 0
+        identities.add(agent)
+    assert identities.alike(first) == {"b"}
+    assert identities.alike(without) == set()
+    for agent in (first, second, second, without):
+        identities.discard(agent)
+    assert len(identities) == 0

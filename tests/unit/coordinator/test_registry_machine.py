@@ -54,7 +54,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from("abcd"), port=st.sampled_from([1, 2]))
     def register(self, name: str, port: int) -> None:
         new_id = AgentId(f"{name}{port}-{len(self.everyone)}")
-        request = RegisterRequest(name, f"10.0.0.{port}", "0.33.0", port, f"id-{name}")
+        request = RegisterRequest(name, f"10.0.{port}.{ord(name)}", "0.33.0", port, f"id-{name}")
         done = self.registry.register(request, new_id, AT, self.now)
         if done.created:
             self.everyone.append(done.agent)
@@ -65,7 +65,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(number=which, age=st.floats(0, 200))
     def restore(self, number: int, age: float) -> None:
         agent_id = AgentId(f"restored-{len(self.everyone)}")
-        request = RegisterRequest(str(agent_id), "10.0.0.1", "0.33.0", 1)
+        request = RegisterRequest(str(agent_id), f"{agent_id}.local", "0.33.0", 1)
         heard_at = self.now - age
         agent = AgentState(agent_id, request, registered_at=AT, heard_at=heard_at)
         agent.inventory.read_tags(lists({MODELS[number % 3]}), {})

@@ -5,7 +5,6 @@ Ollama's API has none of its settings; names and defaults of its variables are t
 """
 
 import re
-import socket
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -18,7 +17,7 @@ import msgspec
 import psutil
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import netloc, parse_address
+from ollama_coordinator_common.network import is_ours, netloc, parse_address
 from ollama_coordinator_common.types import RunnerSettings
 
 T = TypeVar("T")
@@ -219,12 +218,4 @@ def ollama_host(environ: Mapping[str, str]) -> str:
 
 def _is_ours(host: str) -> bool:
     address = parse_address(host)
-    if address is None:
-        return False
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(address), 0))
-    except OSError:
-        return False
-    return True
+    return address is not None and is_ours(address)

@@ -11,6 +11,9 @@ ELSEWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
 """Addresses of the networks for documentation (RFC 5737, RFC 3849): no machine has them, and the
 route to them is the one to other networks."""
 
+LOOPBACK = "127.0.0.1"
+"""What `same_host` calls the machine itself."""
+
 DISCARD_PORT = 9
 """RFC 863; nothing is sent there."""
 
@@ -39,6 +42,36 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a host; a name other than localhost is not looked up."""
     address = parse_address(host)
     return host == "localhost" if address is None else address.is_loopback
+
+
+def same_host(host: str) -> str:
+    """One text for the ways to write a host: letter case, IPv4 inside IPv6, names of loopback."""
+    address = parse_address(host)
+    if address is None:
+        name = host.lower().rstrip(".")
+        return LOOPBACK if name == "localhost" else name
+    if address.is_unspecified or address == ipaddress.IPv6Address(1):
+        return LOOPBACK  # Linux connects 0.0.0.0 to itself
+    return str(address)
+
+
+def is_ours(address: Address) -> bool:
+    """Whether an address is one of this machine's; nothing is sent."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+def machine_of(host: str) -> str:
+    """A host as `same_host` writes it; loopback for each address of this machine."""
+    address = parse_address(host)
+    if address is None or address.is_loopback or not is_ours(address):
+        return same_host(host)
+    return LOOPBACK
 
 
 def netloc(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ollama_coordinator_common.network import machine_of
 from ollama_coordinator_common.types import AgentId
 
 from .clock import Clock
@@ -31,6 +32,7 @@ class AgentStore:
                 registered_at=row.registered_at,
                 heard_at=min(now, self._clock.monotonic(row.last_seen)),
                 left=row.has_left,
+                host=machine_of(row.registration.ip_address),
                 settings=msgspec.json.decode(row.settings, type=AgentSettings),
             )
             if row.tags:

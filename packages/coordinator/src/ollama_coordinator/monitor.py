@@ -208,6 +208,14 @@ class Monitor:
             self._dispatch.take_out(agent, reason)
         self._dispatch.plan()
 
+    async def answers(self, agent: AgentState) -> bool:
+        """Whether an Ollama answers at the agent's address now."""
+        try:
+            await self._ask_version(agent)
+        except Unreachable:
+            return False
+        return True
+
     async def refresh(
         self, agents: Iterable[AgentState], *, older_than: float, seconds: float
     ) -> None:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from msgspec import UNSET, Struct
 
-from ollama_coordinator_common.network import netloc
+from ollama_coordinator_common.network import LOOPBACK, netloc, same_host
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -13,6 +13,16 @@ from .inventory import Inventory
 
 LONGEST_COOLDOWN_SECONDS = 30.0
 """An agent that is repaired gets requests again within half a minute."""
+
+
+def endpoints(registration: RegisterRequest, host: str = "") -> frozenset[tuple[str, int]]:
+    """Host and port at which the coordinator connects.
+
+    On the coordinator's own machine also Ollama's port behind the relay: nothing forwards it there.
+    """
+    host = host or same_host(registration.ip_address)
+    found = {(host, registration.relay_port or registration.ollama_port)}
+    return frozenset(found | {(host, registration.ollama_port)} if host == LOOPBACK else found)
 
 
 class AgentSettings(Struct, frozen=True):
@@ -75,6 +85,7 @@ def avoided_after(
 class AgentState:
     """One agent. `heard_at` is when it was last heard, in monotonic seconds of this process.
 
+    `host` is its machine as `same_host` writes it, or what its name was resolved to.
     `resting`: out of rotation after a failure. `cooldown` keeps its count of failures after that,
     until a request succeeds: an agent whose probes succeed while its requests fail is tried less
     and less often. `replaced` are the instance ids of processes that later ones have replaced.
@@ -87,6 +98,7 @@ class AgentState:
     registered_at: datetime
     heard_at: float
     left: bool = False
+    host: str = ""
     settings: AgentSettings = field(default_factory=AgentSettings)
     report: HealthReport | None = None
     inventory: Inventory = field(default_factory=Inventory)
@@ -107,6 +119,11 @@ class AgentState:
         host = self.registration.ip_address
         port = self.registration.relay_port or self.registration.ollama_port
         return f"http://{netloc(host, port)}"
+
+    @property
+    def endpoints(self) -> frozenset[tuple[str, int]]:
+        """Hosts and ports of its Ollama: two agents that share one have the same Ollama."""
+        return endpoints(self.registration, self.host)
 
     @property
     def ollama_running(self) -> bool:

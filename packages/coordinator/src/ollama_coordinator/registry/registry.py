@@ -1,6 +1,6 @@
 """All registered agents: their identity, their status, and the models they have."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from datetime import datetime
 
 from msgspec import UNSET, Struct, structs
@@ -10,8 +10,8 @@ from ollama_coordinator_common.protocol import AgentView, HealthReport, Register
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
-from .agent import AgentSettings, AgentState, avoided_after, cooldown_after
-from .agent_match import MachineIds
+from .agent import AgentSettings, AgentState, avoided_after, cooldown_after, endpoints
+from .agent_match import Identities
 from .model_index import CloudModels, ModelIndex
 
 
@@ -24,10 +24,14 @@ class UnknownAgent(OllamaCoordinatorError):
 
 
 class Registration(Struct, frozen=True):
-    """The agent that a registration created or renewed."""
+    """The agent that a registration created or renewed.
+
+    `replaced` are agents that reported the same Ollama until now; they are offline.
+    """
 
     agent: AgentState
     created: bool
+    replaced: tuple[AgentState, ...] = ()
 
 
 class Registry:
@@ -41,7 +45,7 @@ class Registry:
         self._agent_timeout = agent_timeout
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
-        self._machine_ids = MachineIds()
+        self._identities = Identities()
         self._online: set[AgentId] = set()
         self.models = ModelIndex(self._agents, self._online)
         self._cloud = CloudModels()
@@ -80,35 +84,93 @@ class Registry:
     # ── identity ──────────────────────────────────────────────────────────────────────────────
 
     def register(
-        self, request: RegisterRequest, new_id: AgentId, at: datetime, now: float
+        self,
+        request: RegisterRequest,
+        new_id: AgentId,
+        at: datetime,
+        now: float,
+        *,
+        host: str = "",
+        answering: Container[AgentId] = (),
     ) -> Registration:
         """Add an agent, or renew the one that `agent_match.match` finds.
 
+        `host` is what its address was resolved to, if it is a name. The `answering` agents live,
+        although they are not online. A registration that tells less of who it is than a living
+        agent does not change it: it gets that agent's id for the same Ollama, else one of its own.
+
         Raises:
-            TwoMachines: two that are online cannot be told apart.
+            TwoMachines: two that are online report the same Ollama, and this one was replaced.
         """
-        known = agent_match.match(request, self, lambda agent: self.is_online(agent, now))
+
+        def lives(agent: AgentState) -> bool:
+            return agent.id in answering or self.is_online(agent, now)
+
+        known = agent_match.match(request, self, lives, host)
         self.changes += 1
+        if known is not None and lives(known) and agent_match.tells_less(request, known):
+            if known.endpoints & endpoints(request, host):
+                return Registration(known, created=False)
+            known = None
         if known is None:
-            agent = AgentState(new_id, request, registered_at=at, heard_at=now)
+            agent = AgentState(new_id, request, registered_at=at, heard_at=now, host=host)
             self._agents[new_id] = agent
-            self._machine_ids.add(agent)
+            self._identities.add(agent)
+            replaced = self._take_over(agent)
             self._come(new_id)
-            return Registration(agent, created=True)
+            return Registration(agent, created=True, replaced=replaced)
         before = known.url
-        self._machine_ids.discard(known)
-        agent_match.renew(known, request)
-        self._machine_ids.add(known)
+        self._identities.discard(known)
+        agent_match.renew(known, request, host)
+        self._identities.add(known)
+        replaced = self._take_over(known)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
         self.heard(known, now)
-        return Registration(known, created=False)
+        return Registration(known, created=False, replaced=replaced)
+
+    def doubtful(
+        self, request: RegisterRequest, now: float, *, host: str = ""
+    ) -> AgentState | None:
+        """An agent that is away, which a registration at another address would renew by its name.
+
+        If it still answers there, it is another machine.
+
+        Raises:
+            TwoMachines: as `register`.
+        """
+        known = agent_match.match(request, self, lambda agent: self.is_online(agent, now), host)
+        if known is None or self.is_online(known, now):
+            return None
+        if known.endpoints & endpoints(request, host):
+            return None
+        ids = (known.registration.machine_id, request.machine_id)
+        return known if None in ids or ids[0] != ids[1] else None
+
+    def _take_over(self, agent: AgentState) -> tuple[AgentState, ...]:
+        """Nobody else represents the agent's Ollama from now on; those that did until now."""
+        same = [self._agents[agent_id] for agent_id in self._identities.same_ollama(agent)]
+        replaced = tuple(other for other in same if not other.left)
+        for other in replaced:
+            agent_match.replace(agent, other.registration, by=agent.registration.instance_id)
+            other.left = True
+            self._go(other.id)
+        return replaced
+
+    def _is_replaced(self, agent: AgentState) -> bool:
+        """Whether another agent, which is online, represents its Ollama."""
+        return agent.left and not self._online.isdisjoint(self._identities.same_ollama(agent))
 
     def restore(self, agent: AgentState, now: float) -> None:
         """Add an agent from the database, as it was when it was last heard."""
         self._agents[agent.id] = agent
-        self._machine_ids.add(agent)
+        self._identities.add(agent)
         self.models.relist(agent, {})
+        same = [self._agents[one] for one in self._identities.same_ollama(agent)]
+        if all(one.left or one.heard_at <= agent.heard_at for one in same):
+            self._take_over(agent)
+        else:  # of an earlier version, which took one Ollama for several
+            agent.left = True
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
         self.changes += 1
@@ -120,7 +182,7 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
-        self._machine_ids.discard(agent)
+        self._identities.discard(agent)
         self._go(agent.id)
         self.models.drop(agent, agent.inventory.available)
         del self._agents[agent.id]
@@ -151,6 +213,8 @@ class Registry:
         registered = agent.registration.instance_id
         if None not in (registered, report.instance_id) and registered != report.instance_id:
             raise UnknownAgent(report.agent_id)
+        if self._is_replaced(agent):
+            raise UnknownAgent(report.agent_id)
         if report.tags is not UNSET:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now)
         if report.ps is not UNSET:
@@ -170,8 +234,8 @@ class Registry:
         return agent
 
     def conflict(self, agent: AgentState, now: float) -> str | None:
-        """What an operator should do about another online agent with the same machine id."""
-        others = self._machine_ids.others(agent)
+        """What an operator should do about another online agent that may be taken for this one."""
+        others = self._identities.alike(agent)
         if not others or not self.is_online(agent, now):
             return None
         alike = (self._agents[agent_id] for agent_id in others)

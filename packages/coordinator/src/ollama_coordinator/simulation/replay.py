@@ -236,7 +236,7 @@ class Simulation:
     # ── agents ────────────────────────────────────────────────────────────────────────────────
 
     def _register(self, spec: MachineSpec, first_report: float) -> None:
-        request = RegisterRequest(spec.name, NOWHERE, "0.12.0", 11434)
+        request = RegisterRequest(spec.name, f"m{len(self.registry)}.{NOWHERE}", "0.12.0", 11434)
         self.registry.register(request, AgentId(spec.name), EPOCH, self.now)
         self._report(AgentId(spec.name), self.now)
         self.at(self.now + first_report, lambda now: self._heartbeat(AgentId(spec.name), now))

@@ -1,5 +1,7 @@
 """`/api/agents`: registration, the list, an operator's settings of one agent, and its log."""
 
+import asyncio
+import socket
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -16,6 +18,7 @@ from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentSettings, AgentState
 from ollama_coordinator.scheduler import Estimate
+from ollama_coordinator_common.network import machine_of
 from ollama_coordinator_common.protocol import (
     AgentView,
     LogReport,
@@ -26,6 +29,10 @@ from ollama_coordinator_common.types import AgentId
 
 FIRST_LOOK_SECONDS = 1.0
 """How long a registration waits for the first list of models: the next request finds them."""
+
+
+LOOKUP_SECONDS = 1.0
+"""How long a host name may take to look up: an agent waits 5 s for its registration."""
 
 
 class SettingsPatch(Struct, frozen=True):
@@ -58,6 +65,17 @@ class AgentDetails(Struct, frozen=True):
     events: list[AgentEvent]
 
 
+async def _machine_of(host: str) -> str:
+    """The machine of an agent's address; a name that cannot be looked up is its own."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(LOOKUP_SECONDS):
+            found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # a TimeoutError is one
+        return machine_of(host)
+    return machine_of(min((str(address[0]) for *_, address in found), key=lambda text: ":" in text))
+
+
 _register = msgspec.json.Decoder(RegisterRequest)
 _patch = msgspec.json.Decoder(SettingsPatch)
 _log_report = msgspec.json.Decoder(LogReport)
@@ -86,10 +104,23 @@ class AgentsApi:
         201 `registered`, or 200 `updated` for a machine that is known already.
         """
         wanted = await decode(_register, request)
+        host = await _machine_of(wanted.ip_address)
         now = self._clock.now()
-        new_id = AgentId(str(uuid4()))
-        done = self._registry.register(wanted, new_id, self._clock.utc(now), now)
+        away = self._registry.doubtful(wanted, now, host=host)
+        answering = [away.id] if away is not None and await self._monitor.answers(away) else []
+        now = self._clock.now()
+        done = self._registry.register(
+            wanted,
+            AgentId(str(uuid4())),
+            self._clock.utc(now),
+            now,
+            host=host,
+            answering=answering,
+        )
         agent = done.agent
+        for other in done.replaced:
+            log_event("agent's Ollama is another agent's now", other, by=agent.name)
+            self._agent_store.keep(other)
         await self._agent_store.keep_now(agent)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
         if agent.inventory.sampled_at is None or not agent.brings_inventory:
