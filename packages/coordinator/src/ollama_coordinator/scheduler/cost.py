@@ -126,7 +126,7 @@ def _freeing(
     # So many places being loaded shift the order of the ends by no more than their number.
     start = max(ahead - len(loading), 0)
     ends = _ending(queue, start, ahead - start + LOOK_BEYOND, away)
-    frees = ((end.run.remaining(now), end.run.place) for end in ends)
+    frees = ((run.remaining(now), run.place) for _, _, run in ends)
     if not loading:
         return frees
     return sorted([*frees, *loading], key=_first)[ahead - start : ahead - start + LOOK_BEYOND]
@@ -146,7 +146,7 @@ def _beyond(
         last, place = run.remaining(now), run.place
     else:
         last, place = loading[-1]
-    slots = sum(place.slots.limit for place in queue.hot) or len(queue.ends) + len(loading)
+    slots = sum([place.slots.limit for place in queue.hot]) or len(queue.ends) + len(loading)
     service = queue.mean_service or service_seconds(
         place, entry.request.prompt_tokens, entry.output
     )
