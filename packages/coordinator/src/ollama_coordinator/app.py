@@ -20,8 +20,9 @@ from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
 from .api.http.body_timeout import BodyTimeout
 from .api.http.cors import Cors
+from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
-from .api.http.routing import NearMiss, gathered
+from .api.http.routing import NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .clock import Clock
 from .db import Store, database_path
@@ -160,6 +161,7 @@ def create_app(config: CoordinatorConfig) -> Starlette:
         middleware=[
             Middleware(Cors, config.origins),
             Middleware(BodyTimeout, parts.settings),
+            Middleware(Shortcut, routes, [route.path for route in INFERENCE_ROUTES]),
         ],
         lifespan=lifespan,
         exception_handlers={

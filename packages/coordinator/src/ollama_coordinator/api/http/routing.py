@@ -62,6 +62,23 @@ def gathered(endpoints: Iterable[Endpoint]) -> list[Route]:
     return [Route(path, Methods(methods)) for path, methods in by_path.items()]
 
 
+class Shortcut:
+    """ASGI middleware: the routes of these paths are found without the router's patterns.
+
+    Their handlers answer their own errors, so they need nothing of what Starlette does around one.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Iterable[Route], paths: Iterable[str]) -> None:
+        self._app = app
+        wanted = frozenset(paths)
+        self._found = {route.path: route.app for route in routes if route.path in wanted}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        app = self._found.get(scope.get("path", ""), self._app)
+        await app(scope, receive, send)
+
+
 class NearMiss:
     """The answer to a path without a route: a redirect for a slash too many, else Ollama's 404."""
 
