@@ -1,7 +1,7 @@
 """The demonstration: a coordinator, three agents, chats by a real client, and who served what.
 
 Everything runs as its own process, by the commands an operator would type, and is reached from
-this machine only. The agents offer stand-ins for Ollama, of unlike speed; with `--own` a single one
+this machine only. The agents offer stand-ins for Ollama, of different speeds; with `--own` a single one
 offers this machine's Ollama. `--once` ends by itself; otherwise it stays until Ctrl-C.
 """
 
@@ -278,7 +278,7 @@ async def plan(*, own: bool) -> tuple[list[Machine], Sequence[str], str]:
         Machine("gpu-middle", free_port(), (*MIDDLE, *SMALL, *LARGE)),
         Machine("laptop", free_port(), (*LAPTOP, *SMALL)),
     ]
-    return machines, MODELS, "three stand-ins for Ollama, of unlike speed"
+    return machines, MODELS, "three stand-ins for Ollama, of different speeds"
 
 
 def by_hand(url: str, model: str) -> Text:
