@@ -15,7 +15,6 @@ Dialect = Literal["native", "openai", "anthropic"]
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 RUNNER_DIED = "model runner has unexpectedly stopped, this may be due to resource limitations"
 OUT_OF_MEMORY = "llama-server process has terminated: cudaMalloc failed: out of memory"
-LOAD_TIMED_OUT = "timed out waiting for llama-server to start - progress 0.00 - "
 
 FOREVER_SECONDS = float(2**63 // 10**9)  # what a negative keep_alive comes to: 292 years
 
