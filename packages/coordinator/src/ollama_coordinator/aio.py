@@ -113,7 +113,8 @@ class Slices:
 def loop_of(name: str) -> Callable[[], AbstractEventLoop] | None:
     """The factory of an event loop of this name; `None` for asyncio's own.
 
-    uvloop is an extra, since it does not exist on Windows.
+    uvloop is an extra, since it does not exist on Windows. It saves about a seventh of the CPU of a
+    short answer, and a quarter of that of a streamed token.
 
     Raises:
         ConfigError: uvloop is wanted, and not installed.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 WITHOUT_HEAD = frozenset(
@@ -68,10 +68,14 @@ class Shortcut:
     Their handlers answer their own errors, so they need nothing of what Starlette does around one.
     """
 
-    def __init__(self, app: ASGIApp, routes: Iterable[Route], paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], paths: Iterable[str]) -> None:
         self._app = app
         wanted = frozenset(paths)
-        self._found = {route.path: route.app for route in routes if route.path in wanted}
+        self._found = {
+            route.path: route.app
+            for route in routes
+            if isinstance(route, Route) and route.path in wanted
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
