@@ -94,6 +94,22 @@ async def test_a_database_that_cannot_be_used_is_told(tmp_path: Path, trouble: s
     assert "Traceback" not in output
 
 
+@pytest.mark.spec("OPERATION-24")
+async def test_a_second_coordinator_on_a_database_is_told(tmp_path: Path) -> None:
+    database = f"sqlite:///{(tmp_path / 'c.db').as_posix()}"
+    async with running(database_url=database) as coordinator:
+        code, output = await start(
+            tmp_path,
+            programs.command("ollama-coordinator"),
+            COORDINATOR_PORT=str(programs.free_port()),
+            DATABASE_URL=database,
+        )
+        assert code == 1
+        assert output.splitlines()[-1].startswith(f"Error: database {tmp_path / 'c.db'}: another")
+        assert "stop that one, or give another DATABASE_URL" in output
+        assert (await coordinator.get("/healthz"))["database"] == "ok"
+
+
 @pytest.mark.spec("OPERATION-8")
 async def test_health_counts_what_there_is() -> None:
     async with running() as coordinator, StandIn() as ollama:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "coordinator.db"
 
 
+def ids_in(path: Path) -> list[str]:
+    """The agents that a process other than the coordinator finds in the file."""
+    with closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("SELECT id FROM agents ORDER BY rowid")]
+
+
 def fail(db: Database) -> None:
     db.execute("PRAGMA query_only = ON")
 
@@ -61,9 +68,9 @@ async def test_an_agent_comes_back_as_it_was(path: Path) -> None:
 
 
 async def test_a_saved_agent_is_on_disk_before_the_answer(path: Path) -> None:
-    async with Store(path) as first, Store(path) as second:
-        await first.save_agent(row())
-        assert await second.agents() == [row()]
+    async with Store(path) as opened:
+        await opened.save_agent(row())
+        assert ids_in(path) == ["a"]
 
 
 async def test_a_database_in_memory_keeps_nothing() -> None:
@@ -95,9 +102,9 @@ async def test_what_is_noted_is_written_at_the_end(path: Path) -> None:
 
 async def test_what_is_noted_is_written_soon(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
-    async with Store(path) as opened, Store(path) as other, asyncio.timeout(DEADLINE_SECONDS):
+    async with Store(path) as opened, asyncio.timeout(DEADLINE_SECONDS):
         opened.note_agent(row())
-        while not await other.agents():
+        while not ids_in(path):
             await asyncio.sleep(0)
 
 
@@ -157,14 +164,97 @@ async def test_a_removal_beats_a_save_that_waits(path: Path) -> None:
         assert await again.agents() == []
 
 
-async def test_two_stores_share_a_file(path: Path) -> None:
-    async with Store(path) as first, Store(path) as second:
-        await asyncio.gather(
-            *(first.save_agent(row(f"a{number}")) for number in range(10)),
-            *(second.save_agent(row(f"b{number}")) for number in range(10)),
-        )
-        assert first.problem is second.problem is None
-        assert len(await first.agents()) == len(await second.agents()) == 20
+@pytest.mark.spec("OPERATION-24")
+async def test_a_second_coordinator_on_a_file_is_refused(path: Path) -> None:
+    link = path.with_name("link.db")
+    async with Store(path) as opened:
+        link.symlink_to(path)
+        for name in (path, link):
+            assert "another coordinator uses it; stop that one" in await refused(name)
+        await opened.save_agent(row())
+        assert opened.problem is None
+    async with Store(link) as again:
+        assert await again.agents() == [row()]
+
+
+# ── a file that is deleted or replaced ────────────────────────────────────────────────────────
+
+
+@pytest.mark.spec("OPERATION-25")
+@pytest.mark.parametrize("left", [(), ("-wal",), ("-shm",), ("-wal", "-shm")])
+async def test_a_deleted_file_is_written_anew(path: Path, left: tuple[str, ...]) -> None:
+    async with Store(path) as opened:
+        await opened.save_agent(FULL)
+        opened.note_document("rates", b'{"a":1}')
+        await opened.flush()
+        for suffix in {"", "-wal", "-shm"} - set(left):
+            Path(f"{path}{suffix}").unlink()
+        await opened.save_agent(row("b"))
+        assert opened.problem is None
+        assert ids_in(path) == ["a", "b"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.lock"]
+    async with Store(path) as again:
+        assert await again.agents() == [FULL, row("b")]
+        assert await again.document("rates") == b'{"a":1}'
+
+
+@pytest.mark.spec("OPERATION-25")
+async def test_a_deleted_file_is_noticed_although_nothing_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
+    async with Store(path) as opened, asyncio.timeout(DEADLINE_SECONDS):
+        await opened.save_agent(row())
+        path.unlink()
+        while not path.exists():
+            await asyncio.sleep(0)
+    assert ids_in(path) == ["a"]
+    assert caplog.messages.count("the database's file was deleted or replaced; written anew") == 1
+
+
+@pytest.mark.spec("OPERATION-25")
+async def test_a_file_that_is_put_in_its_place_is_kept_beside_it(path: Path) -> None:
+    other = path.with_name("other.db")
+    async with Store(other) as opened:
+        await opened.save_agent(row("other"))
+    async with Store(path) as opened:
+        await opened.save_agent(row())
+        other.replace(path)
+        await opened.flush()
+        assert ids_in(path) == ["a"]
+    [aside] = path.parent.glob("*.replaced-*")
+    assert ids_in(aside) == ["other"]
+
+
+@pytest.mark.spec("OPERATION-25")
+async def test_a_folder_that_is_gone_is_a_problem_until_it_is_back(tmp_path: Path) -> None:
+    path = tmp_path / "here" / "coordinator.db"
+    path.parent.mkdir()
+    async with Store(path) as opened:
+        await opened.save_agent(row())
+        shutil.rmtree(path.parent)
+        await opened.save_agent(row("b"))
+        assert "cannot be opened" in str(opened.problem)
+        path.parent.mkdir()
+        await opened.flush()
+        assert opened.problem is None
+        assert ids_in(path) == ["a", "b"]
+
+
+@pytest.mark.spec("OPERATION-25")
+async def test_a_path_that_another_coordinator_has_taken_is_left_to_it(path: Path) -> None:
+    async with Store(path) as opened:
+        await opened.save_agent(row())
+        for one in path.parent.iterdir():
+            one.unlink()
+        async with Store(path) as other:
+            await other.save_agent(row("other"))
+            await opened.flush()
+            assert "another coordinator uses it" in str(opened.problem)
+            assert ids_in(path) == ["other"]
+        await opened.flush()
+        assert opened.problem is None
+    assert ids_in(path) == ["a"]
 
 
 async def test_a_write_that_is_cancelled_is_not_forgotten(path: Path) -> None:

@@ -1,14 +1,23 @@
-"""The database's file: its name in a setting, and a look into it before it is opened."""
+"""The database's file: its name in a setting, a look into it, and a process's claim to it."""
 
+import logging
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote
 
+from filelock import FileLock, Timeout
+
 from ollama_coordinator_common.error import ConfigError
 
-LOOK_SECONDS = 0.2
-"""How long a look waits for a locked file: opening it waits longer, and says what is wrong."""
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+"""How long a look waits for another process's lock, such as a backup's: as long as the opening."""
+
+BESIDE = ("-wal", "-shm")
+"""SQLite's own files beside a database, while somebody has it open."""
 
 
 def database_path(url: str) -> Path | None:
@@ -51,4 +60,83 @@ def document_in(path: Path | None, name: str) -> bytes | None:
             row = connection.execute(sql, [name]).fetchone()
     except sqlite3.Error:
         return None
-    return row[0] if row else None
+    return str(row[0]).encode() if row else None
+
+
+class FileClaim:
+    """The claim of one process to a database's file; a database in memory needs none.
+
+    Two coordinators on one file would overwrite each other. The lock is on a file beside it: SQLite
+    loses its own locks when its process closes another handle of the same file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = None if path is None else path.resolve()
+        self._files: list[tuple[int, int] | None] = []
+        self._lock: FileLock | None = None
+        if self._path is not None:
+            self._lock = FileLock(f"{self._path}.lock", thread_local=False)
+
+    def take(self) -> None:
+        """Be the only process with this file.
+
+        The system frees the lock when the process ends, however it ends. Where the folder cannot
+        lock, that is logged.
+
+        Raises:
+            sqlite3.OperationalError: another process has it.
+        """
+        if self._path is None or self._lock is None or not self._path.parent.is_dir():
+            return  # a missing folder would be made
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as exc:
+            text = "another coordinator uses it; stop that one, or give another DATABASE_URL"
+            raise sqlite3.OperationalError(text) from exc
+        except (OSError, NotImplementedError) as exc:
+            extra = {"database": str(self._path), "reason": str(exc)}
+            log.warning("a second coordinator on this database would go unnoticed", extra=extra)
+
+    def release(self) -> None:
+        """Leave the file to others."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def note(self) -> None:
+        """Remember which files these are now."""
+        self._files = self._identities()
+
+    def is_true(self) -> bool:
+        """Whether the path still names the file that was noted, by its device and its inode."""
+        return self._identities()[:1] == self._files[:1]
+
+    def put_aside(self) -> Path | None:
+        """Move away what another has put in the file's place; its new name, if there was any.
+
+        What SQLite wrote beside the noted file is of no use any more, and would spoil a new one.
+        """
+        if self._path is None:
+            return None
+        aside = self._path.with_name(f"{self._path.name}.replaced-{time.time_ns()}")
+        for suffix, known, found in zip(
+            ("", *BESIDE), self._files, self._identities(), strict=True
+        ):
+            file = Path(f"{self._path}{suffix}")
+            if found is not None and found == known:
+                file.unlink()
+            elif found is not None:
+                file.rename(f"{aside}{suffix}")
+        return aside if aside.exists() else None
+
+    def _identities(self) -> list[tuple[int, int] | None]:
+        if self._path is None:
+            return []
+        return [_identity(Path(f"{self._path}{suffix}")) for suffix in ("", *BESIDE)]
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino

@@ -3,7 +3,8 @@
 Registrations are written before they are answered. What changes all the time (last seen, models,
 learned rates) is written behind: the newest value of each, in one transaction, at most
 `FLUSH_SECONDS` late. When the database fails while running, the fleet continues from memory, what
-is unwritten waits for the next try, and `problem` tells the operator.
+is unwritten waits for the next try, and `problem` tells the operator. A file that was deleted or
+replaced meanwhile is written anew from the open one.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +24,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
 from .agents import PUT_AGENT, AgentRow, from_columns, to_columns
+from .file import FileClaim
 from .migrations import migrations, steps_of_the_future
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._claim = FileClaim(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._database: Database | None = None
         self._agents: dict[AgentId, AgentRow | None] = {}
@@ -61,7 +65,8 @@ class Store:
         """Open the database and bring its schema up to date.
 
         Raises:
-            DatabaseError: it is locked, read-only, full, or not a database.
+            DatabaseError: it is locked, read-only, full, or not a database, or another coordinator
+                uses it.
         """
         try:
             await self._run(self._open)
@@ -148,8 +153,6 @@ class Store:
             await self._flush()
 
     async def _flush(self) -> None:
-        if not self._agents and not self._seen and not self._documents:
-            return
         documents = {
             name: body if isinstance(body, bytes) else body()
             for name, body in self._documents.items()
@@ -194,6 +197,14 @@ class Store:
     # ── in the thread ─────────────────────────────────────────────────────────────────────────
 
     def _open(self) -> None:
+        self._claim.take()
+        try:
+            self._connect()
+        except (sqlite3.Error, ValueError):
+            self._claim.release()
+            raise
+
+    def _connect(self) -> None:
         target = ":memory:" if self._path is None else str(self._path)
         connection = sqlite3.connect(target, timeout=LOCK_SECONDS)
         try:
@@ -211,9 +222,37 @@ class Store:
         except (sqlite3.Error, ValueError):
             connection.close()
             raise
+        self._claim.note()
 
     def _close(self) -> None:
         self._db.close()
+        self._claim.release()
+
+    def _stay_on_file(self) -> None:
+        """Where the path names another file now, or none, write everything anew.
+
+        A deleted file can be read as long as it is open.
+        """
+        if self._path is None or self._claim.is_true():
+            return
+        # The lock may have been deleted with it: take it again, or leave the path to another.
+        self._claim.release()
+        self._claim.take()
+        draft = self._path.with_name(f"{self._path.name}.anew")
+        draft.unlink(missing_ok=True)
+        with closing(sqlite3.connect(draft)) as connection:
+            self._db.conn.backup(connection)
+        aside = self._claim.put_aside()
+        draft.replace(self._path)
+        deleted = self._db
+        try:
+            self._connect()
+        except (sqlite3.Error, ValueError):
+            self._database = deleted
+            raise
+        deleted.close()
+        extra = {"database": str(self._path), "put_aside": aside}
+        log.error("the database's file was deleted or replaced; written anew", extra=extra)
 
     @property
     def _db(self) -> Database:
@@ -234,6 +273,9 @@ class Store:
         seen: dict[AgentId, datetime],
         documents: dict[str, bytes],
     ) -> None:
+        self._stay_on_file()
+        if not agents and not seen and not documents:
+            return
         with self._db.atomic():
             rows = [to_columns(row) for row in agents.values() if row is not None]
             self._db.conn.executemany(PUT_AGENT, rows)
