@@ -1,8 +1,8 @@
 """The demonstration: a coordinator, three agents, chats by a real client, and who served what.
 
 Everything runs as its own process, by the commands an operator would type, and is reached from
-this machine only. The agents offer stand-ins for Ollama, of different speeds; with `--own` a single one
-offers this machine's Ollama. `--once` ends by itself; otherwise it stays until Ctrl-C.
+this machine only. The agents offer stand-ins for Ollama, of different speeds; with `--own` a
+single one offers this machine's Ollama. `--once` ends by itself; otherwise it stays until Ctrl-C.
 """
 
 import argparse

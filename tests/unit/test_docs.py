@@ -228,3 +228,27 @@ def test_every_file_that_a_document_links_to_is_there() -> None:
         if not (document.parent / link).exists()
     ]
     assert missing == []
+
+
+# ── places in the source ──────────────────────────────────────────────────────────────────────
+
+SOURCES = (
+    ROOT,
+    PACKAGES / "coordinator/src/ollama_coordinator",
+    PACKAGES / "agent/src/ollama_coordinator_agent",
+)
+DEVELOPING = {
+    "README.md": README.partition("\n## Develop\n")[2],
+    "README.ja.md": JAPANESE.partition("\n## 開発する\n")[2],
+    "specs/README.md": (ROOT / "specs" / "README.md").read_text("utf-8").partition("Glossary")[0],
+}
+
+
+@pytest.mark.parametrize("document", DEVELOPING)
+def test_every_place_in_the_source_that_a_document_names_is_there(document: str) -> None:
+    places = re.findall(
+        r"`([\w./]+(?:\.py|\.md|/)|(?:packages|tests)/[\w./]+)`", DEVELOPING[document]
+    )
+    assert places
+    missing = [one for one in places if not any((source / one).exists() for source in SOURCES)]
+    assert missing == []

@@ -113,6 +113,16 @@ def test_every_module_has_a_layer() -> None:
     assert {name.removesuffix(".py") for name in found} - {"__init__"} == set().union(*LAYERS)
 
 
+def test_the_sketch_in_the_specifications_has_the_layers_in_their_order() -> None:
+    sketch = (Path(__file__).parents[3] / "specs" / "README.md").read_text("utf-8")
+    line, _, _ = sketch.partition("coordinator:  ")[2].partition("at the side")
+    groups = [{name.strip() for name in group.split(",")} for group in line.split("→")]
+    layers = [number for group in groups for number, one in enumerate(LAYERS) if group & one]
+    assert groups[-1] == {"common"}
+    assert all(any(group <= one for one in LAYERS) for group in groups[:-1])
+    assert layers == sorted(layers)
+
+
 def called(module: Path) -> set[str]:
     """The names of the functions and classes that a module calls."""
     return {
