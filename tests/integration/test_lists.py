@@ -75,10 +75,11 @@ async def test_ps_adds_up_what_several_agents_have_in_memory(
 @pytest.mark.spec("FLEET-23")
 async def test_the_version_is_the_lowest_in_rotation(coordinator: Running) -> None:
     assert await coordinator.get("/api/version") == {"version": "0.0.0"}
-    async with StandIn() as one, StandIn() as two, StandIn() as three:
-        await coordinator.register(one, ollama_version="0.10.1")
-        await coordinator.register(two, ollama_version="0.9.6")
-        await coordinator.register(three, ollama_version="0.0.0")
+    versions = ("0.10.1", "0.9.6", "0.0.0")
+    one, two, three = (StandIn(version=version) for version in versions)
+    async with one, two, three:
+        for ollama in (one, two, three):
+            await coordinator.register(ollama)
         assert await coordinator.get("/api/version") == {"version": "0.9.6"}
         agents = await coordinator.get("/api/agents")
         slow = next(agent["id"] for agent in agents if agent["ollama_version"] == "0.9.6")

@@ -105,7 +105,7 @@ async def test_a_transcription_is_refused_as_ollama_does(
 @pytest.mark.spec("SURFACE-8")
 async def test_an_agent_too_old_for_a_route_is_not_asked_for_it(coordinator: Running) -> None:
     async with StandIn(version="0.12.0") as old, StandIn() as new:
-        await coordinator.register(old, "old", ollama_version="0.12.0")
+        await coordinator.register(old, "old")
         await coordinator.register(new, "new")
         for _ in range(4):
             body = {**CHAT, "max_tokens": 4}

@@ -22,7 +22,7 @@ from .api.http.body_timeout import BodyTimeout
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
-from .api.http.routing import NearMiss, Shortcut, gathered
+from .api.http.routing import CircleGuard, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .clock import Clock
 from .db import Store, database_path
@@ -180,7 +180,9 @@ class _App(Starlette):
         """Starlette's own stack for the other routes, and before it what every route has."""
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
-        return Cors(BodyTimeout(app, self.state.parts.settings), self.state.origins)
+        parts: Parts = self.state.parts
+        guarded = CircleGuard(BodyTimeout(app, parts.settings), parts.upstreams.instance_id)
+        return Cors(guarded, self.state.origins)
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from functools import partial
 from math import inf
 
 import msgspec
+from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
@@ -43,8 +44,31 @@ STALLED_PROBES = 5
 AFTER_LOAD_SECONDS = 1.0
 """How soon after a load an agent without heartbeats is asked what is in its memory (FLEET-25)."""
 
+LOOP_DETECTED = 508
+"""A coordinator's answer to a request that it sent itself."""
+
 TICK_SECONDS = 0.5
 """How often the agents are looked at; a failure is looked at at once."""
+
+
+class InCircles(Unreachable):
+    """A coordinator that has this one among its agents, or is this one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "is this coordinator itself, or one that has it among its agents: requests would go in"
+            " circles; give the address and port of an Ollama"
+        )
+
+
+class VersionReply(Struct, frozen=True):
+    """`/api/version`; `coordinators` are the ids of those that a request there passes."""
+
+    version: str = ""
+    coordinators: list[str] = []
+
+
+_version = msgspec.json.Decoder(VersionReply)
 
 
 class Monitor:
@@ -169,12 +193,31 @@ class Monitor:
         self._dispatch.plan()
 
     async def _ask_version(self, agent: AgentState) -> None:
-        url = f"{agent.url}/api/version"
-        status, _ = await self._upstreams.fetch("GET", url, seconds=PROBE_SECONDS)
+        found = await self.version_at(agent.url)
+        if self._registry.note_probe(agent, found.version, frozenset(found.coordinators)):
+            self._agent_store.keep(agent)
+
+    async def version_at(self, url: str) -> VersionReply:
+        """What the Ollama at a URL says of itself.
+
+        Raises:
+            InCircles: it is a coordinator that asks this one.
+            Unreachable: it does not answer as an Ollama does.
+        """
+        status, body = await self._upstreams.fetch(
+            "GET", f"{url}/api/version", seconds=PROBE_SECONDS
+        )
         if status == 403:
             raise Unreachable("refuses requests from here; set OLLAMA_HOST=0.0.0.0 on that machine")
-        if status != 200:
+        if status not in (200, LOOP_DETECTED):
             raise Unreachable(f"answers /api/version with status {status}")
+        try:
+            found = _version.decode(body) if status == 200 else VersionReply()
+        except msgspec.DecodeError:
+            found = VersionReply()  # it answers, and its version is not known
+        if status == LOOP_DETECTED or self._upstreams.instance_id in found.coordinators:
+            raise InCircles
+        return found
 
     def _not_answering(self, agent: AgentState, reason: str, *, doubted: bool) -> None:
         now = self._clock.now()
@@ -211,7 +254,7 @@ class Monitor:
     async def answers(self, agent: AgentState) -> bool:
         """Whether an Ollama answers at the agent's address now."""
         try:
-            await self._ask_version(agent)
+            await self.version_at(agent.url)
         except Unreachable:
             return False
         return True

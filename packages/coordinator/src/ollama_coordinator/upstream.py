@@ -13,6 +13,8 @@ import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Iterable
+from contextvars import ContextVar
+from secrets import token_hex
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,13 @@ from aiohttp.abc import AbstractStreamWriter
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 log = logging.getLogger(__name__)
+
+VIA_HEADER = "X-Ollama-Coordinator-Via"
+"""The coordinators that a request has passed, by a random id of each process: no Ollama reads it,
+a coordinator refuses a request that it has sent itself (RFC 5842, 508 Loop Detected)."""
+
+passed: ContextVar[str] = ContextVar("passed", default="")
+"""`VIA_HEADER` of the request that is served; what is sent and started for it passes it on."""
 
 CONNECT_SECONDS = 3.0
 """A machine on a network answers a connection within milliseconds or not at all."""
@@ -85,6 +94,7 @@ class Upstreams:
     """
 
     def __init__(self) -> None:
+        self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
@@ -118,7 +128,9 @@ class Upstreams:
         Raises (at the block's start):
             Unreachable: no headers arrived.
         """
-        return _Opened(self._send(method, url, list(headers), body, stream))
+        before = passed.get()
+        via = f"{before},{self.instance_id}" if before else self.instance_id
+        return _Opened(self._send(method, url, [*headers, (VIA_HEADER, via)], body, stream))
 
     async def _send(
         self,

@@ -1,6 +1,6 @@
 """The registered agents and their state; pure: takes the time and facts, returns what changed."""
 
-from .agent import AgentSettings, AgentState
+from .agent import AgentSettings, AgentState, url_of
 from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
 from .model_index import contents, modified_at, newest
@@ -19,4 +19,5 @@ __all__ = [
     "contents",
     "modified_at",
     "newest",
+    "url_of",
 ]

@@ -15,6 +15,12 @@ LONGEST_COOLDOWN_SECONDS = 30.0
 """An agent that is repaired gets requests again within half a minute."""
 
 
+def url_of(registration: RegisterRequest) -> str:
+    """The URL of its Ollama, or of the relay before it; without a trailing slash."""
+    port = registration.relay_port or registration.ollama_port
+    return f"http://{netloc(registration.ip_address, port)}"
+
+
 def endpoints(registration: RegisterRequest, host: str = "") -> frozenset[tuple[str, int]]:
     """Host and port at which the coordinator connects.
 
@@ -90,7 +96,8 @@ class AgentState:
     until a request succeeds: an agent whose probes succeed while its requests fail is tried less
     and less often. `replaced` are the instance ids of processes that later ones have replaced.
     `model_cooldowns`: by routing key, models that are asked for here only after others. `bad_since`
-    is when the first request failed after the last good answer.
+    is when the first request failed after the last good answer. `passes` are the ids of the
+    coordinators that a request to it passes, where it is one itself.
     """
 
     id: AgentId
@@ -107,6 +114,7 @@ class AgentState:
     replaced: tuple[str, ...] = ()
     model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
     bad_since: float | None = None
+    passes: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -116,9 +124,7 @@ class AgentState:
     @property
     def url(self) -> str:
         """The URL of its Ollama, or of the relay before it; without a trailing slash."""
-        host = self.registration.ip_address
-        port = self.registration.relay_port or self.registration.ollama_port
-        return f"http://{netloc(host, port)}"
+        return url_of(self.registration)
 
     @property
     def endpoints(self) -> frozenset[tuple[str, int]]:

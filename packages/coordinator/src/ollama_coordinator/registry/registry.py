@@ -276,6 +276,17 @@ class Registry:
             loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
         )
 
+    def note_probe(self, agent: AgentState, version: str, passes: frozenset[str]) -> bool:
+        """What an answered probe says of the Ollama; whether that is news."""
+        known = agent.registration
+        version = version or known.ollama_version
+        if (known.ollama_version, agent.passes) == (version, passes):
+            return False
+        agent.registration = structs.replace(known, ollama_version=version)
+        agent.passes = passes
+        self.changes += 1
+        return True
+
     def heard(self, agent: AgentState, now: float) -> None:
         """The agent was heard, by a heartbeat or an answer."""
         # It may have timed out although `expire` was not called since: it comes back all the same,

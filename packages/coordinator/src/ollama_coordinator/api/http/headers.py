@@ -35,6 +35,7 @@ NOT_FOR_OLLAMA = HOP_BY_HOP | {
     b"x-forwarded-proto",
     b"x-forwarded-prefix",
     b"x-real-ip",
+    b"x-ollama-coordinator-via",
     # Computed anew for the next hop.
     b"content-length",
     b"expect",

@@ -1,4 +1,7 @@
-"""How Ollama's router answers: several methods on one path, wrong methods, slashes too many."""
+"""How Ollama's router answers: several methods on one path, wrong methods, slashes too many.
+
+And what it never meets: a request that goes in a circle.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,6 +9,13 @@ from typing import Any, NamedTuple
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ollama_coordinator.upstream import VIA_HEADER, passed
+
+from .errors import HttpError, error_reply
+from .headers import first
+
+VIA = VIA_HEADER.lower().encode()
 
 WITHOUT_HEAD = frozenset(
     {
@@ -17,6 +27,34 @@ WITHOUT_HEAD = frozenset(
     }
 )
 """Routes for which Ollama registers GET alone."""
+
+
+CIRCLE = (
+    "this coordinator is among its own agents, directly or by way of another coordinator, so that "
+    "requests go in circles; remove that agent (DELETE /api/agents/ID), and register an Ollama"
+)
+
+
+class CircleGuard:
+    """ASGI middleware: a request that this coordinator sent is answered 508."""
+
+    def __init__(self, app: ASGIApp, instance_id: str) -> None:
+        self._app = app
+        self._instance_id = instance_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        via = first(scope["headers"], VIA) if scope["type"] == "http" else None
+        if via is None:
+            await self._app(scope, receive, send)
+        elif self._instance_id in via.split(","):
+            await error_reply(HttpError(508, CIRCLE))(scope, receive, send)
+        else:
+            token = passed.set(via)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                passed.reset(token)
 
 
 def _text(text: str, status: int, headers: Mapping[str, str] | None = None) -> Response:

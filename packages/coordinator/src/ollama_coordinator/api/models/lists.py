@@ -31,6 +31,7 @@ from ollama_coordinator.registry import (
     modified_at,
     newest,
 )
+from ollama_coordinator.upstream import passed
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
@@ -164,13 +165,19 @@ class ListsApi:
         self._monitor = parts.monitor
         self._clock = parts.clock
         self._cloud = parts.cloud
+        self._instance_id = parts.upstreams.instance_id
         self._lists = KeptList(parts.registry, _listed, _write_lists)
 
     async def version(self, request: Request) -> Response:
         """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
         now = self._clock.now()
         routable = [agent for agent in self._registry if self._registry.is_routable(agent, now)]
-        return reply({"version": _lowest(routable) or _lowest(self._registry) or UNKNOWN})
+        version = _lowest(routable) or _lowest(self._registry) or UNKNOWN
+        if not passed.get():
+            return reply({"version": version})
+        # Another coordinator asks: it must not be among those whose requests come here.
+        others = set[str]().union(*(agent.passes for agent in self._registry))
+        return reply({"version": version, "coordinators": sorted({self._instance_id, *others})})
 
     async def tags(self, request: Request) -> Response:
         """`GET /api/tags`: the union, one row a name, newest first; offline holders count too."""
@@ -312,6 +319,11 @@ def _merge(rows: list[LoadedRow]) -> tuple[datetime, bytes]:
 # ── versions ──────────────────────────────────────────────────────────────────────────────────
 
 
+def is_known(version: str) -> bool:
+    """Whether something follows from a version: not from none, a word, or a development build's."""
+    return any(version_key(version)[0])
+
+
 def version_key(version: str) -> tuple[list[int], str]:
     """The key that sorts versions; a release candidate counts as its release."""
     numbers = version.strip().lstrip("v").partition("-")[0].split(".")
@@ -320,10 +332,10 @@ def version_key(version: str) -> tuple[list[int], str]:
 
 def lowest(versions: Iterable[str]) -> str | None:
     """The lowest of the known versions."""
-    known = [version for version in versions if version not in (UNKNOWN, "")]
+    known = [version for version in versions if is_known(version)]
     return min(known, key=version_key, default=None)
 
 
 def is_older(version: str, than: str) -> bool:
     """Whether a known version is older than another."""
-    return version not in (UNKNOWN, "") and version_key(version)[0] < version_key(than)[0]
+    return is_known(version) and version_key(version)[0] < version_key(than)[0]

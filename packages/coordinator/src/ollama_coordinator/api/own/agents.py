@@ -12,12 +12,14 @@ from starlette.responses import Response
 
 from ollama_coordinator.agent_logs import LogView
 from ollama_coordinator.aio import Slices
-from ollama_coordinator.api.http.errors import JSON, decode, log_event, reply
+from ollama_coordinator.api.http.errors import JSON, HttpError, decode, log_event, reply
 from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.journal import AgentEvent
+from ollama_coordinator.monitor import InCircles, VersionReply
 from ollama_coordinator.parts import Parts
-from ollama_coordinator.registry import AgentSettings, AgentState
+from ollama_coordinator.registry import AgentSettings, AgentState, url_of
 from ollama_coordinator.scheduler import Estimate
+from ollama_coordinator.upstream import Unreachable
 from ollama_coordinator_common.network import machine_of
 from ollama_coordinator_common.protocol import (
     AgentView,
@@ -108,6 +110,7 @@ class AgentsApi:
         now = self._clock.now()
         away = self._registry.doubtful(wanted, now, host=host)
         answering = [away.id] if away is not None and await self._monitor.answers(away) else []
+        found = await self._version_of(wanted)
         now = self._clock.now()
         done = self._registry.register(
             wanted,
@@ -118,6 +121,8 @@ class AgentsApi:
             answering=answering,
         )
         agent = done.agent
+        if found is not None:
+            self._registry.note_probe(agent, found.version, frozenset(found.coordinators))
         for other in done.replaced:
             log_event("agent's Ollama is another agent's now", other, by=agent.name)
             self._agent_store.keep(other)
@@ -127,6 +132,21 @@ class AgentsApi:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
         status = "registered" if done.created else "updated"
         return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
+
+    async def _version_of(self, wanted: RegisterRequest) -> VersionReply | None:
+        """What the Ollama of a registration says of itself; `None`: it does not answer now.
+
+        Raises:
+            HttpError: it is a coordinator that asks this one (400).
+        """
+        url = url_of(wanted)
+        try:
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                return await self._monitor.version_at(url)
+        except InCircles as exc:
+            raise HttpError(400, f"the Ollama at {url} {exc}") from exc
+        except (TimeoutError, Unreachable):
+            return None
 
     @operation(gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:
