@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from ollama_coordinator_agent import reach
 from ollama_coordinator_agent.relay import TcpRelay
+from ollama_coordinator_common.network import keep_alive
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
+from support.sockets import asked_every_15_seconds
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -115,6 +117,23 @@ async def test_the_end_of_one_direction_leaves_the_other_open() -> None:
             writer.write_eof()
             assert await reader.read() == b"heard all of it"
         await eventually(lambda: not relay.open_connections)
+
+
+@pytest.mark.spec("OPERATION-26")
+async def test_a_silent_connection_is_kept_open_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probed: list[bool] = []
+
+    def noted(sock: socket.socket) -> None:
+        keep_alive(sock)
+        probed.append(asked_every_15_seconds(sock))
+
+    monkeypatch.setattr("ollama_coordinator_agent.relay.keep_alive", noted)
+    async with relayed(echo) as (_, port), connected(port) as (reader, writer):
+        writer.write(b"hello")
+        assert await reader.read(5) == b"hello"
+    assert probed == [True, True]
 
 
 @pytest.mark.spec("AGENT-40")

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from ollama_coordinator_common.network import Address, parse_address
+from ollama_coordinator_common.network import Address, keep_alive, parse_address
 
 from .pacing import Reminder
 
@@ -167,7 +167,7 @@ async def _join(near: Streams, far: Streams) -> None:
     ended_well = False
     try:
         for _, writer in (near, far):
-            _keep_alive(writer)
+            keep_alive(writer.get_extra_info("socket"))
         async with asyncio.TaskGroup() as directions:
             directions.create_task(_pump(near[0], far[1]))
             directions.create_task(_pump(far[0], near[1]))
@@ -185,11 +185,6 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
         await sink.drain()
     if sink.can_write_eof():
         sink.write_eof()
-
-
-def _keep_alive(writer: asyncio.StreamWriter) -> None:
-    """Let the system notice a peer whose machine vanished."""
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,8 +1,10 @@
 """Hosts, addresses and ports, as texts and as this machine's routes have them."""
 
+import contextlib
 import ipaddress
 import re
 import socket
+from asyncio.trsock import TransportSocket
 from collections.abc import Sequence
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -16,6 +18,12 @@ LOOPBACK = "127.0.0.1"
 
 DISCARD_PORT = 9
 """RFC 863; nothing is sent there."""
+
+KEEP_ALIVE_SECONDS = 15
+KEEP_ALIVE_PROBES = 9
+"""TCP keep-alive as Go's servers and clients have it, Ollama among them: the first probe after 15 s
+of silence, one each 15 s, the end after nine without an answer. Routers and container networks
+forget a silent connection after 20 s to some minutes; the kernels' own two hours are too late."""
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 
@@ -72,6 +80,28 @@ def machine_of(host: str) -> str:
     if address is None or address.is_loopback or not is_ours(address):
         return same_host(host)
     return LOOPBACK
+
+
+def keep_alive(
+    sock: socket.socket | TransportSocket,
+    *,
+    idle_seconds: int = KEEP_ALIVE_SECONDS,
+    interval_seconds: int = KEEP_ALIVE_SECONDS,
+    probes: int = KEEP_ALIVE_PROBES,
+) -> None:
+    """Have TCP keep a silent connection open in every router between, and notice a dead one."""
+    options = (
+        ("TCP_KEEPIDLE", idle_seconds),
+        ("TCP_KEEPALIVE", idle_seconds),  # macOS's name for it
+        ("TCP_KEEPINTVL", interval_seconds),
+        ("TCP_KEEPCNT", probes),
+    )
+    # Old Windows lacks some of these; macOS refuses all of them on a connection that was reset.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def netloc(host: str, port: int) -> str:

@@ -18,6 +18,7 @@ from hypercorn.config import Config
 from starlette.applications import Starlette
 
 from ollama_coordinator_common.error import ConfigError
+from ollama_coordinator_common.network import keep_alive
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .app import create_app, running
@@ -39,8 +40,9 @@ ABORTED_SECONDS = 5.0
 CLOSING_SECONDS = 60.0
 """For the parts to close; the last writes to the database, on a slow disk, are among it."""
 
-KEEP_ALIVE_SECONDS = 75
-"""An idle connection stays open so long: nginx's default, and longer than proxies keep theirs."""
+IDLE_SECONDS = 180
+"""An idle connection stays open so long: proxies keep theirs for 60 to 120 s, and whoever closes
+first should be the side that sends the requests."""
 
 MOST_REQUESTS = 1_000_000_000
 """A connection serves any number of requests: closing one under load costs a request its retry."""
@@ -82,9 +84,9 @@ def _listener(family: int, address: object) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit both: a client whose machine vanished is noticed, and no
-        # token waits for the next one.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Accepted connections inherit both: a silent answer is not forgotten by a router, a client
+        # whose machine vanished is noticed, and no token waits for the next one.
+        keep_alive(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -110,7 +112,7 @@ def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:
     config = Config()
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
     config.backlog = backlog
-    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    config.keep_alive_timeout = IDLE_SECONDS
     config.keep_alive_max_requests = MOST_REQUESTS
     config.h11_max_incomplete_size = HEAD_BYTES
     config.include_server_header = False

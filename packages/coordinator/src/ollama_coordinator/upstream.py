@@ -23,6 +23,7 @@ from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractStreamWriter
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.network import keep_alive
 
 log = logging.getLogger(__name__)
 
@@ -358,14 +359,12 @@ def _socket(address: AddrInfoType) -> socket.socket:
     family, kind, protocol, _, _ = address
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
-        ("TCP_KEEPALIVE", KEEPALIVE_IDLE_SECONDS),
-        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
-    ):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    keep_alive(
+        sock,
+        idle_seconds=KEEPALIVE_IDLE_SECONDS,
+        interval_seconds=KEEPALIVE_INTERVAL_SECONDS,
+        probes=KEEPALIVE_PROBES,
+    )
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MILLISECONDS)
     return sock

@@ -159,8 +159,7 @@ class Exchange:
 
 def _path_and_query(target: bytes) -> tuple[bytes, bytes]:
     """The parts of a request's target; its absolute form (RFC 9112 section 3.2.2) has a host."""
-    if not target.startswith(b"/") and b"://" in target:
-        _, slash, rest = target.partition(b"://")[2].partition(b"/")
-        target = b"/" + rest if slash else b"/"
     path, _, query = target.partition(b"?")
+    if not path.startswith(b"/") and b"://" in path:
+        path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
     return path, query

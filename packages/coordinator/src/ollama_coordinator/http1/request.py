@@ -5,6 +5,7 @@ Transfer-Encoding, folded headers, a line that ends in one of CR and LF, control
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -18,6 +19,9 @@ MAX_HEADERS = 256
 
 PLENTY_BYTES = 128 * 1024
 """So much of a body may wait for the application before the client has to: two socket reads."""
+
+HOST = re.compile(rb"[A-Za-z0-9!$%&()*+,\-.:;=\[\]'_~]*")
+"""The characters of a Host header, as Go's servers check them; an empty one is right."""
 
 FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -94,6 +98,7 @@ class RequestParser:
         self._current: IncomingRequest | None = None
         self._refusal: Refusal | None = None
         self._over = False
+        self._raw = b""
         self.unfinished_bytes = 0
         self._start_anew()
 
@@ -111,6 +116,7 @@ class RequestParser:
         """
         while data and not self._over:
             self.unfinished_bytes += len(data)
+            self._raw = data if self._current is not None else self._raw + data
             try:
                 self._parser.feed_data(data)
                 data = b""
@@ -154,6 +160,7 @@ class RequestParser:
         self.unfinished_bytes = 0
         method, version = self._parser.get_method().decode(), self._parser.get_http_version()
         fields = dict(self._headers)
+        self._check_line(method)
         self._check(method, version, fields)
         keep_alive = version == "1.1" and self._parser.should_keep_alive()
         self._current = IncomingRequest(
@@ -176,6 +183,17 @@ class RequestParser:
         self._current.finish()
         self._start_anew()
 
+    def _check_line(self, method: str) -> None:
+        """Refuse a request line with more than one space between its parts; llhttp skips them.
+
+        `_raw` are the bytes since the last request's line, but for those of whole pieces of body.
+        """
+        line = b"%b %b HTTP/" % (method.encode(), self._target)
+        at = self._raw.find(line)
+        if at < 0:
+            self._refuse(400, "malformed request line")
+        self._raw = self._raw[at + len(line) :]
+
     def _check(self, method: str, version: str, fields: dict[bytes, bytes]) -> None:
         """Refuse what llhttp accepts and RFC 9112 does not."""
         if version not in VERSIONS:
@@ -187,6 +205,8 @@ class RequestParser:
         hosts = [name for name, _ in self._headers].count(b"host")
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400, "exactly one Host header is required")
+        if hosts and HOST.fullmatch(fields[b"host"]) is None:
+            self._refuse(400, "malformed Host header")
         if b"transfer-encoding" in fields:
             if version != "1.1":
                 self._refuse(400, "Transfer-Encoding needs HTTP/1.1")
