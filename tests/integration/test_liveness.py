@@ -82,7 +82,7 @@ async def test_an_agent_that_was_killed_and_comes_back_gets_its_share(
     ollama.hold()
     spare.hold()
     asked = [asyncio.create_task(coordinator.chat()) for _ in range(10)]
-    await coordinator.until(lambda: coordinator.parts.dispatch.in_flight(agent.id) > 0)
+    await coordinator.until(lambda: coordinator.parts.scheduler.in_flight(agent.id) > 0)
     ollama.release()
     spare.release()
     assert {status for status, _ in await asyncio.gather(*asked)} == {200}

@@ -213,7 +213,7 @@ async def test_nothing_is_left_behind_after_many_requests(
     await ollama.seen.wait_for(lambda seen: seen.active == 0)
     await spare.seen.wait_for(lambda seen: seen.active == 0)
     await coordinator.until(coordinator.at_rest)
-    assert all(coordinator.parts.dispatch.in_flight(a.id) == 0 for a in coordinator.parts.registry)
+    assert all(coordinator.parts.scheduler.in_flight(a.id) == 0 for a in coordinator.parts.registry)
     left = {task.get_coro().__qualname__ for task in asyncio.all_tasks()}  # type: ignore[union-attr]
     assert not any(name.startswith(("Proxy", "Relay", "until_departure")) for name in left)
 

@@ -20,8 +20,8 @@ from msgspec import Struct
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.traffic.lag import Lag
+from ollama_coordinator.scheduler.rates import TYPICAL_BYTES
 from ollama_coordinator.simulation import Fleet, MachineSpec, ModelSpec
-from ollama_coordinator.simulation.machine import TYPICAL_BYTES
 from ollama_coordinator.simulation.node import FIT_SHARE
 from support.ollama import Hardware, Model, Request, Script, StandIn
 

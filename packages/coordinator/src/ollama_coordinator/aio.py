@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -92,6 +93,15 @@ class OwnedTasks:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a task failed", exc_info=error)
+
+
+@asynccontextmanager
+async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` as long as the block runs: what has not ended by then is cancelled."""
+    async with OwnedTasks() as tasks:
+        for one in work:
+            tasks.start(one)
+        yield
 
 
 class Slices:

@@ -1,6 +1,5 @@
 """The composition root: the one place where the parts meet."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
+from .aio import beside
 from .api.http.body_timeout import BodyTimeout
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
@@ -120,21 +120,16 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())
         await stack.enter_async_context(parts.observation.running())
-        stack.push_async_callback(_stop, asyncio.create_task(parts.feed.run()))
+        await stack.enter_async_context(beside(parts.feed.run()))
         stack.callback(parts.feed.close)
         await stack.enter_async_context(parts.upstreams)
         await stack.enter_async_context(parts.uploads)
         await stack.enter_async_context(parts.operations)
-        stack.push_async_callback(_stop, asyncio.create_task(parts.monitor.run()))
+        await stack.enter_async_context(beside(parts.monitor.run()))
         try:
             yield
         finally:
             parts.stop_serving("the coordinator is shutting down")
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _saved_state(parts: Parts) -> list[SavedState[Any]]:

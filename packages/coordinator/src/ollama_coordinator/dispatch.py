@@ -9,8 +9,6 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from ollama_coordinator_common.types import AgentId
-
 from .aio import Interrupt
 from .clock import Clock
 from .registry import AgentState, Registry
@@ -71,10 +69,6 @@ class Dispatch:
     def held(self) -> Iterable[Held]:
         """Every attempt under way."""
         return self._held.values()
-
-    def in_flight(self, agent_id: AgentId) -> int:
-        """How many leases an agent has."""
-        return self.scheduler.in_flight(agent_id)
 
     @asynccontextmanager
     async def lease(self, request: Request) -> AsyncIterator[Held]:

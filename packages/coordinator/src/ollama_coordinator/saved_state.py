@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
+from .aio import beside
 from .db import Store
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,10 @@ class SavedState(Generic[T]):
             DatabaseError: the database cannot be read.
         """
         await self._restore()
-        keeping = asyncio.create_task(self._keep_for_ever())
         try:
-            yield
+            async with beside(self._keep_for_ever()):
+                yield
         finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
             # Without slices: no request is served any more, and nothing may come between.
             self._note(msgspec.json.encode(self._part.export_state()))
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator.scheduler import POLICIES, Kind, Lane, Scheduler, create_scheduler
+from ollama_coordinator.scheduler.rates import TYPICAL_BYTES
 from ollama_coordinator.simulation import (
     Fleet,
     MachineSpec,
@@ -26,7 +27,7 @@ from ollama_coordinator.simulation import (
     read_trace,
     summarise,
 )
-from ollama_coordinator.simulation.machine import GIB, TYPICAL_BYTES
+from ollama_coordinator.simulation.machine import GIB
 from ollama_coordinator_common.names import model_key
 
 from .client import Client, Model, NoAnswer, asks

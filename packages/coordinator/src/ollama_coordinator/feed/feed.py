@@ -95,13 +95,13 @@ class Feed:
 
     def tick(self) -> None:
         """Take a snapshot, and send the difference if there is one."""
-        sketch = self._take()
-        patch = difference(self._state, sketch.state)
+        snapshot = self._take()
+        patch = difference(self._state, snapshot.state)
         if not patch:
             return
-        self._state = sketch.state
+        self._state = snapshot.state
         self._number += 1
-        self._remember(self._event("patch", {"now": sketch.now, "patch": patch}))
+        self._remember(self._event("patch", {"now": snapshot.now, "patch": patch}))
         self._announce()
 
     def _remember(self, event: bytes) -> None:
@@ -130,8 +130,8 @@ class Feed:
         return b"".join(event for number, event in self._patches if number > position)
 
     def _snapshot(self) -> bytes:
-        sketch = self._take()
-        whole = {"now": sketch.now, "state": self._state, **sketch.extra()}
+        snapshot = self._take()
+        whole = {"now": snapshot.now, "state": self._state, **snapshot.extra()}
         return self._event("snapshot", whole)
 
     def _event(self, kind: str, data: Row) -> bytes:

@@ -133,13 +133,16 @@ class Snapshots:
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
             tuple(agent.inventory.loaded), len(agent.inventory.available),
-            self._dispatch.in_flight(agent.id), self._sampler.standing.get(agent.id),
+            self._dispatch.scheduler.in_flight(agent.id), self._sampler.standing.get(agent.id),
             self._sampler.sparklines.number, self._estimated_at,
         )  # fmt: skip
 
     def agent(self, agent: AgentState) -> Row:
         """One agent's row: its view, with the number of its models in place of their list."""
-        in_flight, last_seen = self._dispatch.in_flight(agent.id), self._clock.utc(agent.heard_at)
+        in_flight, last_seen = (
+            self._dispatch.scheduler.in_flight(agent.id),
+            self._clock.utc(agent.heard_at),
+        )
         now = self._clock.now()
         row = _row(self._registry.view(agent, now, last_seen=last_seen, in_flight=in_flight))
         row.pop("operations", None)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec import Struct
 
+from ollama_coordinator.aio import beside
 from ollama_coordinator.db import DatabaseError, History, Store, StoredBucket
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator_common.error import OllamaCoordinatorError
@@ -68,15 +69,12 @@ class Observation:
         now = self._at()
         starts = {tier.seconds: int(now) // tier.seconds * tier.seconds for tier in TIERS}
         self.sampler.series.restore(_rows(await self.history.last_buckets(starts)))
-        tasks = [asyncio.create_task(self.sampler.run(self.journal.live))]
-        tasks.append(asyncio.create_task(self._prune_for_ever()))
+        sampling, pruning = self.sampler.run(self.journal.live), self._prune_for_ever()
         try:
-            with self.events:
-                yield
+            async with beside(sampling, pruning):
+                with self.events:
+                    yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self.sampler.write(everything=True)
 
     async def points(self, name: str, seconds: float, *, agent: bool) -> list[Point]:

@@ -100,7 +100,7 @@ class Sampler:
         for agent in self._registry:
             if self._registry.is_online(agent, self._clock.now()):
                 bucket = self.series.fresh(agent.id)
-                bucket.sample(0, self._dispatch.in_flight(agent.id))
+                bucket.sample(0, self._dispatch.scheduler.in_flight(agent.id))
                 _read(bucket, agent)
 
     def _look(self, agent: AgentState, now: float) -> None:

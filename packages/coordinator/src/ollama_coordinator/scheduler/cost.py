@@ -7,6 +7,7 @@ delay for the requests that run a half counts, of that for those that wait all o
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import islice
+from operator import itemgetter
 
 from .prompt_cache import CacheHits
 from .queue import PredictedEnd, Queue, QueueEntry
@@ -129,7 +130,9 @@ def _freeing(
     frees = ((run.remaining(now), run.place) for _, _, run in ends)
     if not loading:
         return frees
-    return sorted([*frees, *loading], key=_first)[ahead - start : ahead - start + LOOK_BEYOND]
+    return sorted([*frees, *loading], key=itemgetter(0))[
+        ahead - start : ahead - start + LOOK_BEYOND
+    ]
 
 
 def _beyond(
@@ -188,7 +191,3 @@ def _loading(queue: Queue, now: float) -> list[tuple[float, Place]]:
 def _loading_left(place: Place, now: float) -> float:
     loading = place.machine.loading
     return max((loading.loading_until or now) - now, 0.0) if loading is not None else 0.0
-
-
-def _first(pair: tuple[float, Place]) -> float:
-    return pair[0]

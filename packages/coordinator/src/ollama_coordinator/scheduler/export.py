@@ -10,16 +10,11 @@ from .state import Place
 from .sync import Machines
 
 
-class LearnedRates(Struct, frozen=True):
-    """An agent and a model: logarithms of tokens/s read and written, and of a load's seconds."""
+class LearnedMeans(Struct, frozen=True):
+    """An agent and a model: logarithms of tokens/s read and written, and of a load's seconds.
 
-    agent_id: AgentId
-    model: str
-    means: Means
-
-
-class LearnedFactors(Struct, frozen=True):
-    """The factors of an agent, or of a model; the other one of the two is empty."""
+    As factors, of an agent or of a model: the other one of the two is empty.
+    """
 
     agent_id: AgentId
     model: str
@@ -60,8 +55,8 @@ class Estimate(Struct, frozen=True):
 class Learned(Struct, frozen=True):
     """Everything that a scheduler learned. Saved as `kin` before factors had that name."""
 
-    pairs: list[LearnedRates] = []
-    factors: list[LearnedFactors] = field(default_factory=list, name="kin")
+    pairs: list[LearnedMeans] = []
+    factors: list[LearnedMeans] = field(default_factory=list, name="kin")
     batch: list[LearnedBatch] = []
     lengths: list[LearnedLength] = []
     slots: list[LearnedSlots] = []
@@ -74,10 +69,10 @@ def export_learned(machines: Machines, rates: Rates, lengths: OutputLengths) -> 
     """
     nobody = AgentId("")
     return Learned(
-        pairs=[LearnedRates(agent, model, means) for (agent, model), means in rates.pairs.items()],
+        pairs=[LearnedMeans(agent, model, means) for (agent, model), means in rates.pairs.items()],
         factors=[
-            *(LearnedFactors(agent, "", means) for agent, means in rates.agents.items()),
-            *(LearnedFactors(nobody, model, means) for model, means in rates.models.items()),
+            *(LearnedMeans(agent, "", means) for agent, means in rates.agents.items()),
+            *(LearnedMeans(nobody, model, means) for model, means in rates.models.items()),
         ],
         batch=[LearnedBatch(agent, mean) for agent, mean in rates.batches.items()],
         lengths=[

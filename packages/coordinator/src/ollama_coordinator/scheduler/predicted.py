@@ -5,6 +5,7 @@ every event. `DESIGN.md` has the state, the order of events and the cost formula
 """
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter, itemgetter
 
 from ollama_coordinator.registry import Registry
 from ollama_coordinator_common.types import AgentId
@@ -164,7 +165,7 @@ class PredictedScheduler(Scheduler):
         if now >= self._tick_at:
             self._tick(now)
         dirty, self._dirty = self._dirty, {}
-        for queue in sorted(dirty, key=_urgency) if len(dirty) > 1 else dirty:
+        for queue in sorted(dirty, key=attrgetter("due")) if len(dirty) > 1 else dirty:
             serving.serve(queue, now, dirty[queue])
         while self._idle:
             serving.offer(self._idle.popitem()[0], now)
@@ -240,7 +241,7 @@ class PredictedScheduler(Scheduler):
                 start = start_in(queue, entry, position, now)
                 due = max(due, entry.due)  # after all that go before it in its own queue
                 in_order.append((due, Waiting(entry.request, position + 1, start)))
-        in_order.sort(key=_due)
+        in_order.sort(key=itemgetter(0))
         return [waiting for _, waiting in in_order]
 
     def waiting_count(self) -> int:
@@ -282,11 +283,3 @@ class PredictedScheduler(Scheduler):
 def _has_place(queue: Queue) -> bool:
     """Whether a request of this queue would not have to wait."""
     return not queue.size and bool(queue.with_free_slot())
-
-
-def _urgency(queue: Queue) -> float:
-    return queue.due
-
-
-def _due(pair: tuple[float, Waiting]) -> float:
-    return pair[0]

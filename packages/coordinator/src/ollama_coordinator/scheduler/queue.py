@@ -8,6 +8,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import exp
+from operator import attrgetter
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -283,7 +284,7 @@ class Queue:
             insort(new_part, place, key=_load_and_id)
             self.could_load.add(place)
         elif new_part is not None:
-            insort(new_part, place, key=_id)
+            insort(new_part, place, key=attrgetter("machine.id"))
         self.rearranged()
         self.search_again()
 
@@ -415,10 +416,6 @@ def load_seconds(place: Place) -> float:
 
 def _due_of_head(lane: list[tuple[Tag, QueueEntry]]) -> float:
     return lane[0][1].due
-
-
-def _id(place: Place) -> str:
-    return place.machine.id
 
 
 def _load_and_id(place: Place) -> tuple[float, str]:

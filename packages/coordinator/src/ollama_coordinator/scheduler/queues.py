@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from heapq import nsmallest
+from operator import attrgetter
 
 from ollama_coordinator.registry import Registry
 
@@ -110,13 +111,15 @@ class Queues:
 
     def waiting(self) -> list[Queue]:
         """Those in which requests wait, the most urgent first."""
-        return sorted((queue for queue in self._queues.values() if queue.size), key=_due)
+        return sorted(
+            (queue for queue in self._queues.values() if queue.size), key=attrgetter("due")
+        )
 
     def wanting(self, machine: Machine, most: int) -> list[Queue]:
         """Those of them that the machine could load the model for, the most urgent first."""
         places = machine.places
         queues = [queue for queue in self._queues.values() if queue.size and queue.model in places]
-        return nsmallest(most, queues, key=_due)
+        return nsmallest(most, queues, key=attrgetter("due"))
 
     def of(self, models: Iterable[str]) -> Iterable[Queue]:
         """Every queue of these models."""
@@ -174,7 +177,3 @@ class Queues:
         for place in machine.residents:
             for queue in self.of(place.names):
                 queue.draining(place)
-
-
-def _due(queue: Queue) -> float:
-    return queue.due

@@ -2,9 +2,8 @@
 
 from msgspec import Struct
 
+from ollama_coordinator.scheduler.rates import TYPICAL_BYTES
 from ollama_coordinator_common.names import model_key
-
-TYPICAL_BYTES = 4_900_000_000  # an 8B model in 4 bits, for which the rates of a machine are stated
 
 GIB = 2**30
 
@@ -43,7 +42,6 @@ class MachineSpec(Struct, frozen=True, kw_only=True):
     load_overhead_seconds: float = 1.0
     unload_seconds: float = 0.6
     batch_factor: float = 0.4
-    latency_seconds: float = 0.002
     has_gpu: bool = True
     reports_memory: bool = True
     reports_slots: bool = True

@@ -6,6 +6,7 @@ something happens by itself, and `happened` lists first tokens and ends since th
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import msgspec
 from msgspec import Raw
@@ -295,7 +296,7 @@ class Node:
             if waiting is job and self.runners.get(awaited.model.key) is awaited:
                 return awaited
         idle = [runner for runner in self.runners.values() if not runner.busy]
-        return min(idle, key=_last_used) if idle else next(iter(self.runners.values()))
+        return min(idle, key=attrgetter("used_at")) if idle else next(iter(self.runners.values()))
 
     def _fits(self, need: int) -> bool:
         used = sum(runner.model.memory_bytes for runner in self.runners.values())
@@ -304,10 +305,6 @@ class Node:
     def _drop_idle(self, runner: Runner) -> None:
         if runner.leaving and not runner.busy and self.runners.get(runner.model.key) is runner:
             del self.runners[runner.model.key]
-
-
-def _last_used(runner: Runner) -> float:
-    return runner.used_at
 
 
 def health_report(node: Node) -> HealthReport:

@@ -1,6 +1,7 @@
 """A recorded load: what arrived when, so that it can be played again under any policy."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import msgspec
 from msgspec import Struct
@@ -59,13 +60,9 @@ def read_trace(lines: Iterable[bytes | str]) -> list[TraceRequest]:
     Raises:
         msgspec.DecodeError: a line is not a request.
     """
-    return sorted((_decoder.decode(line) for line in lines if line.strip()), key=_at)
+    return sorted((_decoder.decode(line) for line in lines if line.strip()), key=attrgetter("at"))
 
 
 def write_trace(trace: Iterable[TraceRequest]) -> bytes:
     """The JSON lines of a trace."""
     return b"".join(msgspec.json.encode(request) + b"\n" for request in trace)
-
-
-def _at(request: TraceRequest) -> float:
-    return request.at

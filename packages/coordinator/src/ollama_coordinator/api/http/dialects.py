@@ -32,77 +32,47 @@ class Dialect(Enum):
 class InferenceRoute(Struct, frozen=True):
     """One inference route: its dialect, its kind of request, and Ollama's texts for its errors.
 
-    `missing` is the 404 for an unknown model; `nameless` the status and text without a name;
+    `go_type` is the type of its body in Ollama's source, `missing` the 404 for an unknown model.
     `checks_names`: whether a name that cannot be one is 400, or as unknown as any other.
     """
 
     path: str
     dialect: Dialect
     kind: Kind
+    go_type: str
     missing: str = "model '{name}' not found"
-    nameless: tuple[int, str] = (400, "model is required")
-    go_type: str = "api.ChatRequest"
     checks_names: bool = True
+
+    @property
+    def nameless(self) -> tuple[int, str]:
+        """Status and text of the answer to a request without a model's name."""
+        return (400, "model is required") if self.checks_names else (404, "model '' not found")
 
 
 _TRY_PULLING = 'model "{name}" not found, try pulling it first'
-_NO_NAME = (404, "model '' not found")
 
+_NATIVE, _OPENAI, _ANTHROPIC = Dialect
 INFERENCE_ROUTES = (
-    InferenceRoute("/api/chat", Dialect.NATIVE, Kind.CHAT),
+    InferenceRoute("/api/chat", _NATIVE, Kind.CHAT, "api.ChatRequest"),
     InferenceRoute(
-        "/api/generate",
-        Dialect.NATIVE,
-        Kind.GENERATE,
-        nameless=_NO_NAME,
-        go_type="api.GenerateRequest",
+        "/api/generate", _NATIVE, Kind.GENERATE, "api.GenerateRequest", checks_names=False
+    ),
+    InferenceRoute(
+        "/api/embed", _NATIVE, Kind.EMBED, "api.EmbedRequest", _TRY_PULLING, checks_names=False
+    ),
+    InferenceRoute("/api/embeddings", _NATIVE, Kind.EMBED, "api.EmbeddingRequest", _TRY_PULLING),
+    InferenceRoute("/v1/chat/completions", _OPENAI, Kind.CHAT, "openai.ChatCompletionRequest"),
+    InferenceRoute(
+        "/v1/completions", _OPENAI, Kind.GENERATE, "openai.CompletionRequest", checks_names=False
+    ),
+    InferenceRoute(
+        "/v1/embeddings", _OPENAI, Kind.EMBED, "openai.EmbedRequest", _TRY_PULLING,
         checks_names=False,
     ),
-    InferenceRoute(
-        "/api/embed",
-        Dialect.NATIVE,
-        Kind.EMBED,
-        _TRY_PULLING,
-        _NO_NAME,
-        go_type="api.EmbedRequest",
-        checks_names=False,
-    ),
-    InferenceRoute(
-        "/api/embeddings",
-        Dialect.NATIVE,
-        Kind.EMBED,
-        _TRY_PULLING,
-        go_type="api.EmbeddingRequest",
-    ),
-    InferenceRoute(
-        "/v1/chat/completions",
-        Dialect.OPENAI,
-        Kind.CHAT,
-        go_type="openai.ChatCompletionRequest",
-    ),
-    InferenceRoute(
-        "/v1/completions",
-        Dialect.OPENAI,
-        Kind.GENERATE,
-        nameless=_NO_NAME,
-        go_type="openai.CompletionRequest",
-        checks_names=False,
-    ),
-    InferenceRoute(
-        "/v1/embeddings",
-        Dialect.OPENAI,
-        Kind.EMBED,
-        _TRY_PULLING,
-        _NO_NAME,
-        go_type="openai.EmbedRequest",
-        checks_names=False,
-    ),
-    InferenceRoute("/v1/responses", Dialect.OPENAI, Kind.CHAT, go_type="openai.ResponsesRequest"),
-    InferenceRoute(
-        "/v1/messages", Dialect.ANTHROPIC, Kind.CHAT, go_type="anthropic.MessagesRequest"
-    ),
-    InferenceRoute("/v1/audio/transcriptions", Dialect.OPENAI, Kind.GENERATE),
-)
+    InferenceRoute("/v1/responses", _OPENAI, Kind.CHAT, "openai.ResponsesRequest"),
+    InferenceRoute("/v1/messages", _ANTHROPIC, Kind.CHAT, "anthropic.MessagesRequest"),
+    InferenceRoute("/v1/audio/transcriptions", _OPENAI, Kind.GENERATE, "a form"),
+)  # fmt: skip
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
 _ANTHROPIC_TYPES = {

@@ -116,8 +116,8 @@ async def own_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
-    """The body of a request to our own API as its type.
+async def decode(kind: type[T], request: Request) -> T:
+    """The body of a request to our own API as a value of this type.
 
     Raises:
         HttpError: 400 with the field and its fault; 413 beyond `OWN_BODY_LIMIT`.
@@ -126,7 +126,7 @@ async def decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
     if not body.strip():
         raise HttpError(400, "missing request body")
     try:
-        return decoder.decode(body)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise HttpError(400, f"invalid request body: {exc}") from exc
 

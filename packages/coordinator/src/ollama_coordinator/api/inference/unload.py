@@ -60,8 +60,7 @@ async def make_room(parts: Parts, agent: AgentState, keys: Iterable[str]) -> Non
 
 def _loaded_on(parts: Parts, key: str) -> list[AgentState]:
     """Also agents whose content of this name is not the preferred one."""
-    copies = [parts.registry.get(agent_id) for agent_id in parts.registry.models.copies(key)]
-    loaded = [agent for agent in copies if agent.inventory.is_loaded(key)]
+    loaded = [agent for agent in parts.targets.copies(key) if agent.inventory.is_loaded(key)]
     return parts.queries.reachable(loaded)
 
 

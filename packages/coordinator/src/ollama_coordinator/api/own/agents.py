@@ -78,11 +78,6 @@ async def _machine_of(host: str) -> str:
     return machine_of(min((str(address[0]) for *_, address in found), key=lambda text: ":" in text))
 
 
-_register = msgspec.json.Decoder(RegisterRequest)
-_patch = msgspec.json.Decoder(SettingsPatch)
-_log_report = msgspec.json.Decoder(LogReport)
-
-
 class AgentsApi:
     """The handlers of `/api/agents`."""
 
@@ -105,7 +100,7 @@ class AgentsApi:
 
         201 `registered`, or 200 `updated` for a machine that is known already.
         """
-        wanted = await decode(_register, request)
+        wanted = await decode(RegisterRequest, request)
         host = await _machine_of(wanted.ip_address)
         now = self._clock.now()
         away = self._registry.doubtful(wanted, now, host=host)
@@ -168,7 +163,7 @@ class AgentsApi:
     async def change(self, request: Request) -> Response:
         """Change the operator's settings of an agent; they are kept across restarts."""
         agent = self._registry.get(request.path_params["agent_id"])
-        patch = await decode(_patch, request)
+        patch = await decode(SettingsPatch, request)
         changes: dict[str, Any] = {
             name: value for name, value in structs.asdict(patch).items() if value is not UNSET
         }
@@ -211,7 +206,7 @@ class AgentsApi:
     async def take_log(self, request: Request) -> Response:
         """Take the lines of an agent's log, from the agent itself."""
         agent = self._registry.get(request.path_params["agent_id"])
-        report = await decode(_log_report, request)
+        report = await decode(LogReport, request)
         now = self._clock.now()
         self._logs.take(agent.id, report, now, self._clock.utc(now))
         return Response(status_code=204)
@@ -223,7 +218,7 @@ class AgentsApi:
             agent,
             self._clock.now(),
             last_seen=self._clock.utc(agent.heard_at),
-            in_flight=self._dispatch.in_flight(agent.id),
+            in_flight=self._dispatch.scheduler.in_flight(agent.id),
         )
 
     def _model(self, agent: AgentState, key: str) -> ModelOnAgent:

@@ -11,8 +11,6 @@ from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
-_report = msgspec.json.Decoder(HealthReport)
-
 
 class HealthView(Struct, frozen=True):
     """`GET /healthz`. `status` is ok or stopping; `database` is ok or its problem."""
@@ -37,7 +35,7 @@ class HealthApi:
     @operation(takes=HealthReport, gives={200: HealthReply}, errors=(404,))
     async def heartbeat(self, request: Request) -> Response:
         """A heartbeat of an agent; one that is not known gets 404, and registers again."""
-        report = await decode(_report, request)
+        report = await decode(HealthReport, request)
         before = self._registry.get(report.agent_id)
         was_running, tags = before.ollama_running, before.inventory.tags
         now = self._clock.now()

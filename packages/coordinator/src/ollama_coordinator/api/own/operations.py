@@ -3,7 +3,6 @@
 from datetime import datetime
 from typing import Literal
 
-import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,9 +53,6 @@ class Overview(Struct, frozen=True):
     pending: list[PendingView]
 
 
-_new = msgspec.json.Decoder(NewOperation)
-
-
 class OperationsApi:
     """The handlers of operations."""
 
@@ -72,7 +68,7 @@ class OperationsApi:
         An operation goes on whether a client follows it or not. A delete that fails on an agent is
         answered with the error.
         """
-        wanted = await decode(_new, request)
+        wanted = await decode(NewOperation, request)
         ModelName.parse(wanted.model)
         return reply((await self._start(wanted)).view(), 202)
 

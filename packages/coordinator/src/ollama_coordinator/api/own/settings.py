@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,8 +15,6 @@ from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.settings import Setting
 
 log = logging.getLogger(__name__)
-
-_patch = msgspec.json.Decoder(dict[str, Any])
 
 
 class SettingView(Struct, frozen=True):
@@ -62,7 +59,7 @@ class SettingsApi:
     @operation(takes=dict[str, Any], gives={200: SettingsView}, errors=(409,))
     async def change(self, request: Request) -> Response:
         """Change settings, all or none; null goes back to the default."""
-        wanted = await decode(_patch, request)
+        wanted = await decode(dict[str, Any], request)
         try:
             self._settings.change(wanted)
         except ConfigError as exc:
