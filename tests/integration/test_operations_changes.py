@@ -141,6 +141,95 @@ async def test_a_pull_makes_a_deferred_delete_void(coordinator: Running) -> None
         assert away.seen.count("/api/delete") == 0
 
 
+async def _copy(coordinator: Running, source: str, destination: str) -> int:
+    ends = {"source": source, "destination": destination}
+    async with coordinator.session.post(f"{coordinator.url}/api/copy", json=ends) as response:
+        return response.status
+
+
+@pytest.mark.spec("SURFACE-44")
+async def test_a_deleted_model_is_not_made_by_an_agent_that_was_away(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    away = next(agent.id for agent in coordinator.parts.registry if agent.name == "spare")
+    await coordinator.heartbeat(away, leaving=True)
+    assert await _copy(coordinator, "llama3.2", "mine") == 200
+    create = {"model": "made", "from": "llama3.2", "system": "s", "stream": False}
+    assert (await coordinator.post("/api/create", create))[0] == 200
+    kinds = [deferred.command.kind.value for deferred in coordinator.parts.operations.pending()]
+    assert kinds == ["copy", "create"]
+    for name in ("mine", "made"):
+        assert await _delete(coordinator, {"model": name}) == (200, "")
+    assert coordinator.parts.operations.pending() == []
+    await coordinator.heartbeat(away)
+    assert (await coordinator.chat())[0] == 200
+    assert [names(each) for each in (ollama, spare)] == [["llama3.2:latest"]] * 2
+
+
+@pytest.mark.spec("SURFACE-44")
+async def test_a_model_that_nobody_has_yet_is_deleted_from_what_is_deferred(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    there, away = [agent.id for agent in coordinator.parts.registry]
+    await coordinator.heartbeat(away, leaving=True)
+    assert await _copy(coordinator, "llama3.2", "mine") == 200
+    async with coordinator.session.delete(f"{coordinator.url}/api/agents/{there}"):
+        pass
+    assert (await _delete(coordinator, {"model": "mine"}))[0] == 200
+    assert coordinator.parts.operations.pending() == []
+    assert (await _delete(coordinator, {"model": "mine"}))[0] == 404
+
+
+@pytest.mark.spec("SURFACE-44")
+async def test_a_delete_ends_what_is_about_to_make_the_model(coordinator: Running) -> None:
+    async with StandIn([Model("m")]) as holder, StandIn([], registry=[Model("m")]) as puller:
+        await coordinator.register(holder, "holder")
+        await coordinator.register(puller, "puller")
+        puller.faults.stall(after=1, paths=["/api/pull"])
+        body = {"kind": "pull", "model": "m", "placement": "agents:puller"}
+        _, started = await coordinator.post("/api/operations", body)
+        await puller.seen.wait_for(lambda seen: seen.faulted == 1)
+        assert await _delete(coordinator, {"model": "m"}) == (200, "")
+        operation = coordinator.parts.operations.get(started["id"])
+        await operation.feed.over()
+        assert str(operation.error) == "a newer delete of the model takes its place"
+        assert coordinator.parts.operations.pending() == []
+        assert [names(each) for each in (holder, puller)] == [[], []]
+
+
+@pytest.mark.spec("SURFACE-23")
+async def test_a_newer_model_of_the_name_voids_the_older_one_that_another_agent_would_make(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    away = next(agent.id for agent in coordinator.parts.registry if agent.name == "spare")
+    await coordinator.heartbeat(away, leaving=True)
+    create = {"model": "made", "from": "llama3.2", "stream": False}
+    assert (await coordinator.post("/api/create", {**create, "system": "old"}))[0] == 200
+    assert len(coordinator.parts.operations.pending()) == 1
+    path = "/api/create?placement=agents:first"
+    assert (await coordinator.post(path, {**create, "system": "new"}))[0] == 200
+    assert coordinator.parts.operations.pending() == []
+
+
+@pytest.mark.spec("SURFACE-23")
+async def test_a_deferred_delete_that_is_resumed_voids_nothing_newer(coordinator: Running) -> None:
+    models = [Model("m"), Model("other")]
+    async with StandIn(models) as here, StandIn(models) as old, StandIn([Model("other")]) as new:
+        nodes = {"here": here, "old": old, "new": new}
+        ids = {name: await coordinator.register(node, name) for name, node in nodes.items()}
+        for name in ("old", "new"):
+            await coordinator.heartbeat(ids[name], leaving=True)
+        assert (await _delete(coordinator, {"model": "m"}))[0] == 200
+        create = {"model": "m", "from": "other", "system": "s", "stream": False}
+        status, _ = await coordinator.post("/api/create?placement=agents:here,new", create)
+        assert status == 200
+        await coordinator.heartbeat(ids["old"])
+        await coordinator.until(lambda: "m:latest" not in names(old))
+        await coordinator.heartbeat(ids["new"])
+        await coordinator.until(lambda: "m:latest" in names(new))
+        assert "m:latest" in names(here)
+
+
 @pytest.mark.spec("SURFACE-27")
 async def test_a_model_is_loaded_on_several_agents_and_unloaded_on_all(
     coordinator: Running, ollama: StandIn, spare: StandIn

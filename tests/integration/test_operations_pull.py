@@ -125,6 +125,44 @@ async def test_several_pulls_of_one_model_are_one() -> None:
 
 
 @pytest.mark.spec("SURFACE-18")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/pull?placement=agents:agent-1", PULL),
+        ("/api/pull?placement=agents:agent-0", {**PULL, "insecure": True}),
+    ],
+)
+async def test_a_pull_onto_others_or_in_another_way_has_its_own_end(path: str, body: Any) -> None:
+    async with fleet(2) as (coordinator, ollamas):
+        ollamas[0].faults.stall(after=2, times=1, paths=["/api/pull"])
+        path_of_first = "/api/pull?placement=agents:agent-0"
+        first = asyncio.create_task(progress(coordinator, path_of_first, PULL))
+        await _all_stalled(ollamas[:1])
+        for ollama in ollamas:
+            ollama.faults.error_line("no space left on device", after=1, paths=["/api/pull"])
+        second = await progress(coordinator, path, body)
+        assert second[-1] == {"error": "no space left on device"}
+        assert not first.done()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+@pytest.mark.spec("SURFACE-18")
+async def test_a_pull_onto_a_number_that_is_joined_takes_no_more_agents() -> None:
+    async with fleet(3) as (coordinator, ollamas):
+        _stall(ollamas)
+        path = "/api/pull?placement=1"
+        first = asyncio.create_task(progress(coordinator, path, PULL))
+        await coordinator.until(lambda: any(ollama.seen.faulted for ollama in ollamas))
+        async with coordinator.session.post(coordinator.url + path, json=PULL) as response:
+            for ollama in ollamas:
+                ollama.faults.clear()
+            assert (await lines_of(response))[-1] == {"status": "success"}
+        await first
+        assert sum(ollama.seen.count("/api/pull") for ollama in ollamas) == 1
+
+
+@pytest.mark.spec("SURFACE-18")
 async def test_a_pull_that_was_cancelled_is_not_joined() -> None:
     async with fleet(2) as (coordinator, ollamas):
         _stall(ollamas)
@@ -264,13 +302,25 @@ async def test_an_agent_that_is_away_from_the_start_gets_the_model_when_it_is_th
 async def test_one_agent_with_the_model_is_a_success_and_the_failure_is_shown() -> None:
     async with fleet(2) as (coordinator, ollamas):
         ollamas[0].faults.error_line("no space left on device", after=2, paths=["/api/pull"])
-        assert_is_one_clean_stream(await progress(coordinator, "/api/pull", PULL))
+        lines = await progress(coordinator, "/api/pull", PULL)
+        assert_is_one_clean_stream(lines)
+        assert lines[-2] == {"status": "not on agent-0: no space left on device"}
         targets = (await coordinator.get("/api/operations"))["operations"][0]["targets"]
         errors = {target["agent"]: target["error"] for target in targets}
         assert errors == {"agent-0": "no space left on device", "agent-1": None}
         agent_id = next(a.id for a in coordinator.parts.registry if a.name == "agent-0")
         shown = (await coordinator.get(f"/api/agents/{agent_id}"))["operations"]
         assert [(o["state"], o["error"]) for o in shown] == [("failed", "no space left on device")]
+
+
+@pytest.mark.spec("SURFACE-21")
+async def test_of_many_agents_that_lack_the_model_some_are_named() -> None:
+    async with fleet(8) as (coordinator, ollamas):
+        for ollama in ollamas[1:]:
+            ollama.faults.error_line("full", after=1, paths=["/api/pull"])
+        line = (await progress(coordinator, "/api/pull", PULL))[-2]
+        assert line["status"].startswith("not on agent-1: full; agent-2: full;")
+        assert line["status"].endswith("agent-5: full; and 2 more")
 
 
 @pytest.mark.spec("SURFACE-21")

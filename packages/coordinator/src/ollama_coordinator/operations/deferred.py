@@ -26,6 +26,25 @@ SUPERSEDED_BY = {
 }
 """The kinds of older commands that a newer command for the same model makes void."""
 
+_REPEATED = (OperationKind.CREATE, OperationKind.COPY)
+"""Two that differ give one name two contents; two pulls get the same from the registry."""
+
+
+def is_void(older: AgentCommand, newer: AgentCommand, *, same_agent: bool) -> bool:
+    """Whether a newer command makes an older one void that is under way or deferred.
+
+    On other agents than its own, it is void only what would give the name another content, or be
+    without its model: what an agent should delete, it should delete all the same.
+    """
+    if older.key != newer.key or older.is_like(newer):
+        return False
+    if older.kind is newer.kind and older.kind not in _REPEATED:
+        return False
+    if same_agent or newer.kind is OperationKind.DELETE:
+        return older.kind in SUPERSEDED_BY[newer.kind]
+    return older.kind in _MAKING and newer.kind in _MAKING
+
+
 _Key = tuple[AgentId, OperationKind, str]
 
 
@@ -66,6 +85,16 @@ class Deferred:
             known = self._commands.get((agent_id, kind, command.key))
             if known is not None and known.command != command:
                 self._drop(known)
+
+    def void(self, newer: AgentCommand) -> None:
+        """Drop what other agents should do and this newer command makes void."""
+        for deferred in self.all():
+            if is_void(deferred.command, newer, same_agent=False):
+                self._drop(deferred)
+
+    def makes(self, key: str) -> bool:
+        """Whether any agent will make a model of this routing key when it is back."""
+        return any(known == key and kind in _MAKING for _, kind, known in self._commands)
 
     def finish(self, agent_id: AgentId, command: AgentCommand) -> None:
         """Drop a command that is done or cannot be done; a newer one of its kind stays."""

@@ -17,6 +17,9 @@ from .progress import Progress, ProgressLine
 from .targets import Placement
 from .types import AgentCommand, OperationKind, OperationState, OperationView, Refused, TargetView
 
+NAMED = 5
+"""Agents that a line of progress names: terminals show one line, and the page shows all."""
+
 
 class ProgressFeed:
     """An operation's progress lines, for any number of clients that each read at their own pace.
@@ -92,7 +95,8 @@ class Target:
 
     `heard_at`: its last progress; `probed_at`: its last probe for silence; `away_since`: when the
     agent went away, minus infinity if it was away from the start, `None` while it is there.
-    `failures` counts attempts that broke off since the last progress.
+    `failures` counts attempts that broke off since the last progress. `replaced` says which newer
+    command makes this part void.
     """
 
     def __init__(self, agent: AgentState) -> None:
@@ -101,11 +105,18 @@ class Target:
         self.state = OperationState.WAITING
         self.status = ""
         self.error: OllamaCoordinatorError | None = None
+        self.replaced: OllamaCoordinatorError | None = None
         self.away_since: float | None = None
         self.heard_at = float("-inf")
         self.probed_at = float("-inf")
         self.failures = 0
         self.interrupt: Interrupt | None = None
+
+    def replace(self, reason: OllamaCoordinatorError) -> None:
+        """A newer command for the model makes this part void: it ends, and is not deferred."""
+        self.replaced = reason
+        if self.interrupt is not None:
+            self.interrupt.fire(reason)
 
 
 class Operation:
@@ -211,8 +222,9 @@ class Operation:
             return
         self.ended_at = at
         states = [target.state for target in self.targets.values()]
-        if OperationState.DONE in states:
-            self.feed.publish([{"status": "success"}])
+        if OperationState.DONE in states or not states:
+            lacking = self._lacking()
+            self.feed.publish([{"status": text} for text in (lacking, "success") if text])
         elif self.cancelled:
             self.error = self.error or Refused(499, "the operation was cancelled")
         else:
@@ -222,6 +234,16 @@ class Operation:
     def forget_body(self) -> None:
         """Drop its command's body, perhaps megabytes; the rest is remembered."""
         self.command = structs.replace(self.command, body="")
+
+    def _lacking(self) -> str:
+        """Which agents did not do their part, and why; empty if all did."""
+        lacking = [
+            f"{target.agent_name}: {target.error or target.state.value}"
+            for target in self.targets.values()
+            if target.state is not OperationState.DONE
+        ]
+        more = f"; and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+        return f"not on {'; '.join(lacking[:NAMED])}{more}" if lacking else ""
 
     def _failure(self) -> OllamaCoordinatorError:
         """What an Ollama answered, if any did; else that an agent was not reached."""

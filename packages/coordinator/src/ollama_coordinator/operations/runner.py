@@ -14,10 +14,10 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import AgentOperation
 from ollama_coordinator_common.types import AgentId
 
-from .deferred import Deferred
+from .deferred import Deferred, is_void
 from .operation import Operation
 from .remote import Remote
-from .targets import Placement
+from .targets import Placement, Rule
 from .types import (
     AgentCommand,
     DeferredCommand,
@@ -25,6 +25,7 @@ from .types import (
     OperationState,
     OperationView,
     Refused,
+    Replaced,
     UnknownOperation,
 )
 from .worker import LOOK_SECONDS, Worker
@@ -99,6 +100,10 @@ class Operations:
                 return operation
         raise UnknownOperation(operation_id)
 
+    def makes_later(self, key: str) -> bool:
+        """Whether an agent that is away will make a model of this routing key."""
+        return self._deferred.makes(key)
+
     def pending(self) -> list[DeferredCommand]:
         """The commands of agents that are away."""
         return self._deferred.all()
@@ -113,41 +118,56 @@ class Operations:
         placement: Placement | None = None,
         spare: Iterable[AgentState] = (),
         detached: bool = False,
+        resumed: bool = False,
     ) -> Operation:
-        """Start a command on these agents; a pull joins one of the same model that is under way.
+        """Start a command on these agents; a pull joins one like it that is under way.
 
-        `spare` agents replace those that fail. A `detached` operation continues when no client
-        follows it, and after a restart.
+        It makes older commands for the model void (`is_void`). `spare` agents replace those that
+        fail. A `detached` operation continues when no client follows it, and after a restart. A
+        `resumed` one is older than all others.
         """
-        operation = self._pull_under_way(command)
+        placement = placement if placement is not None else Placement()
+        operation = None if resumed else self._pull_under_way(command, placement)
         if operation is None:
-            operation = Operation(
-                token_hex(8),
-                command,
-                placement if placement is not None else Placement(),
-                self._clock.utc(self._clock.now()),
-            )
+            now = self._clock.utc(self._clock.now())
+            operation = Operation(token_hex(8), command, placement, now)
+            if not resumed:
+                self._replace_older(command, {agent.id for agent in agents})
             self._running[operation.id] = operation
             self._add(operation, agents)
             operation.spare = list(spare)
             operation.task = self._tasks.start(self._run(operation))
             log.info("operation started", extra=_facts(operation))
-        else:
+        elif placement.rule is not Rule.COUNT:
             self._add(operation, agents)
         operation.detached = operation.detached or detached
         if operation.detached:
             self.worker.defer(operation)
         return operation
 
-    def _pull_under_way(self, command: AgentCommand) -> Operation | None:
-        """The running pull of the same model, which several clients share."""
+    def _pull_under_way(self, command: AgentCommand, placement: Placement) -> Operation | None:
+        """The running pull of the same model in the same way onto the same agents.
+
+        Several clients share it. Onto others it is another one: its end is not that of this one.
+        """
         if command.kind is not OperationKind.PULL:
             return None
         for operation in self._running.values():
-            known = operation.command
-            if (known.kind, known.key) == (command.kind, command.key) and not operation.cancelled:
+            known, is_like = operation.command, operation.placement == placement
+            if is_like and known.is_like(command) and not operation.cancelled:
                 return operation
         return None
+
+    def _replace_older(self, command: AgentCommand, agents: set[AgentId]) -> None:
+        """End what the command makes void of operations under way and of deferred commands."""
+        self._deferred.void(command)
+        for operation in self._running.values():
+            for target in operation.targets.values():
+                same = target.agent_id in agents
+                if not target.state.is_over and is_void(
+                    operation.command, command, same_agent=same
+                ):
+                    target.replace(Replaced(command.kind))
 
     def _add(self, operation: Operation, agents: Iterable[AgentState]) -> None:
         for target in operation.add(agents):
@@ -232,7 +252,7 @@ class Operations:
                 busy.add(agent.id)
                 # The operation that deferred it may still run on other agents: not beside it.
                 if deferred.command not in [o.command for o in running if agent.id in o.targets]:
-                    self.start(deferred.command, [agent], detached=True)
+                    self.start(deferred.command, [agent], detached=True, resumed=True)
 
 
 def _facts(operation: Operation) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 OperationError
 ├── Refused           an agent's Ollama answered with an error
+│   ├── Replaced      a newer command for the model made this one void
 │   └── MissingBlob   neither the agent nor the coordinator has a file of the model
 ├── NoAgentForModel   the placement leaves no agent
 └── UnknownOperation  no operation has this id
@@ -28,6 +29,13 @@ class Refused(OperationError):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class Replaced(Refused):
+    """A newer command for the model made this one void."""
+
+    def __init__(self, kind: "OperationKind") -> None:
+        super().__init__(409, f"a newer {kind.value} of the model takes its place")
 
 
 class MissingBlob(Refused):
@@ -97,6 +105,16 @@ class AgentCommand(Struct, frozen=True):
     path: str
     body: str
     blobs: tuple[str, ...] = ()
+
+    def is_like(self, other: "AgentCommand") -> bool:
+        """Whether both do the same to the same model, however they spell its name."""
+        if (self.kind, self.key) != (other.kind, other.key):
+            return False
+        return self == other or self._options() == other._options()
+
+    def _options(self) -> dict[str, object]:
+        fields = msgspec.json.decode(self.body, type=dict[str, object])
+        return {name: value for name, value in fields.items() if name not in ("model", "name")}
 
     @classmethod
     def _post(

@@ -8,6 +8,7 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.monitor import Monitor
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.upstream import AgentLost, UpstreamError
+from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .deferred import Deferred
 from .operation import Operation, Target
@@ -101,7 +102,9 @@ class Worker:
     async def _work(self, operation: Operation, target: Target, slots: asyncio.Semaphore) -> None:
         while not target.state.is_over:
             agent = self._registry.find(target.agent_id)
-            if agent is None:
+            if target.replaced is not None:
+                self._fail(operation, target, target.replaced)
+            elif agent is None:
                 text = f"agent {target.agent_name} was removed"
                 self._fail(operation, target, Refused(503, text))
             elif self._registry.is_reachable(agent, self._clock.now()):
@@ -109,7 +112,8 @@ class Worker:
                     await self._attempt(operation, target, agent)
             else:
                 await self._wait(operation, target)
-        if target.state in (OperationState.FAILED, OperationState.PENDING):
+        is_missing = target.state in (OperationState.FAILED, OperationState.PENDING)
+        if is_missing and target.replaced is None:
             _replace(operation, target)
 
     async def _attempt(self, operation: Operation, target: Target, agent: AgentState) -> None:
@@ -136,7 +140,7 @@ class Worker:
             await self._update_models(operation.command, agent)
             operation.succeeds(target)
 
-    def _fail(self, operation: Operation, target: Target, reason: Refused) -> None:
+    def _fail(self, operation: Operation, target: Target, reason: OllamaCoordinatorError) -> None:
         operation.gives_up(target, OperationState.FAILED, reason)
         self._deferred.finish(target.agent_id, operation.command)
 

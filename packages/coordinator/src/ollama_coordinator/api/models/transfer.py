@@ -193,14 +193,19 @@ def _blobs(fields: Fields) -> tuple[str, ...]:
 
 
 async def delete_everywhere(parts: Parts, name: str) -> Operation:
-    """Delete on every agent, whatever its content.
+    """Delete on every agent, whatever its content; agents that are away do not make it either.
 
     Raises:
         HttpError: 404, no agent has it.
         Refused: an agent could not.
     """
-    key = model_key(name)
-    operation = parts.operations.start(AgentCommand.delete(name), await copies(parts, name))
+    key, agents = model_key(name), list[AgentState]()
+    try:
+        agents = await copies(parts, name)
+    except HttpError:
+        if not parts.operations.makes_later(key):
+            raise
+    operation = parts.operations.start(AgentCommand.delete(name), agents)
     await _settled(parts, operation)
     for target in operation.targets.values():
         agent = parts.registry.find(target.agent_id)

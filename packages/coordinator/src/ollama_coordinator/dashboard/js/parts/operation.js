@@ -16,6 +16,9 @@ const STATES = {
 };
 const VERBS = { pull: "Pull", push: "Push", create: "Create", copy: "Copy", delete: "Delete", load: "Load", unload: "Unload" };
 
+/** Whether it is over and worked on some agents only. */
+export const isPartial = (operation) => operation.state === "done" && operation.targets.some((target) => target.state !== "done");
+
 export function operationCard(operation) {
   const state = pill(STATES);
   const since = h("oc-since.muted.small", { at: operation.started_at });
@@ -32,8 +35,9 @@ export function operationCard(operation) {
     error.hidden = !now.error;
     setText(error, now.error);
     card.classList.toggle("over", over);
-    targets.hidden = over && now.state === "done";
-    keyed(targets, now.targets, (target) => target.agent_id, targetRow);
+    const shown = over ? now.targets.filter((target) => target.state !== "done") : now.targets;
+    targets.hidden = !shown.length;
+    keyed(targets, shown, (target) => target.agent_id, targetRow);
   };
   return card;
 }

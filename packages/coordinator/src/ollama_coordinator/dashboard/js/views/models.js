@@ -7,7 +7,7 @@ import { bytes, hue, model, time } from "../format.js";
 import { store } from "../store.js";
 import { command, empty } from "../parts/bits.js";
 import { asked, confirmed } from "../parts/dialog.js";
-import { operationCard } from "../parts/operation.js";
+import { isPartial, operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
 
 const REFRESH_MS = 1500;
@@ -76,7 +76,7 @@ class ModelsView extends View {
   }
 
   drawOperations() {
-    const shown = Object.values(store.state.operations ?? {}).filter((one) => one.state !== "done" || store.now() - Date.parse(one.ended_at) < DONE_SHOWN_MS);
+    const shown = Object.values(store.state.operations ?? {}).filter((one) => one.state !== "done" || isPartial(one) || store.now() - Date.parse(one.ended_at) < DONE_SHOWN_MS);
     const all = shown.sort((a, b) => b.started_at.localeCompare(a.started_at));
     keyed(this.operations, all, (one) => one.id, operationCard);
   }
