@@ -1,4 +1,4 @@
-"""How urgent a request is."""
+"""How urgent a request is, and how fast it is read."""
 
 import asyncio
 
@@ -12,10 +12,13 @@ CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}],
 
 
 async def ask(
-    coordinator: Running, lane: str | None = None, wait: str | None = None
+    coordinator: Running,
+    lane: str | None = None,
+    wait: str | None = None,
+    pace: str | None = None,
 ) -> tuple[int, str]:
-    told = {"X-Ollama-Coordinator-Lane": lane, "X-Ollama-Coordinator-Max-Wait": wait}
-    headers = {name: value for name, value in told.items() if value is not None}
+    given = {"Lane": lane, "Max-Wait": wait, "Pace": pace}
+    headers = {f"X-Ollama-Coordinator-{k}": v for k, v in given.items() if v is not None}
     url = f"{coordinator.url}/api/chat"
     async with coordinator.session.post(url, json=CHAT, headers=headers) as response:
         return response.status, await response.text()
@@ -87,3 +90,34 @@ async def test_a_wait_that_is_no_number_of_seconds_is_told(
     status, text = await ask(coordinator, wait=wait)
     assert status == 400
     assert "number of seconds" in text
+
+
+@pytest.mark.spec("PROXY-29")
+async def test_the_pace_is_the_headers_or_the_settings(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async def pace_of(header: str | None) -> float:
+        ollama.hold()
+        asked = asyncio.create_task(ask(coordinator, pace=header))
+        await ollama.seen.wait_for(lambda seen: seen.held == 1)
+        (held,) = coordinator.parts.dispatch.held()
+        ollama.release()
+        assert (await asked)[0] == 200
+        return held.lease.request.pace
+
+    assert await pace_of(None) == 15.0
+    assert await pace_of("40") == 40.0
+    url = f"{coordinator.url}/api/settings"
+    async with coordinator.session.patch(url, json={"reading_pace": 8}) as response:
+        assert response.status == 200
+    assert await pace_of(None) == 8.0
+
+
+@pytest.mark.spec("PROXY-29")
+@pytest.mark.parametrize("pace", ["fast", "0", "-1", "nan", "inf", ""])
+async def test_a_pace_that_is_no_number_is_refused(
+    coordinator: Running, ollama: StandIn, pace: str
+) -> None:
+    status, text = await ask(coordinator, pace=pace)
+    assert status == 400
+    assert "tokens a second" in text

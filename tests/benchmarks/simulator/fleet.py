@@ -1,4 +1,4 @@
-"""The mixed fleet of the benchmark: eight machines of four classes, twelve models."""
+"""The fleets of the benchmark: a mixed one of eight machines, and one of a home with four."""
 
 from random import Random
 
@@ -58,6 +58,51 @@ def mixed_fleet(**changes: bool) -> Fleet:
             for kind in (BIG, MIDDLE, LAPTOP, CPU)
             for number in (1, 2)
         )
+    )
+
+
+# At home: the chat's model first, then the one its page uses for titles and tags, then the others.
+HOME_CHAT = ModelSpec("llama3.1:8b", int(4.9 * GB))
+HOME_SMALL = ModelSpec("qwen3:4b", int(2.6 * GB))
+HOME_CODER = ModelSpec("qwen3-coder:14b", int(9.0 * GB))
+HOME_TINY = ModelSpec("llama3.2:1b", int(1.3 * GB))
+HOME_EMBEDDER = ModelSpec("nomic-embed-text", int(0.3 * GB), embeds=True)
+HOME_MODELS = (HOME_CHAT, HOME_SMALL, HOME_CODER, HOME_TINY, HOME_EMBEDDER)
+HOME_LIGHT = (HOME_CHAT, HOME_SMALL, HOME_TINY, HOME_EMBEDDER)
+
+
+def home_fleet(**changes: bool) -> Fleet:
+    """One fast machine, one medium one, a laptop and a box without a GPU; one slot each."""
+    machines = (
+        MachineSpec(
+            name="fast", models=HOME_MODELS, memory_bytes=24 * GIB,
+            prefill_tokens_per_second=4000, decode_tokens_per_second=114,
+            load_bytes_per_second=2.5e9,
+        ),
+        MachineSpec(
+            name="medium", models=HOME_MODELS, memory_bytes=16 * GIB,
+            prefill_tokens_per_second=1200, decode_tokens_per_second=40,
+            load_bytes_per_second=1.5e9,
+        ),
+        MachineSpec(
+            name="laptop", models=HOME_LIGHT, memory_bytes=12 * GIB,
+            prefill_tokens_per_second=350, decode_tokens_per_second=15,
+            load_bytes_per_second=1.2e9,
+        ),
+        MachineSpec(
+            name="box", models=HOME_LIGHT, memory_bytes=24 * GIB, has_gpu=False,
+            prefill_tokens_per_second=40, decode_tokens_per_second=6,
+            load_bytes_per_second=0.6e9,
+        ),
+    )  # fmt: skip
+    return Fleet(machines=tuple(structs.replace(one, **changes) for one in machines))
+
+
+def without_slowest(fleet: Fleet) -> Fleet:
+    """The same fleet less the machine that writes slowest."""
+    slowest = min(fleet.machines, key=lambda machine: machine.decode_tokens_per_second)
+    return structs.replace(
+        fleet, machines=tuple(one for one in fleet.machines if one.name != slowest.name)
     )
 
 

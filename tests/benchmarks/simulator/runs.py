@@ -3,17 +3,26 @@
 from msgspec import Struct, structs
 
 from ollama_coordinator.registry import Registry
-from ollama_coordinator.scheduler import Scheduler, create_scheduler
+from ollama_coordinator.scheduler import Request, Scheduler, create_scheduler
 from ollama_coordinator.scheduler.predicted import PredictedScheduler
 from ollama_coordinator.scheduler.rates import OutputLengths
-from ollama_coordinator.simulation import Fleet, Simulation, Summary, summarise
+from ollama_coordinator.simulation import Fleet, Simulation, Summary, TraceRequest, summarise
 
-from .fleet import mixed_fleet, with_outages, with_wrong_timings
-from .workload import make_trace
+from .fleet import home_fleet, mixed_fleet, with_outages, with_wrong_timings, without_slowest
+from .home import make_home_trace
+from .workload import Mix, make_trace
 
 ORACLE = "predicted, lengths known"
 MAX_QUEUE = 100_000
 """The benchmark measures waiting, not refusing: clients leave by themselves after two minutes."""
+
+
+MIXED = "mixed"
+PARTLY = "mixed, partly unstreamed"
+HOME = "home"
+WORKLOADS = (MIXED, PARTLY, HOME)
+UNSTREAMED = 0.35
+"""The share of the chats' requests that are short and unstreamed, in the second workload."""
 
 
 class Run(Struct, frozen=True):
@@ -25,24 +34,32 @@ class Run(Struct, frozen=True):
     seconds: float = 2400.0
     warm_up: float = 300.0
     scenario: str = ""
+    workload: str = MIXED
 
 
 class KnownLengths(OutputLengths):
     """An oracle: a request's limit is exactly the length of its answer."""
 
-    def expected(self, client: str, model: str, limit: int | None) -> float:
+    def expected(self, request: Request) -> float:
         """The true length."""
-        return float(limit or 0)
+        return float(request.output_limit or 0)
 
 
 def simulate(run: Run) -> Summary:
     """Play the run."""
     fleet = _fleet(run)
-    trace = make_trace(mixed_fleet(), run.load, run.seconds, run.seed)
+    trace = _trace(run)
     if run.policy == ORACLE:
         trace = [structs.replace(one, output_limit=one.output_tokens) for one in trace]
     replay = Simulation(fleet, lambda registry: _scheduler(run.policy, registry)).run(trace)
     return summarise(replay, fleet, after=run.warm_up)
+
+
+def _trace(run: Run) -> list[TraceRequest]:
+    if run.workload == HOME:
+        return make_home_trace(home_fleet(), run.load, run.seconds, run.seed)
+    mix = Mix(unstreamed=UNSTREAMED) if run.workload == PARTLY else Mix()
+    return make_trace(mixed_fleet(), run.load, run.seconds, run.seed, mix)
 
 
 def _scheduler(policy: str, registry: Registry) -> Scheduler:
@@ -54,7 +71,8 @@ def _scheduler(policy: str, registry: Registry) -> Scheduler:
 def _fleet(run: Run) -> Fleet:
     """The machines; to policies that count they tell no slots, so that these forward at once."""
     predicts = run.policy.startswith("predicted")
-    fleet = mixed_fleet(reports_slots=predicts)
+    build = home_fleet if run.workload == HOME else mixed_fleet
+    fleet = build(reports_slots=predicts)
     match run.scenario:
         case "stale reports (30 s)":
             return structs.replace(fleet, report_seconds=30.0)
@@ -63,6 +81,8 @@ def _fleet(run: Run) -> Fleet:
         case "every machine fails once":
             return with_outages(fleet, run.seconds, run.seed)
         case "agents tell nothing":
-            return mixed_fleet(reports_slots=False, reports_memory=False)
+            return build(reports_slots=False, reports_memory=False)
+        case "without the slowest machine":
+            return without_slowest(fleet)
         case _:
             return fleet

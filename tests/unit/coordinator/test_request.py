@@ -17,7 +17,7 @@ from ollama_coordinator.api.inference.request import (
     read_body,
     read_routing,
 )
-from ollama_coordinator.scheduler import RunnerOptions
+from ollama_coordinator.scheduler import Form, RunnerOptions
 
 BY_PATH = {route.path: route for route in INFERENCE_ROUTES}
 CHAT = BY_PATH["/api/chat"]
@@ -85,6 +85,27 @@ def test_a_request_without_a_name_gets_its_routes_answer(
 )
 def test_ollamas_routes_disagree_on_a_missing_name(path: str, answer: tuple[int, str]) -> None:
     assert BY_PATH[path].nameless == answer
+
+
+@pytest.mark.spec("SCHED-54")
+@pytest.mark.parametrize(
+    ("fields", "native", "openai"),
+    [
+        ({}, Form.STREAM, Form.WHOLE),
+        ({"stream": True}, Form.STREAM, Form.STREAM),
+        ({"stream": False}, Form.WHOLE, Form.WHOLE),
+        ({"stream": None, "tools": [], "format": ""}, Form.STREAM, Form.WHOLE),
+        ({"stream": True, "tools": [{"type": "function"}]}, Form.TOOLS, Form.TOOLS),
+        ({"stream": True, "format": "json"}, Form.FORMAT, Form.FORMAT),
+        ({"stream": True, "response_format": {"type": "text"}}, Form.STREAM, Form.STREAM),
+        ({"stream": True, "response_format": {"type": "json_object"}}, Form.FORMAT, Form.FORMAT),
+        ({"Stream": True, "stream": False}, Form.WHOLE, Form.WHOLE),
+    ],
+)
+def test_the_form_of_an_answer_is_read(fields: dict[str, Any], native: Form, openai: Form) -> None:
+    body = {"model": "m", "messages": [], **fields}
+    assert routing(body).form is native
+    assert routing(body, OPENAI).form is openai
 
 
 @pytest.mark.parametrize("body", [b"", b" \r\n"])

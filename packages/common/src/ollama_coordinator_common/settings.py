@@ -23,6 +23,7 @@ MEBIBYTE = 1024 * 1024
 
 UNITS = {
     "s": "seconds", "days": "days", "MiB": "mebibytes", "GiB": "gibibytes", "requests": "requests",
+    "tokens/s": "tokens a second",
 }  # fmt: skip
 """The word for every unit."""
 
@@ -254,6 +255,10 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "Serve a request on a runner with a larger context than it asks for, not by a reload",
         live=True,
     )] = True
+    reading_pace: Annotated[float, Setting(
+        "COORDINATOR_READING_PACE", "How fast people read along while an answer is written",
+        unit="tokens/s", bounds=(0.1, 10_000), live=True,
+    )] = 15.0
     pull_placement: Annotated[str, Setting(
         "COORDINATOR_PULL_PLACEMENT", "Which agents get a model that is pulled or created",
         metavar="all|NUMBER|label:NAME|agents:NAME,...", live=True,

@@ -7,18 +7,19 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import ollama_coordinator.scheduler
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler.cost import alone_seconds, run_seconds, service_seconds
 from ollama_coordinator.scheduler.eviction import wanted_again
 from ollama_coordinator.scheduler.memory import MemoryLimits
-from ollama_coordinator.scheduler.queue import FadingRate
+from ollama_coordinator.scheduler.queue import FadingRate, receiver_of
 from ollama_coordinator.scheduler.queues import DEMAND_MEMORY_SECONDS
 from ollama_coordinator.scheduler.rates import UNLOAD_SECONDS, Quantity
 from ollama_coordinator.scheduler.slots import Slots
 from ollama_coordinator.scheduler.state import Action, Choice, Machine, Place, Running
-from ollama_coordinator.scheduler.types import Lease, LeaseId
+from ollama_coordinator.scheduler.types import Form, Lane, Lease, LeaseId
 from unit.coordinator.scheduler.test_state_writers import OWNERS, fields, parsed
 from unit.coordinator.scheduler.world import World
 
@@ -61,14 +62,20 @@ def test_the_examples_are_right() -> None:
     busy.wait_for(1.0)
     demand = FadingRate(DEMAND_MEMORY_SECONDS)
     demand.count(NOW)
+    slow = place(two, "slow")
+    slow.take_rate(Quantity.DECODE, 10.0)
+    asked = world.request()
     names = {
+        "stream": receiver_of(asked, 100.0), "slow": slow,
+        "whole": receiver_of(structs.replace(asked, form=Form.WHOLE), 100.0),
+        "batch": receiver_of(structs.replace(asked, lane=Lane.BATCH), 100.0),
         "busy": busy, "idle": idle, "free": free, "run_seconds": run_seconds, "demand": demand,
         "wanted_again": wanted_again,
         "alone_seconds": alone_seconds, "service_seconds": service_seconds,
         "UNLOAD_SECONDS": UNLOAD_SECONDS,
     }  # fmt: skip
     result = doctest.testfile(str(DESIGN), module_relative=False, globs=names)
-    assert (result.failed, result.attempted) == (0, 6)
+    assert (result.failed, result.attempted) == (0, 8)
 
 
 @pytest.mark.parametrize("module", OWNERS)

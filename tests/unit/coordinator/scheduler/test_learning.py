@@ -1,6 +1,7 @@
 """Estimates: priors, what is learned, how long it is kept."""
 
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from ollama_coordinator.scheduler.prompt_cache import PromptCaches
 from ollama_coordinator.scheduler.queue import FadingRate
 from ollama_coordinator.scheduler.queues import DEMAND_MEMORY_SECONDS
 from ollama_coordinator.scheduler.rates import OutputLengths, Quantity, Rates, prior
+from ollama_coordinator.scheduler.types import Form, Request
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import GB, M, World
 
@@ -123,16 +125,24 @@ def test_a_pair_never_seen_is_judged_by_its_agent_and_its_model() -> None:
 
 
 @pytest.mark.spec("SCHED-54")
-def test_output_lengths_are_learned_by_client_and_model() -> None:
-    lengths = OutputLengths()
-    assert lengths.expected("c", "m", None) == 150
+def test_output_lengths_are_learned_by_client_model_and_form() -> None:
+    lengths, world = OutputLengths(), World()
+
+    def of(client: str, **fields: Any) -> Request:
+        return world.request(client=client, **fields)
+
+    assert lengths.expected(of("c")) == 150
     for _ in range(20):
-        lengths.observe("short", "m", 10)
-        lengths.observe("long", "m", 1000)
-    assert lengths.expected("short", "m", None) == pytest.approx(10)
-    assert lengths.expected("long", "m", None) == pytest.approx(1000)
-    assert 100 < lengths.expected("new", "m", None) < 900
-    assert lengths.expected("long", "m", 64) == 64
+        lengths.observe(of("short"), 10)
+        lengths.observe(of("long"), 1000)
+        lengths.observe(of("long", form=Form.WHOLE), 30)
+    assert lengths.expected(of("short")) == pytest.approx(10)
+    assert lengths.expected(of("long")) == pytest.approx(1000)
+    assert lengths.expected(of("long", form=Form.WHOLE)) == pytest.approx(30)
+    assert lengths.expected(of("new", form=Form.WHOLE)) == pytest.approx(30)
+    assert lengths.expected(of("long", form=Form.TOOLS)) == 150
+    assert 100 < lengths.expected(of("new")) < 900
+    assert lengths.expected(of("long", output_limit=64)) == 64
 
 
 @pytest.mark.spec("SCHED-55")

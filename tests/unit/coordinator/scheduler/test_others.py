@@ -101,9 +101,9 @@ def test_batch_has_the_fastest_agent_when_nobody_is_there() -> None:
 def test_batch_takes_a_slow_slot_where_others_wait_for_a_fast_one() -> None:
     world = fast_and_slow(Timings(100, 100, 60.3, 0.0, 0.3, 60.0))
     assert send(world).agent_id == "fast"
-    chat = world.submit("m", prompt_tokens=100)
+    for _ in range(8):
+        world.submit("m", prompt_tokens=100)
     assert world.plan() == []
-    world.scheduler.withdraw(chat.id, world.now)
     assert send(world, Lane.BATCH).agent_id == "slow"
 
 

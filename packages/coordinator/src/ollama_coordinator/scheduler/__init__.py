@@ -17,6 +17,7 @@ from .predicted import PredictedScheduler
 from .protocol import Scheduler, Waiting
 from .types import (
     NO_OPTIONS,
+    Form,
     Kind,
     Lane,
     Lease,
@@ -35,6 +36,7 @@ __all__ = [
     "Decision",
     "DoesNotPredict",
     "Estimate",
+    "Form",
     "HoldersUnavailable",
     "Kind",
     "Lane",

@@ -1,45 +1,56 @@
 """Where a request should go now, or whether it should rather wait: the cheapest prediction."""
 
-from .cost import (
-    HELD_WEIGHT,
-    NO_PLACE,
-    alone_seconds,
-    run_seconds,
-    service_seconds,
-    wait_for_slot,
-)
+from collections.abc import Iterable, Sequence
+
+from .cost import NO_PLACE, alone_seconds, run_seconds, service_seconds
 from .eviction import Evictions
-from .prompt_cache import CacheHits, PromptCaches
+from .prompt_cache import CacheHits
 from .queue import Queue, QueueEntry
 from .rates import UNLOAD_SECONDS
+from .slot_plan import Slot, SlotPlans, cheapest_slot
 from .state import Action, Choice, Eviction, Place
 
 # A search costs some 100 us; it is repeated for a wait so much longer, or after a while:
 SEARCH_AGAIN_SECONDS = 2.0
 MUCH_WORSE = 1.25
-# Costs this close are equal, as rates are no better known: the place used longest ago wins:
-NEARLY = 1.05
-NEARLY_SECONDS = 0.01
+# Costs this close are equal, as clocks and networks are no better: preference decides, then turns.
+TIE_SECONDS = 0.01
 
 
 class Chooser:
-    """Evaluates the candidates of a queue."""
+    """Evaluates the candidates of a queue: the lowest cost is chosen, and nothing else decides."""
 
-    def __init__(self, caches: PromptCaches, evictions: Evictions) -> None:
-        self._caches = caches
+    def __init__(self, plans: SlotPlans, evictions: Evictions) -> None:
+        self._plans = plans
         self._evictions = evictions
 
     def choose(self, queue: Queue, entry: QueueEntry, ahead: int, now: float) -> Choice:
         """The cheapest possibility of a request that has `ahead` others before it."""
-        return self.choose_with(self.hits(entry), queue, entry, ahead, now)
+        wait = self._plans.wait(queue, entry, ahead, now)
+        return self._cheapest(self._plans.hits(entry), queue, entry, wait, now)
 
-    def choose_with(
-        self, hits: CacheHits, queue: Queue, entry: QueueEntry, ahead: int, now: float
+    def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
+        """The slots that the waiting requests of a queue leave to one more, soonest first."""
+        return self._plans.slots_left(queue, now)
+
+    def keep_slots(self, choice: Choice, queue: Queue, now: float) -> None:
+        """Remember what was left to a request that goes before others, to explain it later."""
+        choice.slots_left = self._plans.slots_left(queue, now)
+
+    def choose_at(
+        self, place: Place, entry: QueueEntry, slots: Iterable[Slot], now: float
     ) -> Choice:
-        """The same, where what is in the prompt caches is known already."""
+        """The same as if the model had this place alone, of whose slots these are left to it."""
+        hits, queue = self._plans.hits(entry), entry.queue.only(place)
+        own = [slot for slot in slots if slot[2] is place]
+        wait = cheapest_slot(own, queue, entry, hits, now)
+        return self._cheapest(hits, queue, entry, wait, now)
+
+    def _cheapest(
+        self, hits: CacheHits, queue: Queue, entry: QueueEntry, wait: Choice, now: float
+    ) -> Choice:
         go = self._go(queue, entry, hits, now)
-        wait = wait_for_slot(queue, entry, ahead, hits, now)
-        best, other = (go, wait) if go.cost <= waiting_cost(wait, entry) else (wait, go)
+        best, other = (go, wait) if go.cost <= wait.cost else (wait, go)
         if queue.cold and queue.quickest_load < best.cost:
             load = self._load(queue, entry, best.cost, now)
             if load.cost < best.cost:
@@ -48,15 +59,10 @@ class Chooser:
         best.others = (other,)
         return best
 
-    def hits(self, entry: QueueEntry) -> CacheHits:
-        """The prompt tokens that each place is expected to have in its cache."""
-        prefix = entry.request.prefix
-        return (self._caches.expected(prefix) or None) if prefix else None
-
     def _go(self, queue: Queue, entry: QueueEntry, hits: CacheHits, now: float) -> Choice:
         """The best place that is in memory and has a slot."""
-        excluded = entry.request.excluded
-        tokens, output, courtesy = entry.request.prompt_tokens, entry.output, entry.courtesy
+        excluded, receiver = entry.request.excluded, entry.receiver
+        tokens = entry.request.prompt_tokens
         best: Place | None = None
         best_cost = floor = NO_PLACE
         for place in queue.with_free_slot():
@@ -64,30 +70,28 @@ class Chooser:
             if excluded and machine.id in excluded:
                 continue
             new = max(tokens - hits.get(place, 0), 0) if hits else tokens
-            cost = run_seconds(place, new, output, now, courtesy)
+            seconds = run_seconds(place, new, receiver, now)
             if place.slots.extra:
-                cost += _wait_behind(place)
+                seconds += _wait_behind(place)
             if machine.trouble:
-                cost += machine.penalty(now)
+                seconds += machine.penalty(now)
             if place.failing:
-                cost += cost * place.failing_share(now)
-            if machine.preference != 1.0:
-                cost /= machine.preference
-            near = floor * NEARLY + NEARLY_SECONDS
-            if cost > near or (
-                place.draining_until > now and not _ends_in_time(place, new, output, now)
+                seconds += seconds * place.failing_share(now)
+            cost = seconds / machine.preference
+            if cost > floor + TIE_SECONDS or (
+                place.draining_until > now and not _ends_in_time(place, new, receiver.output, now)
             ):
                 continue
-            if (
-                cost * NEARLY + NEARLY_SECONDS < floor
-                or best is None
-                or (place.last_used < best.last_used)
-            ):
+            if best is None or cost < floor - TIE_SECONDS or _before(place, best):
                 best, best_cost = place, cost
             floor = min(cost, floor)
         if best is None:
             return Choice(Action.GO, None, NO_PLACE)
-        return Choice(Action.GO, best, best_cost, 0.0, best_cost, hits.get(best, 0) if hits else 0)
+        cached = hits.get(best, 0) if hits else 0
+        run = run_seconds(best, max(tokens - cached, 0), receiver, now)
+        behind = _wait_behind(best) if best.slots.extra else 0.0
+        failure = best_cost * best.machine.preference - run - behind
+        return Choice(Action.GO, best, best_cost, behind, run, cached, max(failure, 0.0))
 
     def _load(self, queue: Queue, entry: QueueEntry, below: float, now: float) -> Choice:
         """The best machine to load the model, if one costs less than `below`.
@@ -96,7 +100,7 @@ class Chooser:
         machine with something idle, and such are offered to the queues.
         """
         best = Choice(Action.LOAD, None, below)
-        usual = entry.courtesy == 1.0 and not entry.request.excluded
+        usual = entry.receiver.courtesy == 1.0 and not entry.request.excluded
         if usual and now < queue.futile.until and below <= queue.futile.below:
             return best
         for place in queue.to_load():
@@ -118,66 +122,64 @@ class Chooser:
         if machine.reserved is not None and machine.reserved is not place:
             return None
         below *= machine.preference
-        tokens, output = entry.request.prompt_tokens, entry.output
-        if place.load + alone_seconds(place, tokens, output) >= below:
+        tokens, receiver = entry.request.prompt_tokens, entry.receiver
+        if place.load + alone_seconds(place, tokens, receiver) >= below:
             return None
         if machine.id in entry.request.excluded:
             return None
-        run = run_seconds(place, tokens, output, now, entry.courtesy)
-        least = place.load + run + (machine.penalty(now) if machine.trouble else 0.0)
+        run = run_seconds(place, tokens, receiver, now)
+        failure = machine.penalty(now) if machine.trouble else 0.0
         if place.failing:
-            least += place.failing_share(now) * (place.load + run)
+            failure += place.failing_share(now) * (place.load + run)
+        least = place.load + run + failure
         if least >= below or (eviction := self._evictions.find(place, now)) is None:
             return None
         leave = UNLOAD_SECONDS if eviction.victims or place.resident else 0.0
         if place.resident:  # loaded with other options, it is missed itself, as it is
             missed = eviction.penalty + self._evictions.loss(place, now)
             eviction = Eviction(eviction.victims, missed)
-        cost = least + leave + entry.courtesy * eviction.penalty
+        cost = least + leave + receiver.courtesy * eviction.penalty
         if cost >= below:
             return None
         cost /= machine.preference
-        return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, eviction)
+        return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, failure, eviction)
 
     def first_to_go(self, queue: Queue, now: float) -> int | None:
         """The first position behind the head for which another place beats its wait.
 
-        Waits grow with the position: the last one shows whether there is any, and halving finds it.
-        Retries may not go everywhere, so each of them is evaluated by itself.
+        Waits grow with the position among requests of one lane that feel delays alike: the last one
+        shows whether there is any, and halving finds it. Retries may not go everywhere, so each of
+        them is evaluated by itself.
         """
+        if not (queue.cold or queue.with_free_slot()):
+            return None
         if queue.retried:
             for position, entry in enumerate(queue.entries()):
                 if position and entry.request.excluded:
                     choice = self.choose(queue, entry, position, now)
                     if choice.action is not Action.WAIT and choice.place is not None:
                         return position
-        first = 1
-        for last in queue.lasts():
-            if first <= last:
-                found = self._first_between(queue, first, last, now)
-                if found is not None:
-                    return found
-            first = last + 1
-        return None
+        found = (self._first_of(queue, alike, now) for alike in queue.alike())
+        return next((position for position in found if position is not None), None)
 
-    def _first_between(self, queue: Queue, low: int, high: int, now: float) -> int | None:
-        """The same among the positions of one lane, whose requests weigh alike what others lose."""
-        choice = self.choose(queue, queue.at(high), high, now)
+    def _first_of(self, queue: Queue, positions: Sequence[int], now: float) -> int | None:
+        """The same among these positions, in order, of requests that feel delays alike."""
+        last = positions[-1]
+        choice = self.choose(queue, queue.at(last), last, now)
         if choice.action is Action.WAIT or choice.place is None:
             return None
+        low, high = 0, len(positions) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._rather_waits(queue, middle, choice, now):
+            if self._rather_waits(queue, positions[middle], choice, now):
                 low = middle + 1
             else:
                 high = middle
-        return high
+        return positions[high]
 
     def _rather_waits(self, queue: Queue, position: int, other: Choice, now: float) -> bool:
         entry = queue.at(position)
-        wait = wait_for_slot(queue, entry, position, self.hits(entry), now)
-        cost = waiting_cost(wait, entry) if other.action is Action.GO else wait.cost
-        return cost < other.cost
+        return self._plans.wait(queue, entry, position, now).cost < other.cost
 
     def beyond(self, queue: Queue, entry: QueueEntry, now: float) -> Choice | None:
         """A place where one request more than is known to run at once may be tried."""
@@ -192,16 +194,14 @@ class Chooser:
         if not open_places:
             return None
         place = min(open_places, key=_share_taken)
-        tokens, output = entry.request.prompt_tokens, entry.output
-        run = run_seconds(place, tokens, output, now, entry.courtesy)
+        run = run_seconds(place, entry.request.prompt_tokens, entry.receiver, now)
         return Choice(Action.GO, place, run, 0.0, run)
 
 
-def waiting_cost(wait: Choice, entry: QueueEntry) -> float:
-    """What waiting costs beside a free place: the contended slot is held for the whole answer."""
-    if wait.place is None:
-        return wait.cost
-    return wait.cost + entry.courtesy * HELD_WEIGHT * entry.output * wait.place.decode
+def _before(place: Place, other: Place) -> bool:
+    """Which of two places that cost the same is taken: as preferred, then in turn."""
+    mine, others = place.machine.preference, other.machine.preference
+    return mine > others or (mine == others and place.last_used < other.last_used)
 
 
 def _wait_behind(place: Place) -> float:

@@ -1,15 +1,17 @@
 """Explained decisions: the candidates, each term of their cost, and why one cannot serve."""
 
+from collections.abc import Sequence
+
 from msgspec import Struct, structs
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
 
 from .choose import Chooser
-from .cost import DECODE_WEIGHT
+from .cost import felt_seconds
 from .eligibility import eligible, unavailable
-from .prompt_cache import CacheHits
-from .queue import COURTESY, Queue, QueueEntry, Tag
+from .queue import COURTESY, Queue, QueueEntry, Tag, receiver_of
+from .slot_plan import Slot, slots_to_come
 from .state import Action, Choice, Place, Running
 from .types import Request, RequestId
 
@@ -106,10 +108,11 @@ class Accounts:
         unknown = [place for place in places[:count] if place.machine.id not in known]
         others: list[Candidate] = []
         if unknown:
-            entry = QueueEntry(request, NO_TAG, queue, run.output, 0.0)
-            hits = self._chooser.hits(entry)
+            receiver = receiver_of(request, run.output)
+            entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
+            slots = run.choice.slots_left or list(slots_to_come(queue, now))
             others = [
-                _evaluate(self._chooser, hits, entry, place, 0, now)
+                _evaluate(self._chooser, entry, place, slots, now)
                 for place in unknown[: MOST_EXPLAINED - len(known)]
             ]
             others.sort(key=_dearest_last)
@@ -146,14 +149,14 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
         for agent in registry.servers(request.model)
         if agent.name in found.refused
     ]
-    hits = chooser.hits(entry)
+    slots = chooser.slots_left(queue, now)
     candidates += [
-        _evaluate(chooser, hits, entry, place, queue.size if place in queue.hot else 0, now)
+        _evaluate(chooser, entry, place, slots, now)
         for place in (*queue.hot, *queue.loading, *queue.cold)
         if place.machine.id not in request.excluded
     ]
     candidates.sort(key=_dearest_last)
-    return _decision(request, choice, entry.output, candidates, position=queue.size + 1)
+    return _decision(request, choice, entry.receiver.output, candidates, position=queue.size + 1)
 
 
 def _decision(
@@ -176,23 +179,20 @@ def _dearest_last(one: Candidate) -> tuple[bool, float, str]:
 
 
 def _evaluate(
-    chooser: Chooser, hits: CacheHits, entry: QueueEntry, place: Place, ahead: int, now: float
+    chooser: Chooser, entry: QueueEntry, place: Place, slots: Sequence[Slot], now: float
 ) -> Candidate:
-    """The same evaluation with this place as the only one, behind so many others."""
-    choice = chooser.choose_with(hits, entry.queue.only(place), entry, ahead, now)
+    """The same evaluation with this place as the only one, and what is left of its slots."""
+    choice = chooser.choose_at(place, entry, slots, now)
     if choice.place is None:
         return _refused(place.machine.agent, _blocked(place))
-    failure = place.machine.penalty(now)
-    return _candidate(entry.request, choice, place, entry.output, failure=failure)
+    return _candidate(entry.request, choice, place, entry.receiver.output)
 
 
-def _candidate(
-    request: Request, choice: Choice, place: Place, output: float, *, failure: float = 0.0
-) -> Candidate:
+def _candidate(request: Request, choice: Choice, place: Place, output: float) -> Candidate:
     """One possibility in the terms of its cost."""
     machine, loads = place.machine, choice.action is Action.LOAD
     prefill = max(request.prompt_tokens - choice.cached, 0) * place.prefill
-    decode = DECODE_WEIGHT * output * place.decode
+    decode = felt_seconds(receiver_of(request, output), output * place.decode, 1.0)
     return Candidate(
         agent_id=machine.id,
         agent=machine.agent.name,
@@ -204,7 +204,7 @@ def _candidate(
         prefill_seconds=prefill,
         decode_seconds=decode,
         crowding_seconds=max(choice.run - prefill - decode, 0.0),
-        failure_seconds=failure,
+        failure_seconds=choice.failure,
         preference=machine.preference,
         cached_tokens=choice.cached,
         unload=tuple(victim.model for victim in choice.eviction.victims),

@@ -8,6 +8,7 @@ from .rates import Mean, Means, OutputLengths, Rates
 from .slots import LearnedSlots
 from .state import Place
 from .sync import Machines
+from .types import Form
 
 
 class LearnedMeans(Struct, frozen=True):
@@ -29,11 +30,15 @@ class LearnedBatch(Struct, frozen=True):
 
 
 class LearnedLength(Struct, frozen=True):
-    """The mean output tokens of a client's requests to a model; without a client, of all."""
+    """The mean output tokens of a client's requests to a model in one form.
+
+    Without a client, of all clients' requests.
+    """
 
     model: str
     mean: Mean
     client: str | None = None
+    form: Form = Form.STREAM
 
 
 class Estimate(Struct, frozen=True):
@@ -76,8 +81,8 @@ def export_learned(machines: Machines, rates: Rates, lengths: OutputLengths) -> 
         ],
         batch=[LearnedBatch(agent, mean) for agent, mean in rates.batches.items()],
         lengths=[
-            *(LearnedLength(model, mean) for model, mean in lengths.models.items()),
-            *(LearnedLength(m, mean, c) for (c, m), mean in lengths.clients.items()),
+            *(LearnedLength(m, mean, None, f) for (m, f), mean in lengths.models.items()),
+            *(LearnedLength(m, mean, c, f) for (c, m, f), mean in lengths.clients.items()),
         ],
         slots=[
             LearnedSlots(machine.id, name, place.slots.proven, place.slots.failures)
@@ -103,9 +108,9 @@ def import_learned(
         rates.batches[batch.agent_id] = _one(batch.mean)
     for length in learned.lengths:
         if length.client is None:
-            lengths.models[length.model] = _one(length.mean)
+            lengths.models[length.model, length.form] = _one(length.mean)
         else:
-            lengths.clients[length.client, length.model] = _one(length.mean)
+            lengths.clients[length.client, length.model, length.form] = _one(length.mean)
     machines.relearn(learned.slots)
 
 

@@ -48,9 +48,9 @@ class Leases:
         wait = choice.wait + (LATE_LOAD - 1) * place.load if loads else 0.0
         new = max(request.prompt_tokens - choice.cached, 0)
         run = Running(
-            lease, place, number, now + wait + service_seconds(place, new, entry.output),
+            lease, place, number, now + wait + service_seconds(place, new, entry.receiver.output),
             loads=loads, tries=tries, rank=len(place.running) + 1, cached=choice.cached,
-            output=entry.output, choice=choice,
+            output=entry.receiver.output, choice=choice,
         )  # fmt: skip
         if loads:
             self._begin_load(place, queue, choice, now)

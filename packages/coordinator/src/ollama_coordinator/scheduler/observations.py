@@ -47,7 +47,7 @@ class Observer:
         if timings is None:
             return
         if request.kind is not Kind.EMBED and timings.output_tokens > 0:
-            self._lengths.observe(request.client, request.model, timings.output_tokens)
+            self._lengths.observe(request, timings.output_tokens)
         tokens = timings.prompt_tokens or request.prompt_tokens
         if place.resident:
             read = tokens + timings.output_tokens

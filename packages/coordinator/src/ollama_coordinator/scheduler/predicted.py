@@ -12,7 +12,6 @@ from ollama_coordinator_common.types import AgentId
 
 from . import observations
 from .choose import Chooser
-from .cost import start_in
 from .eligibility import eligible, unavailable
 from .eviction import Drains, Evictions
 from .explain import NO_TAG, Accounts, Decision, brief, explain
@@ -20,10 +19,11 @@ from .export import Estimate, Learned, estimate, estimates, export_learned, impo
 from .leases import Leases
 from .prompt_cache import PromptCaches
 from .protocol import Plan, Scheduler, Waiting
-from .queue import Queue, QueueEntry
+from .queue import Queue, QueueEntry, receiver_of
 from .queues import Queues
 from .rates import OutputLengths, Rates
 from .serving import BOTH, HEAD, TAIL, Serving
+from .slot_plan import SlotPlans, start_in
 from .state import Machine, Place
 from .sync import Machines
 from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
@@ -57,12 +57,13 @@ class PredictedScheduler(Scheduler):
         self._machines = Machines(registry, self._rates, self._caches)
         self._queues = Queues(registry, self._machines, self._lengths, weights or {})
         evictions = Evictions(self._queues.demands, self._machines.replicas, self._queues.backlog)
-        self._chooser = Chooser(self._caches, evictions)
+        self._plans = SlotPlans(self._caches)
+        self._chooser = Chooser(self._plans, evictions)
         self._accounts = Accounts(self._chooser)
         self._leases = Leases(self._machines, self._queues)
         self._observer = observations.Observer(self._rates, self._lengths, self._caches)
         self._drains = Drains()
-        self._serving = Serving(registry, self._queues, self._chooser, self._leases)
+        self._serving = Serving(registry, self._queues, self._plans, self._chooser, self._leases)
         self._dirty: dict[Queue, int] = {}
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
@@ -125,7 +126,6 @@ class PredictedScheduler(Scheduler):
             machine.succeeded(now)
             self._observer.served(run, outcome.timings, now)
             service = now - run.lease.granted_at - (place.load if run.loads else 0.0)
-            queue.served_for(max(service, 0.0))
             place.served_for(max(service, 0.0))
         elif outcome.result in (Result.UNREACHABLE, Result.CUT):
             machine.failed(now)
@@ -238,7 +238,7 @@ class PredictedScheduler(Scheduler):
             self._queues.refresh(queue, now)
             due = float("-inf")
             for position, entry in enumerate(queue.entries()):
-                start = start_in(queue, entry, position, now)
+                start = start_in(self._plans, queue, position, now)
                 due = max(due, entry.due)  # after all that go before it in its own queue
                 in_order.append((due, Waiting(entry.request, position + 1, start)))
         in_order.sort(key=itemgetter(0))
@@ -264,7 +264,8 @@ class PredictedScheduler(Scheduler):
     def explain(self, request: Request, now: float) -> Decision:
         self._sync(now)
         queue = self._queues.of_request(request, now)
-        entry = QueueEntry(request, NO_TAG, queue, self._queues.expected_output(request), 0.0)
+        receiver = receiver_of(request, self._queues.expected_output(request))
+        entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
         return explain(self._registry, self._chooser, entry, now)
 
     def estimates(self) -> list[Estimate]:

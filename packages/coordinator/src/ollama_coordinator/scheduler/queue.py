@@ -5,8 +5,9 @@ head is late first goes first. `Queue` alone writes its fields, as `state` does 
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from math import exp
 from operator import attrgetter
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from msgspec import Struct
 from ollama_coordinator_common.types import AgentId
 
 from .state import NEVER, Place, Running
-from .types import Lane, Request, RunnerOptions, serves
+from .types import Form, Lane, Request, RunnerOptions, serves
 
 BUDGET_SECONDS: Mapping[Lane, float] = {
     Lane.INTERACTIVE: 6.0,
@@ -28,9 +29,10 @@ BUDGET_SECONDS: Mapping[Lane, float] = {
 COURTESY: Mapping[Lane, float] = {Lane.INTERACTIVE: 1.0, Lane.BATCH: 20.0, Lane.EMBEDDING: 1.0}
 """By how much more the seconds of others count: a batch has time."""
 
+STREAM_WEIGHT = 0.1  # writing that a reader keeps up with: it only holds a slot for longer
+WHOLE_WEIGHT = 1.0  # an answer that is of use only when it is whole
+BATCH_WEIGHT = 0.1  # nobody waits for the end of a batch's answers
 MOST_TAGS = 1024  # so many clients' turns are kept before those that have caught up are dropped
-# The last ten requests count; a queue has several places, and so moves slower than one.
-SERVICE_GAIN = 0.1
 # Places are told anew when their share is off by a quarter: costs are no better known.
 WAITING_TOLERANCE = 0.25
 WAITING_STEP = 256  # shares are multiples of a 256th, which floats add and subtract exactly
@@ -91,26 +93,48 @@ class FadingRate:
         return self._weight * exp((self._at - now) / self._memory) / self._memory
 
 
+class Receiver(Struct, frozen=True):
+    """How the receiver of an answer feels its delays.
+
+    `output` are the expected tokens. A second of writing counts `write_weight`; a second by which
+    the writing takes longer than `reading_seconds` counts in full. The seconds that others lose
+    count `courtesy` times.
+    """
+
+    output: float
+    write_weight: float
+    reading_seconds: float
+    courtesy: float = 1.0
+
+
+def receiver_of(request: Request, output: float) -> Receiver:
+    """That of a request whose answer is expected to have so many tokens."""
+    courtesy = COURTESY[request.lane]
+    if request.lane is Lane.BATCH:
+        return Receiver(output, BATCH_WEIGHT, float("inf"), courtesy)
+    if request.form is Form.STREAM:
+        return Receiver(output, STREAM_WEIGHT, output / request.pace, courtesy)
+    return Receiver(output, WHOLE_WEIGHT, float("inf"), courtesy)
+
+
 class QueueEntry(Struct, eq=False):
     """A waiting request: its order, and what is predicted of it.
 
-    `output` are the expected tokens of its answer, `work` what its client was charged. `due` is
-    when it begins to be late, `courtesy` how much more the seconds of others count.
-    `stranded_since` is when it was first found that no agent may serve it.
+    `receiver` has the expected tokens of its answer, and what its delays are worth. `work` is what
+    its client was charged, `due` when it begins to be late. `stranded_since` is when it was first
+    found that no agent may serve it.
     """
 
     request: Request
     tag: Tag
     queue: "Queue"
-    output: float
+    receiver: Receiver
     work: float
     stranded_since: float | None = None
     due: float = 0.0
-    courtesy: float = 1.0
 
     def __post_init__(self) -> None:
         self.due = self.request.arrived_at + BUDGET_SECONDS[self.request.lane]
-        self.courtesy = COURTESY[self.request.lane]
 
     def may_be_served(self) -> None:
         """Some agent may serve it."""
@@ -146,8 +170,9 @@ class Queue:
 
     `hot` are the places with the model in memory, `loading` those where it is being loaded, `cold`
     the others, the fastest to load first. `ends` are the predicted ends of what runs, the soonest
-    first. `guesses`: some place has slots that were not reported. `avoided` are places where the
-    model failed, for requests that nobody else may serve.
+    first. `guesses`: some place has slots that were not reported. `most_preferred` is the highest
+    preference of its places. `avoided` are places where the model failed, for requests that nobody
+    else may serve. `version` grows with every change of what waits, runs, or may serve.
     """
 
     def __init__(self, model: str, options: RunnerOptions, demand: FadingRate) -> None:
@@ -156,9 +181,12 @@ class Queue:
         self.demand = demand
         self.clock = FairClock()
         self._lanes: dict[Lane, list[tuple[Tag, QueueEntry]]] = {lane: [] for lane in Lane}
+        self._wholes = 0
         self._interactive = self._lanes[Lane.INTERACTIVE]
         self._urgent: list[list[tuple[Tag, QueueEntry]]] = []  # those in use, most urgent first
         self.size = 0
+        self.version = 0
+        self.most_preferred = 1.0
         self.retried = 0
         self.due = float("inf")
         self.hot: list[Place] = []
@@ -170,7 +198,6 @@ class Queue:
         self.guesses = False
         self.embeds = False
         self.ends: list[PredictedEnd] = []
-        self.mean_service: float | None = None
         self.futile = NOT_SEARCHED
         self.fresh_until = NEVER
         self.drain_at = NEVER
@@ -188,7 +215,9 @@ class Queue:
         """One more request waits."""
         lane = self._lanes[entry.request.lane]
         insort(lane, (entry.tag, entry))
+        self._wholes += entry.receiver.write_weight == WHOLE_WEIGHT
         self.size += 1
+        self.version += 1
         if lane[0][1] is entry:
             self._sort_lanes()
         self.retried += bool(entry.request.excluded)
@@ -198,7 +227,9 @@ class Queue:
         lane = self._lanes[entry.request.lane]
         index = bisect_left(lane, (entry.tag,))
         del lane[index]
+        self._wholes -= entry.receiver.write_weight == WHOLE_WEIGHT
         self.size -= 1
+        self.version += 1
         if not index:
             self._sort_lanes()
         self.retried -= bool(entry.request.excluded)
@@ -228,6 +259,25 @@ class Queue:
             position += len(lane)
             yield position
 
+    def alike(self) -> Iterator[Sequence[int]]:
+        """The positions behind the head, in order, of each lane's requests that feel delays alike.
+
+        Streams feel a part of their writing, answers of other forms all of it.
+        """
+        first = 0
+        for lane in self._urgent:
+            positions: Sequence[int] = range(first, first + len(lane))
+            parts = [positions]
+            if 0 < self._wholes < self.size:
+                felt = [entry.receiver.write_weight == WHOLE_WEIGHT for _, entry in lane]
+                parts = [list(compress(positions, felt))]
+                parts.append([at for at, whole in zip(positions, felt, strict=True) if not whole])
+            for part in parts:
+                behind = part[1:] if part and not part[0] else part
+                if behind:
+                    yield behind
+            first += len(lane)
+
     def entries(self) -> Iterator[QueueEntry]:
         """All of them, next first."""
         for lane in self._urgent:
@@ -240,9 +290,10 @@ class Queue:
         """These places may serve the queue: in memory, being loaded, or on disk only."""
         self.hot, self.loading, self.cold = [], [], []
         self.futile = NOT_SEARCHED
-        self.guesses = False
+        self.guesses, self.most_preferred = False, 0.0
         for place in places:
             self.guesses = self.guesses or place.slots.fixed is None
+            self.most_preferred = max(self.most_preferred, place.machine.preference)
             if (part := self._part(place)) is not None:
                 part.append(place)
         self.away = {
@@ -300,10 +351,12 @@ class Queue:
         """Which places may serve has changed, or what is known of their slots."""
         self._places_changed = True
         self._open = list(self.hot)
+        self.version += 1
 
     def draining(self, place: Place) -> None:
         """A place begins to drain: slots that get free there are for others."""
         self.away.add(place)
+        self.version += 1
 
     def freed(self, place: Place) -> None:
         """A slot there got free."""
@@ -355,11 +408,11 @@ class Queue:
         alone.hot = [place] if place in self.hot else []
         alone.loading = [place] if place in self.loading else []
         alone.cold = [place] if place in self.cold else []
+        alone.most_preferred = place.machine.preference
         alone.rearranged()
         alone.ends = sorted(
             PredictedEnd(run.ends_at, run.number, run) for run in place.running.values()
         )
-        alone.mean_service = self.mean_service
         return alone
 
     def share_waiting(self) -> None:
@@ -383,15 +436,12 @@ class Queue:
     def started(self, run: Running) -> None:
         """A request of this queue runs."""
         insort(self.ends, PredictedEnd(run.ends_at, run.number, run))
+        self.version += 1
 
     def ended(self, run: Running) -> None:
         """It runs no longer."""
         del self.ends[bisect_left(self.ends, (run.ends_at, run.number))]
-
-    def served_for(self, seconds: float) -> None:
-        """A request held its slot for so long."""
-        before = seconds if self.mean_service is None else self.mean_service
-        self.mean_service = before + SERVICE_GAIN * (seconds - before)
+        self.version += 1
 
     def used(self, now: float, *, embeds: bool) -> None:
         """A request came; the first embedding changes how many a place takes."""

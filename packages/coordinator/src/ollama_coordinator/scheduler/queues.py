@@ -8,7 +8,7 @@ from operator import attrgetter
 from ollama_coordinator.registry import Registry
 
 from .eligibility import eligible, unavailable
-from .queue import FadingRate, Queue, QueueEntry, Tag
+from .queue import FadingRate, Queue, QueueEntry, Tag, receiver_of
 from .rates import OutputLengths
 from .slots import EMBEDDING_EXTRA
 from .state import Machine, Place
@@ -99,13 +99,14 @@ class Queues:
         start = clock.virtual if retry else clock.start(request.client, work, weight)
         self._last_number += 1
         tag = Tag(start, request.arrived_at, self._last_number)
-        return QueueEntry(request, tag, queue, output, 0.0 if retry else work / weight)
+        receiver = receiver_of(request, output)
+        return QueueEntry(request, tag, queue, receiver, 0.0 if retry else work / weight)
 
     def expected_output(self, request: Request) -> float:
         """The expected tokens of its answer."""
         if request.load_only or request.kind is Kind.EMBED:
             return 0.0
-        return self._lengths.expected(request.client, request.model, request.output_limit)
+        return self._lengths.expected(request)
 
     # ── queues ────────────────────────────────────────────────────────────────────────────────
 

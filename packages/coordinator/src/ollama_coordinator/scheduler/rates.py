@@ -12,6 +12,8 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import AgentId
 
+from .types import Form, Request
+
 TYPICAL_BYTES = 4_900_000_000  # an 8B model in 4 bits: the size at which the rates below are stated
 # A machine with a middle GPU and an SSD, until three answers replace them:
 PREFILL_TOKENS_PER_SECOND = 800.0
@@ -167,28 +169,34 @@ def _rate(own: Mean, of_agent: Mean, of_model: Mean, prior: float) -> float:
 
 
 class OutputLengths:
-    """How long answers are, by client and model; the least recently used clients are forgotten."""
+    """How long answers are, by model, form and client.
+
+    A chat page asks for answers of 200 tokens, and unstreamed for titles of 20 behind each. The
+    least recently used clients are forgotten.
+    """
 
     def __init__(self) -> None:
-        self.models: dict[str, Mean] = {}
-        self.clients: OrderedDict[tuple[str, str], Mean] = OrderedDict()
+        self.models: dict[tuple[str, Form], Mean] = {}
+        self.clients: OrderedDict[tuple[str, str, Form], Mean] = OrderedDict()
 
-    def expected(self, client: str, model: str, limit: int | None) -> float:
-        """The expected tokens of an answer."""
-        of_model = self.models.get(model)
+    def expected(self, request: Request) -> float:
+        """The expected tokens of the answer."""
+        client, model, form = request.client, request.model, request.form
+        of_model, limit = self.models.get((model, form)), request.output_limit
         length = of_model.value if of_model is not None else OUTPUT_TOKENS
-        own = self.clients.get((client, model))
+        own = self.clients.get((client, model, form))
         if own is not None:
             lean = max(ENOUGH_SAMPLES - own.samples, 0)
             length = (own.value * own.samples + length * lean) / (own.samples + lean)
         return length if limit is None or limit < 0 else min(length, limit)
 
-    def observe(self, client: str, model: str, tokens: int) -> None:
-        """An answer had so many tokens."""
-        _learn_length(self.models.setdefault(model, Mean()), tokens, LENGTH_GAIN_MODEL)
-        own = self.clients.setdefault((client, model), Mean())
+    def observe(self, request: Request, tokens: int) -> None:
+        """The answer had so many tokens."""
+        model, form = request.model, request.form
+        _learn_length(self.models.setdefault((model, form), Mean()), tokens, LENGTH_GAIN_MODEL)
+        own = self.clients.setdefault((request.client, model, form), Mean())
         _learn_length(own, tokens, LENGTH_GAIN_CLIENT)
-        self.clients.move_to_end((client, model))
+        self.clients.move_to_end((request.client, model, form))
         if len(self.clients) > MOST_CLIENTS:
             self.clients.popitem(last=False)
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from ollama_coordinator.registry import Registry
 
 from .choose import Chooser
-from .cost import wait_for_slot
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
 from .leases import Leases
 from .queue import FadingRate, Queue, QueueEntry
 from .queues import Queues
+from .slot_plan import SlotPlans
 from .state import Action, Choice, Machine
 from .types import Lease, Request, RequestId
 
@@ -44,10 +44,16 @@ class Serving:
     """Serves queues. What was granted and refused is collected until it is taken."""
 
     def __init__(
-        self, registry: Registry, queues: Queues, chooser: Chooser, leases: Leases
+        self,
+        registry: Registry,
+        queues: Queues,
+        plans: SlotPlans,
+        chooser: Chooser,
+        leases: Leases,
     ) -> None:
         self._registry = registry
         self._queues = queues
+        self._plans = plans
         self._chooser = chooser
         self._leases = leases
         self._rate = FadingRate(RATE_MEMORY_SECONDS)
@@ -145,6 +151,8 @@ class Serving:
         choice = self._chooser.choose(queue, entry, position, now)
         if choice.action is Action.WAIT or choice.place is None:
             return False
+        if position:
+            self._chooser.keep_slots(choice, queue, now)
         self._grant(entry, choice, now)
         return True
 
@@ -209,7 +217,7 @@ class Serving:
             return False
         for last in queue.lasts():
             entry = queue.at(last)
-            wait = wait_for_slot(queue, entry, last, None, now)
-            if self._chooser.load_at(place, entry, wait.cost, now) is not None:
+            cost = self._plans.wait(queue, entry, last, now).cost
+            if self._chooser.load_at(place, entry, cost, now) is not None:
                 return True
         return False

@@ -24,7 +24,7 @@ from .types import Lease, LeaseId, RunnerOptions
 TROUBLE_SECONDS = 0.5
 # A machine that failed once counts as the others within a minute: a restart takes as long.
 TROUBLE_HALF_LIFE_SECONDS = 10.0
-LEAST_TROUBLE_SECONDS = 0.01  # costs this close are equal (`choose.NEARLY_SECONDS`)
+LEAST_TROUBLE_SECONDS = 0.01  # costs this close are equal (`choose.TIE_SECONDS`)
 # Some twenty requests count; one failure alone costs no more than what counts as equal.
 FAILING_GAIN = 0.05
 FAILING_HALF_LIFE_SECONDS = 300.0  # some tries of an avoided place
@@ -493,7 +493,9 @@ class Choice(Struct):
     """One possibility and its cost in seconds.
 
     `wait` is the time until a slot is free, `run` the cost once it is there, `cached` the prompt
-    tokens expected in the prompt cache, `others` the best alternative of each kind.
+    tokens expected in the prompt cache, `failure` what recent failures add, `others` the best
+    alternative of each kind. `slots_left` are the slots (when, number, place) that the requests
+    before it were expected to leave, where it went before them.
     """
 
     action: Action
@@ -502,8 +504,10 @@ class Choice(Struct):
     wait: float = 0.0
     run: float = 0.0
     cached: int = 0
+    failure: float = 0.0
     eviction: Eviction = NO_EVICTION
     others: "tuple[Choice, ...]" = ()
+    slots_left: "tuple[tuple[float, int, Place], ...]" = ()
 
 
 class Running(Struct, eq=False):

@@ -20,6 +20,23 @@ class Kind(Enum):
     EMBED = "embed"
 
 
+class Form(Enum):
+    """How an answer reaches its receiver, as the request asks for it.
+
+    A plain stream is read along while it is written. Every other form is of use only when it is
+    whole: an answer in one piece, calls of tools, structured output.
+    """
+
+    STREAM = "stream"
+    WHOLE = "whole"
+    TOOLS = "tools"
+    FORMAT = "format"
+
+
+PACE_TOKENS_PER_SECOND = 15.0
+"""How fast a stream is read along: some 650 English words a minute, which is skimming."""
+
+
 class Lane(Enum):
     """How long a request may wait before it is late; shorter budgets go first."""
 
@@ -53,7 +70,8 @@ class Request(Struct, frozen=True, kw_only=True):
 
     `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
-    `output_limit` is the client's own bound on the answer in tokens. After `deadline` the client no
+    `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
+    which a stream is read along. After `deadline` the client no
     longer wants to wait for a lease. `excluded` are agents that were tried already.
     """
 
@@ -63,6 +81,8 @@ class Request(Struct, frozen=True, kw_only=True):
     arrived_at: float
     kind: Kind = Kind.CHAT
     lane: Lane = Lane.INTERACTIVE
+    form: Form = Form.STREAM
+    pace: float = PACE_TOKENS_PER_SECOND
     client: str = ""
     prompt_tokens: int = 0
     prefix: tuple[int, ...] = ()

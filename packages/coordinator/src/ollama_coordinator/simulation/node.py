@@ -11,7 +11,7 @@ from operator import attrgetter
 import msgspec
 from msgspec import Raw
 
-from ollama_coordinator.scheduler.types import RunnerOptions, normal, serves
+from ollama_coordinator.scheduler.types import PACE_TOKENS_PER_SECOND, RunnerOptions, normal, serves
 from ollama_coordinator_common.protocol import HealthReport
 from ollama_coordinator_common.types import AgentId, Gpu, RunnerSettings
 
@@ -23,7 +23,10 @@ TINY = 1e-9  # seconds of work that count as none: sums of floats do not end at 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on a node. Its work left is in seconds at full speed, the prompt first."""
+    """One request on a node. Its work left is in seconds at full speed, the prompt first.
+
+    `lag` is how late its latest token was for one who reads from the arrival on, in seconds.
+    """
 
     number: int
     request: TraceRequest
@@ -31,6 +34,8 @@ class Job:
     options: RunnerOptions
     prefill_left: float = 0.0
     decode_left: float = 0.0
+    decode_all: float = 0.0
+    lag: float = 0.0
     ready_at: float | None = None
     started_at: float | None = None
     first_token_at: float | None = None
@@ -42,6 +47,13 @@ class Job:
             self.prefill_left = _left(self.prefill_left, seconds)
         else:
             self.decode_left = _left(self.decode_left, seconds)
+
+    def read_along(self, now: float) -> None:
+        """Note the lag. Between two events tokens come evenly: the latest one comes at an event."""
+        if self.prefill_left <= 0 and self.decode_all > 0:
+            written = self.request.output_tokens * (1 - self.decode_left / self.decode_all)
+            reading = written / PACE_TOKENS_PER_SECOND
+            self.lag = max(self.lag, now - self.request.at - reading)
 
 
 @dataclass(slots=True, eq=False)
@@ -177,6 +189,7 @@ class Node:
                     done = passed / self.spec.slow_down(len(runner.running), active)
                     for job in runner.running:
                         job.work(done)
+                        job.read_along(until)
         self._now = until
 
     def _settle(self) -> None:
@@ -215,6 +228,7 @@ class Node:
             job.ready_at = max(job.sent_at, runner.ready_at)
             job.prefill_left = max(spec.prefill_seconds(runner.model, new), TINY)
             job.decode_left = spec.decode_seconds(runner.model, request.output_tokens)
+            job.decode_all = job.decode_left
             runner.running.append(job)
 
     def _cached(self, runner: Runner, prefix: tuple[int, ...]) -> int:

@@ -208,7 +208,7 @@ class Simulation:
                 record.first_token_at = job.first_token_at
                 self.scheduler.began(lease_id, now)
             if job.ended_at is not None:
-                record.ended_at = job.ended_at
+                record.ended_at, record.lag = job.ended_at, job.lag
                 self.registry.succeeded(self.registry.get(agent_id), lease.request.model)
                 self._end(lease_id, Outcome(Result.SERVED, timings=self._timings(lease, job)), now)
         return bool(jobs)

@@ -1,11 +1,11 @@
-"""What became of the requests of a replay: times to the first token, slow-down, loads, goodput."""
+"""What became of the requests of a replay: felt delays, times to the first token, loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msgspec import Struct
 
-from ollama_coordinator.scheduler.types import Lane
+from ollama_coordinator.scheduler.types import Form, Lane
 
 from .machine import Fleet
 from .trace import TraceRequest
@@ -22,6 +22,7 @@ class Record(Struct, kw_only=True):
     granted_at: float | None = None
     first_token_at: float | None = None
     ended_at: float | None = None
+    lag: float = 0.0
     attempts: int = 0
     left: bool = False
     error: str | None = None
@@ -30,6 +31,23 @@ class Record(Struct, kw_only=True):
     def first_token_seconds(self) -> float | None:
         """Time to the first token, from the arrival."""
         return None if self.first_token_at is None else self.first_token_at - self.request.at
+
+    @property
+    def end_seconds(self) -> float:
+        """Time to the end of the answer, from the arrival; one that has none counts as 120 s."""
+        return PATIENCE_SECONDS if self.ended_at is None else self.ended_at - self.request.at
+
+    @property
+    def felt_seconds(self) -> float:
+        """How late the answer was for its receiver.
+
+        Of a stream the largest, over its tokens i, of (arrival of token i − i/pace), from the
+        request's arrival: how far it fell behind its reader. Of every other answer its end.
+        """
+        reads_along = self.request.form is Form.STREAM and self.request.lane is Lane.INTERACTIVE
+        if reads_along and self.ended_at is not None:
+            return self.lag
+        return self.end_seconds
 
 
 @dataclass(slots=True)
@@ -52,6 +70,9 @@ class Summary(Struct, frozen=True):
     `goodput` is the share of interactive requests whose first token came within 10 s, and
     `slow_down` the mean of whole time over the time on the fastest machine with nothing to wait
     for. `loads_per_hour` counts all model loads.
+
+    `felt` is the mean of the felt delay (see `Record`), `end` the mean time to the end of
+    interactive answers that are of use only when they are whole, `batch_end` that of batch.
     """
 
     requests: int
@@ -65,6 +86,11 @@ class Summary(Struct, frozen=True):
     failed: int
     batch_p95: float
     embedding_p95: float
+    felt: float
+    felt_p50: float
+    felt_p95: float
+    end: float
+    batch_end: float
 
 
 def summarise(replay: Replay, fleet: Fleet, *, after: float = 0.0) -> Summary:
@@ -74,9 +100,11 @@ def summarise(replay: Replay, fleet: Fleet, *, after: float = 0.0) -> Summary:
         if record.request.at >= after:
             lanes[record.request.lane].append(record)
     times = sorted(_first_token(record) for record in lanes[Lane.INTERACTIVE])
+    felt = sorted(record.felt_seconds for record in lanes[Lane.INTERACTIVE])
+    wholes = [one for one in lanes[Lane.INTERACTIVE] if one.request.form is not Form.STREAM]
     return Summary(
         requests=len(replay.records),
-        mean=sum(times) / max(len(times), 1),
+        mean=_mean(times),
         p50=percentile(times, 0.5),
         p95=percentile(times, 0.95),
         p99=percentile(times, 0.99),
@@ -86,7 +114,16 @@ def summarise(replay: Replay, fleet: Fleet, *, after: float = 0.0) -> Summary:
         failed=sum(record.error is not None for record in replay.records),
         batch_p95=percentile(sorted(map(_first_token, lanes[Lane.BATCH])), 0.95),
         embedding_p95=percentile(sorted(map(_first_token, lanes[Lane.EMBEDDING])), 0.95),
+        felt=_mean(felt),
+        felt_p50=percentile(felt, 0.5),
+        felt_p95=percentile(felt, 0.95),
+        end=_mean([record.end_seconds for record in wholes]),
+        batch_end=_mean([record.end_seconds for record in lanes[Lane.BATCH]]),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

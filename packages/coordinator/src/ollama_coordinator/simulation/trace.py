@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from ollama_coordinator.scheduler.types import (
     NO_OPTIONS,
+    Form,
     Kind,
     Lane,
     Request,
@@ -25,6 +26,7 @@ class TraceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     client: str = ""
     kind: Kind = Kind.CHAT
     lane: Lane = Lane.INTERACTIVE
+    form: Form = Form.STREAM
     prompt_tokens: int = 0
     output_tokens: int = 0
     output_limit: int | None = None
@@ -42,6 +44,7 @@ class TraceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
             arrived_at=self.at,
             kind=self.kind,
             lane=self.lane,
+            form=self.form,
             client=self.client,
             prompt_tokens=self.prompt_tokens,
             prefix=self.prefix,

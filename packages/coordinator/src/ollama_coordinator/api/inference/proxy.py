@@ -57,7 +57,7 @@ class Proxy:
             body = await read_body(receive, self._settings.config.max_body_bytes, headers)
             async with until_disconnect(receive):
                 routing = await self._read_routing(headers, body)
-                request = schedulable(self._route, routing, scope, self._clock.now())
+                request = self._schedulable(routing, scope)
                 call = await self._prepare(request, routing, scope, body, send)
                 if call.unloads:
                     await unload_everywhere(self._parts, call)
@@ -79,6 +79,10 @@ class Proxy:
         if b"content-encoding" in headers:
             body = await plain_body(self._route, headers, body)
         return read_routing(self._route, body)
+
+    def _schedulable(self, routing: Routing, scope: Scope) -> Request:
+        pace, now = self._settings.config.reading_pace, self._clock.now()
+        return schedulable(self._route, routing, scope, now, pace=pace)
 
     async def _prepare(
         self, request: Request, routing: Routing, scope: Scope, body: bytes, send: Send

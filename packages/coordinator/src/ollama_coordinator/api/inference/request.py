@@ -26,6 +26,7 @@ from ollama_coordinator.api.http.errors import ClientLeft, HttpError
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.scheduler import (
     NO_OPTIONS,
+    Form,
     Kind,
     Lane,
     Request,
@@ -134,6 +135,10 @@ class _Fields(Struct):
     shift: Raw = ABSENT
     max_tokens: Raw = ABSENT
     max_completion_tokens: Raw = ABSENT
+    stream: Raw = ABSENT
+    tools: Raw = ABSENT
+    format: Raw = ABSENT
+    response_format: Raw = ABSENT
 
 
 class _Limits(Struct):
@@ -150,6 +155,10 @@ _ZERO = re.compile(
 _NOTHING = re.compile(rb'|""|null|\[\s*\]')
 
 
+_PLAIN_TEXT = re.compile(rb'\{\s*"type"\s*:\s*"text"\s*\}')
+"""OpenAI's `response_format` of an ordinary answer."""
+
+
 class Routing(Struct, frozen=True):
     """The fields of a request that the scheduler uses; see `scheduler.Request`.
 
@@ -160,6 +169,7 @@ class Routing(Struct, frozen=True):
     prompt_tokens: int = 0
     prefix: tuple[int, ...] = ()
     output_limit: int | None = None
+    form: Form = Form.STREAM
     options: RunnerOptions = NO_OPTIONS
     load_only: bool = False
     unload_only: bool = False
@@ -195,6 +205,7 @@ def read_routing(route: InferenceRoute, body: bytes) -> Routing:
         prompt_tokens=tokens,
         prefix=prefix,
         output_limit=_output_limit(fields),
+        form=_form(route, fields),
         options=_runner_options(fields),
         load_only=load_only,
         unload_only=load_only and _ZERO.fullmatch(bytes(fields.keep_alive)) is not None,
@@ -241,6 +252,19 @@ def _output_limit(fields: _Fields) -> int | None:
     return limit if limit is not None and limit >= 0 else None
 
 
+def _form(route: InferenceRoute, fields: _Fields) -> Form:
+    """How the answer reaches its receiver; Ollama's own dialect streams where none is asked for."""
+    if not _NOTHING.fullmatch(bytes(fields.tools)):
+        return Form.TOOLS
+    shaped = (bytes(fields.format), bytes(fields.response_format))
+    if not all(_NOTHING.fullmatch(part) or _PLAIN_TEXT.fullmatch(part) for part in shaped):
+        return Form.FORMAT
+    streams = bytes(fields.stream) == b"true"
+    if route.dialect is Dialect.NATIVE:
+        streams = bytes(fields.stream) != b"false" and route.kind is not Kind.EMBED
+    return Form.STREAM if streams else Form.WHOLE
+
+
 def _runner_options(fields: _Fields) -> RunnerOptions:
     try:
         options = _options.decode(fields.options) if fields.options else NO_OPTIONS
@@ -283,6 +307,7 @@ def _read_as_go_does(route: InferenceRoute, body: bytes) -> _Fields:
 
 MAX_WAIT = b"x-ollama-coordinator-max-wait"
 LANE = b"x-ollama-coordinator-lane"
+PACE = b"x-ollama-coordinator-pace"
 LANES = {b"": Lane.INTERACTIVE, b"interactive": Lane.INTERACTIVE, b"batch": Lane.BATCH}
 
 _kept_key = lru_cache(maxsize=1024)(model_key)
@@ -292,11 +317,13 @@ KEPT_NAME_CHARACTERS = 200
 """A longer name is parsed each time: clients may send any."""
 
 
-def schedulable(route: InferenceRoute, routing: Routing, scope: Scope, now: float) -> Request:
+def schedulable(
+    route: InferenceRoute, routing: Routing, scope: Scope, now: float, *, pace: float
+) -> Request:
     """The request as the scheduler takes it; the address of its client is for fairness.
 
     Embeddings have a lane of their own; other requests name theirs, and how long they wait for a
-    place, in headers.
+    place, in headers, as well as the pace at which a stream is read, where it is not `pace`.
 
     Raises:
         InvalidModelName: the model's name cannot be one, and the route says so.
@@ -320,6 +347,8 @@ def schedulable(route: InferenceRoute, routing: Routing, scope: Scope, now: floa
         arrived_at=now,
         kind=route.kind,
         lane=lane,
+        form=routing.form,
+        pace=_pace(headers[PACE]) if PACE in headers else pace,
         client=str(client[0]) if client else "",
         prompt_tokens=routing.prompt_tokens,
         prefix=routing.prefix,
@@ -328,6 +357,16 @@ def schedulable(route: InferenceRoute, routing: Routing, scope: Scope, now: floa
         load_only=routing.load_only,
         deadline=now + _seconds(headers[MAX_WAIT]) if MAX_WAIT in headers else None,
     )
+
+
+def _pace(text: bytes) -> float:
+    try:
+        pace = float(text)
+    except ValueError:
+        pace = 0.0
+    if not 0 < pace < inf:
+        raise HttpError(400, "X-Ollama-Coordinator-Pace: give tokens a second, more than 0")
+    return pace
 
 
 def _seconds(text: bytes) -> float:

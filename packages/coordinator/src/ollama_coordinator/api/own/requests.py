@@ -69,6 +69,7 @@ class RequestsApi:
         self._journal: Journal = parts.observation.journal
         self._dispatch = parts.dispatch
         self._scheduler = parts.scheduler
+        self._settings = parts.settings
         self._clock = parts.clock
 
     @operation(gives={200: RequestViews})
@@ -115,7 +116,9 @@ class RequestsApi:
         """Where a request would go, and why; nothing is sent."""
         routing = read_routing(CHAT, await own_body(request))
         now = self._clock.now()
-        asked = schedulable(CHAT, routing, request.scope, now)
+        asked = schedulable(
+            CHAT, routing, request.scope, now, pace=self._settings.config.reading_pace
+        )
         return reply(self._scheduler.explain(asked, now))
 
     @operation(gives={200: Estimates}, errors=(409,))
