@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from ollama_coordinator_agent.display import StatusView, render
+from ollama_coordinator_agent.manifests import OnDisk
 from ollama_coordinator_agent.metrics import Readings
 from ollama_coordinator_agent.ollama import ModelList, Presence
 from ollama_coordinator_agent.watch import Facts
@@ -35,7 +36,7 @@ def shown(facts: Facts, readings: Readings, **rest: object) -> str:
 def test_the_table_shows_what_is_known() -> None:
     many = ModelList(b"{}", tuple((f"m{n}:latest", "", None) for n in range(14)))
     text = shown(
-        Facts(Presence.ANSWERING, "0.33.0", many, ModelList(b"{}"), {}, RunnerSettings(4)),
+        Facts(Presence.ANSWERING, "0.33.0", many, ModelList(b"{}"), OnDisk(), RunnerSettings(4)),
         Readings(50.0, 91.0, 2**34, 2**31, [Gpu("RTX", 0, 2**34, 2**33, 75.0, 61.0)]),
         agent_id="agent-7",
         ip_address="192.0.2.4",

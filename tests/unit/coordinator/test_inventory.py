@@ -122,7 +122,7 @@ def test_the_same_list_again_is_no_news(inventory: Inventory) -> None:
     blobs = {"m:latest": "sha256:1", "n": "sha256:1"}
     assert not inventory.read_tags(inventory.tags, blobs)
     assert inventory.read_tags(inventory.tags, blobs | {"n": "sha256:2"})
-    assert inventory.available[N].identity == "sha256:2"
+    assert inventory.available[N].blob == "sha256:2"
 
 
 def test_an_expiry_that_moves_is_no_news(inventory: Inventory) -> None:
@@ -198,7 +198,8 @@ def test_a_missing_model_is_neither_on_disk_nor_in_memory(inventory: Inventory) 
     assert M in inventory.available
 
 
-def test_two_contents_of_one_name_differ_by_their_weights(inventory: Inventory) -> None:
-    assert inventory.available[M].identity == "sha256:1"
+def test_two_contents_of_one_name_differ_by_their_layers(inventory: Inventory) -> None:
+    inventory.read_tags(body(row("m")), {}, {"m": "layers"})
+    assert inventory.available[M].identity == "layers"
     inventory.read_tags(body(row("m")), {})
     assert inventory.available[M].identity == "digest of m"

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.types import RunnerSettings
 
-from .manifests import model_blobs
+from .manifests import OnDisk, read_manifests
 from .ollama import (
     NOTHING_LOADED,
     ModelList,
@@ -28,7 +28,7 @@ from .supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 TAGS_DUTY = 20
-"""`/api/tags` reads every manifest: asking takes at most one twentieth of the time."""
+"""Ollama and the agent read every manifest: that takes at most one twentieth of the time."""
 
 
 class Facts(Struct, frozen=True):
@@ -38,7 +38,7 @@ class Facts(Struct, frozen=True):
     version: str | None = None
     tags: ModelList | None = None
     ps: ModelList | None = None
-    blobs: dict[str, str] = {}
+    disk: OnDisk = OnDisk()
     runner: RunnerSettings | None = None
 
     @property
@@ -53,7 +53,7 @@ class Facts(Struct, frozen=True):
             self.version,
             self.tags and self.tags.models,
             self.ps and self.ps.models,
-            self.blobs,
+            self.disk,
             self.runner,
         )
 
@@ -83,7 +83,6 @@ class Watch:
         self._answered_at: float | None = None
         self._answering = asyncio.Event()
         self._folders: tuple[list[Path], bool] = ([], False)
-        self._blobs_are_old = True
 
     async def run(self) -> None:
         """Watch until cancelled; then end the server that the supervisor started."""
@@ -158,18 +157,18 @@ class Watch:
         except OllamaError as exc:
             log.debug("models on disk not known", extra={"reason": str(exc)})
             return self._pace.tags
-        took = loop.time() - started
         await self._note_tags(tags)
+        took = loop.time() - started
         return max(self._pace.tags, TAGS_DUTY * took)
 
     async def _note_tags(self, tags: ModelList) -> None:
-        blobs = self.facts.blobs
-        if self._blobs_are_old or self.facts.tags is None or tags.models != self.facts.tags.models:
-            folders, is_certain = self._folders
-            pairs = [(name, digest) for name, digest, _ in tags.models]
-            blobs = await asyncio.to_thread(model_blobs, pairs, folders, is_certain=is_certain)
-            self._blobs_are_old = False
-        self._update(tags=tags, blobs=blobs)
+        folders, is_certain = self._folders
+        pairs = [(name, digest) for name, digest, _ in tags.models]
+        # Each time: a file may be lost or cut while the list stays as it is.
+        disk = await asyncio.to_thread(read_manifests, pairs, folders, is_certain=is_certain)
+        for name in sorted(disk.broken.keys() - self.facts.disk.broken.keys()):
+            log.warning("a model is not offered", extra={"model": name, "why": disk.broken[name]})
+        self._update(tags=tags, disk=disk)
 
     async def _know_server(self, version: str | None) -> None:
         """Read the settings and the folders of a server that has just appeared."""
@@ -178,7 +177,6 @@ class Watch:
             environ = await asyncio.to_thread(environment_of_listener, self._ollama.port)
         self._folders = (model_folders(environ or self._environ), environ is not None)
         runner = None if environ is None else runner_settings(environ, version)
-        self._blobs_are_old = True
         self._update(runner=runner)
 
     def _update(self, **facts: Any) -> None:

@@ -58,7 +58,9 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
 
     `tags` and `ps` are the bodies of the local Ollama's `/api/tags` and `/api/ps`, byte for byte;
     without them the coordinator asks that Ollama itself. `model_blobs` maps a model's name to the
-    digest of its weights (`sha256:…`), which is the same in every version of Ollama.
+    digest of its weights (`sha256:…`), which is the same in every version of Ollama,
+    `model_contents` to one of all its layers, and `broken_models` to what its files lack: such a
+    model is listed and cannot run.
     `ollama_running` false: the agent runs, its Ollama does not answer. `leaving`: the agent stops,
     and this is its last report. `instance_id` is that of the registration.
     """
@@ -76,6 +78,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     tags: Raw | UnsetType = UNSET
     ps: Raw | UnsetType = UNSET
     model_blobs: dict[str, str] = {}
+    model_contents: dict[str, str] = {}
+    broken_models: dict[str, str] = {}
     leaving: bool = False
     instance_id: str | None = None
 
@@ -161,5 +165,6 @@ class AgentView(Struct, frozen=True):
     gpus: list[Gpu] = []
     runner: RunnerSettings | None = None
     models: list[str] = []
+    broken_models: dict[str, str] = {}
     loaded_models: list[str] = []
     operations: list[AgentOperation] = []

@@ -1,6 +1,9 @@
 """Agents in the database: written when they change, and restored into the registry."""
 
+from collections.abc import Mapping
+
 import msgspec
+from msgspec import Struct
 
 from ollama_coordinator_common.network import machine_of
 from ollama_coordinator_common.types import AgentId
@@ -8,6 +11,14 @@ from ollama_coordinator_common.types import AgentId
 from .clock import Clock
 from .db import AgentRow, Store
 from .registry import AgentSettings, AgentState, Registry
+
+
+class SavedDisk(Struct):
+    """What an agent read on its disk; earlier versions kept the blobs alone, which are left."""
+
+    blobs: Mapping[str, str] = {}
+    contents: Mapping[str, str] = {}
+    broken: Mapping[str, str] = {}
 
 
 class AgentStore:
@@ -36,8 +47,8 @@ class AgentStore:
                 settings=msgspec.json.decode(row.settings, type=AgentSettings),
             )
             if row.tags:
-                blobs = msgspec.json.decode(row.blobs, type=dict[str, str])
-                agent.inventory.read_tags(row.tags, blobs)
+                disk = msgspec.json.decode(row.blobs, type=SavedDisk)
+                agent.inventory.read_tags(row.tags, disk.blobs, disk.contents, disk.broken)
             self._registry.restore(agent, now)
 
     def keep(self, agent: AgentState) -> None:
@@ -58,6 +69,7 @@ class AgentStore:
         await self._store.remove_agent(agent_id)
 
     def _row(self, agent: AgentState) -> AgentRow:
+        known = agent.inventory
         return AgentRow(
             id=agent.id,
             registration=agent.registration,
@@ -66,5 +78,5 @@ class AgentStore:
             has_left=agent.left,
             settings=msgspec.json.encode(agent.settings),
             tags=agent.inventory.tags,
-            blobs=msgspec.json.encode(agent.inventory.blobs),
+            blobs=msgspec.json.encode(SavedDisk(known.blobs, known.contents, known.broken)),
         )

@@ -18,7 +18,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .agent_store import AgentStore
 from .dispatch import Dispatch, Held
-from .registry import AgentState
+from .registry import AgentState, shown_content
 from .upstream import Unreachable, Upstreams
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ AFTER_LOAD_SECONDS = 1.0
 
 LOOP_DETECTED = 508
 """A coordinator's answer to a request that it sent itself."""
+
+SHOW_AGAIN_SECONDS = 30.0
+"""Until an agent that did not say what a model consists of is asked again."""
 
 TICK_SECONDS = 0.5
 """How often the agents are looked at; a failure is looked at at once."""
@@ -143,6 +146,9 @@ class Monitor:
                 task = tasks.create_task(self._probe(agent, doubted=agent.id in silent))
                 self._probes[agent.id] = task
                 task.add_done_callback(partial(self._probed, agent.id))
+        is_reachable = partial(self._registry.is_reachable, now=now)
+        for agent, key in self._registry.models.to_show(is_reachable):
+            tasks.create_task(self._ask_content(agent, key))
 
     def _probed(self, agent_id: AgentId, task: asyncio.Task[None]) -> None:
         del self._probes[agent_id]
@@ -304,13 +310,36 @@ class Monitor:
             bodies.append(body)
         now = self._clock.now()
         try:
-            blobs = agent.inventory.blobs
-            changed = self._registry.list_models(agent, bodies[0], blobs, now)
+            known = agent.inventory
+            changed = self._registry.list_models(
+                agent, bodies[0], known.blobs, now, known.contents, known.broken
+            )
             self._registry.list_loaded(agent, bodies[1], now)
         except msgspec.DecodeError as exc:
             raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc
         if changed:
             self._agent_store.keep(agent)
+
+    async def _ask_content(self, agent: AgentState, key: str) -> None:
+        """Learn what an agent has under a name of which others have another manifest."""
+        row = agent.inventory.available.get(key)
+        if row is None:
+            return
+        # Older Ollamas read `name` in place of `model`.
+        body = msgspec.json.encode({"model": row.model.name, "name": row.model.name})
+        try:
+            status, answer = await self._upstreams.fetch(
+                "POST", f"{agent.url}/api/show", seconds=LISTS_SECONDS, body=body
+            )
+            content = shown_content(answer) if status == 200 else ""
+        except (Unreachable, msgspec.DecodeError):
+            content = ""
+        if content:
+            self._registry.show(key, row.model.digest, content)
+            self._dispatch.plan()
+        else:
+            await asyncio.sleep(SHOW_AGAIN_SECONDS)
+            self._registry.models.doubt([key])
 
 
 def _facts(agent: AgentState, **more: object) -> dict[str, object]:

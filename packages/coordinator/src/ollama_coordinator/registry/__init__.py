@@ -3,7 +3,7 @@
 from .agent import AgentSettings, AgentState, url_of
 from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
-from .model_index import contents, modified_at, newest
+from .model_index import modified_at, newest, shown_content
 from .registry import Registration, Registry, UnknownAgent
 
 __all__ = [
@@ -16,8 +16,8 @@ __all__ = [
     "Registry",
     "TwoMachines",
     "UnknownAgent",
-    "contents",
     "modified_at",
     "newest",
+    "shown_content",
     "url_of",
 ]

@@ -17,17 +17,21 @@ from ollama_coordinator_common.types import AvailableModel, LoadedModel
 
 
 class AvailableRow(Struct, frozen=True):
-    """A model on an agent's disk: its routing key, what routing reads, and Ollama's own row."""
+    """A model on an agent's disk: its routing key, what routing reads, and Ollama's own row.
+
+    `blob` is the digest of its weights, `content` one of all its layers; empty where not known.
+    """
 
     key: str
     model: AvailableModel
     raw: bytes
     blob: str = ""
+    content: str = ""
 
     @property
     def identity(self) -> str:
-        """What distinguishes two contents of one name: the digest of the weights if known."""
-        return self.blob or self.model.digest
+        """What distinguishes two contents of one name: the digest of its layers if known."""
+        return self.content or self.model.digest
 
 
 class LoadedRow(Struct, frozen=True):
@@ -51,6 +55,8 @@ _available = msgspec.json.Decoder(AvailableModel)
 _loaded = msgspec.json.Decoder(LoadedModel)
 _named = msgspec.json.Decoder(_Named)
 
+EMPTY: Mapping[str, str] = {}
+
 Model = TypeVar("Model", AvailableModel, LoadedModel)
 
 
@@ -59,6 +65,7 @@ class Inventory:
     """The models that one agent has on disk and in memory, by routing key.
 
     `sampled_at` is when the lists were last read (monotonic seconds), `None` before the first time.
+    `blobs`, `contents` and `broken` are what its agent read on its disk, by a model's listed name.
     """
 
     available: dict[str, AvailableRow] = field(default_factory=dict)
@@ -67,6 +74,8 @@ class Inventory:
     tags: bytes = b""
     ps: bytes = b""
     blobs: Mapping[str, str] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
     offered: dict[str, AvailableRow] = field(default_factory=dict)
 
     @property
@@ -74,22 +83,31 @@ class Inventory:
         """The models on disk, and the cloud models that it can pass on without a stub."""
         return {**self.offered, **self.available} if self.offered else self.available
 
-    def read_tags(self, tags: bytes, blobs: Mapping[str, str]) -> bool:
-        """Read a body of `/api/tags`; whether anything on disk changed.
+    def read_tags(
+        self,
+        tags: bytes,
+        blobs: Mapping[str, str],
+        contents: Mapping[str, str] = EMPTY,
+        broken: Mapping[str, str] = EMPTY,
+    ) -> bool:
+        """Read a body of `/api/tags`, without what is broken; whether anything on disk changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
         """
-        if tags == self.tags and blobs == self.blobs:
+        if (tags, blobs, contents, broken) == (self.tags, self.blobs, self.contents, self.broken):
             return False
         rows = _read(tags, _available, AvailableModel)
-        digests = {_key(name): blob for name, blob in blobs.items()}
+        weights = {_key(name): blob for name, blob in blobs.items()}
+        layers = {_key(name): content for name, content in contents.items()}
+        left_out = {"", *map(_key, broken)}
         self.available = {
-            key: AvailableRow(key, model, raw, digests.get(key, ""))
+            key: AvailableRow(key, model, raw, weights.get(key, ""), layers.get(key, ""))
             for raw, model in rows
-            if (key := _key(model.name))
+            if (key := _key(model.name)) not in left_out
         }
         self.tags, self.blobs = tags, dict(blobs)
+        self.contents, self.broken = dict(contents), dict(broken)
         return True
 
     def read_ps(self, ps: bytes) -> bool:

@@ -1,19 +1,25 @@
 """Which agents have which model, and which content of a name is the preferred one.
 
-One name may have different contents on different agents. Two rows have the same content if they
-share the digest of their weights or that of their manifest. Older Ollamas write the manifest anew,
-so that one content has several manifest digests; and some agents do not report the weights.
+One name may have different contents on different agents: other weights, or the same ones with
+another template, system prompt or parameters. Two rows have the same content if they share the
+digest of their manifest or that of its layers. Older Ollamas write the manifest anew, and a created
+model's has a path of its machine in it, so that one content has several manifest digests. Where no
+agent reads the layers, `/api/show` says what they are: the monitor asks it, once per manifest.
 """
 
+import re
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from datetime import UTC, datetime
-from itertools import count
+from hashlib import sha256
+from itertools import count, islice
+
+from msgspec import Raw, Struct, json
 
 from ollama_coordinator_common.types import AgentId, AvailableModel
 
 from .agent import AgentState
-from .inventory import AvailableRow
+from .inventory import EMPTY, AvailableRow
 
 
 class ModelIndex:
@@ -29,6 +35,8 @@ class ModelIndex:
         self._preferred: dict[str, list[AgentId]] = {}
         self._revisions: dict[str, int] = {}
         self._numbers = count(1)
+        self._unsure: dict[str, None] = {}
+        self._shown: dict[str, str] = {}
 
     # ── changes ───────────────────────────────────────────────────────────────────────────────
 
@@ -46,6 +54,7 @@ class ModelIndex:
         blobs = {row.blob for row in rows if row is not None and row.blob}
         alike = [key for key, row in now.items() if row.blob in blobs]
         self.touch({*changed, *gone, *alike})
+        self.doubt(changed)
 
     def drop(self, agent: AgentState, keys: Iterable[str]) -> None:
         """An agent has these models no longer."""
@@ -64,6 +73,38 @@ class ModelIndex:
                 self._by_key.pop(key, None)
                 self._revisions.pop(key, None)
 
+    # ── contents that only `/api/show` tells apart ────────────────────────────────────────────
+
+    def doubt(self, keys: Iterable[str]) -> None:
+        """Compare what the agents have under these names, once `to_show` is called."""
+        self._unsure.update(dict.fromkeys(key for key in keys if len(self._by_key[key]) > 1))
+
+    def to_show(self, is_reachable: Callable[[AgentState], bool]) -> list[tuple[AgentState, str]]:
+        """Agents to ask for what they have under a name, and the name's routing key."""
+        wanted = []
+        for key in list(islice(self._unsure, COMPARED_AT_ONCE)):
+            del self._unsure[key]
+            copies = self.copies(key)
+            if len(contents(copies)) < 2:
+                continue
+            self.touch([key])
+            groups = contents(copies, self._shown)
+            if len(groups) < 2 or all(_layers_known(group) for group in groups):
+                continue
+            for group in groups:
+                agents = [self._agents[agent_id] for agent_id in group]
+                if not any(row.model.digest in self._shown for row in group.values()):
+                    asked = [(agent, key) for agent in agents if is_reachable(agent)]
+                    wanted += asked[:1]
+        return wanted
+
+    def show(self, key: str, digest: str, content: str) -> None:
+        """What `/api/show` says of the manifest with this digest, as `shown_content` reads it."""
+        self._shown[digest] = content
+        if len(self._shown) > MOST_SHOWN:
+            del self._shown[next(iter(self._shown))]
+        self.touch([key])
+
     # ── questions ─────────────────────────────────────────────────────────────────────────────
 
     def __iter__(self) -> Iterator[str]:
@@ -80,8 +121,13 @@ class ModelIndex:
         if ids is None:
             if key not in self._by_key:
                 return []  # not remembered: clients ask for any name
-            ids = self._preferred[key] = sorted(preferred(self.copies(key), self._online))
+            found = preferred(self.copies(key), self._online, self._shown)
+            ids = self._preferred[key] = sorted(found)
         return ids
+
+    def contents(self, key: str) -> list[dict[AgentId, AvailableRow]]:
+        """The copies of a name, grouped by content."""
+        return contents(self.copies(key), self._shown)
 
     def copies(self, key: str) -> dict[AgentId, AvailableRow]:
         """Each agent's row under this routing key, in order of id."""
@@ -98,6 +144,12 @@ class ModelIndex:
         return frozenset(everybody).difference(self.holders(key))
 
 
+COMPARED_AT_ONCE = 20
+"""Names compared at a time: where a thousand agents have each, that takes some milliseconds."""
+
+MOST_SHOWN = 10_000
+"""Manifests remembered, some hundred bytes each: more than a fleet has of models in doubt."""
+
 LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 Copies = Mapping[AgentId, AvailableRow]
@@ -109,21 +161,22 @@ def modified_at(row: AvailableRow) -> datetime:
     return LONG_AGO if at is None else at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def contents(copies: Copies) -> list[dict[AgentId, AvailableRow]]:
-    """The copies of one name, grouped by content."""
+def contents(copies: Copies, shown: Mapping[str, str] = EMPTY) -> list[dict[AgentId, AvailableRow]]:
+    """The copies of one name, grouped by content; `shown` are contents by manifest digest."""
     if _is_one(copies.values()):
         return [dict(copies)]
     groups: list[tuple[set[str], dict[AgentId, AvailableRow]]] = []
     for agent_id, row in copies.items():
         # Rows without any digest are assumed to be the same: nothing says that they differ.
-        digests = {digest for digest in (row.blob, row.model.digest) if digest} or {""}
+        known = (row.content, row.model.digest, shown.get(row.model.digest))
+        digests = {digest for digest in known if digest} or {""}
         members = {agent_id: row}
         apart = []
-        for known, others in groups:
-            if known.isdisjoint(digests):
-                apart.append((known, others))
+        for theirs, others in groups:
+            if theirs.isdisjoint(digests):
+                apart.append((theirs, others))
             else:
-                digests |= known
+                digests |= theirs
                 members = others | members
         groups = [*apart, (digests, members)]
     return [members for _, members in groups]
@@ -132,13 +185,19 @@ def contents(copies: Copies) -> list[dict[AgentId, AvailableRow]]:
 def _is_one(rows: Iterable[AvailableRow]) -> bool:
     """Whether all rows share one digest, as they nearly always do: quick for many agents."""
     digests = {row.model.digest for row in rows}
-    blobs = {row.blob for row in rows}
-    return (len(digests) == 1 and "" not in digests) or (len(blobs) == 1 and "" not in blobs)
+    layers = {row.content for row in rows}
+    return (len(digests) == 1 and "" not in digests) or (len(layers) == 1 and "" not in layers)
 
 
-def preferred(copies: Copies, online: Iterable[AgentId]) -> dict[AgentId, AvailableRow]:
+def _layers_known(group: Copies) -> bool:
+    return any(row.content for row in group.values())
+
+
+def preferred(
+    copies: Copies, online: Iterable[AgentId], shown: Mapping[str, str] = EMPTY
+) -> dict[AgentId, AvailableRow]:
     """The copies of the content to serve: on most online agents, then on most, then the newest."""
-    groups = contents(copies)
+    groups = contents(copies, shown)
     if len(groups) < 2:
         return groups[0] if groups else {}
     online_ids = set(online)
@@ -156,6 +215,42 @@ def preferred(copies: Copies, online: Iterable[AgentId]) -> dict[AgentId, Availa
 def newest(rows: Sequence[AvailableRow]) -> AvailableRow:
     """The row that represents several of the same content."""
     return max(rows, key=modified_at)
+
+
+class _Shown(Struct):
+    """The part of `/api/show` that layers are made of."""
+
+    modelfile: str = ""
+    template: str = ""
+    system: str = ""
+    parameters: str = ""
+    messages: Raw = Raw(b"")
+    license: Raw = Raw(b"")
+    remote_host: str = ""
+    remote_model: str = ""
+
+
+_shown = json.Decoder(_Shown)
+_FILES = re.compile(r"^(FROM|ADAPTER) .*\bsha256[-:]([0-9a-f]{64})\s*$", re.MULTILINE)
+
+
+def shown_content(body: bytes) -> str:
+    """One text for all that `/api/show` says of a model's layers; empty where it says too little.
+
+    The file of the weights is in the modelfile's `FROM` line, in a folder of the agent's. Ollama
+    lists the parameters in random order.
+
+    Raises:
+        msgspec.DecodeError: it is no answer of Ollama's.
+    """
+    shown = _shown.decode(body)
+    files = _FILES.findall(shown.modelfile)
+    if not (files or shown.remote_model):
+        return ""
+    parameters = sorted(" ".join(line.split()) for line in shown.parameters.splitlines())
+    said = (shown.template, shown.system, bytes(shown.messages), bytes(shown.license))
+    remote = (shown.remote_host, shown.remote_model)
+    return sha256(repr((files, said, parameters, remote)).encode()).hexdigest()
 
 
 MOST_CLOUD_NAMES = 100

@@ -12,6 +12,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 from . import agent_match
 from .agent import AgentSettings, AgentState, avoided_after, cooldown_after, endpoints
 from .agent_match import Identities
+from .inventory import EMPTY
 from .model_index import CloudModels, ModelIndex
 
 
@@ -216,7 +217,8 @@ class Registry:
         if self._is_replaced(agent):
             raise UnknownAgent(report.agent_id)
         if report.tags is not UNSET:
-            self.list_models(agent, bytes(report.tags), report.model_blobs, now)
+            contents, broken = report.model_contents, report.broken_models
+            self.list_models(agent, bytes(report.tags), report.model_blobs, now, contents, broken)
         if report.ps is not UNSET:
             self.list_loaded(agent, bytes(report.ps), now)
         if agent.report is None or _lasting(agent.report) != _lasting(report):
@@ -273,6 +275,7 @@ class Registry:
             gpus=report.gpus if report else [],
             runner=report.runner if report else None,
             models=sorted(row.model.name for row in inventory.available.values()),
+            broken_models=dict(inventory.broken),
             loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
         )
 
@@ -313,6 +316,7 @@ class Registry:
 
     def _come(self, agent_id: AgentId) -> None:
         self._online.add(agent_id)
+        self.models.doubt(self._agents[agent_id].inventory.available)
         self.models.touch(self._agents[agent_id].inventory.available)
 
     def _go(self, agent_id: AgentId) -> None:
@@ -387,15 +391,21 @@ class Registry:
     # ── which models ──────────────────────────────────────────────────────────────────────────
 
     def list_models(
-        self, agent: AgentState, tags: bytes, blobs: Mapping[str, str], now: float
+        self,
+        agent: AgentState,
+        tags: bytes,
+        blobs: Mapping[str, str],
+        now: float,
+        contents: Mapping[str, str] = EMPTY,
+        broken: Mapping[str, str] = EMPTY,
     ) -> bool:
-        """Read an agent's `/api/tags`; whether its models changed.
+        """Read an agent's `/api/tags`, with what it read on its disk; whether its models changed.
 
         Raises:
             msgspec.DecodeError: the body is not Ollama's list.
         """
         before = agent.inventory.available
-        changed = agent.inventory.read_tags(tags, blobs)
+        changed = agent.inventory.read_tags(tags, blobs, contents, broken)
         agent.inventory.sampled_at = now
         if changed and agent.id in self._agents:
             self.models.relist(agent, before)
@@ -414,6 +424,11 @@ class Registry:
         if changed:
             self._loaded_changed(agent, [*before, *agent.inventory.loaded])
         return changed
+
+    def show(self, key: str, digest: str, content: str) -> None:
+        """What `/api/show` says of a manifest, as `shown_content` reads it."""
+        self.models.show(key, digest, content)
+        self.changes += 1
 
     def note_missing(self, agent: AgentState, key: str) -> None:
         """The agent answered that it lacks a model that it listed."""

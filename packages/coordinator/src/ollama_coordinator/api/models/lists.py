@@ -27,7 +27,6 @@ from ollama_coordinator.registry import (
     AvailableRow,
     LoadedRow,
     Registry,
-    contents,
     modified_at,
     newest,
 )
@@ -122,7 +121,7 @@ def fleet_model(registry: Registry, key: str) -> FleetModel:
     """The row of a model that at least one agent has."""
     copies = registry.models.copies(key)
     holders = [agent.id for agent in registry.holders(key)]
-    groups = contents(copies)
+    groups = registry.models.contents(key)
     row = newest([copies[agent_id] for agent_id in holders])
     return FleetModel(
         name=row.model.name,

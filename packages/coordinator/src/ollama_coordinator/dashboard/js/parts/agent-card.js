@@ -32,7 +32,7 @@ export function agentCard(agent) {
     setAttr(since, "at", now.since);
     setText(about, aboutText(now));
     setAttr(about, "title", aboutText(now));
-    const why = now.state === "resting" ? now.out_of_rotation : now.conflict;
+    const why = whyText(now);
     reason.hidden = !why;
     setText(reason, why);
     keyed(labels, now.labels, (label) => label, (label) => h("span.tag.clip", null, label));
@@ -49,6 +49,13 @@ export function agentCard(agent) {
 }
 
 /** Version, address or relay, and the agent's own version. */
+/** Why it gets no requests, what it may be taken for, or which of its models cannot run. */
+export function whyText(agent) {
+  if (agent.state === "resting") return agent.out_of_rotation;
+  const broken = Object.entries(agent.broken_models ?? {}).map(([name, fault]) => `${name} is not offered: ${fault}`);
+  return agent.conflict || broken.join("; ");
+}
+
 export function aboutText(agent) {
   const address = `${agent.ip_address}:${agent.ollama_port}${agent.relay ? " by relay" : ""}`;
   return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.models && `${count(agent.models)} model${agent.models === 1 ? "" : "s"} on disk`, agent.platform]

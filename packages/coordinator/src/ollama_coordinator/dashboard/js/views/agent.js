@@ -6,7 +6,7 @@ import { h, setAttr, setText } from "../dom.js";
 import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../format.js";
 import { store } from "../store.js";
 import { agentPill, empty, fact } from "../parts/bits.js";
-import { aboutText, slotDots } from "../parts/agent-card.js";
+import { aboutText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
 import { drain, edit, remove } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
@@ -63,7 +63,7 @@ class AgentView extends View {
     this.pill.update(agent.state);
     setAttr(this.since, "at", agent.since);
     setText(this.drainButton, agent.status === "draining" ? "Resume" : "Drain");
-    const why = agent.state === "resting" ? agent.out_of_rotation : agent.conflict;
+    const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
     setText(this.about, aboutText(agent));
