@@ -86,6 +86,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def holds(session: nox.Session) -> None:
+    """Measure for how long hostile requests hold the event loop; `-- --copies 8` at once."""
+    install_workspace(session, "test")
+    session.run("python", "tests/benchmarks/loop_holds.py", *session.posargs)
+
+
+@nox.session(default=False)
 def trace(session: nox.Session) -> None:
     """Count the modules and functions that a warm streamed chat passes; `-- --list` names them."""
     install_workspace(session, "test")

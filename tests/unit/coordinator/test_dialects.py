@@ -298,3 +298,42 @@ def test_every_route_of_the_table_is_there_once() -> None:
     assert {path for path in BY_PATH if path.startswith("/api/")} == {
         "/api/chat", "/api/generate", "/api/embed", "/api/embeddings",
     }  # fmt: skip
+
+
+# ── large and hostile ends ────────────────────────────────────────────────────────────────────
+
+MEBIBYTE = 1024 * 1024
+
+
+@pytest.mark.spec("OPERATION-31")
+@pytest.mark.parametrize("vectors", [2, 400_000])
+def test_the_counts_behind_the_vectors_of_a_large_answer_are_read(vectors: int) -> None:
+    start = b'{"model":"m","embeddings":[[' + b",".join([b"0.25"] * vectors) + b"]],"
+    native = start + b'"total_duration":2000000000,"prompt_eval_count":7}'
+    ending = read_ending(BY_PATH["/api/embed"], native, 0)
+    assert ending.timings is not None
+    assert (ending.timings.prompt_tokens, ending.timings.total_seconds) == (7, 2.0)
+    openai = start + b'"usage":{"prompt_tokens":7}}'
+    ending = read_ending(BY_PATH["/v1/embeddings"], openai, 0)
+    assert ending.timings is not None
+    assert ending.timings.prompt_tokens == 7
+
+
+@pytest.mark.spec("OPERATION-31")
+@pytest.mark.parametrize(
+    "last",
+    [
+        b'data: {"choices":[{' + b'"text":"",' * MEBIBYTE + b"}]}\n\n",
+        b'data: {"choices":[{' + b'"text":"",' * MEBIBYTE + b'"finish_reason":nul}]}\n\n',
+        b"data: {" + b"}" * MEBIBYTE + b"x\n\n",
+        b"data: {}" + b" " * MEBIBYTE + b"x\n\n",
+        b"data: {}\n" * MEBIBYTE,
+        b"\n" * MEBIBYTE,
+    ],
+    ids=lambda last: str(last[:30]),
+)
+@pytest.mark.parametrize("route", [CHAT, OPENAI, COMPLETIONS, ANTHROPIC], ids=lambda r: r.path)
+def test_a_hostile_end_is_passed_over_once(route: InferenceRoute, last: bytes) -> None:
+    """A pattern that begins anew in every place takes hours for these."""
+    assert not swallowed_error(route, last)
+    assert read_ending(route, last, 3).error is None

@@ -1,5 +1,6 @@
 """Bodies of requests: as Go reads them, and changed in one place only."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from ollama_coordinator.api.http.errors import HttpError
 from ollama_coordinator.api.http.gojson import read_fields
-from ollama_coordinator.api.http.json_edit import field, spliced
+from ollama_coordinator.api.http.json_edit import AT_ONCE_BYTES, edited, fields_of
 from ollama_coordinator.api.inference.audio import read_form
 from ollama_coordinator.api.models.lists import is_older, lowest
 
@@ -65,38 +66,37 @@ JSON = st.recursive(
 @given(st.dictionaries(NAMES, JSON, max_size=5))
 def test_only_the_named_field_of_a_body_changes(value: dict[str, Any]) -> None:
     body = json.dumps(value).encode()
-    changed = spliced(body, {"options": b'{"num_ctx":8}'})
+    changed = asyncio.run(edited(body, {"options": b'{"num_ctx":8}'}))
     assert changed is not None
     others = {key: item for key, item in value.items() if key.lower() != "options"}
     after = json.loads(changed)
     key = next(key for key in after if key.lower() == "options")
     assert after.pop(key) == {"num_ctx": 8}
     assert after == others
-    assert field(changed, "options") == b'{"num_ctx":8}'
 
 
 @pytest.mark.spec("SURFACE-14")
-def test_every_other_value_keeps_its_bytes() -> None:
-    body = b'{"a": 1.50e3, "Options": {"seed":  7, "num_ctx":1}, "b": "\\u00e9", "c":[ 1 ]}'
-    changed = spliced(body, {"options": b"{}"})
-    assert changed == b'{"a":1.50e3,"Options":{},"b":"\\u00e9","c":[ 1 ]}'
-    assert spliced(b"[]", {"options": b"{}"}) is None
-    assert spliced(b'{"a":1} more', {"options": b"{}"}) is None
-    assert field(b"nonsense", "options") is None
+async def test_every_other_byte_stays() -> None:
+    body = b' {"a": 1.50e3, "Options": {"seed":  7, "num_ctx":1}, "b": "\\u00e9", "c":[ 1 ]} more'
+    changed = await edited(body, {"options": b"{}"})
+    assert changed == body.replace(b'{"seed":  7, "num_ctx":1}', b"{}")
+    assert await edited(b"{}", {"options": b"{}"}) == b'{"options":{}}'
+    assert await edited(b'{"a":1}', {"b": b"2"}) == b'{"b":2,"a":1}'
+    assert await edited(b"[]", {"options": b"{}"}) is None
 
 
 @pytest.mark.spec("SURFACE-7")
-def test_a_form_is_read_from_its_beginning_to_its_end() -> None:
+async def test_a_form_is_read_from_its_beginning_to_its_end() -> None:
     body = (
         b'before\r\n--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         b"\r\n--C\r\n"
         b'\r\n--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--B--\r\n'
         b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n'
     )
-    assert read_form('multipart/form-data; boundary="B"', body).name == "whisper"
+    assert (await read_form('multipart/form-data; boundary="B"', body)).name == "whisper"
     for kind in ("", "application/json", "multipart/form-data", "multipart/form-data; boundary="):
         with pytest.raises(HttpError, match="isn't multipart/form-data"):
-            read_form(kind, body)
+            await read_form(kind, body)
 
 
 FILE = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nRIFF\r\n'
@@ -117,15 +117,31 @@ FILE = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
         ),
     ],
 )
-def test_a_form_that_breaks_off_is_read_as_far_as_it_goes(
+async def test_a_form_that_breaks_off_is_read_as_far_as_it_goes(
     rest: bytes, answer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     try:
-        read = read_form("multipart/form-data; boundary=B", FILE + rest).name
+        read = (await read_form("multipart/form-data; boundary=B", FILE + rest)).name
     except HttpError as exc:
         read = str(exc)
     assert read == answer
     assert caplog.records == []
+
+
+@pytest.mark.spec("OPERATION-30")
+async def test_a_form_with_too_many_parts_is_refused_as_by_ollama() -> None:
+    with pytest.raises(HttpError, match="multipart: message too large"):
+        await read_form("multipart/form-data; boundary=B", FILE * 1001)
+
+
+@pytest.mark.spec("OPERATION-30")
+async def test_of_a_large_body_only_the_known_fields_are_read() -> None:
+    text = b'"' + b"x" * AT_ONCE_BYTES + b'"'
+    body = b'{"Name":"m","stream":false,"system":' + text + b',"from":' + text + b"}"
+    fields = await fields_of(body, GO, asyncio.Lock())
+    assert fields.values == {"name": "m", "stream": False}
+    with pytest.raises(HttpError, match="cannot unmarshal array into Go value"):
+        await fields_of(b"[" + text + b"]", GO, asyncio.Lock())
 
 
 @pytest.mark.spec("SURFACE-8")

@@ -1,19 +1,22 @@
 """What is read of a request, by an eye as lenient as Ollama's."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
+from ollama_coordinator.api.http import json_edit
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES, Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError
 from ollama_coordinator.api.inference.request import (
     TOKENS_PER_IMAGE,
     Routing,
+    read_any,
     read_body,
     read_routing,
 )
@@ -414,3 +417,119 @@ def test_the_last_of_keys_alike_counts_however_it_is_read(members: list[tuple[st
 def read_routing_slowly(body: bytes) -> Routing:
     """The same by the slow path, which what follows the first value leads to."""
     return routing(body + b" and more", GENERATE)
+
+
+# ── bodies of any size ────────────────────────────────────────────────────────────────────────
+
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant"]),
+        "content": st.text('xyz "\\[{é', max_size=60),
+        "images": st.lists(st.text("AB", max_size=9), max_size=3),
+    },
+)
+CONVERSATION = st.fixed_dictionaries(
+    {"model": st.sampled_from(["a", "b"]), "messages": st.lists(MESSAGE, max_size=4)},
+    optional={
+        "options": st.fixed_dictionaries({"num_ctx": st.integers(1, 99)}),
+        "prompt": st.text('xyz "\\[{é'),
+        "keep_alive": st.sampled_from([0, "5m"]),
+        "tools": st.recursive(
+            st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner)
+        ),
+    },
+)
+
+
+@pytest.fixture
+def in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every body counts as a large one."""
+    monkeypatch.setattr(json_edit, "AT_ONCE_BYTES", 0)
+
+
+async def read(body: bytes, route: InferenceRoute = CHAT) -> Routing:
+    return await read_any(route, bytearray(body), asyncio.Lock())
+
+
+@pytest.mark.spec("OPERATION-30")
+@pytest.mark.usefixtures("in_slices")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CONVERSATION, st.sampled_from([None, 1]))
+def test_a_large_body_is_read_as_a_small_one(body: dict[str, Any], indent: int | None) -> None:
+    encoded = json.dumps(body, indent=indent).encode()
+    assert asyncio.run(read(encoded)) == read_routing(CHAT, encoded)
+
+
+async def test_a_long_message_is_the_same_in_a_small_and_in_a_large_body() -> None:
+    image = [{"content": "look", "images": ["A" * 100_000]}]
+    small = json.dumps({"model": "m", "messages": image}).encode()
+    large = json.dumps({"model": "m", "messages": [*image, {"content": "x" * 300_000}]}).encode()
+    read_small, read_large = await read(small), await read(large)
+    assert read_small.prefix == read_large.prefix[:1]
+    assert read_small.prompt_tokens == TOKENS_PER_IMAGE + 1
+
+
+KEY = "looking for beginning of object key string"
+FIELD = "Go struct field ChatRequest.model of type string"
+BLANKS = b'{"model":"m"' + b" " * 100_000 + b"}"
+GO, HAS = "json: cannot unmarshal", "request body has"
+MANY_FIELDS = b"{" + b",".join(b'"%d":0' % n for n in range(10_002)) + b"}"
+MANY_VALUES = b'{"model":"m","x":[' + b"[]," * 1_001_000 + b"[]]}"
+LONG_NAME = b'{"model":"' + b"m" * 10_000_000 + b'"}'
+
+
+@pytest.mark.spec("OPERATION-30")
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (b'{"model":"m"', (400, "unexpected EOF")),
+        (b'{"model":"m\\', (400, "unexpected EOF")),
+        (b'{"model":"m\\"', (400, "unexpected EOF")),
+        (b'{"model":"m","messages":[', (400, "unexpected EOF")),
+        (b'{"model":"m",}', (400, f"invalid character '}}' {KEY}")),
+        (b'{"model" "m"}', (400, "invalid character '\"' after object key")),
+        (b'{"model":"m" 1}', (400, "invalid character '1' after object key:value pair")),
+        (b'{"model":}', (400, "invalid character '}' looking for beginning of value")),
+        (b'{"model":"m","messages":[1 2]}', (400, "invalid character '2' after array element")),
+        (b"[]", (400, f"{GO} array into Go value of type api.ChatRequest")),
+        (b"7", (400, f"{GO} value into Go value of type api.ChatRequest")),
+        (
+            b'{"model":7}',
+            (400, f"{GO} number into {FIELD}"),
+        ),
+        (b"{}", (400, "model is required")),
+        (LONG_NAME, (400, "invalid model name")),
+        (
+            b'{"model":"m"' + b" " * 100_000 + b"}",
+            (413, f"{HAS} 65536 bytes of white space in a row"),
+        ),
+        (MANY_FIELDS, (413, f"{HAS} too many fields: the limit is 10000")),
+        (MANY_VALUES, (413, f"{HAS} too many values: the limit is 1000000")),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.usefixtures("in_slices")
+async def test_a_large_body_that_is_wrong_is_refused(body: bytes, answer: tuple[int, str]) -> None:
+    with pytest.raises(HttpError) as caught:
+        await read(body)
+    assert (caught.value.status, str(caught.value)) == answer
+
+
+@pytest.mark.spec("OPERATION-30")
+@pytest.mark.parametrize("many", [b"[],", b"{},", b'"",', b'{"a":"\\""},'])
+async def test_other_tasks_run_while_a_large_body_is_read(many: bytes) -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    messages = many * 300_000
+    routing = await read(b'{"model":"m","messages":[' + messages + many.rstrip(b",") + b"]}")
+    counting.cancel()
+    assert routing == Routing(name="m", prompt_tokens=(len(messages) + len(many) + 1) // 4)
+    assert turns >= 10

@@ -1,5 +1,6 @@
 """The composition root: the one place where the parts meet."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -98,6 +99,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         operations=operations,
         snapshots=snapshots,
         feed=Feed(snapshots.take),
+        reading=asyncio.Lock(),
     )
 
 

@@ -1,5 +1,7 @@
 """The parts of one coordinator, as one value; `app.py` puts it together."""
 
+import asyncio
+
 from msgspec import Struct
 
 from .agent_logs import AgentLogs
@@ -23,6 +25,7 @@ GIBIBYTE = 1024**3
 class Parts(Struct, kw_only=True, eq=False):
     """The parts of a coordinator, each made once; a handler takes those that it uses.
 
+    `reading`: large bodies are read one at a time, see `json_edit`.
     `stopping`: `GET /readyz` answers 503, so that load balancers send no further requests.
     """
 
@@ -46,6 +49,7 @@ class Parts(Struct, kw_only=True, eq=False):
     operations: Operations
     snapshots: Snapshots
     feed: Feed
+    reading: asyncio.Lock
     stopping: bool = False
 
     def apply_settings(self) -> None:

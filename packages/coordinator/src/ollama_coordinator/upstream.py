@@ -118,7 +118,7 @@ class Upstreams:
         url: str,
         *,
         headers: Iterable[tuple[str, str]] = (),
-        body: bytes = b"",
+        body: bytes | bytearray = b"",
         stream: AsyncIterator[bytes] | None = None,
     ) -> "_Opened":
         """`async with` sends a request, and has the response once its headers are here.
@@ -138,7 +138,7 @@ class Upstreams:
         method: str,
         url: str,
         headers: list[tuple[str, str]],
-        body: bytes,
+        body: bytes | bytearray,
         stream: AsyncIterator[bytes] | None,
     ) -> aiohttp.ClientResponse:
         """The response, once its headers are here.
@@ -285,7 +285,7 @@ class LargeBody(aiohttp.Payload):
     SLICE_BYTES = 256 * 1024
     """Writing it takes a tenth of a millisecond, during which no other stream goes on."""
 
-    def __init__(self, value: bytes) -> None:
+    def __init__(self, value: bytes | bytearray) -> None:
         super().__init__(value, content_type="application/octet-stream")
         self._size = len(value)
 
@@ -328,7 +328,7 @@ class _Sending:
         return self.reused and at_once and not _began(exc)
 
 
-def _payload(body: bytes) -> bytes | LargeBody | None:
+def _payload(body: bytes | bytearray) -> bytes | bytearray | LargeBody | None:
     return LargeBody(body) if len(body) > LargeBody.SLICE_BYTES else body or None
 
 

@@ -185,7 +185,16 @@ class Ending(Struct, frozen=True):
 
 _final = msgspec.json.Decoder(_Final)
 _counted = msgspec.json.Decoder(_Counted)
-_DATA = re.compile(rb"^data: (\{.*\})\s*$", re.MULTILINE)
+DECODED_BYTES = 1024 * 1024
+"""Of the end of an answer: decoding so much takes 5 ms. Of a longer one only the tail is read."""
+
+TAIL_BYTES = 4096
+"""The counts and durations behind the vectors of a large answer take some 200 bytes."""
+
+LAST_LINES = 32
+"""Ollama counts tokens in the last record of a stream or the one or two before, in 3 lines each."""
+
+DATA = b"data: "
 
 
 def read_ending(route: InferenceRoute, last: bytes, records: int) -> Ending:
@@ -196,10 +205,18 @@ def read_ending(route: InferenceRoute, last: bytes, records: int) -> Ending:
     """
     try:
         if route.dialect is Dialect.NATIVE:
-            return _native_ending(last.rstrip(b"\n").rpartition(b"\n")[2])
+            return _native_ending(_tail(last.rstrip(b"\n").rpartition(b"\n")[2]))
         return Ending(timings=_counted_timings(last, records))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError):
         return Ending()
+
+
+def _tail(last: bytes) -> bytes:
+    """A record; of a large one the last fields, those after its last list."""
+    if len(last) <= DECODED_BYTES:
+        return last
+    tail = last[-TAIL_BYTES:]
+    return b"{" + tail[tail.rfind(b'],"') + 2 :]
 
 
 def _native_ending(line: bytes) -> Ending:
@@ -221,9 +238,11 @@ def _native_ending(line: bytes) -> Ending:
 
 
 def _counted_timings(last: bytes, records: int) -> Timings:
-    bodies = _DATA.findall(last) if records else [last]
-    for body in reversed(bodies):
-        usage = _counted.decode(body).usage
+    lines = last[-DECODED_BYTES:].rsplit(b"\n", LAST_LINES) if records else [DATA + _tail(last)]
+    for line in lines[:-LAST_LINES:-1]:
+        if not line.startswith(DATA + b"{"):
+            continue
+        usage = _counted.decode(line[len(DATA) :]).usage
         if usage is not None:
             return Timings(
                 prompt_tokens=usage.prompt_tokens or usage.input_tokens,
@@ -232,10 +251,8 @@ def _counted_timings(last: bytes, records: int) -> Timings:
     return Timings(output_tokens=records)
 
 
-_EMPTY_CHUNK = re.compile(
-    rb'"(?:delta":\{(?:"role":"assistant",?)?(?:"content":"")?\}|text":"")[^\n]*'
-    rb'"finish_reason":null'
-)
+_EMPTY_CHUNK = re.compile(rb'"(?:delta":\{(?:"role":"assistant",?)?(?:"content":"")?\}|text":"")')
+_UNFINISHED = b'"finish_reason":null'
 
 
 def swallowed_error(route: InferenceRoute, last: bytes) -> bool:
@@ -246,5 +263,8 @@ def swallowed_error(route: InferenceRoute, last: bytes) -> bool:
     """
     if route.path not in ("/v1/chat/completions", "/v1/completions"):
         return False
-    records = last.rstrip().rpartition(b"\n\n")[2]
-    return not records.endswith(b"data: [DONE]") and _EMPTY_CHUNK.search(records) is not None
+    record = last[-DECODED_BYTES:].rstrip().rpartition(b"\n\n")[2]
+    end = record.rfind(_UNFINISHED)
+    if end < 0 or record.endswith(b"data: [DONE]"):
+        return False
+    return _EMPTY_CHUNK.search(record, record.rfind(b"\n", 0, end) + 1, end) is not None

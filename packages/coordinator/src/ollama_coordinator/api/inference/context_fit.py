@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from msgspec import Struct, structs
 
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
-from ollama_coordinator.api.http.json_edit import field, spliced
+from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, edited
 from ollama_coordinator.api.models.lists import is_older
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
@@ -37,7 +37,7 @@ class Fitted(Struct, frozen=True):
     """A request and its body as they go on; `note` is a header's value, for the client."""
 
     request: Request
-    body: bytes
+    body: Body
     note: str = ""
 
 
@@ -49,13 +49,14 @@ class ContextFit:
         self._model_info = parts.model_info
         self._clock = parts.clock
         self._settings = parts.settings
+        self._turn = parts.reading
         self._contexts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     async def fit(
         self,
         route: InferenceRoute,
         request: Request,
-        body: bytes,
+        body: Body,
         holders: Sequence[AgentState],
         offered: Sequence[AgentState],
     ) -> Fitted:
@@ -69,13 +70,25 @@ class ContextFit:
         if unfit:
             request = request.without(unfit)
         context = await self._context(route, request, holders)
-        raised = None if context is None else _with_context(body, context)
+        raised = None if context is None else await self._raised(body, context)
         if context is None or raised is None:
             return Fitted(request, body)
         wanted = request.options.num_ctx or "default"
         options = structs.replace(request.options, num_ctx=context)
         note = f"num_ctx={context}; wanted={wanted}"
         return Fitted(structs.replace(request, options=options), raised, note)
+
+    async def _raised(self, body: Body, context: int) -> Body | None:
+        """The body with this `num_ctx`; `None` where it has no place for it."""
+        async with self._turn:
+            members = await Scan(body).members()
+            span = None if members is None else members.get("options")
+            options = b"{}" if span is None else span.of(body) if len(span) <= WINDOW_BYTES else b""
+            number = str(context).encode()
+            if options in (b"{}", b"null"):
+                return await edited(body, {"options": b'{"num_ctx":' + number + b"}"})
+            changed = await edited(options, {"num_ctx": number}) if options else None
+            return None if changed is None else await edited(body, {"options": bytes(changed)})
 
     async def _context(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
@@ -138,12 +151,3 @@ def _loaded_context(agent: AgentState, key: str) -> int | None:
 def _default_context(agent: AgentState) -> int:
     runner = agent.report.runner if agent.report is not None else None
     return (runner.context_length or 0) if runner is not None else 0
-
-
-def _with_context(body: bytes, context: int) -> bytes | None:
-    number = str(context).encode()
-    options = field(body, "options")
-    if options is None or options == b"null":
-        return spliced(body, {"options": b'{"num_ctx":' + number + b"}"})
-    changed = spliced(options, {"num_ctx": number})
-    return None if changed is None else spliced(body, {"options": changed})

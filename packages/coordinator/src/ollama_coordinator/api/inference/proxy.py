@@ -13,6 +13,7 @@ from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from ollama_coordinator.api.http.headers import to_ollama
+from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import JournalEntry
 from ollama_coordinator.parts import Parts
@@ -24,7 +25,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
-from .request import NotDecompressed, Routing, plain_body, read_body, read_routing, schedulable
+from .request import NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
 from .retry_rule import Poison, say_the_same
 from .unload import make_room, unload_everywhere
 
@@ -49,6 +50,7 @@ class Proxy:
         self._context_fit = context_fit
         self._poison = poison
         self._settings = parts.settings
+        self._turn = parts.reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -73,19 +75,21 @@ class Proxy:
 
     # ── read ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _read_routing(self, headers: Mapping[bytes, bytes], body: bytes) -> Routing:
+    async def _read_routing(self, headers: Mapping[bytes, bytes], body: Body) -> Routing:
         if self._route.path == audio.PATH:
-            return audio.read_form(headers.get(b"content-type", b"").decode("latin-1"), body)
+            content_type = headers.get(b"content-type", b"").decode("latin-1")
+            async with self._turn:
+                return await audio.read_form(content_type, body)
         if b"content-encoding" in headers:
             body = await plain_body(self._route, headers, body)
-        return read_routing(self._route, body)
+        return await read_any(self._route, body, self._turn)
 
     def _schedulable(self, routing: Routing, scope: Scope) -> Request:
         pace, now = self._settings.config.reading_pace, self._clock.now()
         return schedulable(self._route, routing, scope, now, pace=pace)
 
     async def _prepare(
-        self, request: Request, routing: Routing, scope: Scope, body: bytes, send: Send
+        self, request: Request, routing: Routing, scope: Scope, body: Body, send: Send
     ) -> Call:
         """The request as it goes on. Its model's holders are found here, and by the scheduler."""
         holders = self._registry.holders(request.model)

@@ -21,6 +21,7 @@ from ollama_coordinator.api.http.dialects import (
 )
 from ollama_coordinator.api.http.errors import send_whole
 from ollama_coordinator.api.http.headers import RUNNER_HEADER, served_by, to_client
+from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Outcome, Request, Result
@@ -66,7 +67,7 @@ class Call(Struct, frozen=True):
     route: InferenceRoute
     request: Request
     headers: list[tuple[str, str]]
-    body: bytes
+    body: Body
     send: Send
     unloads: bool = False
     note: str = ""

@@ -10,7 +10,7 @@ name is read leniently: whether it is right is for Ollama to say.
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import inf
 from secrets import token_hex
@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError
 from ollama_coordinator.api.http.gojson import read_fields
+from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, Span, is_small
 from ollama_coordinator.scheduler import (
     NO_OPTIONS,
     Form,
@@ -46,31 +47,37 @@ INLINE_IMAGE_BYTES = 20_000
 """A message longer than this with a data URL in it is taken for an image, not for text."""
 
 
-async def read_body(receive: Receive, limit: int, headers: Mapping[bytes, bytes]) -> bytes:
-    """The whole request body, joined once.
+LENGTH_DIGITS = 20
+"""Of a Content-Length; Python refuses to convert thousands of them."""
+
+
+async def read_body(receive: Receive, limit: int, headers: Mapping[bytes, bytes]) -> Body:
+    """The whole request body, in one piece that is never copied.
 
     Raises:
         HttpError: 413, as soon as more than `limit` bytes are announced or have come.
         ClientLeft: the client closed the connection before the end of its body.
     """
-    parts: list[bytes] = []
-    size = 0
     announced = headers.get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limit:
+    if announced.isdigit() and int(announced[:LENGTH_DIGITS]) > limit:
         raise _too_large(limit)
-    more = True
-    while more:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        part = message.get("body", b"")
-        if part:
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise _too_large(limit)
-        more = message.get("more_body", False)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    first, more = await _part(receive)
+    if not more and len(first) <= limit:
+        return first
+    body = bytearray(first)
+    while more and len(body) <= limit:
+        part, more = await _part(receive)
+        body += part
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+async def _part(receive: Receive) -> tuple[bytes, bool]:
+    message: Message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _too_large(limit: int) -> HttpError:
@@ -90,7 +97,7 @@ class NotDecompressed(HttpError):
     """A compressed body cannot be read; its answer has the native shape on every route."""
 
 
-async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body: bytes) -> bytes:
+async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body: Body) -> Body:
     """The body as JSON text, decompressed where the route allows it.
 
     Raises:
@@ -102,7 +109,7 @@ async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body
     return await asyncio.to_thread(_decompress, body)
 
 
-def _decompress(body: bytes) -> bytes:
+def _decompress(body: Body) -> bytes:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     try:
         with decompressor.stream_reader(body) as reader:
@@ -194,11 +201,17 @@ def read_routing(route: InferenceRoute, body: bytes) -> Routing:
     fields = _read_plainly(body)
     if fields is None or not fields.model:
         fields = _read_as_go_does(route, body)
-    if not fields.model.strip():
-        raise HttpError(*route.nameless)
     tokens, prefix = _read_messages(fields.messages)
     for text in (fields.prompt, fields.input):
         tokens += _text_tokens(bytes(text))
+    return _routing(route, fields, tokens, prefix)
+
+
+def _routing(
+    route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...]
+) -> Routing:
+    if not fields.model.strip():
+        raise HttpError(*route.nameless)
     load_only = route.dialect is Dialect.NATIVE and _is_empty(fields)
     return Routing(
         name=fields.model,
@@ -212,24 +225,53 @@ def read_routing(route: InferenceRoute, body: bytes) -> Routing:
     )
 
 
+async def read_any(route: InferenceRoute, body: Body, turn: asyncio.Lock) -> Routing:
+    """As `read_routing`, for a body of any size: a large one is passed over in slices.
+
+    One at a time has its `turn`, so that many large bodies together delay nobody for longer.
+
+    Raises:
+        HttpError: as `read_routing`; 413, it has too many values.
+    """
+    if is_small(body):
+        return read_routing(route, bytes(body))
+    async with turn:
+        return await _Large(route, body).read()
+
+
 def _is_empty(fields: _Fields) -> bool:
     """Whether there is nothing to generate: Ollama then only loads or unloads the model."""
     given = (fields.messages, fields.prompt, fields.input, fields.images)
     return all(_NOTHING.fullmatch(bytes(part)) for part in given)
 
 
-def _read_messages(raw: Raw) -> tuple[int, tuple[int, ...]]:
-    """The tokens of a conversation, and a chain of hashes: one per message, over all before it."""
+def _read_messages(raw: Raw, before: Sequence[int] = ()) -> tuple[int, tuple[int, ...]]:
+    """The tokens of a conversation, and a chain of hashes: one per message, over all before it.
+
+    `before` is the end of the chain of the messages that came before these.
+    """
     tokens = 0
     chain: list[int] = []
     try:
         for message in _messages.decode(raw) if raw else ():
             read = _message.decode(message)
             tokens += _text_tokens(bytes(read.content)) + TOKENS_PER_IMAGE * len(read.images or ())
-            chain.append(hash((chain[-1] if chain else 0, bytes(message))))
+            chain.append(_link(chain or before, _hashed(bytes(message))))
     except msgspec.DecodeError:
         pass
     return tokens, tuple(chain)
+
+
+def _link(chain: Sequence[int], hashed: int) -> int:
+    return hash((chain[-1] if chain else 0, hashed))
+
+
+def _hashed(message: bytes) -> int:
+    """The hash of a message; that of a long one is of its parts, as `Scan.hashed` makes it."""
+    if len(message) <= WINDOW_BYTES:
+        return hash(message)
+    starts = range(0, len(message), WINDOW_BYTES)
+    return hash(tuple(hash(message[start : start + WINDOW_BYTES]) for start in starts))
 
 
 def _text_tokens(text: bytes) -> int:
@@ -301,6 +343,92 @@ def _read_as_go_does(route: InferenceRoute, body: bytes) -> _Fields:
         if name != "model" and name in fields.values
     }
     return _Fields(model=fields.text("model"), **known)
+
+
+# ── large bodies ──────────────────────────────────────────────────────────────────────────────
+
+SMALL_BYTES = 4096
+"""Fields of a large body that are no longer are read as in a small one; most have 20 bytes."""
+
+MOST_MESSAGES = 10_000
+"""In a longer conversation its messages are not told apart: it fits into no model."""
+
+MOST_IMAGES = 1000
+"""In one message; more are counted as one text."""
+
+SOMETHING = Raw(b'"..."')
+"""In place of a field that is too large to be read, and hence not empty."""
+
+
+class _Large:
+    """Reads one large body; of its fields only small ones are copied."""
+
+    def __init__(self, route: InferenceRoute, body: Body) -> None:
+        self._route = route
+        self._body = body
+        self._scan = Scan(body)
+
+    async def read(self) -> Routing:
+        """The routing fields."""
+        members = await self._scan.members()
+        if members is None:
+            kind = "array" if self._body.lstrip(b" \t\r\n")[:1] == b"[" else "value"
+            text = f"json: cannot unmarshal {kind} into Go value of type {self._route.go_type}"
+            raise HttpError(400, text)
+        fields = _Fields(self._name(members.get("model")))
+        for name in _RAW:
+            if name in members:
+                small = len(members[name]) <= SMALL_BYTES
+                setattr(fields, name, Raw(members[name].of(self._body)) if small else SOMETHING)
+        tokens, prefix = await self._messages(members.get("messages"))
+        for name in ("prompt", "input"):
+            tokens += await self._tokens(members.get(name))
+        return _routing(self._route, fields, tokens, prefix)
+
+    def _name(self, span: Span | None) -> str:
+        if span is None:
+            return ""
+        if len(span) > SMALL_BYTES:
+            raise HttpError(400, "invalid model name")
+        only = b'{"model":' + span.of(self._body) + b"}"
+        return read_fields(only, self._route.go_type).text("model")
+
+    async def _messages(self, span: Span | None) -> tuple[int, tuple[int, ...]]:
+        """As `_read_messages`."""
+        if span is None:
+            return 0, ()
+        messages = await self._scan.items(span, MOST_MESSAGES)
+        if messages is None:
+            return len(span) // BYTES_PER_TOKEN, ()
+        tokens = 0
+        chain: list[int] = []
+        for message in messages:
+            if len(message) <= WINDOW_BYTES:
+                more, links = _read_messages(Raw(b"[" + message.of(self._body) + b"]"), chain[-1:])
+                if not links:
+                    break
+                tokens += more
+                chain.append(links[0])
+                await self._scan.pause()
+                continue
+            members = await self._scan.members(message)
+            if members is None:
+                break
+            tokens += await self._tokens(members.get("content"))
+            images = members.get("images")
+            listed = None if images is None else await self._scan.items(images, MOST_IMAGES)
+            tokens += TOKENS_PER_IMAGE * len(listed or ())
+            chain.append(_link(chain, await self._scan.hashed(message)))
+        return tokens, tuple(chain)
+
+    async def _tokens(self, span: Span | None) -> int:
+        """As `_text_tokens`."""
+        if span is None:
+            return 0
+        images = 0
+        if len(span) > INLINE_IMAGE_BYTES:
+            images = await self._scan.count(b";base64,", span)
+        return TOKENS_PER_IMAGE * images if images else len(span) // BYTES_PER_TOKEN
 
 
 # ── for the scheduler ─────────────────────────────────────────────────────────────────────────

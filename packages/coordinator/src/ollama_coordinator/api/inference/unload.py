@@ -32,7 +32,7 @@ async def unload_everywhere(parts: Parts, call: Call) -> None:
     except ModelNotFound as exc:
         raise HttpError(404, call.route.missing.format(name=request.name)) from exc
     answers = await parts.queries.each(
-        _loaded_on(parts, request.model) or holders, "POST", call.route.path, call.body
+        _loaded_on(parts, request.model) or holders, "POST", call.route.path, bytes(call.body)
     )
     for answer in answers:
         if isinstance(answer, Answer) and answer.status == 200:

@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import JSON, HttpError, own_body
-from ollama_coordinator.api.http.gojson import read_fields
+from ollama_coordinator.api.http.json_edit import fields_of
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
@@ -16,11 +16,12 @@ class ShowApi:
     def __init__(self, parts: Parts) -> None:
         self._model_info = parts.model_info
         self._cloud = parts.cloud
+        self._turn = parts.reading
 
     async def show(self, request: Request) -> Response:
         """`POST /api/show`: 404 with the canonical name, as Ollama says it."""
         body = await own_body(request)
-        name = read_fields(body, "api.ShowRequest").model()
+        name = (await fields_of(body, "api.ShowRequest", self._turn)).model()
         if not name:
             raise HttpError(400, "model is required")
         parsed = ModelName.parse(name)

@@ -6,15 +6,14 @@ that has the model; agents that are away do so when they are back.
 
 import asyncio
 import contextlib
-import json
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, own_body
-from ollama_coordinator.api.http.gojson import Fields, read_fields
-from ollama_coordinator.api.http.json_edit import spliced
+from ollama_coordinator.api.http.gojson import Fields
+from ollama_coordinator.api.http.json_edit import edited, fields_of
 from ollama_coordinator.api.http.progress_response import ProgressResponse
 from ollama_coordinator.operations import (
     AgentCommand,
@@ -50,7 +49,7 @@ class TransferApi:
 
     async def pull(self, request: Request) -> ProgressResponse:
         """`POST /api/pull`: onto every agent that the placement means."""
-        fields = read_fields(await own_body(request), "api.PullRequest")
+        fields = await self._fields(request, "api.PullRequest")
         name = fields.model()
         if not is_name(name):
             raise HttpError(400, "invalid model name")
@@ -62,7 +61,7 @@ class TransferApi:
 
     async def push(self, request: Request) -> ProgressResponse:
         """`POST /api/push`: from one agent that has the model, preferably one labelled `push`."""
-        fields = read_fields(await own_body(request), "api.PushRequest")
+        fields = await self._fields(request, "api.PushRequest")
         name = fields.model()
         if not name:
             raise HttpError(400, "model is required")
@@ -76,12 +75,12 @@ class TransferApi:
     async def create(self, request: Request) -> ProgressResponse:
         """`POST /api/create`: on the agents that have its source and its files."""
         body = await own_body(request)
-        fields = read_fields(body, "api.CreateRequest")
+        fields = await fields_of(body, "api.CreateRequest", self._parts.reading)
         name, source = fields.model(), fields.text("from")
         if not is_name(name):
             raise HttpError(400, "invalid model name")
         stream = fields.flag("stream", default=True)
-        streamed = spliced(body, {"stream": b"true"}) or _again(fields)
+        streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
         command = AgentCommand.create(name, streamed, _blobs(fields))
         placement = placement_of(request, self._targets.default)
         found = await self._targets.for_create(name, source, placement)
@@ -92,7 +91,7 @@ class TransferApi:
 
     async def copy(self, request: Request) -> Response:
         """`POST /api/copy`: 200 with no body; agents that are away copy when they return."""
-        fields = read_fields(await own_body(request), "api.CopyRequest")
+        fields = await self._fields(request, "api.CopyRequest")
         source, destination = fields.text("source"), fields.text("destination")
         for role, name in (("source", source), ("destination", destination)):
             if not is_name(name):
@@ -108,7 +107,7 @@ class TransferApi:
 
     async def delete(self, request: Request) -> Response:
         """`DELETE /api/delete`: 200 with no body; 404 only when no agent has it."""
-        name = read_fields(await own_body(request), "api.DeleteRequest").model()
+        name = (await self._fields(request, "api.DeleteRequest")).model()
         if not name:
             raise HttpError(400, "model is required")
         if not is_name(name):
@@ -136,6 +135,9 @@ class TransferApi:
         if self._uploads.size(digest) is not None:
             return True
         return await self._blobs.suffice(digest, placement_of(request, self._targets.default))
+
+    async def _fields(self, request: Request, go_type: str) -> Fields:
+        return await fields_of(await own_body(request), go_type, self._parts.reading)
 
     def _respond(
         self,
@@ -178,11 +180,6 @@ def is_name(text: str) -> bool:
     except InvalidModelName:
         return False
     return True
-
-
-def _again(fields: Fields) -> bytes:
-    """The body encoded anew, for one that only Go's decoder reads."""
-    return json.dumps({**fields.values, "stream": True}).encode()
 
 
 def _blobs(fields: Fields) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.http.errors import HttpError, own_body, reply
 from ollama_coordinator.api.http.openapi import Either, operation
-from ollama_coordinator.api.inference.request import read_routing, schedulable
+from ollama_coordinator.api.inference.request import read_any, schedulable
 from ollama_coordinator.db import Finished
 from ollama_coordinator.journal import (
     Attempt,
@@ -71,6 +71,7 @@ class RequestsApi:
         self._scheduler = parts.scheduler
         self._settings = parts.settings
         self._clock = parts.clock
+        self._reading = parts.reading
 
     @operation(gives={200: RequestViews})
     async def list(self, request: Request) -> Response:
@@ -114,7 +115,7 @@ class RequestsApi:
     @operation(takes=ChatRequest, gives={200: Decision}, errors=(404, 409, 503))
     async def explain(self, request: Request) -> Response:
         """Where a request would go, and why; nothing is sent."""
-        routing = read_routing(CHAT, await own_body(request))
+        routing = await read_any(CHAT, await own_body(request), self._reading)
         now = self._clock.now()
         asked = schedulable(
             CHAT, routing, request.scope, now, pace=self._settings.config.reading_pace
