@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,10 @@ async def test_a_finished_request_has_every_candidate_also_after_a_restart(
 ) -> None:
     url = f"sqlite:///{tmp_path}/fleet.db"
     names = {f"machine-{number}" for number in range(12)}
-    async with StandIn() as ollama:
+    async with AsyncExitStack() as stack:
         async with running(database_url=url) as coordinator:
             for name in names:
+                ollama = await stack.enter_async_context(StandIn())
                 await coordinator.register(ollama, name, machine_id=name)
             async with coordinator.stream() as answer:
                 request_id = answer.headers["x-ollama-coordinator-request"]

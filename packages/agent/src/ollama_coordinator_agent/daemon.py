@@ -160,12 +160,7 @@ class Daemon:
     def _note_trouble(self, exc: CoordinatorError) -> None:
         """Note why the coordinator did not accept what was sent."""
         self.trouble = str(exc)
-        self._remind(f"{self.trouble} (it is tried again)")
-
-    def _remind(self, trouble: str) -> None:
-        """Log a trouble once, and again at growing intervals while it lasts."""
-        if self._reminder.due(trouble, asyncio.get_running_loop().time()):
-            log.warning(trouble)
+        self._reminder.warn(f"{self.trouble} (it is tried again)")
 
     def _note_accepted(self, reply: HealthReply) -> None:
         """A report was accepted; a problem that the reply names is a trouble all the same."""
@@ -173,7 +168,7 @@ class Daemon:
         self._backoff.reset()
         self.trouble = None if reply.problem is UNSET else f"connected, but {reply.problem}"
         if self.trouble is not None:
-            self._remind(self.trouble)
+            self._reminder.warn(self.trouble)
         elif self._reminder.over():
             log.info("all is well with the coordinator again", extra={"url": self.parts.client.url})
 

@@ -17,13 +17,10 @@ import msgspec
 import psutil
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import is_ours, netloc, parse_address
+from ollama_coordinator_common.network import LOOPBACK, is_ours, netloc, parse_address
 from ollama_coordinator_common.types import RunnerSettings
 
 T = TypeVar("T")
-
-LOOPBACK = "127.0.0.1"
-"""Where Ollama listens by default."""
 
 DEFAULT_MAX_QUEUE = 512
 """Ollama's own default of OLLAMA_MAX_QUEUE."""

@@ -122,6 +122,11 @@ class Reminder:
         self._next = now + self._interval
         return True
 
+    def warn(self, text: str) -> None:
+        """Log `text` if it is due by the event loop's clock."""
+        if self.due(text, asyncio.get_running_loop().time()):
+            log.warning(text)
+
     def over(self) -> bool:
         """Forget the trouble; true if there was one."""
         was_logged, self._text = self._text is not None, None

@@ -84,10 +84,7 @@ class TcpRelay:
                     try:
                         peer, _ = await loop.sock_accept(listener)
                     except OSError as exc:  # too many open files, or a peer that left already
-                        if self._reminder.due(
-                            text := f"the relay cannot accept: {exc}", loop.time()
-                        ):
-                            log.warning(text)
+                        self._reminder.warn(f"the relay cannot accept: {exc}")
                         await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
                         continue
                     connections.create_task(self._serve(peer))

@@ -18,7 +18,6 @@ class ConfigError(OllamaCoordinatorError):
         super().__init__(f"{variable}={value!s} does not work: {expected}")
         self.variable = variable
         self.value = value
-        self.expected = expected
 
 
 class InvalidModelName(OllamaCoordinatorError):

@@ -67,13 +67,12 @@ async def explain(
     decision = await client.json("POST", "/api/explain", body)
     console = Console()
     console.print(_candidates(decision))
-    console.print(_verdict(decision))
+    console.print(_sentence(decision))
 
 
 def _candidates(decision: Mapping[str, Any]) -> Table:
-    made = table("AGENT", "WOULD", "COST", *(term.upper() for term in TERMS), "CACHED", "")
-    for column in made.columns[2:-1]:
-        column.justify = "right"
+    numbers = ("COST", *(term.upper() for term in TERMS), "CACHED")
+    made = table("AGENT", "WOULD", *numbers, "", right=numbers)
     known = [one for one in decision["candidates"] if one["cost"] is not None]
     refused = [one for one in decision["candidates"] if one["cost"] is None]
     for one in (*sorted(known, key=lambda one: float(one["cost"])), *refused):
@@ -92,14 +91,13 @@ def _candidates(decision: Mapping[str, Any]) -> Table:
     return made
 
 
-def _verdict(decision: Mapping[str, Any]) -> str:
+def _sentence(decision: Mapping[str, Any]) -> str:
     start = decision["start_in_seconds"]
     when = "when there is a place" if start is None else f"in {start:.2f} s"
     words = {"go": "It would start", "load": "It would load the model and start"}
-    verdict = words.get(
-        decision["action"], f"It would wait as number {decision['position']}, start"
-    )
-    return f"{verdict} {when}; {decision['expected_output_tokens']:.0f} tokens of answer expected."
+    waits = f"It would wait as number {decision['position']}, start"
+    tokens = f"{decision['expected_output_tokens']:.0f} tokens of answer expected"
+    return f"{words.get(decision['action'], waits)} {when}; {tokens}."
 
 
 @asks
@@ -138,7 +136,8 @@ async def replay(
         raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
     console = Console()
     console.print(f"{len(played)} requests over {played[-1].at:.0f} s")
-    made = _summaries()
+    figures = ("MEAN", "P50", "P95", "P99", "WITHIN 10 s", "LOADS/h", "FAILED")
+    made = table("POLICY", *figures, right=figures)
     for name in policies:
         simulation = Simulation(fleet, partial(_create, name))
         _add_summary(made, name, summarise(simulation.run(played), fleet))
@@ -157,13 +156,6 @@ async def _recorded(client: Client, model: str | None) -> Recorded:
         estimates=await client.json("GET", "/api/estimates"),
         requests=await client.json("GET", f"/api/history/export?format=json{wanted}"),
     )
-
-
-def _summaries() -> Table:
-    made = table("POLICY", "MEAN", "P50", "P95", "P99", "WITHIN 10 s", "LOADS/h", "FAILED")
-    for column in made.columns[1:]:
-        column.justify = "right"
-    return made
 
 
 def _add_summary(made: Table, policy: str, summary: Summary) -> None:
@@ -215,7 +207,7 @@ def fleet_of(recorded: Recorded, doubled: Iterable[str]) -> Fleet:
     more = []
     for number, name in enumerate(doubled, 2):
         if name not in machines:
-            raise NoAnswer(f"no living agent is called '{name}'; see /api/agents")
+            raise NoAnswer(f"no online agent is called '{name}'; see /api/agents")
         more.append(structs.replace(machines[name], name=f"{name} ({number})"))
     return Fleet(machines=(*machines.values(), *more))
 

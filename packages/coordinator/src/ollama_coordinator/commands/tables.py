@@ -1,6 +1,6 @@
 """How agents, models and operations look in a terminal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +13,19 @@ STATUS_COLOURS = {"online": "green", "offline": "red", "draining": "yellow"}
 TARGET_COLOURS = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
 
 
-def table(*columns: str) -> Table:
-    """A table without lines, as `ollama list` has none."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+def table(*columns: str, right: Collection[str] = (), is_cut: bool = False) -> Table:
+    """A table without lines, as `ollama list` has none; `right` are the columns of numbers.
+
+    `is_cut`: each row is one line, as wide as the terminal; otherwise long texts take several.
+    """
+    made = Table(box=None, pad_edge=False, header_style="bold", expand=is_cut)
     for column in columns:
-        made.add_column(column, overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=is_cut,
+            overflow="ellipsis" if is_cut else "fold",
+        )
     return made
 
 
@@ -26,7 +34,7 @@ def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
     made = table("NAME", "STATUS", "IN FLIGHT", "LOADED", "ON DISK", "OLLAMA", "URL", "ID")
     for agent in agents:
         # As texts, not as markup: a machine may be called anything.
-        cells = (
+        made.add_row(
             Text(agent["display_name"] or agent["machine_name"]),
             _status(agent),
             Text(str(agent["in_flight"])),
@@ -36,7 +44,6 @@ def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
             Text(agent["url"]),
             Text(agent["id"]),
         )
-        made.add_row(*cells)
     return made
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .client import CONNECT_SECONDS, DEFAULT, CoordinatorUrl, NoAnswer, finished
+from .tables import table
 
 Row = dict[str, Any]
 
@@ -127,7 +128,7 @@ def merged(target: Any, change: Any) -> Any:
     return result
 
 
-Once = Annotated[bool, typer.Option("--once", help="Print one picture and end.")]
+Once = Annotated[bool, typer.Option("--once", help="Print one snapshot and end.")]
 
 
 def top(coordinator: CoordinatorUrl = DEFAULT, once: Once = False) -> None:
@@ -154,7 +155,7 @@ async def _print_once(follower: Follower, console: Console, url: str) -> None:
                     console.print(screen(state, None, datetime.now(UTC), None))
                     return
     except TimeoutError as exc:
-        raise NoAnswer(f"the coordinator at {url} sends no picture") from exc
+        raise NoAnswer(f"the coordinator at {url} sends no snapshot") from exc
 
 
 async def _live(follower: Follower, console: Console) -> None:
@@ -206,19 +207,9 @@ def _summary(fleet: Row, problem: str | None) -> Text:
     return text
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    for column in columns:
-        justify = "right" if column in right else "left"
-        made.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
-    return made
-
-
 def _agents(agents: Iterable[Row]) -> Table:
     right = ("CPU", "GPU", "PLACES", "TOK/S")
-    made = _table(
-        "AGENT", "STATE", "MEMORY", "CPU", "GPU", "PLACES", "TOK/S", "LOADED", right=right
-    )
+    made = table("AGENT", "STATE", "MEMORY", *right, "LOADED", right=right, is_cut=True)
     for agent in agents:
         loaded = ", ".join(_short(model["name"]) for model in agent["loaded_models"])
         made.add_row(
@@ -236,8 +227,7 @@ def _agents(agents: Iterable[Row]) -> Table:
 
 def _requests(requests: Iterable[Row], now: datetime) -> Table:
     right = ("PLACE", "TOKENS", "TOK/S", "ELAPSED")
-    columns = ("MODEL", "STATE", "AGENT", "PLACE", "TOKENS", "TOK/S", "ELAPSED", "CLIENT")
-    made = _table(*columns, right=right)
+    made = table("MODEL", "STATE", "AGENT", *right, "CLIENT", right=right, is_cut=True)
     for request in requests:
         began = request.get("first_byte_at")
         tokens = request.get("tokens", 0)

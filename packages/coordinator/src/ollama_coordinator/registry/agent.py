@@ -53,10 +53,21 @@ class Cooldown(Struct, frozen=True):
     reason: str
 
 
+FIRST_AVOIDED_SECONDS = 10.0
+AVOIDED_SECONDS = 50.0
+"""How long a model that failed on an agent is asked for elsewhere first: a broken machine is asked
+twice a minute at most, and one that failed once is soon equal again."""
+
+
 def cooldown_after(
-    previous: Cooldown | None, reason: str, now: float, *, first: float, began: float | None = None
+    previous: Cooldown | None,
+    reason: str,
+    now: float,
+    *,
+    began: float | None,
+    of_model: bool = False,
 ) -> Cooldown:
-    """The next cooldown: `first` seconds at the first failure, then 1, 2, 4 … 30 s.
+    """The next cooldown of an agent, or of one model on it.
 
     An attempt that `began` before the last failure changes nothing: a crash is one failure, however
     many requests it ends.
@@ -64,27 +75,19 @@ def cooldown_after(
     if previous is not None and began is not None and began <= previous.since:
         return previous
     failures = previous.failures + 1 if previous else 1
-    # A probe may fail thousands of times; 2.0 ** 1024 overflows.
-    doubled = 2.0 ** min(failures - 2, 10)
-    wait = first if failures == 1 else min(doubled, LONGEST_COOLDOWN_SECONDS)
-    return Cooldown(failures=failures, since=now, until=now + wait, reason=reason)
-
-
-FIRST_AVOIDED_SECONDS = 10.0
-AVOIDED_SECONDS = 50.0
-"""How long a model that failed on an agent is asked for elsewhere first: a broken machine is asked
-twice a minute at most, and one that failed once is soon equal again."""
-
-
-def avoided_after(
-    previous: Cooldown | None, reason: str, now: float, *, began: float | None = None
-) -> Cooldown:
-    """The next cooldown of a model on an agent; `began` as in `cooldown_after`."""
-    if previous is not None and began is not None and began <= previous.since:
-        return previous
-    failures = previous.failures + 1 if previous else 1
-    seconds = FIRST_AVOIDED_SECONDS if failures == 1 else AVOIDED_SECONDS
+    if of_model:
+        seconds = FIRST_AVOIDED_SECONDS if failures == 1 else AVOIDED_SECONDS
+    else:
+        seconds = _resting_seconds(failures)
     return Cooldown(failures=failures, since=now, until=now + seconds, reason=reason)
+
+
+def _resting_seconds(failures: int) -> float:
+    """None after the first failure, then 1, 2, 4 … 30 s."""
+    if failures == 1:
+        return 0.0
+    # A probe may fail thousands of times; 2.0 ** 1024 overflows.
+    return min(2.0 ** min(failures - 2, 10), LONGEST_COOLDOWN_SECONDS)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from ollama_coordinator_common.protocol import AgentView, HealthReport, Register
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
-from .agent import AgentSettings, AgentState, avoided_after, cooldown_after, endpoints
+from .agent import AgentSettings, AgentState, cooldown_after, endpoints
 from .agent_match import Identities
 from .inventory import EMPTY
 from .model_index import CloudModels, ModelIndex
@@ -21,7 +21,6 @@ class UnknownAgent(OllamaCoordinatorError):
 
     def __init__(self, agent_id: str) -> None:
         super().__init__(f'agent "{agent_id}" is not registered; register it with POST /api/agents')
-        self.agent_id = agent_id
 
 
 class Registration(Struct, frozen=True):
@@ -344,7 +343,7 @@ class Registry:
             agent.model_cooldowns.clear()
         elif agent.bad_since is None:
             agent.bad_since = now
-        cooldown = cooldown_after(agent.cooldown, reason, now, first=0.0, began=began)
+        cooldown = cooldown_after(agent.cooldown, reason, now, began=began)
         if cooldown is not agent.cooldown:
             agent.cooldown, agent.resting = cooldown, True
             self.changes += 1
@@ -356,7 +355,9 @@ class Registry:
         if agent.bad_since is None:
             agent.bad_since = now
         previous = agent.model_cooldowns.get(key)
-        agent.model_cooldowns[key] = avoided_after(previous, reason, now, began=began)
+        agent.model_cooldowns[key] = cooldown_after(
+            previous, reason, now, began=began, of_model=True
+        )
         self.changes += 1
 
     def pardon(self, agent: AgentState, key: str) -> None:

@@ -22,7 +22,6 @@ class ModelNotFound(SchedulerError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"model '{name}' not found")
-        self.name = name
 
 
 class NoAgentRegistered(SchedulerError):
@@ -45,8 +44,6 @@ class HoldersUnavailable(SchedulerError):
             f"no agent that has model '{name}' can serve it now ({listed}). "
             f"Other agents online: {online}. Start one that has it, or pull the model elsewhere"
         )
-        self.name = name
-        self.reasons = dict(reasons)
 
 
 class QueueFull(SchedulerError):

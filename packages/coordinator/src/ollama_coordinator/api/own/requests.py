@@ -36,8 +36,8 @@ def _detailed(name: str, base: type[Struct], about: str, **fields: Any) -> Any:
 
 RequestViews = list[RequestView]
 Estimates = list[Estimate]
-LivingRequest = _detailed(
-    "LivingRequest",
+LiveRequest = _detailed(
+    "LiveRequest",
     RequestView,
     "A live request with every attempt so far, and the decision that would be made `now`.",
     attempts=list[Attempt],
@@ -89,13 +89,13 @@ class RequestsApi:
         waiting.sort(key=lambda view: (view.model, view.position or 0))
         return reply(waiting)
 
-    @operation(gives={200: Either(LivingRequest, FinishedRequest)}, errors=(404, 503))
+    @operation(gives={200: Either(LiveRequest, FinishedRequest)}, errors=(404, 503))
     async def show(self, request: Request) -> Response:
         """One request, live or finished, and why it went where it did."""
         request_id = request.path_params["request_id"]
         entry = self._journal.live.get(request_id)
         if entry is not None:
-            return reply(self._living(entry))
+            return reply(self._live(entry))
         ended = self._journal.find_ended(request_id)
         if ended is not None:
             return reply(_over(ended.request, ended.attempts))
@@ -127,14 +127,14 @@ class RequestsApi:
         """Learned speeds of every model on every agent."""
         return reply(self._scheduler.estimates())
 
-    def _living(self, entry: JournalEntry) -> Any:
+    def _live(self, entry: JournalEntry) -> Any:
         now = self._clock.now()
         view = next(view for view in self._journal.views(now) if view.id == entry.request.id)
         more = {
             "attempts": entry.attempt_views(self._clock),
             "now": self._journal.explain(entry, now),
         }
-        return LivingRequest(**{**structs.asdict(view), **more})
+        return LiveRequest(**{**structs.asdict(view), **more})
 
 
 def _over(request: Finished, attempts: Any) -> Any:
