@@ -3,7 +3,7 @@
 import pytest
 
 from ollama_coordinator.registry import AgentSettings
-from ollama_coordinator.scheduler import HoldersUnavailable, ModelNotFound
+from ollama_coordinator.scheduler import HoldersUnavailable, ModelNotFound, RunnerOptions
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import World
 
@@ -106,6 +106,19 @@ def test_a_lease_just_given_is_told_with_every_other_holder() -> None:
     assert taken.wait_seconds > 0
     world.end(lease)
     assert world.scheduler.account(lease.id) is None
+
+
+@pytest.mark.spec("SCHED-63")
+def test_a_model_in_use_with_other_options_cannot_be_loaded_anew() -> None:
+    world = World()
+    world.agent("free", models=["m"], loaded=["m"])
+    world.agent("used", models=["m"])
+    long = RunnerOptions(num_ctx=8192)
+    world.began(world.send(options=long, excluded=frozenset({AgentId("free")})))
+    account = world.scheduler.account(world.send().id)
+    assert account is not None
+    used = next(one for one in account.candidates if one.agent == "used")
+    assert used.refused == "the model is in use there with other options"
 
 
 @pytest.mark.spec("SCHED-63")

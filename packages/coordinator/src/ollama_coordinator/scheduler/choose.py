@@ -26,30 +26,9 @@ class Chooser:
 
     def choose(self, queue: Queue, entry: QueueEntry, ahead: int, now: float) -> Choice:
         """The cheapest possibility of a request that has `ahead` others before it."""
+        hits = self._plans.hits(entry)
+        go = self._go(queue.with_free_slot(), entry, hits, now)
         wait = self._plans.wait(queue, entry, ahead, now)
-        return self._cheapest(self._plans.hits(entry), queue, entry, wait, now)
-
-    def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
-        """The slots that the waiting requests of a queue leave to one more, soonest first."""
-        return self._plans.slots_left(queue, now)
-
-    def keep_slots(self, choice: Choice, queue: Queue, now: float) -> None:
-        """Remember what was left to a request that goes before others, to explain it later."""
-        choice.slots_left = self._plans.slots_left(queue, now)
-
-    def choose_at(
-        self, place: Place, entry: QueueEntry, slots: Iterable[Slot], now: float
-    ) -> Choice:
-        """The same as if the model had this place alone, of whose slots these are left to it."""
-        hits, queue = self._plans.hits(entry), entry.queue.only(place)
-        own = [slot for slot in slots if slot[2] is place]
-        wait = cheapest_slot(own, queue, entry, hits, now)
-        return self._cheapest(hits, queue, entry, wait, now)
-
-    def _cheapest(
-        self, hits: CacheHits, queue: Queue, entry: QueueEntry, wait: Choice, now: float
-    ) -> Choice:
-        go = self._go(queue, entry, hits, now)
         best, other = (go, wait) if go.cost <= wait.cost else (wait, go)
         if queue.cold and queue.quickest_load < best.cost:
             load = self._load(queue, entry, best.cost, now)
@@ -59,13 +38,34 @@ class Chooser:
         best.others = (other,)
         return best
 
-    def _go(self, queue: Queue, entry: QueueEntry, hits: CacheHits, now: float) -> Choice:
-        """The best place that is in memory and has a slot."""
+    def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
+        """The slots that the waiting requests of a queue leave to one more, soonest first."""
+        return self._plans.slots_left(queue, now)
+
+    def keep_slots(self, choice: Choice, queue: Queue, now: float) -> None:
+        """Remember what was left to a request that goes before others, to explain it later."""
+        choice.slots_left = self._plans.slots_left(queue, now)
+
+    def choose_at(self, place: Place, entry: QueueEntry, slot: Slot | None, now: float) -> Choice:
+        """The same as if the model had this place alone, of whose slots this one is left to it."""
+        hits, queue = self._plans.hits(entry), entry.queue
+        slots = () if slot is None else (slot,)
+        wait = cheapest_slot(slots, queue, entry, hits, now)
+        if place in queue.could_load:
+            return self.load_at(place, entry, wait.cost, now) or wait
+        is_free = place.loading_until is None and len(place.running) < place.slots.limit
+        go = self._go((place,) if is_free else (), entry, hits, now)
+        return go if go.cost <= wait.cost else wait
+
+    def _go(
+        self, places: Iterable[Place], entry: QueueEntry, hits: CacheHits, now: float
+    ) -> Choice:
+        """The best of these places, which have the model in memory and a free slot."""
         excluded, receiver = entry.request.excluded, entry.receiver
         tokens = entry.request.prompt_tokens
         best: Place | None = None
         best_cost = floor = NO_PLACE
-        for place in queue.with_free_slot():
+        for place in places:
             machine = place.machine
             if excluded and machine.id in excluded:
                 continue

@@ -1,8 +1,8 @@
 """Explained decisions: the candidates, each term of their cost, and why one cannot serve."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
@@ -11,7 +11,7 @@ from .choose import Chooser
 from .cost import felt_seconds
 from .eligibility import eligible, unavailable
 from .queue import COURTESY, Queue, QueueEntry, Tag, receiver_of
-from .slot_plan import Slot, slots_to_come
+from .slot_plan import Slot, slots_to_come, soonest_slots
 from .state import Action, Choice, Place, Running
 from .types import Request, RequestId
 
@@ -73,13 +73,15 @@ class Decision(Struct, frozen=True):
 
 def brief(run: Running) -> Decision:
     """What the choice compared: the chosen place and the best alternative of each kind."""
-    request, choice = run.lease.request, run.choice
-    candidates = [
-        _candidate(request, one, one.place, run.output)
-        for one in (choice, *choice.others)
+    return _decision(run.lease.request, run.choice, run.output, _compared(run))
+
+
+def _compared(run: Running) -> list[Candidate]:
+    return [
+        _candidate(run.lease.request, one, one.place, run.output)
+        for one in (run.choice, *run.choice.others)
         if one.place is not None
     ]
-    return _decision(request, choice, run.output, candidates)
 
 
 class Accounts:
@@ -96,32 +98,25 @@ class Accounts:
 
     def of(self, run: Running, queue: Queue) -> Decision:
         """The account of a lease that was granted a moment ago."""
-        request, now = run.lease.request, run.lease.granted_at
-        decision = brief(run)
+        request, output, now = run.lease.request, run.output, run.lease.granted_at
+        candidates = _compared(run)
         places = [
             place
             for place in (*queue.hot, *queue.loading, *queue.cold)
             if not request.excluded or place.machine.id not in request.excluded
         ]
         count = self._afford(min(len(places), MOST_EXPLAINED), now)
-        known = {one.agent_id for one in decision.candidates}
+        known = {one.agent_id for one in candidates}
         unknown = [place for place in places[:count] if place.machine.id not in known]
-        others: list[Candidate] = []
+        unknown = unknown[: MOST_EXPLAINED - len(known)]
         if unknown:
-            receiver = receiver_of(request, run.output)
-            entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
-            slots = run.choice.slots_left or list(slots_to_come(queue, now))
-            others = [
-                _evaluate(self._chooser, entry, place, slots, now)
-                for place in unknown[: MOST_EXPLAINED - len(known)]
-            ]
+            entry = QueueEntry(request, NO_TAG, queue, receiver_of(request, output), 0.0)
+            slots = soonest_slots(run.choice.slots_left or slots_to_come(queue, now), unknown)
+            others = [_evaluate(self._chooser, entry, place, slots, now) for place in unknown]
             others.sort(key=_dearest_last)
-            known.update(one.agent_id for one in others)
-        return structs.replace(
-            decision,
-            candidates=(*decision.candidates, *others),
-            unevaluated=max(len(places) - len(known), 0),
-        )
+            candidates += others
+        unevaluated = max(len(places) - len(known) - len(unknown), 0)
+        return _decision(request, run.choice, output, candidates, unevaluated=unevaluated)
 
     def _afford(self, wanted: int, now: float) -> int:
         """How many evaluations there is time for; they count as done."""
@@ -149,18 +144,25 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
         for agent in registry.servers(request.model)
         if agent.name in found.refused
     ]
-    slots = chooser.slots_left(queue, now)
-    candidates += [
-        _evaluate(chooser, entry, place, slots, now)
+    places = [
+        place
         for place in (*queue.hot, *queue.loading, *queue.cold)
         if place.machine.id not in request.excluded
     ]
+    slots = soonest_slots(chooser.slots_left(queue, now), places)
+    candidates += [_evaluate(chooser, entry, place, slots, now) for place in places]
     candidates.sort(key=_dearest_last)
     return _decision(request, choice, entry.receiver.output, candidates, position=queue.size + 1)
 
 
 def _decision(
-    request: Request, choice: Choice, output: float, candidates: list[Candidate], position: int = 1
+    request: Request,
+    choice: Choice,
+    output: float,
+    candidates: list[Candidate],
+    *,
+    position: int = 1,
+    unevaluated: int = 0,
 ) -> Decision:
     return Decision(
         request_id=request.id,
@@ -171,6 +173,7 @@ def _decision(
         start_in_seconds=choice.wait if choice.place is not None else None,
         expected_output_tokens=output,
         candidates=tuple(candidates),
+        unevaluated=unevaluated,
     )
 
 
@@ -179,10 +182,10 @@ def _dearest_last(one: Candidate) -> tuple[bool, float, str]:
 
 
 def _evaluate(
-    chooser: Chooser, entry: QueueEntry, place: Place, slots: Sequence[Slot], now: float
+    chooser: Chooser, entry: QueueEntry, place: Place, slots: Mapping[Place, Slot], now: float
 ) -> Candidate:
     """The same evaluation with this place as the only one, and what is left of its slots."""
-    choice = chooser.choose_at(place, entry, slots, now)
+    choice = chooser.choose_at(place, entry, slots.get(place), now)
     if choice.place is None:
         return _refused(place.machine.agent, _blocked(place))
     return _candidate(entry.request, choice, place, entry.receiver.output)

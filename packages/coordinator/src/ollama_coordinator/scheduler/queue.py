@@ -402,19 +402,6 @@ class Queue:
         alone.sort([one for one in self.avoided if one.machine.id not in excluded], now)
         return alone
 
-    def only(self, place: Place) -> "Queue":
-        """The same queue, empty, as if its model had this place alone."""
-        alone = Queue(self.model, self.options, self.demand)
-        alone.hot = [place] if place in self.hot else []
-        alone.loading = [place] if place in self.loading else []
-        alone.cold = [place] if place in self.cold else []
-        alone.most_preferred = place.machine.preference
-        alone.rearranged()
-        alone.ends = sorted(
-            PredictedEnd(run.ends_at, run.number, run) for run in place.running.values()
-        )
-        return alone
-
     def share_waiting(self) -> None:
         """Tell the places how many interactive requests wait for them: an equal share for each."""
         waiting, ready = len(self._interactive), len(self.hot) + len(self.loading)

@@ -133,6 +133,19 @@ def slots_to_come(queue: Queue, now: float) -> Iterator[Slot]:
     return merge(loads, taken, key=_at)
 
 
+def soonest_slots(slots: Iterable[Slot], places: Iterable[Place]) -> dict[Place, Slot]:
+    """The first slot at each of these places that will get free, of slots in the order of time."""
+    missing = {place for place in places if place.running or place.loading_until is not None}
+    found: dict[Place, Slot] = {}
+    for slot in slots:
+        if not missing:
+            break
+        if (place := slot[2]) in missing:
+            missing.remove(place)
+            found[place] = slot
+    return found
+
+
 def _taken(queue: Queue, now: float) -> Iterator[Slot]:
     away = queue.away
     for _, number, run in queue.ends:
