@@ -109,7 +109,7 @@ class Dispatch:
         held.began_at = held.progress_at = self.clock.now()
         self.scheduler.began(held.lease.id, held.began_at)
         # A first byte shows that a load is over, and that there is a slot more than was known.
-        self.plan()
+        self._plan_if_any_waits()
 
     def _settle(self, held: Held) -> None:
         now = self.clock.now()
@@ -117,7 +117,7 @@ class Dispatch:
             self._note(held, now)
         finally:
             self._end(held, now)
-            self.plan()
+            self._plan_if_any_waits()
 
     def _end(self, held: Held, now: float) -> None:
         del self._held[held.lease.id]
@@ -175,6 +175,11 @@ class Dispatch:
         if agent.resting and not was_resting:
             log.warning("agent out of rotation", extra=_facts(agent, None, reason))
         self.agent_failed.set()
+
+    def _plan_if_any_waits(self) -> None:
+        """A request began or ended: that changes something for those that wait alone."""
+        if self.scheduler.waiting_count():
+            self.plan()
 
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""

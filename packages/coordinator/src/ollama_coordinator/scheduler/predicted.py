@@ -131,6 +131,8 @@ class PredictedScheduler(Scheduler):
             machine.failed(now)
         if self._serving.entries:
             self._freed(place, queue if served else None)
+        else:
+            self._leases.repredict(now)
 
     def _freed(self, place: Place, queue: Queue | None) -> None:
         """A slot is free there; `queue` is that of a request that was served."""
