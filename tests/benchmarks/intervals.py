@@ -22,3 +22,11 @@ def cell(values: Sequence[float], form: str) -> str:
         return format(values[0], form)
     half = t_95(len(values)) * stdev(values) / sqrt(len(values))
     return f"{mean(values):{form}} ± {half:{form}}"
+
+
+def paired(differences: Sequence[float], form: str) -> str:
+    """The mean of differences taken pair by pair ± half the width of its 95 % interval."""
+    if len(differences) < 2:
+        return format(differences[0], form)
+    half = t_95(len(differences)) * stdev(differences) / sqrt(len(differences))
+    return f"{mean(differences):{form}} ± {half:{form.lstrip('+')}}"

@@ -20,6 +20,7 @@ MAX_QUEUE = 100_000
 MIXED = "mixed"
 PARTLY = "mixed, partly unstreamed"
 HOME = "home"
+WITHOUT_SLOWEST = "without the slowest machine"
 WORKLOADS = (MIXED, PARTLY, HOME)
 UNSTREAMED = 0.35
 """The share of the chats' requests that are short and unstreamed, in the second workload."""
@@ -82,7 +83,7 @@ def _fleet(run: Run) -> Fleet:
             return with_outages(fleet, run.seconds, run.seed)
         case "agents tell nothing":
             return build(reports_slots=False, reports_memory=False)
-        case "without the slowest machine":
+        case _ if run.scenario == WITHOUT_SLOWEST:
             return without_slowest(fleet)
         case _:
             return fleet
