@@ -164,7 +164,9 @@ async def test_a_model_that_only_draining_agents_have_is_503(
 
 
 @pytest.mark.spec("FLEET-9")
-@pytest.mark.parametrize("change", [{"draining": "yes"}, {"labels": "x"}, {"preference": 0}])
+@pytest.mark.parametrize(
+    "change", [{"draining": "yes"}, {"labels": "x"}, {"preference": 0}, {"backup_seconds": -1}]
+)
 async def test_a_wrong_setting_of_an_agent_is_400(
     coordinator: Running, ollama: StandIn, change: dict[str, object]
 ) -> None:

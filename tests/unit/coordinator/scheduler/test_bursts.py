@@ -40,7 +40,7 @@ class Burst:
             self._only(machine.name)
             for form in (Form.STREAM, Form.WHOLE):
                 for count in (1, 1, 1, 1, machine.slots):
-                    self._serve([self.send(form) for _ in range(count)])
+                    self.serve([self.send(form) for _ in range(count)])
         for machine in machines:
             self.simulation.registry.update_settings(AgentId(machine.name), AgentSettings())
         self.simulation.run_until(self.simulation.now + 30.0)
@@ -63,14 +63,14 @@ class Burst:
         )
         return self.simulation.arrive(self.number, request, now)
 
-    def _serve(self, records: list[Record]) -> None:
+    def serve(self, records: list[Record]) -> None:
         while any(record.ended_at is None for record in records):
             self.simulation.run_until(self.simulation.now + 5.0)
 
     def felt(self, count: int, form: Form) -> list[float]:
         """The felt delays of so many requests at once, the shortest first."""
         records = [self.send(form) for _ in range(count)]
-        self._serve(records)
+        self.serve(records)
         return sorted(record.felt_seconds for record in records)
 
 
@@ -158,3 +158,35 @@ def test_of_equal_costs_the_preferred_agent_is_taken() -> None:
     assert [burst.felt(1, Form.WHOLE) for _ in range(3)]
     last = sorted(burst.simulation.records.values(), key=lambda record: record.number)[-3:]
     assert {record.agent for record in last} == {"twin"}
+
+
+@pytest.mark.spec("SCHED-94")
+@pytest.mark.parametrize("form", [Form.STREAM, Form.WHOLE])
+def test_a_backup_is_taken_only_where_all_others_would_take_so_much_longer(form: Form) -> None:
+    burst = Burst(FAST, structs.replace(FAST, name="spare"))
+    settings = AgentSettings(backup_seconds=10.0)
+    burst.simulation.registry.update_settings(AgentId("spare"), settings)
+    records = [burst.send(form) for _ in range(12)]
+    decision = burst.scheduler.explain(
+        TraceRequest(at=0.0, model="m", form=form, client="c").arrive("new"), burst.simulation.now
+    )
+    spare = next(one for one in decision.candidates if one.agent_id == "spare")
+    assert spare.backup_seconds == 10.0
+    assert spare.cost is not None
+    assert spare.cost >= 10.0
+    burst.serve(records)
+    spared = [record for record in records if record.agent == "spare"]
+    assert 0 < len(spared) < 6
+    first = min(spared, key=lambda record: record.number)
+    assert sum(record.number < first.number for record in records) >= 4
+
+
+@pytest.mark.spec("SCHED-94")
+def test_a_backup_serves_when_nobody_else_can() -> None:
+    burst = Burst(FAST, SLOW)
+    registry = burst.simulation.registry
+    registry.update_settings(AgentId("slow"), AgentSettings(backup_seconds=100.0))
+    registry.update_settings(AgentId("fast"), AgentSettings(draining=True))
+    record = burst.send(Form.WHOLE)
+    burst.serve([record])
+    assert record.agent == "slow"

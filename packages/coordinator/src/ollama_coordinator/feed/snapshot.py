@@ -153,6 +153,7 @@ class Snapshots:
         row["since"] = _iso(self._clock.utc(standing.since)) if standing else row["registered_at"]
         row["relay"] = agent.registration.relay_port is not None
         row["preference"] = agent.settings.preference
+        row["backup_seconds"] = agent.settings.backup_seconds
         row["loaded_models"] = self._loaded(agent)
         row["slots"] = self._slots(agent)
         sparklines = self._sampler.sparklines

@@ -32,13 +32,17 @@ def endpoints(registration: RegisterRequest, host: str = "") -> frozenset[tuple[
 
 
 class AgentSettings(Struct, frozen=True):
-    """What an operator sets for one agent; kept across restarts."""
+    """What an operator sets for one agent; kept across restarts.
+
+    A backup is taken only where all others would take `backup_seconds` longer; 0 for no backup.
+    """
 
     display_name: str | None = None
     labels: list[str] = []
     notes: str = ""
     draining: bool = False
     preference: float = 1.0
+    backup_seconds: float = 0.0
 
 
 class Cooldown(Struct, frozen=True):

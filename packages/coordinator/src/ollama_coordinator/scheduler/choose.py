@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from .cost import NO_PLACE, alone_seconds, run_seconds, service_seconds
 from .eviction import Evictions
 from .prompt_cache import CacheHits
-from .queue import Queue, QueueEntry
+from .queue import Queue, QueueEntry, load_seconds
 from .rates import UNLOAD_SECONDS
 from .slot_plan import Slot, SlotPlans, cheapest_slot
 from .state import Action, Choice, Eviction, Place
@@ -77,7 +77,7 @@ class Chooser:
                 seconds += machine.penalty(now)
             if place.failing:
                 seconds += seconds * place.failing_share(now)
-            cost = seconds / machine.preference
+            cost = seconds / machine.preference + machine.backup
             if cost > floor + TIE_SECONDS or (
                 place.draining_until > now and not _ends_in_time(place, new, receiver.output, now)
             ):
@@ -90,7 +90,8 @@ class Chooser:
         cached = hits.get(best, 0) if hits else 0
         run = run_seconds(best, max(tokens - cached, 0), receiver, now)
         behind = _wait_behind(best) if best.slots.extra else 0.0
-        failure = best_cost * best.machine.preference - run - behind
+        seconds = (best_cost - best.machine.backup) * best.machine.preference
+        failure = seconds - run - behind
         return Choice(Action.GO, best, best_cost, behind, run, cached, max(failure, 0.0))
 
     def _load(self, queue: Queue, entry: QueueEntry, below: float, now: float) -> Choice:
@@ -104,7 +105,7 @@ class Chooser:
         if usual and now < queue.futile.until and below <= queue.futile.below:
             return best
         for place in queue.to_load():
-            if place.load / place.machine.preference >= best.cost:
+            if load_seconds(place) >= best.cost:
                 break  # the others take longer
             if (load := self.load_at(place, entry, best.cost, now)) is not None:
                 best = load
@@ -121,7 +122,7 @@ class Chooser:
             return None
         if machine.reserved is not None and machine.reserved is not place:
             return None
-        below *= machine.preference
+        below = (below - machine.backup) * machine.preference
         tokens, receiver = entry.request.prompt_tokens, entry.receiver
         if place.load + alone_seconds(place, tokens, receiver) >= below:
             return None
@@ -141,7 +142,7 @@ class Chooser:
         cost = least + leave + receiver.courtesy * eviction.penalty
         if cost >= below:
             return None
-        cost /= machine.preference
+        cost = cost / machine.preference + machine.backup
         return Choice(Action.LOAD, place, cost, place.load + leave, run, 0, failure, eviction)
 
     def first_to_go(self, queue: Queue, now: float) -> int | None:

@@ -28,7 +28,8 @@ NO_TAG = Tag(0.0, 0.0, 0)
 class Candidate(Struct, frozen=True):
     """One agent for one request; all terms in seconds.
 
-    `cost` is what is compared: the sum of the other seconds, divided by the agent's preference.
+    `cost` is what is compared: the sum of the other seconds, divided by the agent's preference, and
+    `backup_seconds` more.
     `decode_seconds` is the weighted part of writing. `crowding_seconds` is how much slower it runs
     beside others, and the weighted delay of these. `evict_seconds` is how much the evicted models
     will be missed. In the batch lane what others lose counts `COURTESY` times. `None`: the agent
@@ -47,6 +48,7 @@ class Candidate(Struct, frozen=True):
     crowding_seconds: float = 0.0
     failure_seconds: float = 0.0
     preference: float = 1.0
+    backup_seconds: float = 0.0
     cached_tokens: int = 0
     unload: tuple[str, ...] = ()
     refused: str | None = None
@@ -209,6 +211,7 @@ def _candidate(request: Request, choice: Choice, place: Place, output: float) ->
         crowding_seconds=max(choice.run - prefill - decode, 0.0),
         failure_seconds=choice.failure,
         preference=machine.preference,
+        backup_seconds=machine.backup,
         cached_tokens=choice.cached,
         unload=tuple(victim.model for victim in choice.eviction.victims),
     )

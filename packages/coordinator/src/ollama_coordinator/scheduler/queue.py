@@ -448,7 +448,7 @@ class Queue:
 
 def load_seconds(place: Place) -> float:
     """The seconds of a load there, as places are compared."""
-    return place.load / place.machine.preference
+    return place.load / place.machine.preference + place.machine.backup
 
 
 def _due_of_head(lane: list[tuple[Tag, QueueEntry]]) -> float:

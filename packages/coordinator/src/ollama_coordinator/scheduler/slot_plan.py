@@ -113,7 +113,7 @@ class SlotPlans:
 
     def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
         """The slots that are left by all waiting requests, soonest first."""
-        return tuple(self._current(queue, now).slots)
+        return tuple(self._make(queue, now).slots)
 
 
 def slots_to_come(queue: Queue, now: float) -> Iterator[Slot]:
@@ -167,7 +167,7 @@ def _choice(planned: Planned | None, now: float) -> Choice:
         return Choice(Action.WAIT, None, NO_PLACE)
     machine, wait = planned.place.machine, max(planned.at - now, 0.0)
     failure = _failure(planned.place, planned.run, now)
-    cost = (wait + planned.run + failure) / machine.preference
+    cost = (wait + planned.run + failure) / machine.preference + machine.backup
     return Choice(Action.WAIT, planned.place, cost, wait, planned.run, planned.cached, failure)
 
 
@@ -209,7 +209,7 @@ def _cheapest(
         cost = wait + run
         if machine.trouble or place.failing:
             cost += _failure(place, run, now)
-        cost /= machine.preference
+        cost = cost / machine.preference + machine.backup
         if cost < lowest:
             found, lowest = (at, place, run, cached, index), cost
             latest = cost * queue.most_preferred

@@ -373,6 +373,7 @@ class Machine:
     offered_at: float = NEVER
     waiting_load: float = 0.0
     preference: float = 1.0
+    backup: float = 0.0
     trouble: float = 0.0
     trouble_at: float = 0.0
     facts: RegistryFacts | None = None
@@ -408,6 +409,7 @@ class Machine:
         self.facts = facts
         self.epoch += 1
         self.preference = max(self.agent.settings.preference, SMALLEST_PREFERENCE)
+        self.backup = self.agent.settings.backup_seconds
         self.context_length = facts.runner.context_length if facts.runner is not None else None
         self.memory.read(self.agent)
 

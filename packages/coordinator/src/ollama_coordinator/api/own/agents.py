@@ -45,6 +45,7 @@ class SettingsPatch(Struct, frozen=True):
     notes: str | UnsetType = UNSET
     draining: bool | UnsetType = UNSET
     preference: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
+    backup_seconds: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
 
 
 class ModelOnAgent(Struct, frozen=True):

@@ -20,12 +20,15 @@ export async function edit(agent) {
     { name: "labels", label: "Labels, separated by commas", value: agent.labels.join(", ") },
     { name: "notes", label: "Notes", value: agent.notes, kind: "textarea" },
     { name: "preference", label: "Preference: 2 counts as twice as fast, 0.5 as half", value: String(agent.preference ?? 1) },
+    { name: "backup_seconds", label: "Backup: taken only if all others would take so many seconds longer (0: as the others)", value: String(agent.backup_seconds ?? 0) },
   ]);
   if (!values) return null;
   const labels = [...new Set(values.labels.split(",").map((label) => label.trim()).filter(Boolean))];
   const preference = Number(values.preference);
   const patch = { display_name: values.display_name.trim() || null, labels, notes: values.notes };
   if (preference > 0) patch.preference = preference;
+  const backup = Number(values.backup_seconds);
+  if (backup >= 0) patch.backup_seconds = backup;
   return change(agent.id, patch, "Saved");
 }
 

@@ -8,7 +8,7 @@ import { openDialog } from "./dialog.js";
 
 const TERMS = [
   ["wait_seconds", "wait for a place"], ["load_seconds", "load the model"], ["prefill_seconds", "read the prompt"],
-  ["decode_seconds", "write (a tenth counts)"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"],
+  ["decode_seconds", "write, as its receiver feels it"], ["crowding_seconds", "crowding"], ["evict_seconds", "models pushed out"], ["failure_seconds", "recent failures"], ["backup_seconds", "it is a backup"],
 ];
 /** The same colour for a term in every row. */
 const TONES = new Map(TERMS.map(([field], index) => [field, `var(--series-${index})`]));

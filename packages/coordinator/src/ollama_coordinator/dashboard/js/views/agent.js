@@ -14,7 +14,7 @@ import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
 
 const REFRESH_MS = 5000;
-const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Notes"];
+const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Backup", "Notes"];
 
 class AgentView extends View {
   build() {
@@ -75,7 +75,8 @@ class AgentView extends View {
       Ollama: agent.ollama_version, Agent: agent.agent_version ?? "none, bare Ollama", Platform: agent.platform,
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
       "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),
-      Preference: agent.preference === 1 ? null : String(agent.preference), Notes: agent.notes,
+      Preference: agent.preference === 1 ? null : String(agent.preference),
+      Backup: agent.backup_seconds ? `if the others would take ${agent.backup_seconds} s longer` : null, Notes: agent.notes,
     };
     for (const [label, text] of Object.entries(values)) this.facts[label].set(text);
   }
