@@ -24,7 +24,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.peers import litellm, nginx, olla, ollama_herd
-from benchmarks.traffic.clients import Target, Told
+from benchmarks.traffic.clients import ClientRecord, Target
 from benchmarks.traffic.figures import Figures, table
 from benchmarks.traffic.fleet import RunningFleet
 from benchmarks.traffic.page import page
@@ -55,7 +55,7 @@ async def ours(policy: str, folder: Path, fleet: RunningFleet) -> AsyncIterator[
 
 
 def systems(options: argparse.Namespace) -> dict[str, Serving]:
-    """What is compared, by name; peers that are not installed are told and left out."""
+    """What is compared, by name; peers that are not installed are named and left out."""
     found: dict[str, Serving] = {name: partial(ours, name) for name in options.policies}
     for name in options.peers:
         peer = PEERS[name]
@@ -74,10 +74,10 @@ async def compare(
 
     async def one(name: str, seed: int) -> tuple[str, Figures]:
         async with places:
-            result, told = await run(found[name], seed, conditions, starting)
+            result, records = await run(found[name], seed, conditions, starting)
         print(f"{name}, seed {seed}: p95 {result.p95:.1f} s", file=sys.stderr, flush=True)
         if options.details:
-            _write_details(options.details / f"{name}-{seed}.jsonl", told)
+            _write_details(options.details / f"{name}-{seed}.jsonl", records)
         return name, result
 
     async with asyncio.TaskGroup() as group:
@@ -88,9 +88,9 @@ async def compare(
     return list(results.items())
 
 
-def _write_details(path: Path, told: Sequence[Told]) -> None:
+def _write_details(path: Path, records: Sequence[ClientRecord]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in told))
+    path.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in records))
 
 
 def _command(arguments: Sequence[str]) -> str:

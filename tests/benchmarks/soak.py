@@ -69,7 +69,7 @@ class Measure(Struct, frozen=True):
     def of(self, sample: Sample) -> float:
         return float(getattr(sample, self.field)) / self.unit
 
-    def told(self, value: float) -> str:
+    def text(self, value: float) -> str:
         return f"{value:.{self.places}f}"
 
 
@@ -83,7 +83,7 @@ MEASURES = (
 )
 
 
-class Told(Struct):
+class Outcomes(Struct):
     """What became of the chats."""
 
     served: int = 0
@@ -134,18 +134,18 @@ async def _all_online(url: str) -> None:
             await asyncio.sleep(0.1)
 
 
-async def load(url: str, rate: float, told: Told) -> None:
+async def load(url: str, rate: float, outcomes: Outcomes) -> None:
     """Send `rate` streamed chats a second: of twenty one client leaves, one model is unknown."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as tasks:
         number = 0
         while True:
-            tasks.create_task(_chat(session, url, number, told))
+            tasks.create_task(_chat(session, url, number, outcomes))
             number += 1
             await asyncio.sleep(1 / rate)
 
 
-async def _chat(session: aiohttp.ClientSession, url: str, number: int, told: Told) -> None:
+async def _chat(session: aiohttp.ClientSession, url: str, number: int, outcomes: Outcomes) -> None:
     body = {
         "model": "nonesuch" if number % 20 == 7 else MODEL,
         "messages": [{"role": "user", "content": f"Question {number}"}],
@@ -154,16 +154,16 @@ async def _chat(session: aiohttp.ClientSession, url: str, number: int, told: Tol
     try:
         async with session.post(f"{url}/api/chat", json=body) as response:
             if response.status != 200:
-                told.refused += 1
+                outcomes.refused += 1
             elif number % 20 == 13:
                 await response.content.readline()
-                told.left += 1
+                outcomes.left += 1
                 response.close()
             else:
                 await response.read()
-                told.served += 1
+                outcomes.served += 1
     except aiohttp.ClientError:
-        told.failed += 1
+        outcomes.failed += 1
 
 
 async def tour(visit: Visit, calm: asyncio.Lock) -> None:
@@ -183,8 +183,8 @@ async def tour(visit: Visit, calm: asyncio.Lock) -> None:
 async def sample(process: psutil.Process, browser: CDPSession, seconds: float) -> Sample:
     """Everything that could grow, the page's garbage collected."""
     await browser.send("HeapProfiler.collectGarbage")
-    told = (await browser.send("Performance.getMetrics"))["metrics"]
-    page = {metric["name"]: metric["value"] for metric in told}
+    metrics = (await browser.send("Performance.getMetrics"))["metrics"]
+    page = {metric["name"]: metric["value"] for metric in metrics}
     return Sample(
         seconds,
         rss=process.memory_info().rss,
@@ -206,10 +206,11 @@ def slope(samples: Sequence[Sample], measure: Measure) -> float:
     return product / spread if spread else 0.0
 
 
-def line(one: Sample, told: Told) -> str:
+def line(one: Sample, outcomes: Outcomes) -> str:
     """A sample as a line of the log."""
-    values = "  ".join(f"{m.title} {m.told(m.of(one))}" for m in MEASURES)
-    chats = ", ".join(f"{count} {name}" for name, count in structs.asdict(told).items() if count)
+    values = "  ".join(f"{m.title} {m.text(m.of(one))}" for m in MEASURES)
+    counts = structs.asdict(outcomes)
+    chats = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return f"{one.seconds / 60:5.1f} min  {values}  chats: {chats}"
 
 
@@ -228,7 +229,7 @@ def verdict(samples: Sequence[Sample], warm_up: float) -> tuple[Table, list[str]
             grown.append(measure.title)
         numbers = (values[0], values[-1], min(values), max(values), growth, measure.limit)
         style = "red" if growth > measure.limit else ""
-        table.add_row(measure.title, *(measure.told(one) for one in numbers), style=style)
+        table.add_row(measure.title, *(measure.text(one) for one in numbers), style=style)
     return table, grown
 
 
@@ -238,14 +239,14 @@ def verdict(samples: Sequence[Sample], warm_up: float) -> tuple[Table, list[str]
 async def watch(minutes: float, rate: float, console: Console) -> list[Sample]:
     """Run it; every sample is printed as it is taken."""
     samples: list[Sample] = []
-    told = Told()
+    outcomes = Outcomes()
     with tempfile.TemporaryDirectory(prefix="ollama-coordinator-") as folder:
         async with fleet(Path(folder)) as (url, process), visiting(url) as visit:
             browser = await visit.page.context.new_cdp_session(visit.page)
             await browser.send("Performance.enable")
             started = time.monotonic()
             calm = asyncio.Lock()
-            work = (load(url, rate, told), tour(visit, calm))
+            work = (load(url, rate, outcomes), tour(visit, calm))
             busy = [asyncio.create_task(one) for one in work]
             try:
                 while (seconds := time.monotonic() - started) < minutes * 60:
@@ -258,15 +259,15 @@ async def watch(minutes: float, rate: float, console: Console) -> list[Sample]:
                     async with calm:  # every sample is of the same view
                         seconds = time.monotonic() - started
                         samples.append(await sample(process, browser, seconds))
-                    console.print(line(samples[-1], told), soft_wrap=True, highlight=False)
+                    console.print(line(samples[-1], outcomes), soft_wrap=True, highlight=False)
             finally:
                 for task in busy:
                     task.cancel()
                 await asyncio.gather(*busy, return_exceptions=True)
         if visit.troubles:
             console.print(f"the page complained: {visit.troubles[:5]}", style="red")
-        if told.failed:
-            console.print(f"{told.failed} chats failed", style="red")
+        if outcomes.failed:
+            console.print(f"{outcomes.failed} chats failed", style="red")
     return samples
 
 

@@ -20,11 +20,11 @@ SPEED = Hardware(decode_tokens_per_second=400, reference_bytes=2_000_000_000)
 
 
 class Load:
-    """Clients that ask without a pause, and what they were told."""
+    """Clients that ask without a pause, and what came of it."""
 
     def __init__(self, coordinator: Running) -> None:
         self._coordinator = coordinator
-        self.told: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
         self.over = asyncio.Event()
 
     async def whole(self) -> None:
@@ -32,7 +32,7 @@ class Load:
         while not self.over.is_set():
             status, answer = await self._coordinator.chat(options={"num_predict": 8})
             good = status == 200 and answer["done"]
-            self.told["whole" if good else f"whole {status} {answer}"] += 1
+            self.outcomes["whole" if good else f"whole {status} {answer}"] += 1
 
     async def streamed(self) -> None:
         """Streams: complete, or ended by an error record, never just cut."""
@@ -41,21 +41,21 @@ class Load:
                 async with self._coordinator.stream(options={"num_predict": 40}) as response:
                     lines = [json.loads(line) async for line in response.content]
             except aiohttp.ClientError as exc:
-                self.told[f"cut: {exc!r}"] += 1
+                self.outcomes[f"cut: {exc!r}"] += 1
                 continue
             if response.status != 200:
-                self.told[f"stream {response.status} {lines}"] += 1
+                self.outcomes[f"stream {response.status} {lines}"] += 1
             elif "error" in lines[-1]:
-                self.told["error record"] += 1
+                self.outcomes["error record"] += 1
             else:
-                self.told["stream" if lines[-1]["done"] else "silently cut"] += 1
+                self.outcomes["stream" if lines[-1]["done"] else "silently cut"] += 1
 
     async def leaving(self) -> None:
         """Clients that lose interest."""
         while not self.over.is_set():
             async with self._coordinator.stream(options={"num_predict": 40}) as response:
                 await response.content.readline()
-            self.told["left"] += 1
+            self.outcomes["left"] += 1
 
 
 async def torment(nodes: list[StandIn], over: asyncio.Event, chance: random.Random) -> int:
@@ -109,10 +109,10 @@ async def test_every_request_that_can_be_served_is_and_no_cut_is_silent(
         assert await tormenting > 5
         await asyncio.gather(*working)
 
-        unexpected = set(load.told) - {"whole", "stream", "error record", "left"}
-        assert not unexpected, load.told
-        assert load.told["whole"] > 50
-        assert load.told["stream"] > 20
+        unexpected = set(load.outcomes) - {"whole", "stream", "error record", "left"}
+        assert not unexpected, load.outcomes
+        assert load.outcomes["whole"] > 50
+        assert load.outcomes["stream"] > 20
         await coordinator.until(coordinator.at_rest)
         for node in nodes:
             await node.seen.wait_for(lambda seen: seen.active == 0)

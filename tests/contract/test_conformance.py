@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.conformance import Case, Endpoint, check, differences, told
+from support.conformance import Case, Endpoint, check, differences, fail_with
 from support.conformance_table import CASES, DIFFERENCES, FLEET, OWN_STATE, TO_MEND
 
 NAMED = {case.name: case for case in CASES}
@@ -37,7 +37,7 @@ async def test_the_fleet_answers_as_one_ollama_does(
 ) -> None:
     alone, through = await direct.ask(NAMED[name]), await fleet.ask(NAMED[name])
     found = differences(alone.comparable(), through.comparable())
-    told(f"{NAMED[name].method} {NAMED[name].path}", found)
+    fail_with(f"{NAMED[name].method} {NAMED[name].path}", found)
 
 
 @pytest.mark.spec("SURFACE-1")

@@ -1,4 +1,4 @@
-"""Why a request goes where it goes, told over HTTP and on the command line."""
+"""Why a request goes where it goes, over HTTP and on the command line."""
 
 import asyncio
 from io import BytesIO

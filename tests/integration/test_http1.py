@@ -58,18 +58,18 @@ async def test_a_connection_serves_one_request_after_the_other(client: Client) -
         client.send(post(b"echo?n=1", body))
         answer = await client.answer()
         assert answer.status == 200
-        assert answer.told["body"] == body.decode()
-        assert answer.told["query"] == "n=1"
-        assert answer.told["version"] == "1.1"
+        assert answer.json["body"] == body.decode()
+        assert answer.json["query"] == "n=1"
+        assert answer.json["version"] == "1.1"
 
 
 @pytest.mark.spec("OPERATION-10")
 async def test_pipelined_requests_are_answered_in_order(client: Client, shows: Shows) -> None:
     client.send(get(b"chunks"), post(b"echo", b"two"), get(b"none"), get(b"echo?4"))
     assert (await client.answer()).body == b"one two three"
-    assert (await client.answer()).told["body"] == "two"
+    assert (await client.answer()).json["body"] == "two"
     assert (await client.answer(bodiless=True)).status == 204
-    assert (await client.answer()).told["query"] == "4"
+    assert (await client.answer()).json["query"] == "4"
 
 
 @pytest.mark.spec("OPERATION-10")
@@ -83,7 +83,7 @@ async def test_a_thousand_pipelined_requests_are_answered(client: Client) -> Non
 async def test_chunked_bodies_are_joined_and_their_extras_dropped(client: Client) -> None:
     head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     client.send(head, b'3;a=b\r\nabc\r\n2;c="d"\r\nde\r\n0\r\nTrailer: x\r\n\r\n', get(b"none"))
-    told = (await client.answer()).told
+    told = (await client.answer()).json
     assert told["body"] == "abcde"
     assert "trailer" not in dict(told["headers"])
     assert (await client.answer(bodiless=True)).status == 204
@@ -92,7 +92,7 @@ async def test_chunked_bodies_are_joined_and_their_extras_dropped(client: Client
 @pytest.mark.spec("OPERATION-10")
 async def test_header_names_are_lower_case_and_values_trimmed(client: Client) -> None:
     client.send(b"GET / HTTP/1.1\r\nHOST: x\r\nX-A:  b c \t\r\nX-Empty:\r\nX-High: \xe9\r\n\r\n")
-    headers = (await client.answer()).told["headers"]
+    headers = (await client.answer()).json["headers"]
     assert headers == [["host", "x"], ["x-a", "b c"], ["x-empty", ""], ["x-high", "é"]]
 
 
@@ -106,7 +106,7 @@ async def test_answers_without_a_body_have_none(
 ) -> None:
     client.send(request_line + b" HTTP/1.1\r\nHost: x\r\n\r\n", get(b"echo?next"))
     assert (await client.answer(bodiless=True)).status == status
-    assert (await client.answer()).told["query"] == "next"
+    assert (await client.answer()).json["query"] == "next"
 
 
 @pytest.mark.spec("OPERATION-10")
@@ -125,7 +125,7 @@ async def test_http_1_0_gets_no_chunks_and_the_connection_closes(
     answer = await client.answer()
     assert answer.status == 200
     assert "transfer-encoding" not in answer.headers
-    assert answer.body == b"one two three" or answer.told["version"] == "1.0"
+    assert answer.body == b"one two three" or answer.json["version"] == "1.0"
     assert await client.ends() == b""
 
 
@@ -143,7 +143,7 @@ async def test_a_client_that_asks_first_is_told_to_go_on(client: Client) -> None
     client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
     assert (await client.head())[0] == 100
     client.send(b"abc")
-    assert (await client.answer()).told["body"] == "abc"
+    assert (await client.answer()).json["body"] == "abc"
 
 
 @pytest.mark.spec("OPERATION-10")
@@ -151,9 +151,9 @@ async def test_an_offer_of_http_2_with_a_body_is_passed_over(client: Client) -> 
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
     head = b"POST / HTTP/1.1\r\nHost: x\r\n" + offer
     client.send(head + b"Content-Length: 3\r\n\r\nabc")
-    assert (await client.answer()).told["body"] == "abc"
+    assert (await client.answer()).json["body"] == "abc"
     client.send(head + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", get(b"none"))
-    assert (await client.answer()).told["body"] == "abc"
+    assert (await client.answer()).json["body"] == "abc"
     assert (await client.answer(bodiless=True)).status == 204
 
 

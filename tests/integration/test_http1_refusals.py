@@ -211,7 +211,7 @@ async def test_a_head_in_drops_is_not_waited_for(
 )
 async def test_every_form_of_a_target_is_understood(client: Client, target: bytes) -> None:
     client.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
-    assert (await client.answer()).told["query"] == "a=b"
+    assert (await client.answer()).json["query"] == "a=b"
 
 
 @AUTO  # Hypercorn accepts the offer.
@@ -222,7 +222,7 @@ async def test_an_offer_to_upgrade_is_passed_over(client: Client, offer: bytes) 
     head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %b\r\n" % offer
     for _ in range(2):
         client.send(head + more + b"\r\n")
-        assert (await client.answer()).told["body"] == ""
+        assert (await client.answer()).json["body"] == ""
 
 
 @AUTO  # Hypercorn sends it in a packet of its own.

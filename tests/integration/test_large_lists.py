@@ -89,22 +89,22 @@ async def test_only_what_changed_is_made_anew(
 async def test_every_list_tells_what_is_so_now(coordinator: Running) -> None:
     first, second = await agents(coordinator, 2, "a", "b")
 
-    async def told() -> list[list[str]]:
+    async def names() -> list[list[str]]:
         listed = []
         for path, field in PATHS.items():
             rows = (await coordinator.get(path))[field] or []
             listed.append(sorted(row.get("name") or row["id"] for row in rows))
         return listed
 
-    assert await told() == [["a", "b"]] * 3
+    assert await names() == [["a", "b"]] * 3
     await coordinator.heartbeat(first, tags=tags("a"))
     await coordinator.heartbeat(second, tags=tags("a", "new"))
-    assert await told() == [["a", "new"]] * 3
+    assert await names() == [["a", "new"]] * 3
     for agent_id in (first, second):
         url = f"{coordinator.url}/api/agents/{agent_id}"
         async with coordinator.session.delete(url) as response:
             assert response.status == 204
-    assert await told() == [[]] * 3
+    assert await names() == [[]] * 3
 
 
 @pytest.mark.spec("FLEET-27")

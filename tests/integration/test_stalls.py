@@ -124,8 +124,8 @@ async def test_a_body_that_stands_still_is_answered_408(
         client.send(request)
         answer = await client.answer()
         assert answer.status == 408
-        assert told in (None, answer.told)
-        assert "nothing came" in str(answer.told["error"])
+        assert told in (None, answer.json)
+        assert "nothing came" in str(answer.json["error"])
         assert await client.ends() == b""
     await coordinator.until(coordinator.at_rest)
 
@@ -165,7 +165,7 @@ async def both_count(coordinator: Running) -> None:
     async with connection(coordinator.url) as client:
         client.send(deaf.post("/api/generate", BODY[:10], length=1000))
         answer = await client.answer()
-        assert (answer.status, "for 0.4 s" in str(answer.told)) == (408, True)
+        assert (answer.status, "for 0.4 s" in str(answer.json)) == (408, True)
     async with deaf.flooding() as ollama:
         await coordinator.register(ollama)
         async with deaf.connected(coordinator.url, deaf.chat()) as sock:
@@ -213,7 +213,7 @@ async def test_one_connection_too_many_is_answered_503(http: str) -> None:
                 answer = await refused.answer()
                 assert answer.status == 503
                 assert int(answer.headers["retry-after"]) > 0
-                assert "try again" in answer.told["error"]
+                assert "try again" in answer.json["error"]
                 assert await refused.ends() == b""
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not await is_served(url, b"echo"):

@@ -1,4 +1,4 @@
-"""`top` in the terminal: the same picture as the page's."""
+"""`top` in the terminal: the same state as the page's."""
 
 import asyncio
 import io
@@ -18,7 +18,7 @@ from support.ollama import StandIn
 
 
 def drawn(state: dict[str, Any], problem: str | None = None, height: int | None = None) -> str:
-    """The picture as text."""
+    """The screen as text."""
     console = Console(width=140, file=io.StringIO(), color_system=None)
     console.print(screen(state, problem, datetime.now(UTC), height))
     assert isinstance(console.file, io.StringIO)
@@ -34,11 +34,11 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
         follower = Follower(coordinator.url)
         async with (
             coordinator.stream() as answer,
-            aclosing(follower.follow()) as pictures,
+            aclosing(follower.follow()) as states,
             asyncio.timeout(DEADLINE_SECONDS),
         ):
             await answer.content.readline()
-            async for state in pictures:
+            async for state in states:
                 if [r["tokens"] for r in state["requests"].values()] == [2]:
                     break
             ollama.release()
@@ -52,14 +52,14 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
 @pytest.mark.spec("DASH-31")
 async def test_the_follower_survives_a_restart(coordinator: Running) -> None:
     follower = Follower("http://127.0.0.1:9")
-    async with aclosing(follower.follow()) as pictures, asyncio.timeout(DEADLINE_SECONDS):
-        async for _ in pictures:
+    async with aclosing(follower.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
+        async for _ in states:
             break
     assert follower.problem
     assert "reconnecting" in drawn(follower.state, follower.problem)
     again = Follower(coordinator.url)
-    async with aclosing(again.follow()) as pictures, asyncio.timeout(DEADLINE_SECONDS):
-        async for _ in pictures:
+    async with aclosing(again.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
+        async for _ in states:
             coordinator.parts.begin_stopping()
             if again.problem:
                 break

@@ -153,7 +153,7 @@ class Answer:
         self.body = body
 
     @property
-    def told(self) -> Any:
+    def json(self) -> Any:
         return json.loads(self.body)
 
 

@@ -142,14 +142,14 @@ class Endpoint:
 
 
 def check(endpoint: Endpoint, case: Case, reply: Reply) -> None:
-    """Assert what the case expects; everything that is otherwise is told in one go."""
-    told(
+    """Assert what the case expects; everything that is otherwise is named in one go."""
+    fail_with(
         f"{case.method} {endpoint.url}{endpoint.named(case.path)}",
         _unexpected(endpoint, case, reply),
     )
 
 
-def told(about: str, differences: Iterable[str]) -> None:
+def fail_with(about: str, differences: Iterable[str]) -> None:
     """Fail with the differences, one a line, if there are any."""
     lines = [about, *differences]
     if len(lines) > 1:

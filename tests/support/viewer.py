@@ -1,4 +1,4 @@
-"""A viewer of the dashboard's event stream: keeps the picture as the page does."""
+"""A viewer of the dashboard's event stream: keeps the state as the page does."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ def merge(target: Any, change: Any) -> Any:
 
 
 class Viewer:
-    """`state` is the picture so far, `events` the kinds of what came, `last_id` the newest id."""
+    """`state` is the state so far, `events` the kinds of what came, `last_id` the newest id."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
@@ -60,7 +60,7 @@ class Viewer:
             self.state = merge(self.state, data["patch"])
 
     async def until(self, condition: Callable[[dict[str, Any]], Any]) -> None:
-        """Read until the picture is so."""
+        """Read until the state is so."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not condition(self.state):
                 assert await self.next(), "the stream has ended"

@@ -27,7 +27,7 @@ class Target(Struct, frozen=True):
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Told(Struct):
+class ClientRecord(Struct):
     """What one client saw; seconds in the trace's time."""
 
     request: TraceRequest
@@ -42,7 +42,7 @@ class Clients:
     """All clients of a trace before one system."""
 
     def __init__(self, target: Target, trace: Sequence[TraceRequest], speed: float) -> None:
-        self.told = [Told(request) for request in trace]
+        self.records = [ClientRecord(request) for request in trace]
         self._target = target
         self._speed = speed
         self._writer = Writer(trace, target.dialect)
@@ -53,11 +53,11 @@ class Clients:
         started = loop.time()
         tasks = []
         try:
-            for told in self.told:
-                await asyncio.sleep(started + told.request.at / self._speed - loop.time())
-                tasks.append(asyncio.create_task(self._ask(session, told)))
+            for record in self.records:
+                await asyncio.sleep(started + record.request.at / self._speed - loop.time())
+                tasks.append(asyncio.create_task(self._ask(session, record)))
             await asyncio.sleep(0)
-            while any(self._expects(told) for told in self.told):
+            while any(self._expects(record) for record in self.records):
                 await asyncio.sleep(0.1)
         finally:
             for task in tasks:
@@ -65,43 +65,43 @@ class Clients:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     @staticmethod
-    def _expects(told: Told) -> bool:
-        return told.first_token is None and not told.gave_up and not told.error
+    def _expects(record: ClientRecord) -> bool:
+        return record.first_token is None and not record.gave_up and not record.error
 
-    async def _ask(self, session: aiohttp.ClientSession, told: Told) -> None:
+    async def _ask(self, session: aiohttp.ClientSession, record: ClientRecord) -> None:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS / self._speed) as patience:
-                await self._listen(session, told, patience)
+                await self._listen(session, record, patience)
         except TimeoutError:
-            told.gave_up = True
+            record.gave_up = True
         except aiohttp.ClientError as exc:
-            told.error = repr(exc)
+            record.error = repr(exc)
 
     async def _listen(
-        self, session: aiohttp.ClientSession, told: Told, patience: asyncio.Timeout
+        self, session: aiohttp.ClientSession, record: ClientRecord, patience: asyncio.Timeout
     ) -> None:
         loop, target = asyncio.get_running_loop(), self._target
-        path, body = self._writer.ask(told.request)
-        lane = "batch" if told.request.lane is Lane.BATCH else "interactive"
+        path, body = self._writer.ask(record.request)
+        lane = "batch" if record.request.lane is Lane.BATCH else "interactive"
         headers = {"x-ollama-coordinator-lane": lane, **target.headers}
         started = loop.time()
         heard = bytearray()
         async with session.post(target.url + path, json=body, headers=headers) as response:
-            told.agent = response.headers.get("x-ollama-coordinator-agent", "")
+            record.agent = response.headers.get("x-ollama-coordinator-agent", "")
             async for chunk in response.content.iter_any():
-                if told.first_token is None and response.status == 200:
+                if record.first_token is None and response.status == 200:
                     tail = bytes(heard[-OVERLAP_BYTES:])
                     if TOKEN.search(tail + chunk):
-                        told.first_token = (loop.time() - started) * self._speed
+                        record.first_token = (loop.time() - started) * self._speed
                         patience.reschedule(None)
                 heard += chunk
         if response.status != 200:
-            told.error = f"{response.status} {heard[:200].decode(errors='replace')}"
-        elif told.first_token is None:
-            told.error = f"{ENDED_EARLY}: {heard[:200].decode(errors='replace')}"
+            record.error = f"{response.status} {heard[:200].decode(errors='replace')}"
+        elif record.first_token is None:
+            record.error = f"{ENDED_EARLY}: {heard[:200].decode(errors='replace')}"
         else:
-            self._writer.heard(told.request, bytes(heard))
-            told.timings = _timings(heard, self._speed)
+            self._writer.heard(record.request, bytes(heard))
+            record.timings = _timings(heard, self._speed)
 
 
 def _timings(answer: bytes | bytearray, speed: float) -> dict[str, float]:

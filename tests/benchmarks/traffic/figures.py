@@ -9,7 +9,7 @@ from benchmarks.intervals import cell
 from ollama_coordinator.scheduler import Lane
 from ollama_coordinator.simulation.summary import IN_TIME_SECONDS, percentile
 
-from .clients import PATIENCE_SECONDS, Told
+from .clients import PATIENCE_SECONDS, ClientRecord
 
 VALID_LAG_SECONDS = 0.05
 
@@ -41,10 +41,15 @@ class Figures(Struct, frozen=True):
 
 
 def figures(
-    everything: Sequence[Told], *, after: float, loads: int, seconds: float, lag_seconds: float
+    everything: Sequence[ClientRecord],
+    *,
+    after: float,
+    loads: int,
+    seconds: float,
+    lag_seconds: float,
 ) -> Figures:
     """Those of the requests that came `after` the warm-up; `loads` in the `seconds` since."""
-    counted = [told for told in everything if told.request.at >= after]
+    counted = [record for record in everything if record.request.at >= after]
     lanes = {lane: _times(counted, lane) for lane in Lane}
     times = lanes[Lane.INTERACTIVE]
     return Figures(
@@ -56,20 +61,20 @@ def figures(
         p99=percentile(times, 0.99),
         in_time=sum(time <= IN_TIME_SECONDS for time in times) / max(len(times), 1),
         loads_per_hour=loads * 3600 / seconds,
-        gave_up=sum(told.gave_up for told in counted),
-        errors=sum(bool(told.error) for told in counted),
+        gave_up=sum(record.gave_up for record in counted),
+        errors=sum(bool(record.error) for record in counted),
         batch_p95=percentile(lanes[Lane.BATCH], 0.95),
         embedding_p95=percentile(lanes[Lane.EMBEDDING], 0.95),
         lag_seconds=lag_seconds,
     )
 
 
-def _times(counted: Sequence[Told], lane: Lane) -> list[float]:
+def _times(counted: Sequence[ClientRecord], lane: Lane) -> list[float]:
     """In order; who got no token waited as long as anybody does."""
     return sorted(
-        PATIENCE_SECONDS if told.first_token is None else told.first_token
-        for told in counted
-        if told.request.lane is lane
+        PATIENCE_SECONDS if record.first_token is None else record.first_token
+        for record in counted
+        if record.request.lane is lane
     )
 
 

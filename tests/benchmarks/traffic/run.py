@@ -12,7 +12,7 @@ from msgspec import Struct
 from benchmarks.simulator.fleet import mixed_fleet
 from benchmarks.simulator.workload import make_trace
 
-from .clients import Clients, Target, Told
+from .clients import ClientRecord, Clients, Target
 from .figures import Figures, figures
 from .fleet import RunningFleet, running_fleet
 from .lag import Lag
@@ -33,7 +33,7 @@ class Conditions(Struct, frozen=True, kw_only=True):
 
 async def run(
     serving: Serving, seed: int, conditions: Conditions, starting: asyncio.Lock
-) -> tuple[Figures, list[Told]]:
+) -> tuple[Figures, list[ClientRecord]]:
     """Play the trace of this seed; one system starts at a time."""
     trace = make_trace(mixed_fleet(), conditions.load, conditions.seconds, seed)
     async with AsyncExitStack() as stack:
@@ -56,13 +56,13 @@ async def run(
                 tasks.create_task(clients.play(session))
                 loads = tasks.create_task(_loads(fleet, session, conditions))
     counted = figures(
-        clients.told,
+        clients.records,
         after=conditions.warm_up,
         loads=loads.result(),
         seconds=conditions.seconds - conditions.warm_up,
         lag_seconds=max(fleet.lag_seconds, lag.p99),
     )
-    return counted, clients.told
+    return counted, clients.records
 
 
 async def _loads(

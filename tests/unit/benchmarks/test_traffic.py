@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.simulator.fleet import mixed_fleet
 from benchmarks.simulator.workload import make_trace
-from benchmarks.traffic.clients import Target, Told
+from benchmarks.traffic.clients import ClientRecord, Target
 from benchmarks.traffic.dialects import TOKEN, Dialect
 from benchmarks.traffic.figures import Figures, by_trace, figures, table
 from benchmarks.traffic.fleet import RunningFleet
@@ -107,14 +107,14 @@ def test_a_first_token_is_told_from_a_sign_of_life(line: bytes, *, is_token: boo
 
 
 def test_what_came_in_the_warm_up_is_not_counted_and_who_got_nothing_waited_longest() -> None:
-    def told(at: float, seconds: float | None, lane: Lane = Lane.INTERACTIVE) -> Told:
-        return Told(TraceRequest(at=at, model="m", lane=lane), first_token=seconds)
+    def record(at: float, seconds: float | None, lane: Lane = Lane.INTERACTIVE) -> ClientRecord:
+        return ClientRecord(TraceRequest(at=at, model="m", lane=lane), first_token=seconds)
 
     everything = [
-        told(5, 99.0),
-        told(10, 1.0),
-        told(20, None),
-        told(30, 7.0, Lane.BATCH),
+        record(5, 99.0),
+        record(10, 1.0),
+        record(20, None),
+        record(30, 7.0, Lane.BATCH),
     ]
     everything[2].gave_up = True
     found = figures(everything, after=10, loads=2, seconds=60, lag_seconds=0.01)
@@ -130,8 +130,8 @@ def test_a_run_whose_clients_were_late_is_marked() -> None:
 
 def test_systems_are_compared_on_each_trace() -> None:
     def p95(seconds: float) -> Figures:
-        told = Told(TraceRequest(at=0, model="m"), first_token=seconds)
-        return figures([told], after=0, loads=0, seconds=60, lag_seconds=0)
+        record = ClientRecord(TraceRequest(at=0, model="m"), first_token=seconds)
+        return figures([record], after=0, loads=0, seconds=60, lag_seconds=0)
 
     page = by_trace((1, 2), [("one", [p95(3.0), p95(4.0)]), ("other", [p95(9.0), p95(8.0)])])
     assert page.splitlines()[2:] == [
@@ -147,9 +147,9 @@ async def test_every_request_of_a_trace_reaches_a_machine_and_is_answered() -> N
         yield Target(fleet.machines[0].url)
 
     conditions = Conditions(load=0.3, seconds=20.0, warm_up=0.0, speed=20.0, max_loaded=12)
-    counted, told = await run(first_machine, 1, conditions, asyncio.Lock())
+    counted, records = await run(first_machine, 1, conditions, asyncio.Lock())
     assert counted.errors == 0
-    assert counted.requests == len(told) > 0
+    assert counted.requests == len(records) > 0
     assert counted.loads_per_hour > 0
-    kinds = {one.request.kind for one in told if one.first_token is not None}
+    kinds = {one.request.kind for one in records if one.first_token is not None}
     assert Kind.CHAT in kinds

@@ -43,47 +43,47 @@ def routed(coordinator: Running) -> set[tuple[str, str]]:
 
 
 @pytest.fixture
-async def told(coordinator: Running) -> Any:
+async def shown(coordinator: Running) -> Any:
     return await coordinator.get("/api/openapi.json")
 
 
-def described(told: Any) -> dict[tuple[str, str], Any]:
+def described(shown: Any) -> dict[tuple[str, str], Any]:
     return {
         (method, path): one
-        for path, methods in told["paths"].items()
+        for path, methods in shown["paths"].items()
         for method, one in methods.items()
     }
 
 
 @pytest.mark.spec("SURFACE-40")
 async def test_every_route_is_in_the_description_and_no_other(
-    coordinator: Running, told: Any
+    coordinator: Running, shown: Any
 ) -> None:
-    assert set(described(told)) == routed(coordinator)
+    assert set(described(shown)) == routed(coordinator)
 
 
 @pytest.mark.spec("SURFACE-40")
-async def test_every_route_of_our_own_is_described(told: Any) -> None:
-    by_tag = {key: one["tags"] for key, one in described(told).items()}
+async def test_every_route_of_our_own_is_described(shown: Any) -> None:
+    by_tag = {key: one["tags"] for key, one in described(shown).items()}
     assert {key for key, tags in by_tag.items() if tags == ["ollama"]} == OLLAMAS
-    for key, one in described(told).items():
+    for key, one in described(shown).items():
         if one["tags"] == ["coordinator"]:
             assert one["summary"], key
             assert any(status.startswith("2") for status in one["responses"]), key
 
 
 @pytest.mark.spec("SURFACE-40")
-async def test_the_description_is_openapi_3_1(told: Any) -> None:
-    assert told["openapi"].startswith("3.1.")
-    OpenAPIV31SpecValidator(told).validate()
-    names = [one["operationId"] for one in described(told).values()]
+async def test_the_description_is_openapi_3_1(shown: Any) -> None:
+    assert shown["openapi"].startswith("3.1.")
+    OpenAPIV31SpecValidator(shown).validate()
+    names = [one["operationId"] for one in described(shown).values()]
     assert len(names) == len(set(names))
 
 
 @pytest.mark.spec("SURFACE-40")
-async def test_no_type_is_described_that_nothing_uses(told: Any) -> None:
-    text = json.dumps(told)
-    for name in told["components"]["schemas"]:
+async def test_no_type_is_described_that_nothing_uses(shown: Any) -> None:
+    text = json.dumps(shown)
+    for name in shown["components"]["schemas"]:
         assert f'"#/components/schemas/{name}"' in text, name
 
 
@@ -114,8 +114,8 @@ def test_a_declaration_becomes_a_description() -> None:
         """
         return Response()
 
-    told = document([Endpoint("PUT", "/things/{name:path}", make)])
-    made = told["paths"]["/things/{name}"]["put"]
+    shown = document([Endpoint("PUT", "/things/{name:path}", make)])
+    made = shown["paths"]["/things/{name}"]["put"]
     assert made["summary"] == "Make it"
     assert [parameter["name"] for parameter in made["parameters"]] == ["name"]
     assert list(made["responses"]) == ["200", "202", "204", "400", "404", "408", "413", "default"]
@@ -123,6 +123,6 @@ def test_a_declaration_becomes_a_description() -> None:
     assert [schema["$ref"].rpartition("/")[2] for schema in one_of] == ["One", "Other"]
     assert list(made["responses"]["202"]["content"]) == ["text/plain"]
     assert "content" not in made["responses"]["204"]
-    assert told["components"]["schemas"]["One"]["description"] == (
+    assert shown["components"]["schemas"]["One"]["description"] == (
         "What one is.\n\nAnd what it is not."
     )

@@ -199,7 +199,7 @@ async def chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 
 
 class _Opened:
-    """A response while a block uses it. The end of its connection reaches who reads its body.
+    """A response while a block uses it. The end of its connection reaches the reader of its body.
 
     Aiohttp 3.14 closes a connection on which it meets a malformed chunk and does not tell the
     reader of the body, which would wait for ever.

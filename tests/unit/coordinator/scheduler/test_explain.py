@@ -1,4 +1,4 @@
-"""Every decision can be told."""
+"""Every decision can be explained."""
 
 import pytest
 

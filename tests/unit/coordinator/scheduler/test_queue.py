@@ -28,8 +28,8 @@ def test_a_full_line_is_answered_like_ollama_with_a_time_to_come_back() -> None:
 
 
 @pytest.mark.spec("SCHED-10")
-def test_the_time_to_come_back_follows_the_pace_of_the_line() -> None:
-    def told(seconds: float) -> float:
+def test_the_time_to_come_back_follows_the_rate_of_grants() -> None:
+    def refusal(seconds: float) -> float:
         world = busy_world(max_queue=20)
         (lease,) = world.scheduler.leases()
         for _ in range(20):
@@ -42,11 +42,11 @@ def test_the_time_to_come_back_follows_the_pace_of_the_line() -> None:
             world.submit()
         return caught.value.retry_after_seconds
 
-    assert told(0.5) < told(5.0)
+    assert refusal(0.5) < refusal(5.0)
 
 
 @pytest.mark.spec("SCHED-11")
-def test_a_full_line_of_one_model_does_not_turn_away_who_need_not_wait() -> None:
+def test_a_full_queue_of_one_model_refuses_no_request_that_need_not_wait() -> None:
     world = World(max_queue=1)
     world.agent("a", models=["m", "idle"], loaded=["m", "idle"], slots=1)
     world.send("m")

@@ -39,7 +39,7 @@ OPERATIONS_SHOWN = 12
 class Snapshot(Struct, frozen=True):
     """The fleet at the UTC time `now`.
 
-    `state` is compared with the snapshot before, `extra` is for viewers who have just come.
+    `state` is compared with the snapshot before, `extra` is for viewers that have just come.
     """
 
     now: datetime

@@ -33,7 +33,7 @@ STREAM_WEIGHT = 0.1  # writing that a reader keeps up with: it only holds a slot
 WHOLE_WEIGHT = 1.0  # an answer that is of use only when it is whole
 BATCH_WEIGHT = 0.1  # nobody waits for the end of a batch's answers
 MOST_TAGS = 1024  # so many clients' turns are kept before those that have caught up are dropped
-# Places are told anew when their share is off by a quarter: costs are no better known.
+# The shares of places are written anew when they are off by a quarter: costs are no better known.
 WAITING_TOLERANCE = 0.25
 WAITING_STEP = 256  # shares are multiples of a 256th, which floats add and subtract exactly
 # Places where one search evaluates a load: the fastest, and others in turn; 100 us in all:

@@ -1,8 +1,8 @@
 """The slots of a queue to come, and which of them each waiting request will take.
 
 Requests take slots in their order, each the one that is cheapest for it then; the slot is free
-again after the request's service time. So who waits for the fast agent and who for the slow one
-follows from the same costs as every other choice.
+again after the request's service time. Which requests wait for the fast agent and
+which for the slow one follows from the same costs as every other choice.
 """
 
 from bisect import insort

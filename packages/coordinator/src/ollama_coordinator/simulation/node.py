@@ -306,9 +306,9 @@ class Node:
     def _victim(self, job: Job) -> Runner:
         """The one this job waits for, else the idle one that was used longest ago, else any."""
         if self._victim_of is not None:
-            waiting, awaited = self._victim_of
-            if waiting is job and self.runners.get(awaited.model.key) is awaited:
-                return awaited
+            waiting, victim = self._victim_of
+            if waiting is job and self.runners.get(victim.model.key) is victim:
+                return victim
         idle = [runner for runner in self.runners.values() if not runner.busy]
         return min(idle, key=attrgetter("used_at")) if idle else next(iter(self.runners.values()))
 

@@ -1,4 +1,4 @@
-/** The one picture of the fleet in this page: a snapshot, merged with every difference that comes. */
+/** The state of the fleet in this page: a snapshot, merged with every difference that comes. */
 
 const SPARK_POINTS = 60;
 
@@ -21,7 +21,7 @@ class Store {
     return Date.now() - this.skew;
   }
 
-  /** Take over a whole picture. */
+  /** Take over a snapshot. */
   snapshot(data) {
     this._clock(data.now);
     const before = this.state;

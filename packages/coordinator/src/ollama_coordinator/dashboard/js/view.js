@@ -20,7 +20,7 @@ export class View extends HTMLElement {
   /** Build what does not change. */
   build() {}
 
-  /** The picture changed: section → ids of agents, or null for everything. */
+  /** The state changed: section → ids of agents, or null for everything. */
   changed(_changed) {}
 
   /** Whether one of these sections changed. */

@@ -29,18 +29,18 @@ class NowView extends View {
   }
 
   draw() {
-    const living = Object.values(store.state.requests).filter((one) => this.wanted(one));
-    living.sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.position ?? 0) - (b.position ?? 0) || a.arrived_at.localeCompare(b.arrived_at) || a.id.localeCompare(b.id));
+    const live = Object.values(store.state.requests).filter((one) => this.wanted(one));
+    live.sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.position ?? 0) - (b.position ?? 0) || a.arrived_at.localeCompare(b.arrived_at) || a.id.localeCompare(b.id));
     const over = Object.values(store.state.finished).filter((one) => this.wanted(one));
     over.sort((a, b) => b.finished_at.localeCompare(a.finished_at) || a.id.localeCompare(b.id));
-    keyed(this.live, living, (one) => one.id, livingRow);
+    keyed(this.live, live, (one) => one.id, liveRow);
     keyed(this.over, over, (one) => one.id, overRow);
-    this.liveTable.hidden = !living.length;
+    this.liveTable.hidden = !live.length;
     this.overTable.hidden = !over.length;
     this.overTable.previousElementSibling.hidden = !over.length;
     const hidden = store.state.fleet.in_flight + store.state.fleet.waiting - Object.keys(store.state.requests).length;
     setText(this.more, hidden > 0 && !this.text ? `and ${count(hidden)} more` : "");
-    this.tellNothing(living.length > 0);
+    this.tellNothing(live.length > 0);
   }
 
   tellNothing(some) {
@@ -65,7 +65,7 @@ function openable(id, ...cells) {
   return h("tr.clickable", { tabindex: "0", onclick: () => openWhy(id), onkeydown: (event) => { if (event.key === "Enter" && event.target === event.currentTarget) openWhy(id); } }, cells);
 }
 
-function livingRow(request) {
+function liveRow(request) {
   const name = h("span");
   const state = requestPill();
   const agent = h("td.clip");
