@@ -162,29 +162,6 @@ async def test_a_stream_that_begins_wrong_is_served_by_another(fault: str, path:
 
 
 @pytest.mark.spec("FLEET-18")
-async def test_a_machine_that_recovers_is_back_after_one_request() -> None:
-    async with running() as coordinator, fleet(coordinator, 2) as nodes:
-        broken = named(coordinator, "machine-0")
-        await nodes[1].load("llama3.2")
-        await coordinator.parts.monitor.look_at(named(coordinator, "machine-1"), seconds=5)
-        for _ in range(8):
-            assert (await coordinator.chat())[0] == 200
-        before = asked(nodes[0])
-        says(500, "CUDA error")(nodes[0])
-        for count in (before + 1, before + 2):
-            for _ in range(4):
-                assert (await coordinator.chat())[0] == 200
-            assert asked(nodes[0]) == count
-            over(broken)
-            coordinator.parts.registry.changes += 1
-        nodes[0].faults.clear()
-        # Several at once: one of them tries it, and it is equal again.
-        answers = await asyncio.gather(*(coordinator.chat() for _ in range(4)))
-        assert {status for status, _ in answers} == {200}
-        await coordinator.until(lambda: not broken.model_cooldowns)
-
-
-@pytest.mark.spec("FLEET-18")
 async def test_while_one_request_tries_a_machine_the_others_do_not() -> None:
     async with running() as coordinator, fleet(coordinator, 2) as nodes:
         broken = named(coordinator, "machine-0")

@@ -138,3 +138,37 @@ def test_a_program_that_cannot_be_started_is_told_and_tried_again(
     assert "not executable" in caplog.text
     command.error = None
     assert starts(supervisor, command, ABSENT, 200)
+
+
+@pytest.mark.spec("AGENT-60")
+async def test_a_server_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    command = FakeCommand()
+    supervisor = supervisor_of(command, tmp_path)
+    now = 0
+    while not command.children:
+        supervisor.observe(ABSENT, now)
+        now += 1
+    (child,) = command.children
+    supervisor.observe(ANSWERING, now)
+
+    async def stop(seconds: float) -> None:
+        child.lives = False
+
+    child.stop = stop
+    await supervisor.restart("it does not answer for m")
+    assert not child.lives
+    for later in range(now, now + 10):
+        supervisor.observe(ABSENT, later)
+    assert len(command.children) == 2
+
+
+@pytest.mark.spec("AGENT-60")
+async def test_a_server_of_somebody_else_is_not_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = FakeCommand()
+    supervisor = supervisor_of(command, tmp_path)
+    supervisor.observe(ANSWERING, 0)
+    await supervisor.restart("it does not answer for m")
+    assert "restart it" in caplog.text
+    assert command.children == []

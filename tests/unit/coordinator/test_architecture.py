@@ -66,6 +66,7 @@ LAYERS = (
     {"operations"},
     {"agent_queries"},
     {"journal", "monitor", "commands"},
+    {"model_probes"},
     {"dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state"},
     {"registry", "db", "http1", "aio", "clock", "agent_logs"},

@@ -126,6 +126,8 @@ class Daemon:
                 next_at = loop.time() + self._delay_after(exc)
             else:
                 self._note_accepted(reply)
+                if reply.restart is not UNSET:
+                    await self.parts.watch.restart(reply.restart)
             await self._wait_for_news(next_at)
 
     async def _send_log(self, agent_id: AgentId, after: int) -> None:

@@ -77,6 +77,16 @@ class Supervisor:
             await self.child.stop(self._pace.stop)
         self._forget_child()
 
+    async def restart(self, reason: str) -> None:
+        """End our server, so that the next look starts another one; one that is not ours stays."""
+        if self.child is None or not self.child.is_alive():
+            log.warning("Ollama hangs and is not ours: restart it", extra={"reason": reason})
+            return
+        log.warning("restarting ollama serve", extra={"pid": self.child.pid, "reason": reason})
+        await self.child.stop(self._pace.stop)
+        self._not_before = 0.0
+        self._forget_child()
+
     def _forget_child(self) -> None:
         self.child = self.environ_of_child = None
         self._state.remember(child=None)

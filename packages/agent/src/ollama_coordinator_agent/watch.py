@@ -96,6 +96,10 @@ class Watch:
         finally:
             await self._supervisor.stop()
 
+    async def restart(self, reason: str) -> None:
+        """Restart an Ollama that this agent started; another one is left alone."""
+        await self._supervisor.restart(reason)
+
     async def _watch_output(self) -> float:
         await asyncio.to_thread(self._supervisor.trim_log)
         return self._pace.output

@@ -95,12 +95,13 @@ class HealthReply(Struct, frozen=True):
 
     `log_after`: an operator looks at the agent's log; lines with greater numbers are wanted.
     `problem`: a sentence for the operator: why the agent gets no requests, or which other machine
-    it is mistaken for.
+    it is mistaken for. `restart`: why the agent should restart the Ollama that it started itself.
     """
 
     status: str = "ok"
     log_after: int | UnsetType = UNSET
     problem: str | UnsetType = UNSET
+    restart: str | UnsetType = UNSET
 
 
 class LogLine(Struct, frozen=True):
@@ -156,6 +157,7 @@ class AgentView(Struct, frozen=True):
     platform: str | None = None
     ollama_running: bool = True
     out_of_rotation: str | None = None
+    avoided_models: dict[str, str] = {}
     conflict: str | None = None
     cpu_usage: float | None = None
     memory_usage: float | None = None

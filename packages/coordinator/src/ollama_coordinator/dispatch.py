@@ -13,7 +13,7 @@ from .aio import Interrupt
 from .clock import Clock
 from .registry import AgentState, Registry
 from .scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
-from .upstream import AgentLost, RequestCancelled
+from .upstream import AgentLost, ModelStuck, RequestCancelled
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Held:
     The block of the lease sets `outcome`. `progress_at` and `began_at` are monotonic seconds of the
     last and the first byte, `records` counts streamed ones, `status` is the client's HTTP status,
     and `note` the runner that serves it where its context is larger than what was asked for.
+    `late`: it is silent for much longer than predicted.
     """
 
     def __init__(self, lease: Lease, agent: AgentState, now: float) -> None:
@@ -39,11 +40,16 @@ class Held:
         self.records = 0
         self.status = 0
         self.ended = False
+        self.late = False
         self.note = ""
 
     def lose(self, reason: str) -> None:
         """End the attempt's block with `AgentLost`."""
         self.interrupt.fire(AgentLost(reason))
+
+    def move(self, reason: str) -> None:
+        """End the attempt's block with `ModelStuck`."""
+        self.interrupt.fire(ModelStuck(reason))
 
     def cancel(self, reason: str) -> None:
         """End the attempt's block with `RequestCancelled`."""

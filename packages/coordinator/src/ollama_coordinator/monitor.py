@@ -18,6 +18,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .agent_store import AgentStore
 from .dispatch import Dispatch, Held
+from .model_probes import ModelProbes
 from .registry import AgentState, shown_content
 from .upstream import Unreachable, Upstreams
 
@@ -96,6 +97,7 @@ class Monitor:
         self.interval = interval
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}  # failed probes in a row, last probe
+        self._models = ModelProbes(dispatch, upstreams)
         self._asked_at: dict[AgentId, float] = {}  # for the lists of models
 
     async def run(self) -> None:
@@ -140,6 +142,7 @@ class Monitor:
             silent_seconds = round(now - agent.heard_at)
             log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
             self._dispatch.plan()
+        self._models.look(tasks, now)
         silent = self._silent_agents(now)
         for agent in self._registry:
             if agent.id not in self._probes and self._wants_probe(agent, silent, now):

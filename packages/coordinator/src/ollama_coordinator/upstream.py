@@ -5,6 +5,7 @@ UpstreamError
 │   └── ConnectionLost   the connection ended after the request had gone out
 ├── Cut           the answer ended before its end
 ├── AgentLost     somebody else found out that the agent does not answer any more
+├── ModelStuck    the agent answers, but not for this model
 └── RequestCancelled   an operator ended the request; the agent is well
 """
 
@@ -76,6 +77,10 @@ class Cut(UpstreamError):
 
 class AgentLost(UpstreamError):
     """Somebody else found out that the agent does not answer any more."""
+
+
+class ModelStuck(UpstreamError):
+    """The monitor found out that the agent does not answer for this model."""
 
 
 class RequestCancelled(UpstreamError):

@@ -53,6 +53,9 @@ def _status(agent: Mapping[str, Any]) -> Text:
         return Text(f"{status}; {agent['conflict']}", "red")
     if status != "offline" and agent["out_of_rotation"]:
         return Text(f"out of rotation: {agent['out_of_rotation']}", "red")
+    if status != "offline" and agent["avoided_models"]:
+        avoided = "; ".join(f"{name}: {why}" for name, why in agent["avoided_models"].items())
+        return Text(f"{status}; others are asked first for {avoided}", "yellow")
     return Text(status, STATUS_COLOURS[status])
 
 

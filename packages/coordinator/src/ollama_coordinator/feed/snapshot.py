@@ -132,6 +132,7 @@ class Snapshots:
         return (
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
+            tuple(agent.model_cooldowns.items()),
             tuple(agent.inventory.loaded), len(agent.inventory.available),
             self._dispatch.scheduler.in_flight(agent.id), self._sampler.standing.get(agent.id),
             self._sampler.sparklines.number, self._estimated_at,

@@ -55,6 +55,11 @@ class Cooldown(Struct, frozen=True):
     since: float
     until: float
     reason: str
+    stuck: bool = False
+
+    def avoids(self, now: float) -> bool:
+        """Whether others are asked first."""
+        return self.stuck or now < self.until
 
 
 FIRST_AVOIDED_SECONDS = 10.0
@@ -122,6 +127,8 @@ class AgentState:
     model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
     bad_since: float | None = None
     passes: frozenset[str] = frozenset()
+    late: dict[str, int] = field(default_factory=dict)
+    wants_restart: bool = False
 
     @property
     def name(self) -> str:
@@ -158,6 +165,16 @@ class AgentState:
         if self.left or now - self.heard_at > timeout:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
+
+    def avoids(self, key: str, now: float) -> bool:
+        """Whether others are asked for this model first."""
+        cooldown = self.model_cooldowns.get(key)
+        return cooldown is not None and cooldown.avoids(now)
+
+    def is_stuck(self, key: str) -> bool:
+        """Whether this model is taken to hang here, until a probe succeeds."""
+        cooldown = self.model_cooldowns.get(key)
+        return cooldown is not None and cooldown.stuck
 
     def was_good_at(self, now: float) -> bool:
         """Whether its last answer before this time was good, or none was bad."""

@@ -33,6 +33,13 @@ class AvailableRow(Struct, frozen=True):
         """What distinguishes two contents of one name: the digest of its layers if known."""
         return self.content or self.model.digest
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it is a model for embeddings; older versions of Ollama list no capabilities."""
+        if self.model.capabilities:
+            return "embedding" in self.model.capabilities
+        return "bert" in str(self.model.details.get("family", ""))
+
 
 class LoadedRow(Struct, frozen=True):
     """A model in an agent's memory; `raw` is `None` if inferred from a finished request."""

@@ -10,7 +10,7 @@ from ollama_coordinator_common.protocol import AgentView, HealthReport, Register
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
-from .agent import AgentSettings, AgentState, cooldown_after, endpoints
+from .agent import AgentSettings, AgentState, Cooldown, cooldown_after, endpoints
 from .agent_match import Identities
 from .inventory import EMPTY
 from .model_index import CloudModels, ModelIndex
@@ -220,6 +220,8 @@ class Registry:
             self.list_models(agent, bytes(report.tags), report.model_blobs, now, contents, broken)
         if report.ps is not UNSET:
             self.list_loaded(agent, bytes(report.ps), now)
+        if not report.ollama_running:
+            self._forget_runners(agent)
         if agent.report is None or _lasting(agent.report) != _lasting(report):
             self.changes += 1
         if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
@@ -273,6 +275,11 @@ class Registry:
             active_requests=report.active_requests if report else None,
             gpus=report.gpus if report else [],
             runner=report.runner if report else None,
+            avoided_models={
+                agent.inventory.available[key].model.name: cooldown.reason
+                for key, cooldown in agent.model_cooldowns.items()
+                if key in agent.inventory.available
+            },
             models=sorted(row.model.name for row in inventory.available.values()),
             broken_models=dict(inventory.broken),
             loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
@@ -340,7 +347,7 @@ class Registry:
         answer a probe either will be another process when it is back.
         """
         if began is None:
-            agent.model_cooldowns.clear()
+            self._forget_runners(agent)
         elif agent.bad_since is None:
             agent.bad_since = now
         cooldown = cooldown_after(agent.cooldown, reason, now, began=began)
@@ -355,15 +362,42 @@ class Registry:
         if agent.bad_since is None:
             agent.bad_since = now
         previous = agent.model_cooldowns.get(key)
+        if previous is not None and previous.stuck:
+            return
         agent.model_cooldowns[key] = cooldown_after(
             previous, reason, now, began=began, of_model=True
         )
+        self.changes += 1
+
+    def note_late(self, agent: AgentState, key: str) -> int:
+        """A request of this model is late here: how many were since its last good answer."""
+        agent.late[key] = late = agent.late.get(key, 0) + 1
+        return late
+
+    def doubt(
+        self, agent: AgentState, key: str, reason: str, now: float, *, pause: float = 0.0
+    ) -> None:
+        """A model may hang on this agent: others are preferred until a probe succeeds.
+
+        The next probe is due after `pause` seconds.
+        """
+        previous = agent.model_cooldowns.get(key)
+        failures = previous.failures + 1 if previous is not None and previous.stuck else 0
+        agent.model_cooldowns[key] = Cooldown(failures, now, now + pause, reason, stuck=True)
         self.changes += 1
 
     def pardon(self, agent: AgentState, key: str) -> None:
         """What a model failed with was not the agent's fault: others said the same."""
         if agent.model_cooldowns.pop(key, None) is not None:
             self.changes += 1
+
+    def _forget_runners(self, agent: AgentState) -> None:
+        """Its Ollama is not there: it will be another process when it is back."""
+        if agent.model_cooldowns:
+            agent.model_cooldowns.clear()
+            self.changes += 1
+        agent.late.clear()
+        agent.wants_restart = False
 
     def probed(self, agent: AgentState) -> None:
         """The agent's Ollama answered a probe: it is back in rotation."""
@@ -384,6 +418,8 @@ class Registry:
         """
         self.answered(agent)
         agent.bad_since = None
+        agent.late.pop(key, None)
+        agent.wants_restart = False
         if agent.model_cooldowns.pop(key, None) is not None:
             self.changes += 1
         if agent.inventory.note_loaded(key, context_length):

@@ -4,7 +4,8 @@ The formula, its symbols and an example: `DESIGN.md`.
 """
 
 from .queue import Receiver
-from .state import Place
+from .state import Place, Running
+from .types import Form
 
 NO_PLACE = float("inf")  # the cost where no place comes into question: anything is cheaper
 # The delay of others is half as bad: their first token is there, and others will end.
@@ -100,3 +101,16 @@ def service_seconds(place: Place, tokens: float, output: float) -> float:
         full = (active + (not running)) * (1 + machine.batch * (slots.limit - 1))
         slow_down = min(slow_down, max(full, now))
     return (tokens * place.prefill + output * place.decode) * slow_down
+
+
+def first_byte_at(run: Running) -> float | None:
+    """When its first byte is predicted: an answer that is not streamed comes when it is written."""
+    place, request = run.place, run.lease.request
+    if run.loads or run.tries or run.adopted or not place.resident:
+        return None
+    seconds = max(request.prompt_tokens - run.cached, 0) * place.prefill
+    if request.form is not Form.STREAM:
+        seconds += run.output * place.decode
+    if place.slots.extra and place.mean_service:
+        seconds += place.mean_service  # it may have come behind another
+    return run.lease.granted_at + seconds * max(place.slow_down, 1.0)

@@ -41,8 +41,7 @@ def eligible(registry: Registry, request: Request, now: float) -> Eligible:
             if agent.id not in request.excluded and registry.is_online(agent, now):
                 recovering = recovering or agent.out_of_rotation() is not None
             continue
-        cooldown = agent.model_cooldowns.get(request.model)
-        (agents if cooldown is None or cooldown.until <= now else resting_model).append(agent)
+        (resting_model if agent.avoids(request.model, now) else agents).append(agent)
     return Eligible(agents or resting_model, refused, recovering)
 
 

@@ -12,6 +12,7 @@ from ollama_coordinator_common.types import AgentId
 
 from . import observations
 from .choose import Chooser
+from .cost import first_byte_at
 from .eligibility import eligible, unavailable
 from .eviction import Drains, Evictions
 from .explain import NO_TAG, Accounts, Decision, brief, explain
@@ -26,7 +27,16 @@ from .serving import BOTH, HEAD, TAIL, Serving
 from .slot_plan import SlotPlans, start_in
 from .state import Machine, Place
 from .sync import Machines
-from .types import Lease, LeaseId, Outcome, Request, RequestId, Result
+from .types import (
+    NO_OPTIONS,
+    Lease,
+    LeaseId,
+    Outcome,
+    Request,
+    RequestId,
+    Result,
+    RunnerOptions,
+)
 
 # How often all queues are looked at and drains predicted anew: a load takes 2 s or more.
 TICK_SECONDS = 0.5
@@ -248,6 +258,15 @@ class PredictedScheduler(Scheduler):
 
     def waiting_count(self) -> int:
         return len(self._serving.entries)
+
+    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+        known = self._leases.running.get(lease_id)
+        return None if known is None else first_byte_at(known[0])
+
+    def runner_options(self, agent_id: AgentId, model: str) -> RunnerOptions:
+        machine = self._machines.by_agent.get(agent_id)
+        place = machine.places.get(model) if machine is not None else None
+        return (place.options if place is not None else None) or NO_OPTIONS
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
         known = self._leases.running.get(lease_id)

@@ -10,7 +10,7 @@ from ollama_coordinator_common.types import AgentId
 from .error import DoesNotPredict, SchedulerError
 from .explain import Decision
 from .export import Estimate, Learned
-from .types import Lease, LeaseId, Outcome, Request, RequestId
+from .types import NO_OPTIONS, Lease, LeaseId, Outcome, Request, RequestId, RunnerOptions
 
 
 class Plan(Struct, frozen=True):
@@ -104,6 +104,17 @@ class Scheduler(Protocol):
         """How many requests wait; cheap, as nothing is predicted for it."""
 
     # ── explanations ──────────────────────────────────────────────────────────────────────────
+
+    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+        """When the first byte of a lease's answer is predicted (monotonic seconds).
+
+        `None` for a lease that waits for a load or has ended, and where nothing is predicted.
+        """
+        return None
+
+    def runner_options(self, agent_id: AgentId, model: str) -> RunnerOptions:
+        """Options with which a request reloads nothing there, as far as is known."""
+        return NO_OPTIONS
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
         """Why a lease went to its agent: what the choice compared.

@@ -140,7 +140,7 @@ class Machines:
             if row.model.remote_host:
                 place.slots.fix(REMOTE_SLOTS)
                 place.runs_elsewhere()
-            elif _embeds(row) or place.slots.extra:
+            elif row.embeds or place.slots.extra:
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)
             elif _is_serial(row):
                 place.slots.fix(1)
@@ -267,13 +267,6 @@ def _lacks_gpu(agent: AgentState) -> bool:
     """Whether its report has no GPU; agents do not see those of some makers."""
     report = agent.report
     return report is not None and bool(report.memory_total_bytes) and not report.gpus
-
-
-def _embeds(row: AvailableRow) -> bool:
-    capabilities = row.model.capabilities
-    if capabilities:
-        return "embedding" in capabilities
-    return "bert" in str(row.model.details.get("family", ""))
 
 
 def _is_serial(row: AvailableRow) -> bool:

@@ -31,7 +31,7 @@ from ollama_coordinator.scheduler import (
     QueueFull,
 )
 from ollama_coordinator.settings import NotEditable
-from ollama_coordinator.upstream import AgentLost, Cut, RequestCancelled, Unreachable
+from ollama_coordinator.upstream import AgentLost, Cut, ModelStuck, RequestCancelled, Unreachable
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from .dialects import Dialect, error_body
@@ -61,6 +61,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     DoesNotPredict: 409,
     Unreachable: 503,
     AgentLost: 503,
+    ModelStuck: 503,
     Cut: 502,
     # As Ollama answers a cancelled request; clients do not repeat it.
     RequestCancelled: 499,

@@ -29,6 +29,7 @@ from ollama_coordinator.upstream import (
     AgentLost,
     ConnectionLost,
     Cut,
+    ModelStuck,
     RequestCancelled,
     UpstreamError,
     chunks,
@@ -215,6 +216,8 @@ class Relay:
             return None
         held = self._held
         result = Result.CUT if self._started else Result.UNREACHABLE
+        if isinstance(error, ModelStuck):
+            result = Result.MODEL_FAILED
         reason = f"agent {held.agent.name}: {error}"
         held.outcome = Outcome(result, str(error), died=isinstance(error, ConnectionLost | Cut))
         log.warning(

@@ -56,6 +56,7 @@ class HealthApi:
         answer = HealthReply(
             log_after=UNSET if log_after is None else log_after,
             problem=self._problem(agent, now) or UNSET,
+            restart=self._restart(agent) or UNSET,
         )
         return reply(answer)
 
@@ -64,6 +65,17 @@ class HealthApi:
         if agent.ollama_running and (reason := agent.out_of_rotation()) is not None:
             return f"it sends no requests to {agent.url}: {reason}"
         return self._registry.conflict(agent, now)
+
+    def _restart(self, agent: AgentState) -> str | None:
+        """Why the agent should restart its Ollama: a model hangs, and nothing else runs there."""
+        report = agent.report
+        idle = report is not None and not report.active_requests
+        if not (agent.wants_restart and idle) or self._dispatch.scheduler.in_flight(agent.id):
+            return None
+        agent.wants_restart = False
+        rows = agent.inventory.available.values()
+        stuck = [row.model.name for row in rows if agent.is_stuck(row.key)]
+        return f"it does not answer for {', '.join(stuck)}" if stuck else None
 
     @operation(gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:

@@ -48,14 +48,15 @@ export function agentCard(agent) {
   return card;
 }
 
-/** Version, address or relay, and the agent's own version. */
 /** Why it gets no requests, what it may be taken for, or which of its models cannot run. */
 export function whyText(agent) {
   if (agent.state === "resting") return agent.out_of_rotation;
   const broken = Object.entries(agent.broken_models ?? {}).map(([name, fault]) => `${name} is not offered: ${fault}`);
-  return agent.conflict || broken.join("; ");
+  const avoided = Object.entries(agent.avoided_models ?? {}).map(([name, reason]) => `Others are asked first for ${name}: ${reason}`);
+  return agent.conflict || [...broken, ...avoided].join("; ");
 }
 
+/** Version, address or relay, and the agent's own version. */
 export function aboutText(agent) {
   const address = `${agent.ip_address}:${agent.ollama_port}${agent.relay ? " by relay" : ""}`;
   return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.models && `${count(agent.models)} model${agent.models === 1 ? "" : "s"} on disk`, agent.platform]

@@ -1,0 +1,247 @@
+"""Finds models that do not answer on an agent whose Ollama does, and probes them with one token.
+
+A runner that hangs is the oldest trouble of Ollama: version and lists answer, and requests wait for
+ever. Late requests raise the doubt, and a probe decides. Until one succeeds the agent is asked for
+that model only after others. Models that failed there are probed too, once their time is over.
+"""
+
+import asyncio
+import logging
+from functools import partial
+from secrets import token_hex
+
+import msgspec
+from msgspec import structs
+
+from ollama_coordinator_common.types import AgentId
+
+from .dispatch import Dispatch, Held
+from .registry import AgentState, AvailableRow
+from .scheduler import Kind, Outcome, Request, RequestId, Result, SchedulerError
+from .scheduler.eligibility import eligible
+from .upstream import ConnectionLost, Cut, Unreachable, UpstreamError, Upstreams, chunks
+
+log = logging.getLogger(__name__)
+
+LATE_SECONDS = 2.0
+LATE_FACTOR = 3.0
+"""A first byte is late when it is both so much later and so many times as late as predicted: rates
+that were never measured are off by less than three times, and Ollama pauses for less than 2 s."""
+
+LATE_REQUESTS = 2
+"""One may have a prompt that is stranger than it looks."""
+
+GAP_SECONDS = 20.0
+GAP_TOKENS = 100
+"""In mid-stream a silence of both is a sign: a tool call that is held back has fewer tokens."""
+
+TOKEN_SECONDS = 5.0
+"""The time limit of a probe, for a slot and then for its token: the model is in memory."""
+
+LISTED_SECONDS = 2.0
+"""Time limit for the list of models in memory."""
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between probes of a model that hangs: 1, 2, 4 … 30 s, as for an agent out of rotation."""
+
+PROBER = "coordinator"
+"""The client of a probe's request."""
+
+STUCK = (
+    "it is in memory and answers nothing; restart Ollama on that machine (`systemctl restart "
+    "ollama`, or quit and open its app)"
+)
+
+
+class ModelProbes:
+    """Watches the attempts under way; `look` is called twice a second."""
+
+    def __init__(self, dispatch: Dispatch, upstreams: Upstreams) -> None:
+        self._dispatch = dispatch
+        self._registry = dispatch.registry
+        self._clock = dispatch.clock
+        self._upstreams = upstreams
+        self._running: set[tuple[AgentId, str]] = set()
+
+    def look(self, tasks: asyncio.TaskGroup, now: float) -> None:
+        """Find late requests, and start the probes that are due."""
+        for held in list(self._dispatch.held()):
+            if not held.late and self._is_late(held, now):
+                self._note_late(held, now)
+        for agent in self._registry:
+            for key in agent.model_cooldowns:
+                pair = (agent.id, key)
+                if pair not in self._running and self._is_due(agent, key, now):
+                    self._running.add(pair)
+                    task = tasks.create_task(self._probe(agent, key))
+                    task.add_done_callback(partial(self._ended, pair))
+
+    def _ended(self, pair: tuple[AgentId, str], task: asyncio.Task[None]) -> None:
+        self._running.discard(pair)
+
+    # ── who is late ───────────────────────────────────────────────────────────────────────────
+
+    def _is_late(self, held: Held, now: float) -> bool:
+        lease, scheduler = held.lease, self._dispatch.scheduler
+        silent = now - held.progress_at
+        if silent < LATE_SECONDS or lease.request.client == PROBER:
+            return False
+        if held.began_at is not None:
+            estimate = scheduler.estimate(lease.agent_id, lease.request.model)
+            if not held.records or estimate is None:
+                return False
+            return silent > max(GAP_SECONDS, GAP_TOKENS / estimate.decode_tokens_per_second)
+        due_at = scheduler.first_byte_at(lease.id)
+        if due_at is None or not held.agent.inventory.is_loaded(lease.request.model):
+            return False
+        predicted = due_at - lease.granted_at
+        return silent >= max(predicted + LATE_SECONDS, predicted * LATE_FACTOR)
+
+    def _note_late(self, held: Held, now: float) -> None:
+        agent, model = held.agent, held.lease.request.model
+        held.late = True
+        late = self._registry.note_late(agent, model)
+        log.warning("request late on agent", extra=_facts(agent, model, requests=late))
+        if late >= LATE_REQUESTS and not agent.is_stuck(model):
+            self._registry.doubt(agent, model, "requests are late; it is being probed", now)
+            self._dispatch.plan()
+
+    # ── probing ───────────────────────────────────────────────────────────────────────────────
+
+    def _is_due(self, agent: AgentState, key: str, now: float) -> bool:
+        """A model that is not in memory would have to be loaded: a client's request tries that."""
+        cooldown = agent.model_cooldowns[key]
+        if now < cooldown.until or not self._registry.is_routable(agent, now):
+            return False
+        return cooldown.stuck or agent.inventory.is_loaded(key)
+
+    async def _probe(self, agent: AgentState, key: str) -> None:
+        """Ask for one token, on a lease as any attempt."""
+        try:
+            row = await self._in_memory(agent, key)
+            if row is None:
+                if agent.is_stuck(key):
+                    self._registry.pardon(agent, key)
+                return
+            async with asyncio.timeout(TOKEN_SECONDS) as waiting:
+                async with self._dispatch.lease(self._request(agent, row)) as held:
+                    waiting.reschedule(None)
+                    await self._ask(held, row)
+        except (TimeoutError, SchedulerError):
+            # Every slot is taken by requests of ours: they may be slow only.
+            self._again(agent, key)
+        except Unreachable as exc:
+            self._dispatch.take_out(agent, str(exc))
+        finally:
+            self._dispatch.plan()
+
+    async def _in_memory(self, agent: AgentState, key: str) -> AvailableRow | None:
+        """The model's row if Ollama lists it as loaded now.
+
+        Raises:
+            Unreachable: it gives no list.
+        """
+        url = f"{agent.url}/api/ps"
+        status, body = await self._upstreams.fetch("GET", url, seconds=LISTED_SECONDS)
+        try:
+            if status == 200:
+                self._registry.list_loaded(agent, body, self._clock.now())
+        except msgspec.DecodeError as exc:
+            raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc
+        return agent.inventory.available.get(key) if agent.inventory.is_loaded(key) else None
+
+    def _request(self, agent: AgentState, row: AvailableRow) -> Request:
+        others = {one.id for one in self._registry.servers(row.key)} - {agent.id}
+        return Request(
+            id=RequestId(token_hex(8)),
+            model=row.key,
+            name=row.model.name,
+            arrived_at=self._clock.now(),
+            kind=Kind.EMBED if row.embeds else Kind.CHAT,
+            client=PROBER,
+            output_limit=1,
+            options=self._dispatch.scheduler.runner_options(agent.id, row.key),
+            excluded=frozenset(others),
+        )
+
+    async def _ask(self, held: Held, row: AvailableRow) -> None:
+        request, agent = held.lease.request, held.agent
+        runner = agent.inventory.runner(row.key)
+        path, body = _question(request, runner.model.context_length if runner else None)
+        try:
+            async with (
+                asyncio.timeout(TOKEN_SECONDS),
+                self._upstreams.open("POST", agent.url + path, body=body) as response,
+            ):
+                answer = b"".join([chunk async for chunk in chunks(response)])
+        except TimeoutError:
+            self._hangs(agent, row.key)
+            return
+        except UpstreamError as exc:
+            died = isinstance(exc, ConnectionLost | Cut)
+            held.outcome = Outcome(Result.UNREACHABLE, str(exc), died=died)
+            return
+        if agent.is_stuck(row.key):
+            self._registry.pardon(agent, row.key)
+        if response.status == 200 and not answer.startswith(b'{"error"'):
+            # Two tokens teach no rate: the scheduler learns nothing from them.
+            held.outcome = Outcome(Result.REJECTED)
+            self._registry.succeeded(agent, row.key)
+            log.info("model answers on agent", extra=_facts(agent, row.key))
+        else:
+            held.outcome = Outcome(Result.MODEL_FAILED, f"answered {response.status} to a probe")
+
+    # ── what hangs ────────────────────────────────────────────────────────────────────────────
+
+    def _hangs(self, agent: AgentState, key: str) -> None:
+        """No token came although the probe had a slot; one that others use is no proof."""
+        report = agent.report
+        if report is not None and report.active_requests > self._dispatch.scheduler.in_flight(
+            agent.id
+        ):
+            self._again(agent, key)
+            return
+        if agent.model_cooldowns[key].reason != STUCK:
+            log.warning("model stuck on agent", extra=_facts(agent, key, reason=STUCK))
+        self._again(agent, key, STUCK)
+        agent.wants_restart = agent.report is not None
+        for held in list(self._dispatch.held()):
+            mine = held.agent is agent and held.lease.request.model == key
+            if mine and held.late and held.began_at is None and self._others_serve(held):
+                held.move(f"agent {agent.name} does not answer for this model")
+
+    def _again(self, agent: AgentState, key: str, reason: str = "") -> None:
+        """The next probe, after a longer pause."""
+        now, cooldown = self._clock.now(), agent.model_cooldowns.get(key)
+        if cooldown is None or not cooldown.stuck:
+            return
+        pause = min(2.0 ** min(cooldown.failures, 10), LONGEST_PAUSE_SECONDS)
+        self._registry.doubt(agent, key, reason or cooldown.reason, now, pause=pause)
+
+    def _others_serve(self, held: Held) -> bool:
+        """Whether another agent may serve a request, on which its model did not fail."""
+        request, now = held.lease.request.without([held.agent.id]), self._clock.now()
+        found = eligible(self._registry, request, now)
+        return any(not one.avoids(request.model, now) for one in found.agents)
+
+
+def _question(request: Request, context: int | None) -> tuple[str, bytes]:
+    """The route and the body of a request for one token, which reloads no runner.
+
+    One that was loaded with a `num_ctx` is reloaded for a request without: it gets its own.
+    """
+    options = {**structs.asdict(request.options), "num_predict": 1}
+    shift = options.pop("shift")
+    options["num_ctx"] = options["num_ctx"] or context
+    options = {name: value for name, value in options.items() if value is not None}
+    body = {"model": request.name, "stream": False, "options": options}
+    if shift is not None:
+        body["shift"] = shift
+    if request.kind is Kind.EMBED:
+        return "/api/embed", msgspec.json.encode({**body, "input": "1"})
+    messages = [{"role": "user", "content": "1"}]
+    return "/api/chat", msgspec.json.encode({**body, "messages": messages})
+
+
+def _facts(agent: AgentState, model: str, **more: object) -> dict[str, object]:
+    return {"agent_id": agent.id, "agent": agent.name, "model": model, **more}
