@@ -5,14 +5,17 @@ limits on connections hold for both implementations. Served are HTTP/1.1 and 1.0
 upgrade to HTTP/2 or to a WebSocket is ignored, as Ollama's own server does.
 """
 
+from .exchange import EXCHANGE, Exchange
 from .hypercorn_hook import serve
 from .limits import BACKLOG, CLIENT_CONNECTION, ClientConnection, ConnectionLimits, capacity
 
 __all__ = [
     "BACKLOG",
     "CLIENT_CONNECTION",
+    "EXCHANGE",
     "ClientConnection",
     "ConnectionLimits",
+    "Exchange",
     "capacity",
     "serve",
 ]

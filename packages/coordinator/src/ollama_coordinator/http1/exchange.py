@@ -10,6 +10,9 @@ from starlette.types import Message, Scope
 from .request import PLENTY_BYTES, IncomingRequest
 from .response import CONTINUE, BodyEnd, ClientWriter, Refusal, ResponseFraming
 
+EXCHANGE = "exchange"
+"""The key of a request's `Exchange` in its ASGI scope's state; Hypercorn's own server has none."""
+
 
 class Exchange:
     """One request that the application serves.
@@ -55,11 +58,17 @@ class Exchange:
             "raw_path": path,
             "query_string": query,
             "headers": request.headers,
-            "state": connection["state"].copy(),
+            "state": {**connection["state"], EXCHANGE: self},
             "extensions": {},
         }
 
     # ── the request ───────────────────────────────────────────────────────────────────────────
+
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Call this when the client leaves, in place of a `receive` that waits; `None`: do not."""
+        self.request.on_early_end = callback
+        if callback is not None and self.request.ended_early:
+            callback()
 
     async def receive(self) -> Message:
         """The next piece of the body; after the last one, the client's disconnect."""

@@ -32,13 +32,14 @@ class IncomingRequest:
     """One request as it arrives: its head, and the part of its body that is not taken yet.
 
     `complete`: the whole body has arrived. `ended_early`: no more of it arrives, since the client
-    left or sent what is no HTTP (then with a `refusal`). `changed` is set at each of these and by
-    each piece of body.
+    left or sent what is no HTTP (then with a `refusal`); `on_early_end` is called then. `changed`
+    is set at each of these and by each piece of body.
     """
 
     __slots__ = (
         *("method", "target", "version", "headers", "keep_alive", "expects_continue"),
         *("_pieces", "waiting_bytes", "complete", "ended_early", "refusal", "changed"),
+        "on_early_end",
     )
 
     def __init__(
@@ -56,6 +57,7 @@ class IncomingRequest:
         self.ended_early = False
         self.refusal: Refusal | None = None
         self.changed = asyncio.Event()
+        self.on_early_end: Callable[[], None] | None = None
 
     def add(self, data: bytes) -> None:
         """A piece of the body arrived."""
@@ -73,6 +75,8 @@ class IncomingRequest:
         self.ended_early = True
         self.refusal = self.refusal or refusal
         self.changed.set()
+        if self.on_early_end is not None:
+            self.on_early_end()
 
     def take(self) -> bytes:
         """The part of the body that arrived since the last call."""

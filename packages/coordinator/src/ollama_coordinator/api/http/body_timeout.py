@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.aio import Interrupt
-from ollama_coordinator.http1 import CLIENT_CONNECTION, ClientConnection
+from ollama_coordinator.http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
 from ollama_coordinator.settings import Settings
 
 from .errors import ClientLeft, HttpError
@@ -26,7 +26,8 @@ class BodyTimeout:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        exchange = _exchange(scope)
+        if scope["type"] != "http" or (exchange is not None and exchange.request.complete):
             await self._app(scope, receive, send)
             return
         is_whole = False
@@ -35,9 +36,6 @@ class BodyTimeout:
             nonlocal is_whole
             message = await (receive() if is_whole else self._part(receive))
             is_whole = is_whole or not message.get("more_body", False)
-            if message["type"] == "http.disconnect":
-                client: ClientConnection | None = scope.get("state", {}).get(CLIENT_CONNECTION)
-                message = {**message, "reason": "" if client is None else client.end_reason}
             return message
 
         if scope["http_version"] == "2":
@@ -67,21 +65,38 @@ class BodyTimeout:
 
 
 @asynccontextmanager
-async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
+async def until_disconnect(scope: Scope, receive: Receive) -> AsyncIterator[None]:
     """Run a block that ends with `ClientLeft` when the client closes its connection.
 
-    The body must have been read to its end before.
+    The body must have been read to its end before. Hypercorn's own server tells of a disconnect
+    only who waits for its next message: there a task does.
     """
     disconnected = Interrupt()
 
-    async def watch() -> None:
-        while (message := await receive())["type"] != "http.disconnect":
-            pass
-        disconnected.fire(ClientLeft(message.get("reason", "")))
+    def left() -> None:
+        client: ClientConnection | None = scope.get("state", {}).get(CLIENT_CONNECTION)
+        disconnected.fire(ClientLeft("" if client is None else client.end_reason))
 
-    watcher = asyncio.create_task(watch())
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left()
+
+    exchange = _exchange(scope)
+    watcher = asyncio.create_task(watch()) if exchange is None else None
+    if exchange is not None:
+        exchange.on_disconnect(left)
     try:
         async with disconnected:
             yield
     finally:
-        watcher.cancel()
+        if exchange is not None:
+            exchange.on_disconnect(None)
+        if watcher is not None:
+            watcher.cancel()
+
+
+def _exchange(scope: Scope) -> Exchange | None:
+    """The request at our own HTTP/1 server; `None` at Hypercorn's."""
+    exchange: Exchange | None = scope.get("state", {}).get(EXCHANGE)
+    return exchange

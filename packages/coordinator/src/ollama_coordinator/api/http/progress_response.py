@@ -25,7 +25,7 @@ class ProgressResponse:
         """Answer."""
         try:
             async with (
-                until_disconnect(receive),
+                until_disconnect(scope, receive),
                 self._operations.followed(self._operation),
             ):
                 await (self._send_lines(send) if self._stream else self._send_last(send))

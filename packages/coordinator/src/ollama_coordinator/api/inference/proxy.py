@@ -57,7 +57,7 @@ class Proxy:
         try:
             headers = dict(scope["headers"])
             body = await read_body(receive, self._settings.config.max_body_bytes, headers)
-            async with until_disconnect(receive):
+            async with until_disconnect(scope, receive):
                 routing = await self._read_routing(headers, body)
                 request = self._schedulable(routing, scope)
                 call = await self._prepare(request, routing, scope, body, send)

@@ -137,7 +137,7 @@ class EventsApi:
         last_id = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
         headers = [(name.encode(), value.encode()) for name, value in EVENT_HEADERS.items()]
         try:
-            async with until_disconnect(receive):
+            async with until_disconnect(scope, receive):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if scope["method"] != "HEAD":
                     await self._send_all(last_id, send)
