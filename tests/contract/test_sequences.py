@@ -186,7 +186,6 @@ async def test_two_names_of_one_file_share_a_runner(target: Endpoint) -> None:
 
 
 @pytest.mark.spec("SURFACE-2")
-@pytest.mark.fleet_lacks("the vectors of a text that is to be cut are those of more of it")
 async def test_a_text_is_cut_to_the_context_that_was_asked_for(target: Endpoint) -> None:
     """Also where the model is in memory with a larger one: the vectors differ."""
     body = {"model": "{embeds}", "input": "word " * 300}
@@ -198,8 +197,7 @@ async def test_a_text_is_cut_to_the_context_that_was_asked_for(target: Endpoint)
     assert counts[0] > counts[1] <= 64
 
 
-@pytest.mark.spec("SURFACE-2")
-@pytest.mark.fleet_lacks("an agent's 404 to a name in capitals loses it the model for all")
+@pytest.mark.spec("SURFACE-52")
 async def test_a_name_in_another_case_costs_nobody_the_model(target: Endpoint) -> None:
     """The older embedding route alone minds the case of a name."""
     asked = {"model": "{MODEL}", "prompt": "a"}

@@ -46,6 +46,32 @@ async def test_the_record_of_the_request_tells_of_the_larger_context(
 
 
 @pytest.mark.spec("SURFACE-14")
+@pytest.mark.parametrize("wish", ["truncate", "shift", "Truncate"])
+async def test_who_wants_an_error_for_what_does_not_fit_keeps_the_context(
+    coordinator: Running, ollama: StandIn, wish: str
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    body = {"model": "llama3.2", "prompt": "x", "options": {"num_ctx": 512}, "stream": False}
+    async with coordinator.session.post(
+        f"{coordinator.url}/api/generate", json={**body, wish: False}
+    ) as response:
+        assert HEADER not in response.headers
+    assert json.loads(ollama.seen.of("/api/generate")[0].body)["options"] == {"num_ctx": 512}
+
+
+@pytest.mark.spec("SURFACE-14")
+@pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
+async def test_a_text_to_embed_is_cut_where_its_client_said(
+    coordinator: Running, ollama: StandIn, path: str
+) -> None:
+    await _chat(coordinator, num_ctx=8192)
+    body = {"model": "llama3.2", "prompt": "x", "input": "x", "options": {"num_ctx": 64}}
+    async with coordinator.session.post(coordinator.url + path, json=body) as response:
+        assert HEADER not in response.headers
+    assert json.loads(ollama.seen.of(path)[0].body)["options"] == {"num_ctx": 64}
+
+
+@pytest.mark.spec("SURFACE-14")
 async def test_a_larger_request_is_not_cut_to_what_is_loaded(
     coordinator: Running, ollama: StandIn
 ) -> None:

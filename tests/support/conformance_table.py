@@ -804,22 +804,6 @@ DIFFERENCES = {
 """Where the fleet answers otherwise, by the name of the case."""
 
 TO_MEND = {
-    **dict.fromkeys(
-        (
-            *("doubled slash", "doubled slash, query", "doubled slash, POST"),
-            *("doubled slash, unknown path", "dot segment"),
-        ),
-        "the fleet answers 404 in place of the redirect to the clean path",
-    ),
-    **{
-        case.name: "the fleet answers 404 in place of 400 to what is no name"
-        for case in NAMES
-        if case.name.startswith("generate, ")
-    },
-    "bad name, /api/embed": "the fleet answers 404 in place of 400 to what is no name",
-    "bad name, /v1/completions": "the fleet answers 404 in place of 400 to what is no name",
-    "bad name, /v1/embeddings": "the fleet answers 404 in place of 400 to what is no name",
-    "blank name, generate": "the fleet quotes the name without its blank",
     "show, unknown": "the fleet adds the tag, as Ollama does since 0.33",
     "pull, unknown, whole": "the fleet names a charset",
     "create, from nothing": "the fleet names a charset",

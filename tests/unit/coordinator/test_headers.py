@@ -20,7 +20,9 @@ FOR_US_ALONE = [
 ]  # fmt: skip
 FROM_OLLAMA_ALONE = [
     b"Content-Length", b"Date", b"Server", b"Access-Control-Allow-Origin",
-    b"Access-Control-Expose-Headers",
+    b"Access-Control-Expose-Headers", b"Set-Cookie", b"Clear-Site-Data", b"Location", b"Refresh",
+    b"Strict-Transport-Security", b"WWW-Authenticate", b"Authentication-Info", b"Alt-Svc",
+    b"X-Accel-Redirect", b"X-Ollama-Coordinator-Agent", b"X-Ollama-Coordinator-Anything",
 ]  # fmt: skip
 
 
@@ -56,6 +58,12 @@ def test_headers_that_the_connection_names_end_with_it() -> None:
     sent = [*connection, (b"x-one", b"1"), (b"X-Two", b"2"), (b"x-three", b"3")]
     assert to_ollama(sent) == [("x-three", "3")]
     assert to_client(sent) == [(b"x-three", b"3")]
+
+
+@pytest.mark.parametrize("value", [b"a\x01b", b"\x7f", b"a\x1b[2J", b"\x00"])
+def test_no_control_character_reaches_a_client(value: bytes) -> None:
+    sent = [(b"x-a", value), (b"x-b", b"a\tb")]
+    assert to_client(sent) == [(b"x-b", b"a\tb")]
 
 
 def test_repeated_headers_stay_repeated_and_in_order() -> None:

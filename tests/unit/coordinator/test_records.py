@@ -26,12 +26,31 @@ def test_everything_passes_once_and_in_order(
     assert passed + records.rest == data
 
 
+def ends_of(separator: bytes) -> tuple[bytes, ...]:
+    return (b"\n",) if separator == b"\n" else (b"\n\n", b"\n\r\n", b"\r\r")
+
+
+@pytest.mark.spec("PROXY-41")
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n", b"\r\r"])
+@given(st.lists(st.sampled_from([b"data: 1", b"event: a"]), min_size=1), st.integers(1, 9))
+def test_an_event_passes_with_its_empty_line_however_lines_end(
+    end: bytes, texts: list[bytes], size: int
+) -> None:
+    records = Records(b"\n\n")
+    for text in texts:
+        whole = text + end
+        passed = [records.feed(whole[at : at + size]) for at in range(0, len(whole), size)]
+        assert b"".join(passed) == whole
+        assert b"".join(passed[:-1]) == b""
+    assert (records.count, records.rest) == (len(texts), b"")
+
+
 @given(SEPARATORS, st.binary(max_size=40) | TEXTS.map(b"\n\n".join), st.lists(st.integers(0, 99)))
 def test_only_whole_records_pass(separator: bytes, data: bytes, cuts: list[int]) -> None:
     records = Records(separator)
     for chunk in split(data, cuts):
         passed = records.feed(chunk)
-        assert passed == b"" or passed.endswith(separator)
+        assert passed == b"" or passed.endswith(ends_of(separator))
         assert separator not in records.rest
 
 

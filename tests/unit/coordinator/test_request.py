@@ -70,11 +70,17 @@ def test_the_name_stays_as_the_client_wrote_it() -> None:
 
 
 @pytest.mark.parametrize("route", INFERENCE_ROUTES, ids=lambda route: route.path)
-@pytest.mark.parametrize("body", [b"{}", b"null", b'{"model":""}', b'{"model":null}', b'{"n":1}'])
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        *((body, "") for body in (b"{}", b"null", b'{"model":""}', b'{"model":null}', b'{"n":1}')),
+        (b'{"model":" "}', " "),
+    ],
+)
 def test_a_request_without_a_name_gets_its_routes_answer(
-    route: InferenceRoute, body: bytes
+    route: InferenceRoute, body: bytes, name: str
 ) -> None:
-    assert refused(body, route) == route.nameless
+    assert refused(body, route) == route.nameless(name)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_a_request_without_a_name_gets_its_routes_answer(
     ],
 )
 def test_ollamas_routes_disagree_on_a_missing_name(path: str, answer: tuple[int, str]) -> None:
-    assert BY_PATH[path].nameless == answer
+    assert BY_PATH[path].nameless("") == answer
 
 
 @pytest.mark.spec("SCHED-54")

@@ -25,6 +25,10 @@ ANSWER_SECONDS = 30.0
 """Reading a large model's metadata from a slow disk takes seconds, and nothing else does."""
 
 
+ANSWERS = (200, *range(400, 600))
+"""Statuses that Ollama answers with; a redirect, as of a login page, is none of them."""
+
+
 class Answer(Struct, frozen=True):
     """One agent's answer; `body` is as it came."""
 
@@ -96,11 +100,13 @@ class AgentQueries:
         """One agent's answer.
 
         Raises:
-            Unreachable: it gave none within `seconds`.
+            Unreachable: it gave none within `seconds`, or one that Ollama does not give.
         """
         status, answer = await self._upstreams.fetch(
             method, agent.url + path, seconds=seconds, body=body
         )
+        if status not in ANSWERS:
+            raise Unreachable(f"answered {status} in place of an answer; is it an Ollama?")
         return Answer(agent, status, answer)
 
     async def first(

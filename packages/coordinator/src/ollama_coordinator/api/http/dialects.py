@@ -33,7 +33,8 @@ class InferenceRoute(Struct, frozen=True):
     """One inference route: its dialect, its kind of request, and Ollama's texts for its errors.
 
     `go_type` is the type of its body in Ollama's source, `missing` the 404 for an unknown model.
-    `checks_names`: whether a name that cannot be one is 400, or as unknown as any other.
+    `requires_name`: whether no name is 400, or as unknown as any other. `minds_case`: whether
+    Ollama finds a model only in the letter case of its list.
     """
 
     path: str
@@ -41,12 +42,14 @@ class InferenceRoute(Struct, frozen=True):
     kind: Kind
     go_type: str
     missing: str = "model '{name}' not found"
-    checks_names: bool = True
+    requires_name: bool = True
+    minds_case: bool = False
 
-    @property
-    def nameless(self) -> tuple[int, str]:
-        """Status and text of the answer to a request without a model's name."""
-        return (400, "model is required") if self.checks_names else (404, "model '' not found")
+    def nameless(self, name: str) -> tuple[int, str]:
+        """Status and text of the answer to a request whose model's name is empty or blank."""
+        if self.requires_name:
+            return 400, "model is required"
+        return 404, f"model '{name}' not found"
 
 
 _TRY_PULLING = 'model "{name}" not found, try pulling it first'
@@ -55,19 +58,22 @@ _NATIVE, _OPENAI, _ANTHROPIC = Dialect
 INFERENCE_ROUTES = (
     InferenceRoute("/api/chat", _NATIVE, Kind.CHAT, "api.ChatRequest"),
     InferenceRoute(
-        "/api/generate", _NATIVE, Kind.GENERATE, "api.GenerateRequest", checks_names=False
+        "/api/generate", _NATIVE, Kind.GENERATE, "api.GenerateRequest", requires_name=False
     ),
     InferenceRoute(
-        "/api/embed", _NATIVE, Kind.EMBED, "api.EmbedRequest", _TRY_PULLING, checks_names=False
+        "/api/embed", _NATIVE, Kind.EMBED, "api.EmbedRequest", _TRY_PULLING, requires_name=False
     ),
-    InferenceRoute("/api/embeddings", _NATIVE, Kind.EMBED, "api.EmbeddingRequest", _TRY_PULLING),
+    InferenceRoute(
+        "/api/embeddings", _NATIVE, Kind.EMBED, "api.EmbeddingRequest", _TRY_PULLING,
+        minds_case=True,
+    ),
     InferenceRoute("/v1/chat/completions", _OPENAI, Kind.CHAT, "openai.ChatCompletionRequest"),
     InferenceRoute(
-        "/v1/completions", _OPENAI, Kind.GENERATE, "openai.CompletionRequest", checks_names=False
+        "/v1/completions", _OPENAI, Kind.GENERATE, "openai.CompletionRequest", requires_name=False
     ),
     InferenceRoute(
         "/v1/embeddings", _OPENAI, Kind.EMBED, "openai.EmbedRequest", _TRY_PULLING,
-        checks_names=False,
+        requires_name=False,
     ),
     InferenceRoute("/v1/responses", _OPENAI, Kind.CHAT, "openai.ResponsesRequest"),
     InferenceRoute("/v1/messages", _ANTHROPIC, Kind.CHAT, "anthropic.MessagesRequest"),
@@ -263,7 +269,7 @@ def swallowed_error(route: InferenceRoute, last: bytes) -> bool:
     """
     if route.path not in ("/v1/chat/completions", "/v1/completions"):
         return False
-    record = last[-DECODED_BYTES:].rstrip().rpartition(b"\n\n")[2]
+    record = last[-DECODED_BYTES:].replace(b"\r\n", b"\n").rstrip().rpartition(b"\n\n")[2]
     end = record.rfind(_UNFINISHED)
     if end < 0 or record.endswith(b"data: [DONE]"):
         return False

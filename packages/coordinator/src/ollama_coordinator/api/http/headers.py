@@ -1,5 +1,6 @@
 """Which headers pass between a client and an agent's Ollama, and which end here."""
 
+import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
@@ -45,7 +46,38 @@ NOT_FOR_OLLAMA = HOP_BY_HOP | {
 RUNNER_HEADER = b"x-ollama-coordinator-runner"
 """Says to a client that a runner with a larger context than it asked for serves it."""
 
-NOT_FOR_CLIENTS = HOP_BY_HOP | {b"content-length", b"date", b"server"}
+UNBUFFERED = (b"x-accel-buffering", b"no")
+"""Says to reverse proxies that an answer is a stream, which is not to be collected."""
+
+NOT_FOR_CLIENTS = HOP_BY_HOP | {
+    b"content-length",
+    b"date",
+    b"server",
+    # They speak for the whole site, which is ours, or send a browser or a proxy elsewhere.
+    b"set-cookie",
+    b"set-cookie2",
+    b"clear-site-data",
+    b"strict-transport-security",
+    b"public-key-pins",
+    b"www-authenticate",
+    b"authentication-info",
+    b"location",
+    b"content-location",
+    b"refresh",
+    b"link",
+    b"alt-svc",
+    b"nel",
+    b"report-to",
+    b"reporting-endpoints",
+    b"service-worker-allowed",
+    b"x-sendfile",
+}
+KINDS_NOT_FOR_CLIENTS = (
+    b"access-control-",  # CORS is answered here
+    b"x-accel-",  # orders for nginx
+    b"x-ollama-coordinator-",  # ours to say
+)
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
@@ -70,7 +102,7 @@ def _text(value: bytes) -> str:
 
 
 def to_client(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
-    """Ollama's headers as the client may see them; CORS is answered here, not there."""
+    """Ollama's headers as the client may see them."""
     received = [(name.lower(), value) for name, value in headers]
     dropped = NOT_FOR_CLIENTS
     if any(name == b"connection" for name, _ in received):
@@ -78,7 +110,9 @@ def to_client(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
     return [
         (name, value)
         for name, value in received
-        if name not in dropped and not name.startswith(b"access-control-")
+        if name not in dropped
+        and not name.startswith(KINDS_NOT_FOR_CLIENTS)
+        and _CONTROL.search(value) is None
     ]
 
 

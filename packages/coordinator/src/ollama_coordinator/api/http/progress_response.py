@@ -9,6 +9,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from .body_timeout import until_disconnect
 from .dialects import Dialect, error_body
 from .errors import ClientLeft, send_error, send_whole
+from .headers import UNBUFFERED
 
 NDJSON = b"application/x-ndjson"
 
@@ -34,7 +35,7 @@ class ProgressResponse:
 
     def _headers(self, content_type: bytes) -> list[tuple[bytes, bytes]]:
         named = (b"x-ollama-coordinator-operation", self._operation.id.encode())
-        return [(b"content-type", content_type), named]
+        return [(b"content-type", content_type), named, *([UNBUFFERED] if self._stream else [])]
 
     async def _send_lines(self, send: Send) -> None:
         """Line by line; a failure before the first line is still a status."""

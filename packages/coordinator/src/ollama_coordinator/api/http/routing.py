@@ -4,6 +4,7 @@ And what it never meets: a request that goes in a circle.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from starlette.responses import RedirectResponse, Response
@@ -133,6 +134,9 @@ class NearMiss:
 
     def _answer(self, scope: Scope) -> Response:
         path: str = scope["path"]
+        raw = scope["raw_path"].decode("latin-1")
+        if raw.startswith("/") and (clean := clean_path(raw)) != raw:
+            return _to_clean_path(clean, scope)
         trimmed = path.rstrip("/")
         if trimmed and trimmed != path and self._serves({**scope, "path": trimmed}):
             query = scope["query_string"].decode("latin-1")
@@ -146,3 +150,23 @@ class NearMiss:
             if match is Match.FULL:
                 return isinstance(route.app, Methods) and scope["method"] in route.app.by_method
         return False
+
+
+def clean_path(path: str) -> str:
+    """A path as Go's router wants it: without empty, `.` and `..` segments; a last slash stays."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del kept[-1:]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    return "/" + "/".join(kept) + ("/" if kept and path.endswith("/") else "")
+
+
+def _to_clean_path(clean: str, scope: Scope) -> Response:
+    query = scope["query_string"].decode("latin-1")
+    target = f"{clean}?{query}" if query else clean
+    if scope["method"] not in ("GET", "HEAD"):
+        return Response(status_code=307, headers={"location": target})
+    page = f'<a href="{escape(target)}">Temporary Redirect</a>.\n\n'
+    return Response(page, 307, {"location": target}, "text/html; charset=utf-8")

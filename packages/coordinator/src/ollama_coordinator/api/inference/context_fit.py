@@ -18,7 +18,7 @@ from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, edit
 from ollama_coordinator.api.models.lists import is_older
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.scheduler import NO_OPTIONS, Request
+from ollama_coordinator.scheduler import NO_OPTIONS, Kind, Request
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
@@ -79,9 +79,12 @@ class ContextFit:
         return Fitted(structs.replace(request, options=options), raised, note)
 
     async def _raised(self, body: Body, context: int) -> Body | None:
-        """The body with this `num_ctx`; `None` where it has no place for it."""
+        """The body with this `num_ctx`; `None` where it has no place, or no wish, for it."""
         async with self._turn:
             members = await Scan(body).members()
+            truncate = None if members is None else members.get("truncate")
+            if truncate is not None and body[truncate.start : truncate.start + 5] == b"false":
+                return None  # the client wants an error for what does not fit
             span = None if members is None else members.get("options")
             options = b"{}" if span is None else span.of(body) if len(span) <= WINDOW_BYTES else b""
             number = str(context).encode()
@@ -96,6 +99,8 @@ class ContextFit:
         """The smallest larger context in memory, unless one that fits exactly is there too."""
         if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
             return None
+        if route.kind is Kind.EMBED:
+            return None  # Ollama cuts the text at `num_ctx`: more of it has another vector
         options = request.options
         if structs.replace(options, num_ctx=None) != NO_OPTIONS:
             return None  # something else may force a reload, and then the wanted size is right

@@ -5,6 +5,7 @@ streamed); until then the attempt can be repeated elsewhere, afterwards never.
 """
 
 import logging
+import re
 
 import aiohttp
 from msgspec import Struct
@@ -20,7 +21,7 @@ from ollama_coordinator.api.http.dialects import (
     wrong_start,
 )
 from ollama_coordinator.api.http.errors import send_whole
-from ollama_coordinator.api.http.headers import RUNNER_HEADER, served_by, to_client
+from ollama_coordinator.api.http.headers import RUNNER_HEADER, UNBUFFERED, served_by, to_client
 from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.registry import AgentState
@@ -34,6 +35,7 @@ from ollama_coordinator.upstream import (
     UpstreamError,
     chunks,
 )
+from ollama_coordinator_common.names import ModelName
 
 from . import audio
 from .retry_rule import DIED, judge, says_nothing_of_the_machine
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 
 WHOLE_BYTES = 16 * 1024 * 1024
 """An answer that is not streamed is held back up to this size, so that a cut one is retried."""
+
+ERRORS = range(400, 600)
+"""A status beyond HTTP's own is no answer that a client could be given."""
 
 STREAMED = ("application/x-ndjson", "text/event-stream")
 
@@ -91,16 +96,17 @@ class Relay:
             UpstreamError: it broke off.
         """
         self._held.status = response.status
-        headers = to_client(response.raw_headers)
-        if response.status >= 400:
+        head = to_client(response.raw_headers)
+        head += served_by(self._held.agent.name, self._call.request.id)
+        if response.status in ERRORS:
             body = b"".join([chunk async for chunk in chunks(response)])
-            return await self._refused(response.status, headers, body)
+            return await self._refused(response.status, head, body)
         if response.status != 200:
             return self._useless(f"answered {response.status} in place of an answer")
-        head = [*headers, *served_by(self._held.agent.name, self._call.request.id)]
         if self._call.note:
             head.append((RUNNER_HEADER, self._call.note.encode()))
         if response.content_type in STREAMED:
+            head.append(UNBUFFERED)
             return await self._stream(response, head)
         return await self._whole(response, head)
 
@@ -110,7 +116,7 @@ class Relay:
         """An error: one of the request's own making passes, any other is tried elsewhere."""
         held = self._held
         outcome = judge(status, body, of_cloud=self._is_of_the_cloud(), lists=self._others_list)
-        if outcome is not None:
+        if outcome is not None and not self._is_of_the_case(outcome):
             held.outcome = outcome
             return Failure(held.agent, outcome, status, headers, body)
         held.status, held.outcome = status, Outcome(Result.REJECTED)
@@ -127,7 +133,15 @@ class Relay:
         if wrong == NO_JSON:
             return self._useless(wrong)
         headers = [(b"content-type", b"application/json; charset=utf-8")]
+        headers += served_by(self._held.agent.name, self._call.request.id)
         return await self._refused(500, headers, wrong.encode())
+
+    def _is_of_the_case(self, outcome: Outcome) -> bool:
+        """Whether the agent has the model, and the route finds it in another letter case only."""
+        request = self._call.request
+        row = self._held.agent.inventory.available.get(request.model)
+        minds = self._call.route.minds_case and outcome.result is Result.MODEL_MISSING
+        return minds and row is not None and ModelName.parse(request.name).short != row.model.name
 
     def _is_of_the_cloud(self) -> bool:
         row = self._held.agent.inventory.servable.get(self._call.request.model)
@@ -277,6 +291,10 @@ def _is_text(route: InferenceRoute, response: aiohttp.ClientResponse) -> bool:
     return response.content_type == "text/plain" and route.path == audio.PATH
 
 
+EVENT_END = b"\n\n"
+ANY_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+"""A server-sent event ends with an empty line; lines may end in LF, CRLF or CR."""
+
 HELD_BACK_BYTES = 1024 * 1024
 """A record longer than this passes in pieces."""
 
@@ -299,10 +317,14 @@ class Records:
         else:
             end = data.rfind(self._separator)
             cut = end + len(self._separator) if end >= 0 else 0
+            if b"\r" in data and self._separator == EVENT_END:
+                cut = max([cut, *(found.end() for found in ANY_EVENT_END.finditer(data))])
             if len(data) - cut > HELD_BACK_BYTES:
                 cut = len(data)
             self.rest, data = data[cut:], data[:cut]
         if data:
             self.last = data
-            self.count += data.count(self._separator) or 1
+            in_crlf = b"\r" in data and self._separator == EVENT_END
+            ends = len(ANY_EVENT_END.findall(data)) if in_crlf else data.count(self._separator)
+            self.count += ends or 1
         return data

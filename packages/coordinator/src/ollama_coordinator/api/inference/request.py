@@ -34,7 +34,6 @@ from ollama_coordinator.scheduler import (
     RequestId,
     RunnerOptions,
 )
-from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import model_key
 
 BYTES_PER_TOKEN = 4
@@ -211,7 +210,7 @@ def _routing(
     route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...]
 ) -> Routing:
     if not fields.model.strip():
-        raise HttpError(*route.nameless)
+        raise HttpError(*route.nameless(fields.model))
     load_only = route.dialect is Dialect.NATIVE and _is_empty(fields)
     return Routing(
         name=fields.model,
@@ -454,23 +453,17 @@ def schedulable(
     place, in headers, as well as the pace at which a stream is read, where it is not `pace`.
 
     Raises:
-        InvalidModelName: the model's name cannot be one, and the route says so.
-        HttpError: the same on a route that answers 404 to it; a header that is wrong.
+        InvalidModelName: the model's name cannot be one.
+        HttpError: a header that is wrong.
     """
     headers, client = dict(scope["headers"]), scope.get("client")
     lane = Lane.EMBEDDING if route.kind is Kind.EMBED else LANES.get(headers.get(LANE, b""))
     if lane is None:
         raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
-    try:
-        short = len(routing.name) <= KEPT_NAME_CHARACTERS
-        key = (_kept_key if short else model_key)(routing.name)
-    except InvalidModelName as exc:
-        if route.checks_names:
-            raise
-        raise HttpError(404, route.missing.format(name=routing.name)) from exc
+    short = len(routing.name) <= KEPT_NAME_CHARACTERS
     return Request(
         id=RequestId(token_hex(8)),
-        model=key,
+        model=(_kept_key if short else model_key)(routing.name),
         name=routing.name,
         arrived_at=now,
         kind=route.kind,

@@ -22,7 +22,7 @@ class ShowApi:
         """`POST /api/show`: 404 with the canonical name, as Ollama says it."""
         body = await own_body(request)
         name = (await fields_of(body, "api.ShowRequest", self._turn)).model()
-        if not name:
+        if not name.strip():
             raise HttpError(400, "model is required")
         parsed = ModelName.parse(name)
         try:

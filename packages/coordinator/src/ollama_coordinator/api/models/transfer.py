@@ -26,7 +26,7 @@ from ollama_coordinator.operations import (
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import ModelNotFound
-from ollama_coordinator_common.error import InvalidModelName
+from ollama_coordinator_common.error import ConflictingSource, InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 
 PLACEMENT = "x-ollama-coordinator-placement"
@@ -108,10 +108,14 @@ class TransferApi:
     async def delete(self, request: Request) -> Response:
         """`DELETE /api/delete`: 200 with no body; 404 only when no agent has it."""
         name = (await self._fields(request, "api.DeleteRequest")).model()
-        if not name:
+        if not name.strip():
             raise HttpError(400, "model is required")
-        if not is_name(name):
-            raise HttpError(400, f'name "{name}" is invalid')
+        try:
+            ModelName.parse(name)
+        except ConflictingSource:
+            raise
+        except InvalidModelName as exc:
+            raise HttpError(400, f'name "{name}" is invalid') from exc
         await delete_everywhere(self._parts, name)
         return Response()
 
