@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ollama_coordinator.operations import runner
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
 from support.transfers import names, progress
@@ -415,6 +417,41 @@ async def test_a_file_stays_as_long_as_another_model_is_made_of_it(
     assert await waiting == (200, {"status": "success"})
     assert _sent(ollama, spare) == [1, 1]
     assert await _head(coordinator, "?placement=label:nobody") == 404
+
+
+@pytest.mark.spec("SURFACE-45")
+async def test_a_file_that_an_absent_agent_needs_is_kept_however_old_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "EXPIRE_SECONDS", 0.0)
+    url = f"sqlite:///{tmp_path}/c.db"
+    unused = hashlib.sha256(b"unused").hexdigest()
+    async with StandIn([]) as here, StandIn([]) as away:
+        async with running(database_url=url) as coordinator:
+            await coordinator.register(here, "here")
+            agent_id = await coordinator.register(away, "away")
+            await coordinator.heartbeat(agent_id, leaving=True)
+            assert await _upload(coordinator) == 201
+            assert await _upload(coordinator, b"unused", f"sha256:{unused}") == 201
+            assert await _made(coordinator, "mine") == (200, {"status": "success"})
+            assert names(away) == []
+            for file in (tmp_path / "c.db.blobs").iterdir():
+                os.utime(file, (0, 0))
+            await coordinator.until(lambda: _files(tmp_path) == [DIGEST.replace(":", "-")])
+        async with running(database_url=url) as coordinator:
+            await coordinator.heartbeat(agent_id)
+            await coordinator.until(lambda: names(away) == ["mine:latest"])
+            await coordinator.until(lambda: _files(tmp_path) == [])
+
+
+@pytest.mark.spec("SURFACE-45")
+async def test_a_file_that_a_client_was_told_of_is_kept_for_another_day(tmp_path: Path) -> None:
+    async with running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator:
+        assert await _upload(coordinator) == 201
+        os.utime(tmp_path / "c.db.blobs" / DIGEST.replace(":", "-"), (0, 0))
+        assert await _head(coordinator, "") == 200
+        coordinator.parts.uploads.expire(())
+        assert await _head(coordinator, "") == 200
 
 
 async def _set(coordinator: Running, agent_id: str, **settings: Any) -> None:

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 REMEMBERED = 100
 """Ended operations that `GET /api/operations` still shows; each has a row for every agent."""
 
+EXPIRE_SECONDS = 60.0
+"""How often old uploads are looked for; they are kept for a day."""
+
 
 class Operations:
     """Runs operations; open between `async with` only."""
@@ -65,6 +68,7 @@ class Operations:
                 self._registry.note_missing(agent, deferred.command.key)
         await self._tasks.__aenter__()
         self._tasks.start(self._resume_for_ever())
+        self._tasks.start(self._expire_for_ever())
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -224,11 +228,22 @@ class Operations:
 
     def _drop_uploads(self, operation: Operation) -> None:
         """Drop the files of a created model: the agents have them now."""
-        others = [deferred.command for deferred in self._deferred.all()]
-        others += [other.command for other in self._running.values()]
-        needed = {digest for command in others for digest in command.blobs}
-        for digest in set(operation.command.blobs) - needed:
+        for digest in set(operation.command.blobs) - self._needed_files():
             self._uploads.drop(digest)
+
+    def _needed_files(self) -> set[str]:
+        """The uploaded files that a running or a deferred command needs."""
+        commands = [deferred.command for deferred in self._deferred.all()]
+        commands += [operation.command for operation in self._running.values()]
+        return {digest for command in commands for digest in command.blobs}
+
+    async def _expire_for_ever(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._uploads.expire, self._needed_files())
+            except OSError as exc:
+                log.warning("old uploads cannot be dropped", extra={"reason": str(exc)})
+            await asyncio.sleep(EXPIRE_SECONDS)
 
     # ── deferred commands ─────────────────────────────────────────────────────────────────────
 

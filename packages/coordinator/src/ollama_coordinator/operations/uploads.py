@@ -2,15 +2,18 @@
 
 Ollama's clients upload files before they say for which model, so which agents need them is not
 known yet. The files are kept beside the database, verified, within a limit. An unfinished file is
-deleted at the next start; a finished one after the model was created, or after a day without use.
+deleted at the next start; a finished one after the model was created, or after a day in which no
+operation needed it.
 """
 
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
@@ -86,7 +89,6 @@ class Uploads:
                 file.unlink(missing_ok=True)
             elif _DIGEST.fullmatch(file.name):
                 self._sizes[digest_of(file.name)] = file.stat().st_size
-        self._expire()
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────
 
@@ -125,7 +127,7 @@ class Uploads:
         part = self._folder / f"{digest.replace(':', '-')}{PART}{token_hex(6)}"
         size = 0
         try:
-            await asyncio.to_thread(self._make_room)
+            await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
             found = hashlib.sha256()
             file = await asyncio.to_thread(part.open, "wb")
             try:
@@ -151,14 +153,15 @@ class Uploads:
             text = f"uploaded files may take {limit:g} GiB (COORDINATOR_MAX_SPOOL_GIB)"
             raise UploadError(507, text)
 
-    def _make_room(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._expire()
+    def touch(self, digest: str) -> None:
+        """A client relies on the file: it is kept for `KEPT_SECONDS` more."""
+        with suppress(OSError):
+            os.utime(self._file(digest))
 
-    def _expire(self) -> None:
-        """Drop the files that were not used for `KEPT_SECONDS`."""
+    def expire(self, needed: Collection[str]) -> None:
+        """Drop the files that were not used for `KEPT_SECONDS`, but none of those `needed`."""
         oldest = time.time() - KEPT_SECONDS
-        for digest in list(self._sizes):
+        for digest in self._sizes.keys() - needed:
             file = self._file(digest)
             if not file.exists() or file.stat().st_mtime < oldest:
                 self.drop(digest)

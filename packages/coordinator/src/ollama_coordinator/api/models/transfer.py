@@ -137,6 +137,7 @@ class TransferApi:
         """Whether the file is here, or on every agent that would create a model of it."""
         digest = digest_of(request.path_params["digest"])
         if self._uploads.size(digest) is not None:
+            self._uploads.touch(digest)
             return True
         return await self._blobs.suffice(digest, placement_of(request, self._targets.default))
 
