@@ -1,12 +1,23 @@
 """What the agent keeps on its disk."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
 
-from ollama_coordinator_agent.state import AlreadyRunning, ChildRecord, LastRun, StateFolder
+from ollama_coordinator_agent.settings import state_folder
+from ollama_coordinator_agent.state import (
+    AlreadyRunning,
+    ChildRecord,
+    LastRun,
+    StateFolder,
+    host_folder,
+    host_id,
+)
+from ollama_coordinator_common.settings import AgentConfig
 
 
 @pytest.mark.spec("AGENT-19")
@@ -115,3 +126,67 @@ def test_a_file_system_without_links_will_do(
     monkeypatch.setattr("os.link", no_links)
     first = StateFolder(tmp_path, 11434).machine_id()
     assert first == StateFolder(tmp_path, 11434).machine_id()
+
+
+# ── a state folder that hosts share ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.spec("AGENT-46")
+def test_hosts_that_share_a_home_have_an_id_and_a_lock_each(tmp_path: Path) -> None:
+    one, other = (
+        StateFolder(host_folder(tmp_path, name, own_id, take_over=True), 11434)
+        for name, own_id in (("lab-1", "a" * 12), ("lab-2", "b" * 12))
+    )
+    with one.only_agent(), other.only_agent():
+        assert one.machine_id() != other.machine_id()
+    # Copies of one image have one id of the host; their names tell them apart.
+    with one.only_agent():
+        copy = StateFolder(host_folder(tmp_path, "lab-3", "a" * 12, take_over=True), 11434)
+        with copy.only_agent():
+            assert one.machine_id() != copy.machine_id()
+
+
+@pytest.mark.spec("AGENT-46")
+def test_a_host_that_is_renamed_keeps_its_folder(tmp_path: Path) -> None:
+    before = StateFolder(host_folder(tmp_path, "old.local", "a" * 12, take_over=True), 11434)
+    known = before.machine_id()
+    before.remember(agent_id="x")
+    assert host_folder(tmp_path, "new", "a" * 12, take_over=False) == before.folder
+    after = StateFolder(host_folder(tmp_path, "new", "a" * 12, take_over=True), 11434)
+    assert (after.folder.name, after.machine_id()) == ("new-aaaaaaaaaaaa", known)
+    assert after.last_run.agent_id == "x"
+    assert not before.folder.exists()
+
+
+@pytest.mark.spec("AGENT-46")
+def test_the_first_host_takes_over_the_files_of_an_earlier_version(tmp_path: Path) -> None:
+    earlier = StateFolder(tmp_path, 11434)
+    known = earlier.machine_id()
+    earlier.remember(agent_id="x")
+    with earlier.only_agent():  # of another host, say
+        in_use = host_folder(tmp_path, "lab-0", "f" * 12, take_over=True)
+        assert not (in_use / "machine-id").exists()
+    assert host_folder(tmp_path, "lab-1", "a" * 12, take_over=False) == tmp_path
+    first = StateFolder(host_folder(tmp_path, "lab-1", "a" * 12, take_over=True), 11434)
+    second = StateFolder(host_folder(tmp_path, "lab-2", "b" * 12, take_over=True), 11434)
+    assert (first.machine_id(), first.last_run.agent_id) == (known, "x")
+    assert second.machine_id() != known
+    assert second.last_run.agent_id is None
+
+
+@pytest.mark.spec("AGENT-46")
+def test_the_id_of_the_host_is_short_and_says_nothing() -> None:
+    assert host_id() == host_id()
+    assert re.fullmatch("[0-9a-f]{12}", host_id())
+    for file in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
+        if file.exists():
+            assert host_id() not in file.read_text()
+
+
+@pytest.mark.spec("AGENT-46")
+def test_a_folder_that_the_operator_names_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert state_folder(AgentConfig(state_dir=tmp_path)) == tmp_path
+    monkeypatch.setattr(platformdirs, "user_state_path", lambda *_, **__: tmp_path)
+    assert state_folder(AgentConfig()).parent == tmp_path

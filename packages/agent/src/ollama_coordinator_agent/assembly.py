@@ -46,7 +46,7 @@ async def assembled(
     Raises:
         AlreadyRunning: another agent looks after the same Ollama.
     """
-    state = StateFolder(state_folder(config), config.ollama_port)
+    state = StateFolder(state_folder(config, take_over=True), config.ollama_port)
     host = ollama_host(environ)
     changed = asyncio.Event()
     relay = TcpRelay(host, config.ollama_port, parse_networks(config.relay_allow))

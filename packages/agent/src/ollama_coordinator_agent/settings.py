@@ -16,6 +16,7 @@ from ollama_coordinator_common.network import is_address
 from ollama_coordinator_common.settings import AgentConfig
 
 from .relay import parse_networks
+from .state import host_folder, host_id
 
 
 def read(texts: Mapping[str, str]) -> AgentConfig:
@@ -56,10 +57,12 @@ def _check_networks(entries: tuple[str, ...]) -> None:
         raise ConfigError("AGENT_RELAY_ALLOW", ",".join(entries), expected) from exc
 
 
-def state_folder(config: AgentConfig) -> Path:
-    """Where the agent keeps its files."""
-    fallback = platformdirs.user_state_path("ollama-coordinator-agent", appauthor=False)
-    return config.state_dir or fallback
+def state_folder(config: AgentConfig, *, take_over: bool = False) -> Path:
+    """Where the agent keeps its files; `take_over` as in `host_folder`."""
+    if config.state_dir is not None:
+        return config.state_dir
+    base = platformdirs.user_state_path("ollama-coordinator-agent", appauthor=False)
+    return host_folder(base, platform.node() or "unknown", host_id(), take_over=take_over)
 
 
 def machine_name(config: AgentConfig) -> str:

@@ -3,14 +3,18 @@
 `machine-id` is shared by all agents of one machine; `agent-PORT.json` and `agent-PORT.lock` belong
 to the agent of one Ollama. If the folder cannot be read or written, that is logged once and the
 agent runs all the same: the coordinator then knows the machine by its name and port.
+
+In the user's state folder they have a folder of their own for each host: home folders may be on a
+network, and what is shared there is no sign of a cloned disk.
 """
 
+import hashlib
 import logging
 import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,62 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 
 log = logging.getLogger(__name__)
 
+MACHINE_ID = "machine-id"
+"""The name of the file with the machine's id."""
+
 _MACHINE_ID = re.compile(r"[A-Za-z0-9-]{8,128}")
+
+
+_HOST_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+"""Where Linux keeps a random id of the host (machine-id(5)); it must not be shown, hence hashed."""
+
+
+def host_id() -> str:
+    """A short id that this host keeps when it is renamed: of its system, or of its network card."""
+    own = hex(uuid.getnode())
+    for file in _HOST_IDS:
+        with suppress(OSError):
+            own = file.read_text("utf-8", errors="replace").strip() or own
+            break
+    return hashlib.sha256(f"ollama-coordinator-agent {own}".encode()).hexdigest()[:12]
+
+
+def host_folder(base: Path, name: str, own_id: str, *, take_over: bool) -> Path:
+    """The folder of this host in `base`, which other hosts may share.
+
+    If there is none yet, the folder that it had under another name or with an earlier version is
+    taken over, unless an agent uses that now. Without `take_over` nothing is changed.
+    """
+    own = base / f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)[:64]}-{own_id}"
+    if own.is_dir():
+        return own
+    candidates = [*sorted(base.glob(f"*-{own_id}")), base]
+    known = [one for one in candidates if (one / MACHINE_ID).is_file() and not _is_in_use(one)]
+    if not known or not take_over:
+        return known[0] if known else own
+    try:
+        if known[0] != base:
+            return known[0].rename(own)
+        own.mkdir(parents=True)
+        for file in sorted(base.iterdir(), key=lambda file: file.name != MACHINE_ID):
+            if file.is_file():
+                file.rename(own / file.name)
+    except OSError as exc:
+        extra = {"folder": str(known[0]), "reason": str(exc)}
+        log.warning("what this machine kept before could not be taken over", extra=extra)
+    return own
+
+
+def _is_in_use(folder: Path) -> bool:
+    for file in folder.glob("agent-*.lock"):
+        try:
+            with FileLock(file, blocking=False):
+                pass
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError):
+            continue
+    return False
 
 
 class AlreadyRunning(OllamaCoordinatorError):
@@ -58,7 +117,7 @@ class StateFolder:
         self.folder = folder
         self.log_file = folder / f"ollama-{ollama_port}.log"
         self._lock_file = folder / f"agent-{ollama_port}.lock"
-        self._machine_id_file = folder / "machine-id"
+        self._machine_id_file = folder / MACHINE_ID
         self._last_run_file = folder / f"agent-{ollama_port}.json"
         self.last_run = self._recall()
 
@@ -78,7 +137,7 @@ class StateFolder:
             lock.acquire(blocking=False)
         except Timeout as exc:
             raise AlreadyRunning(self._lock_file) from exc
-        except OSError as exc:
+        except (OSError, NotImplementedError) as exc:
             log.warning("a second agent would go unnoticed", extra={"reason": str(exc)})
         try:
             yield
