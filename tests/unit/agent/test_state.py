@@ -131,7 +131,7 @@ def test_a_file_system_without_links_will_do(
 # ── a state folder that hosts share ───────────────────────────────────────────────────────────
 
 
-@pytest.mark.spec("AGENT-46")
+@pytest.mark.spec("AGENT-50")
 def test_hosts_that_share_a_home_have_an_id_and_a_lock_each(tmp_path: Path) -> None:
     one, other = (
         StateFolder(host_folder(tmp_path, name, own_id, take_over=True), 11434)
@@ -146,7 +146,7 @@ def test_hosts_that_share_a_home_have_an_id_and_a_lock_each(tmp_path: Path) -> N
             assert one.machine_id() != copy.machine_id()
 
 
-@pytest.mark.spec("AGENT-46")
+@pytest.mark.spec("AGENT-50")
 def test_a_host_that_is_renamed_keeps_its_folder(tmp_path: Path) -> None:
     before = StateFolder(host_folder(tmp_path, "old.local", "a" * 12, take_over=True), 11434)
     known = before.machine_id()
@@ -158,7 +158,7 @@ def test_a_host_that_is_renamed_keeps_its_folder(tmp_path: Path) -> None:
     assert not before.folder.exists()
 
 
-@pytest.mark.spec("AGENT-46")
+@pytest.mark.spec("AGENT-50")
 def test_the_first_host_takes_over_the_files_of_an_earlier_version(tmp_path: Path) -> None:
     earlier = StateFolder(tmp_path, 11434)
     known = earlier.machine_id()
@@ -174,7 +174,7 @@ def test_the_first_host_takes_over_the_files_of_an_earlier_version(tmp_path: Pat
     assert second.last_run.agent_id is None
 
 
-@pytest.mark.spec("AGENT-46")
+@pytest.mark.spec("AGENT-50")
 def test_the_id_of_the_host_is_short_and_says_nothing() -> None:
     assert host_id() == host_id()
     assert re.fullmatch("[0-9a-f]{12}", host_id())
@@ -183,7 +183,7 @@ def test_the_id_of_the_host_is_short_and_says_nothing() -> None:
             assert host_id() not in file.read_text()
 
 
-@pytest.mark.spec("AGENT-46")
+@pytest.mark.spec("AGENT-50")
 def test_a_folder_that_the_operator_names_is_used_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
