@@ -151,3 +151,67 @@ async def test_nobody_waits_for_an_agent_that_hangs_to_learn_of_a_context(
     spare.faults.hang(paths=["/api/show"])
     async with asyncio.timeout(20):
         await _chat(coordinator)
+
+
+LONG = [{"role": "user", "content": "word " * 20_000}]
+"""Some 25,000 tokens."""
+
+
+async def _long(coordinator: Running, path: str = "/api/chat", **more: Any) -> tuple[str, str]:
+    """Which agent served a long prompt without `num_ctx`, and what the header says of contexts."""
+    body = {"model": "llama3.2", "messages": LONG, "stream": False, **more}
+    async with coordinator.session.post(coordinator.url + path, json=body) as response:
+        assert response.status == 200, await response.text()
+        headers = response.headers
+        return headers["X-Ollama-Coordinator-Agent"], headers.get(HEADER, "")
+
+
+@pytest.mark.spec("SURFACE-50")
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+async def test_a_long_prompt_goes_where_it_fits(coordinator: Running, path: str) -> None:
+    async with StandIn(default_context=4096) as small, StandIn(default_context=131_072) as large:
+        for name, ollama, context in (("small", small, 4096), ("large", large, 131_072)):
+            agent_id = await coordinator.register(ollama, name)
+            await coordinator.heartbeat(agent_id, runner={"context_length": context})
+        for _ in range(6):
+            assert await _long(coordinator, path) == ("large", "")
+        assert small.seen.of(path) == []
+
+
+@pytest.mark.spec("SURFACE-50")
+async def test_a_machine_without_an_agent_is_asked_before_a_long_prompt(
+    coordinator: Running,
+) -> None:
+    async with StandIn(default_context=4096) as small, StandIn(default_context=131_072) as large:
+        for name, ollama in (("small", small), ("large", large)):
+            await coordinator.register(ollama, name)
+            await ollama.load("llama3.2")
+        assert {await _long(coordinator) for _ in range(4)} == {("large", "")}
+
+
+async def _last_id(coordinator: Running) -> str:
+    return str(coordinator.parts.observation.journal.recent[-1].request.id)
+
+
+@pytest.mark.spec("SURFACE-50")
+async def test_where_no_context_is_large_enough_the_largest_serves_and_the_answer_says_so(
+    coordinator: Running,
+) -> None:
+    async with StandIn(default_context=4096) as small, StandIn(default_context=8192) as larger:
+        for name, ollama, context in (("small", small, 4096), ("larger", larger, 8192)):
+            agent_id = await coordinator.register(ollama, name)
+            await coordinator.heartbeat(agent_id, runner={"context_length": context})
+        agent, note = await _long(coordinator)
+        assert (agent, note.split(";")[0]) == ("larger", "num_ctx=8192")
+        assert "prompt=25" in note
+        record = await coordinator.get(f"/api/requests/{await _last_id(coordinator)}")
+        assert record["attempts"][0]["runner"] == note
+        assert "too small for a prompt" in record["attempts"][0]["refused"]["small"]
+
+
+@pytest.mark.spec("SURFACE-50")
+async def test_a_request_that_asks_for_a_context_itself_goes_anywhere(coordinator: Running) -> None:
+    async with StandIn(default_context=4096) as small:
+        agent_id = await coordinator.register(small, "small")
+        await coordinator.heartbeat(agent_id, runner={"context_length": 4096})
+        assert await _long(coordinator, options={"num_ctx": 32_768}) == ("small", "")

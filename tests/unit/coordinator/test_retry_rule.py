@@ -87,7 +87,6 @@ def test_an_error_without_a_text_is_the_agents(status: int) -> None:
         (400, "illegal base64 data at input byte 4"),
         (400, "the input length exceeds the context length"),
         (400, "input exceeds maximum context length and cannot be truncated further"),
-        (400, "the prompt is longer than the context length currently available to the model"),
         (400, "this model only supports one image while more than one image requested"),
         (400, "max_tokens is required and must be positive"),
         (400, "messages is required"),
@@ -116,6 +115,17 @@ def test_a_missing_capability_is_the_requests_fault_if_no_listing_has_it() -> No
 
 
 @pytest.mark.spec("PROXY-9")
+@pytest.mark.spec("SURFACE-50")
+@pytest.mark.parametrize("shape", [native, openai])
+def test_a_prompt_too_long_for_one_machine_is_asked_elsewhere_without_blame(
+    shape: Callable[[str], bytes],
+) -> None:
+    text = "the prompt is longer than the context length currently available to the model"
+    outcome = judge(400, shape(text))
+    assert outcome is not None
+    assert outcome.result is Result.REJECTED
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_ollama_com_says_itself_who_may_use_its_models(status: int) -> None:
     assert judge(status, native("unauthorized"), of_cloud=True) is None

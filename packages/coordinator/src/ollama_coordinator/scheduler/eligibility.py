@@ -47,7 +47,7 @@ def eligible(registry: Registry, request: Request, now: float) -> Eligible:
 
 def _refusal(registry: Registry, agent: AgentState, request: Request, now: float) -> str | None:
     if agent.id in request.excluded:
-        return "already tried"
+        return request.unfit.get(agent.id, "already tried")
     status = agent.status(now, registry.agent_timeout)
     if status is not AgentStatus.ONLINE:
         return str(status.value)

@@ -95,7 +95,7 @@ class Queues:
         output = self.expected_output(request)
         work = request.prompt_tokens / TOKENS_READ_PER_WRITTEN + output + LEAST_WORK
         weight = self._weights.get(request.client, 1.0)
-        clock, retry = queue.clock, bool(request.excluded)
+        clock, retry = queue.clock, request.is_retry
         start = clock.virtual if retry else clock.start(request.client, work, weight)
         self._last_number += 1
         tag = Tag(start, request.arrived_at, self._last_number)

@@ -1,6 +1,6 @@
 """Requests, leases and outcomes, and the runner options that a loaded model must have."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NewType
 
@@ -71,8 +71,8 @@ class Request(Struct, frozen=True, kw_only=True):
     `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
     `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
-    which a stream is read along. After `deadline` the client no
-    longer wants to wait for a lease. `excluded` are agents that were tried already.
+    which a stream is read along. After `deadline` the client no longer wants to wait for a lease.
+    `excluded` are agents that were tried already, or cannot serve it: `unfit` says why.
     """
 
     id: RequestId
@@ -91,10 +91,21 @@ class Request(Struct, frozen=True, kw_only=True):
     load_only: bool = False
     deadline: float | None = None
     excluded: frozenset[AgentId] = frozenset()
+    unfit: Mapping[AgentId, str] = {}
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether an agent failed it."""
+        return len(self.excluded) > len(self.unfit)
 
     def without(self, agents: Iterable[AgentId]) -> "Request":
         """The same request after these agents failed it."""
         return structs.replace(self, excluded=self.excluded | frozenset(agents))
+
+    def unfit_for(self, reasons: Mapping[AgentId, str]) -> "Request":
+        """The same request, which these agents cannot serve, and why."""
+        unfit = {**self.unfit, **reasons}
+        return structs.replace(self, excluded=self.excluded | frozenset(reasons), unfit=unfit)
 
 
 class Lease(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,7 @@
 """A request fitted to the fleet before it is scheduled: unfit agents excluded, a context chosen.
 
+A long prompt without `num_ctx` goes to agents whose context it fits in.
+
 A runner with a larger context serves a request for a smaller one: nothing is cut off that would
 have fitted. Ollama itself would reload the model. Where such a runner is in memory and none of the
 wanted size, the request's `num_ctx` is raised to that runner's, for the scheduler too; this is
@@ -15,7 +17,7 @@ from msgspec import Struct, structs
 
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, edited
-from ollama_coordinator.api.models.lists import is_older
+from ollama_coordinator.api.models.lists import is_known, is_older
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import NO_OPTIONS, Kind, Request
@@ -24,6 +26,26 @@ from ollama_coordinator_common.types import AgentId
 
 SHOW_SECONDS = 1.0
 """How long a request waits for the model's own parameters."""
+
+LOOK_SECONDS = 1.0
+"""How long a long prompt waits to learn what a machine without an agent has in memory."""
+
+RESERVE_FACTOR = 1.1
+RESERVE_TOKENS = 256
+"""What a prompt needs beside its estimate, which may be off by a tenth, and for the answer."""
+
+SHORT_NEED = 2048
+"""Ollama's smallest default context, that of its old versions: what fits there fits everywhere."""
+
+BY_MEMORY = "0.15.5"
+GIBIBYTE = 2**30
+CONTEXT_BY_MEMORY = ((47 * GIBIBYTE, 262_144), (23 * GIBIBYTE, 32_768), (0, 4_096))
+"""Ollama's default context from this version on, by all GPUs' memory (some GiB below the nominal
+48 and 24, which drivers do not report in full)."""
+
+STRANGER = "it has another model of this name"
+TOO_OLD = "its Ollama is too old for this route"
+UNKNOWN = "its context is not known, and the prompt is long"
 
 SINCE = {
     "/v1/responses": "0.14.0",
@@ -47,6 +69,7 @@ class ContextFit:
     def __init__(self, parts: Parts) -> None:
         self._registry = parts.registry
         self._model_info = parts.model_info
+        self._monitor = parts.monitor
         self._clock = parts.clock
         self._settings = parts.settings
         self._turn = parts.reading
@@ -64,15 +87,19 @@ class ContextFit:
 
         `holders` have the preferred content of the model; `offered` pass its name on to ollama.com.
         """
-        unfit = self._registry.models.strangers(request.model)
+        unfit = dict.fromkeys(self._registry.models.strangers(request.model), STRANGER)
         if route.path in SINCE:
-            unfit |= _too_old([*holders, *offered], SINCE[route.path])
+            unfit |= dict.fromkeys(_too_old([*holders, *offered], SINCE[route.path]), TOO_OLD)
+        holders = [agent for agent in holders if agent.id not in unfit]
+        too_small, too_long = await self._too_small(route, request, holders)
+        unfit |= too_small
         if unfit:
-            request = request.without(unfit)
+            request = request.unfit_for(unfit)
+            holders = [agent for agent in holders if agent.id not in unfit]
         context = await self._context(route, request, holders)
         raised = None if context is None else await self._raised(body, context)
         if context is None or raised is None:
-            return Fitted(request, body)
+            return Fitted(request, body, too_long)
         wanted = request.options.num_ctx or "default"
         options = structs.replace(request.options, num_ctx=context)
         note = f"num_ctx={context}; wanted={wanted}"
@@ -92,6 +119,47 @@ class ContextFit:
                 return await edited(body, {"options": b'{"num_ctx":' + number + b"}"})
             changed = await edited(options, {"num_ctx": number}) if options else None
             return None if changed is None else await edited(body, {"options": bytes(changed)})
+
+    async def _too_small(
+        self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
+    ) -> tuple[dict[AgentId, str], str]:
+        """The holders whose context a long prompt does not fit in, where another's is larger.
+
+        Ollama drops the middle of such a prompt without a word. Where nobody has a context that is
+        large enough, the largest there is serves it, and the note says so.
+        """
+        need = int(request.prompt_tokens * RESERVE_FACTOR) + RESERVE_TOKENS
+        if request.options.num_ctx is not None or request.kind is Kind.EMBED or need <= SHORT_NEED:
+            return {}, ""
+        now = self._clock.now()
+        online = [agent for agent in holders if self._registry.is_routable(agent, now)]
+        bare = [agent for agent in online if not agent.brings_inventory]
+        if bare:
+            await asyncio.gather(
+                *(self._monitor.look_at(one, seconds=LOOK_SECONDS) for one in bare)
+            )
+        native = route.dialect is Dialect.NATIVE
+        contexts = {agent.id: _known_context(agent, request.model, native) for agent in online}
+        if all(context is None or context >= need for context in contexts.values()):
+            return {}, ""
+        if await self._has_own(request.name):
+            contexts = {agent.id: _loaded_context(agent, request.model) for agent in online}
+        known = {agent: context for agent, context in contexts.items() if context is not None}
+        largest = max(known.values(), default=0)
+        least = min(need, largest)
+        if len(known) < len(contexts) and largest < need:
+            least = need  # one of those that are not known may be large enough
+        unfit = {
+            agent: f"its context of {context} tokens is too small for a prompt of about"
+            f" {request.prompt_tokens}"
+            for agent, context in known.items()
+            if context < least
+        }
+        if largest >= need:
+            unfit |= {agent: UNKNOWN for agent, context in contexts.items() if context is None}
+        too_long = largest < need and len(known) == len(contexts)
+        note = f"num_ctx={largest}; prompt={request.prompt_tokens}" if too_long else ""
+        return unfit, note
 
     async def _context(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
@@ -156,3 +224,26 @@ def _loaded_context(agent: AgentState, key: str) -> int | None:
 def _default_context(agent: AgentState) -> int:
     runner = agent.report.runner if agent.report is not None else None
     return (runner.context_length or 0) if runner is not None else 0
+
+
+def _known_context(agent: AgentState, key: str, native: bool) -> int | None:
+    """The context that a request without `num_ctx` finds there; `None` where that is not known.
+
+    A runner in memory with a larger context than the default stays for native requests only: those
+    of other dialects cannot ask for it, and Ollama reloads the model.
+    """
+    loaded, default = _loaded_context(agent, key), _default_context(agent) or _by_memory(agent)
+    if loaded is None or (default and not native):
+        return default or loaded
+    return loaded
+
+
+def _by_memory(agent: AgentState) -> int:
+    """The default that follows from the GPUs' memory, where that is so and known; else 0."""
+    report, version = agent.report, agent.registration.ollama_version
+    if report is None or report.runner is None or not is_known(version):
+        return 0
+    if is_older(version, BY_MEMORY):
+        return 0
+    total = sum(gpu.memory_total_bytes or 0 for gpu in report.gpus)
+    return next(context for least, context in CONTEXT_BY_MEMORY if total >= least)

@@ -47,6 +47,9 @@ OF_THE_REQUEST = _any_of(
 """Ollama's 400s (v0.5 to v0.33) that speak of the request. A text that is not here is tried on each
 holder once; one too many here, and a broken machine keeps its requests."""
 
+TOO_SMALL_HERE = _any_of(r"prompt is longer than the context length currently available")
+"""Ollama's 400 for a prompt that does not fit the runner here; another machine's may be larger."""
+
 WRONG_OPTION = _any_of(
     r"\boption \S+ must be of ", r"^invalid format: ", r"^invalid JSON schema in format",
     r"^json: cannot unmarshal ", r"^unknown type loading config params",
@@ -84,6 +87,8 @@ def judge(
     """
     text = error_text(body)
     told = f"answered {status}: {text}" if text else f"answered {status} with no text"
+    if TOO_SMALL_HERE.search(text):
+        return Outcome(Result.REJECTED, told)
     if status == 403 and not body.strip():
         # Ollama's Host check: it is bound to loopback and does not take our name for it.
         return Outcome(Result.UNREACHABLE, f"{told}; set OLLAMA_HOST=0.0.0.0 on that machine")
