@@ -25,7 +25,7 @@ async def agents(coordinator: Running, count: int, *names: str) -> list[str]:
     """Agents that report these models, and where nothing listens."""
     found = []
     for number in range(count):
-        facts = {"ollama_port": 1, "relay_port": 1, "machine_name": f"gpu-{number}"}
+        facts = {"ollama_port": 1 + number, "machine_name": f"gpu-{number}"}
         facts |= {"ip_address": "127.0.0.1", "ollama_version": "0.33.0"}
         _, answer = await coordinator.post("/api/agents", facts)
         found.append(answer["agent_id"])
