@@ -57,11 +57,18 @@ class Interrupt:
         trace: TracebackType | None,
     ) -> None:
         self._over = True
-        if self._exception is None or self._task is None:
+        task, self._task = self._task, None
+        exception, self._exception = self._exception, None
+        if exception is None or task is None:
             return
-        from_elsewhere = self._task.uncancel() > self._cancelling
-        if kind is asyncio.CancelledError and not from_elsewhere:
-            raise self._exception from raised
+        from_elsewhere = task.uncancel() > self._cancelling
+        try:
+            if kind is asyncio.CancelledError and not from_elsewhere:
+                raise exception from raised
+        finally:
+            # The exception's traceback has this frame: a name for it here would be a cycle, and
+            # all that the frames refer to (a request's body) would stay until a full collection.
+            del exception, raised, trace, task
 
 
 class OwnedTasks:

@@ -101,6 +101,8 @@ class Dispatch:
             raise
         finally:
             del self._waiting[request.id]
+            # An error of the future has this frame in its traceback: else the two keep each other.
+            del future
 
     def _give_back(self, request_id: RequestId, future: asyncio.Future[Held]) -> None:
         """The client left while it waited, perhaps just after its lease was granted."""

@@ -220,6 +220,7 @@ class _Opened:
         try:
             self._response = response = await self._sending
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
+            _forget_frames(exc)
             kind = ConnectionLost if _is_lost(exc) else Unreachable
             raise kind(_reason(exc)) from exc
         connection = response.connection
@@ -242,6 +243,17 @@ class _Opened:
         content = self._response.content
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+
+def _forget_frames(exc: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of those behind it.
+
+    Aiohttp's frames have a name for the error that they raise: a cycle, by which the body of the
+    request would stay until a full collection.
+    """
+    while exc is not None:
+        exc.__traceback__ = None
+        exc = exc.__cause__ or exc.__context__ or getattr(exc, "os_error", None)
 
 
 def _seen(closed: asyncio.Future[None]) -> None:

@@ -159,6 +159,8 @@ class Http1Connection(asyncio.Protocol):
         finally:
             self._server.open.discard(self)
             self._deadline.close()
+            # A collection may come late; until then the connection keeps none of a client's bytes.
+            self._unparsed, self._newest, self._exchange = b"", None, None
             self._transport.abort()
 
     # ── asyncio's callbacks ───────────────────────────────────────────────────────────────────
