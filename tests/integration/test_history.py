@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ollama_coordinator.db import Finished
+from ollama_coordinator.journal.observation import SETTLED_SECONDS
 from support.coordinator import Running, running
 from support.ollama import StandIn
 from support.past import past
@@ -145,6 +146,19 @@ async def test_only_the_newest_are_kept() -> None:
         assert rows[0]["id"] == past(119).id
     async with running(history_days=0.01) as coordinator:
         await remember(coordinator, [past(n) for n in range(10)])
+        await coordinator.parts.observation.prune()
+        assert await everything(coordinator) == []
+
+
+@pytest.mark.spec("OPERATION-50")
+async def test_a_wall_clock_that_was_just_set_deletes_no_history() -> None:
+    async with running(history_days=0.01) as coordinator:
+        await remember(coordinator, [past(n) for n in range(10)])
+        clock = coordinator.parts.clock
+        clock.stepped_at = clock.now()
+        await coordinator.parts.observation.prune()
+        assert len(await everything(coordinator)) == 10
+        clock.stepped_at -= SETTLED_SECONDS
         await coordinator.parts.observation.prune()
         assert await everything(coordinator) == []
 

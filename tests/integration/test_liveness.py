@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import signal
 from collections import Counter
+from pathlib import Path
 
+import aiohttp
 import pytest
 
 from ollama_coordinator.monitor import LISTS_SECONDS
+from support import programs
 from support.coordinator import Running, running
 from support.ollama import StandIn
 
@@ -62,6 +66,60 @@ async def test_an_answer_goes_on_when_only_the_heartbeats_stop() -> None:
             ollama.release()
             last = (await response.content.read()).splitlines()[-1]
         assert json.loads(last)["done"] is True
+
+
+@pytest.mark.spec("FLEET-74")
+async def test_an_agent_whose_answer_goes_on_is_online_without_heartbeats() -> None:
+    async with running(agent_timeout=0.5) as coordinator, StandIn() as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        await coordinator.heartbeat(agent.id)
+        heard_at = agent.heard_at
+        ollama.hold(after=1)
+        async with coordinator.stream() as response:
+            await response.content.readline()
+            await coordinator.until(lambda: agent.heard_at > heard_at)
+            [held] = coordinator.parts.dispatch.held()
+            assert agent.heard_at == held.progress_at
+            await coordinator.heartbeat(agent.id, leaving=True)
+            ollama.release()
+            await response.content.read()
+        assert agent.left
+
+
+@pytest.mark.spec("FLEET-75")
+async def test_after_a_gap_every_agent_is_asked(coordinator: Running, ollama: StandIn) -> None:
+    agent = coordinator.agent(named(coordinator, "first"))
+    await coordinator.heartbeat(agent.id, tags={"models": []}, ps={"models": []})
+    before = ollama.seen.count("/api/version")
+    coordinator.parts.clock.gaps += 1
+    await coordinator.until(lambda: ollama.seen.count("/api/version") > before)
+
+
+@pytest.mark.spec("FLEET-75")
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows stops no process")
+async def test_a_coordinator_that_was_stopped_blames_no_agent(tmp_path: Path) -> None:
+    port = programs.free_port()
+    async with (
+        StandIn() as ollama,
+        aiohttp.ClientSession() as session,
+        programs.coordinator(tmp_path, port, AGENT_TIMEOUT="3") as (url, program),
+    ):
+        facts = {
+            "machine_name": "gpu-1",
+            "ip_address": "127.0.0.1",
+            "ollama_version": ollama.settings.version,
+            "ollama_port": ollama.port,
+            "instance_id": "a run of its agent",
+        }
+        async with session.post(f"{url}/api/agents", json=facts) as response:
+            assert response.status == 201, await response.text()
+        program.send(signal.SIGSTOP)
+        await asyncio.sleep(3.5)  # longer than AGENT_TIMEOUT: what is tested is a time
+        program.send(signal.SIGCONT)
+        async with session.get(f"{url}/api/agents") as response:
+            [agent] = await response.json()
+        assert agent["status"] == "online"
+        assert "agent offline" not in program.output
 
 
 @pytest.mark.spec("FLEET-14")

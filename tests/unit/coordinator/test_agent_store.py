@@ -25,8 +25,12 @@ class SetClock(Clock):
     def __init__(self, monotonic: float) -> None:
         super().__init__()
         self.monotonic_now = monotonic
-        self._epoch = AT.timestamp() - 1000.0
-        self.now = lambda: self.monotonic_now
+
+    def now(self) -> float:
+        return self.monotonic_now
+
+    def _epoch(self) -> float:
+        return AT.timestamp() - 1000.0
 
 
 class Process:

@@ -1,9 +1,33 @@
-"""Two clocks and the way between them."""
+"""Two clocks and the way between them, and the lag of the event loop."""
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
+from ollama_coordinator import clock as module
 from ollama_coordinator.clock import Clock
+from support.deadline import DEADLINE_SECONDS
+
+
+class Machine:
+    """The clocks of a machine, as a test sets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.up = 1000.0
+        self.wall = 1_790_000_000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.up)
+        monkeypatch.setattr(time, "time", lambda: self.wall)
+
+    def run(self, seconds: float) -> None:
+        self.up += seconds
+        self.wall += seconds
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
 
 
 def test_now_is_the_clock_of_the_event_loop() -> None:
@@ -24,3 +48,60 @@ def test_the_translation_keeps_distances() -> None:
     later = clock.utc(100.0) - clock.utc(40.0)
     assert abs(later - timedelta(seconds=60)) < timedelta(milliseconds=1)
     assert clock.monotonic(datetime(1990, 1, 1, tzinfo=UTC)) < 0
+
+
+@pytest.mark.spec("FLEET-75")
+def test_a_time_in_which_the_process_did_not_run_is_left_out(machine: Machine) -> None:
+    clock = Clock()
+    before = clock.now()
+    machine.run(1.0)
+    assert clock.now() == before + 1.0
+    machine.run(70.0)
+    assert clock.now() == before + 1.0
+    assert clock.gaps == 1
+    assert clock.has_lagged_since(before + 1.0)
+    machine.run(1.5)
+    assert clock.now() == before + 2.5
+    assert not clock.has_lagged_since(before + 2.5)
+    assert clock.utc(clock.now()).timestamp() == machine.wall
+    assert clock.monotonic(clock.utc(clock.now())) == clock.now()
+    assert clock.gaps == 1
+
+
+@pytest.mark.spec("FLEET-75")
+def test_a_sleep_that_the_monotonic_clock_does_not_show_is_a_gap(machine: Machine) -> None:
+    clock = Clock()
+    before = clock.now()
+    machine.wall += 3600.0
+    clock.utc(before)
+    assert (clock.gaps, clock.now()) == (1, before)
+
+
+@pytest.mark.spec("OPERATION-50")
+def test_a_wall_clock_that_is_set_counts_at_once_and_small_steps_do_not(machine: Machine) -> None:
+    clock = Clock()
+    now = clock.now()
+    before = clock.utc(now)
+    machine.wall += 0.4
+    assert clock.utc(now) == before
+    machine.wall += 86_400.0
+    assert clock.utc(now).timestamp() == machine.wall
+    assert clock.stepped_at == now
+    assert clock.monotonic(before) == pytest.approx(now - 86_400.4)
+    machine.wall -= 10 * 86_400.0
+    assert clock.utc(now).timestamp() == machine.wall
+
+
+@pytest.mark.spec("FLEET-76")
+async def test_the_lag_of_the_event_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "LAG_SECONDS", 0.1)
+    clock = Clock()
+    with clock.watching():
+        began = clock.now()
+        time.sleep(0.2)  # noqa: ASYNC251 (it is what holds the loop up)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not clock.has_lagged_since(began):
+                await asyncio.sleep(0)
+        now = clock.now()
+    assert not clock.has_lagged_since(now + 0.001)

@@ -6,13 +6,16 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ssl import SSLCertVerificationError
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.upstream import (
+    LAG_TRIES,
     Cut,
     LargeBody,
     Unreachable,
@@ -285,3 +288,62 @@ async def test_the_pool_is_used_while_it_is_open() -> None:
     with pytest.raises(RuntimeError, match="not open"):
         async with Upstreams().open("GET", "http://gpu-1"):
             pytest.fail("must not open")
+
+
+# ── our own lag ───────────────────────────────────────────────────────────────────────────────
+
+
+class Lagging(Clock):
+    """A clock that shows a lag for so many of the questions."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def has_lagged_since(self, now: float) -> bool:
+        self.times -= 1
+        return self.times >= 0
+
+
+@pytest.mark.spec("FLEET-76")
+@pytest.mark.parametrize(("times", "requests"), [(0, 1), (2, 3), (99, 1 + LAG_TRIES)])
+async def test_a_time_out_under_lag_decides_nothing(times: int, requests: int) -> None:
+    taken = 0
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal taken
+        taken += 1
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, Upstreams(Lagging(times)) as upstreams:
+        with pytest.raises(Unreachable, match=r"no answer within 0\.05 s"):
+            await upstreams.fetch("GET", url, seconds=0.05)
+    assert taken == requests
+
+
+@pytest.mark.spec("FLEET-76")
+@pytest.mark.parametrize(("times", "served"), [(0, False), (2, True)])
+async def test_a_connection_that_times_out_under_lag_is_tried_again(
+    times: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+    connect = aiohttp.TCPConnector._create_connection
+
+    async def slow(*arguments: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise aiohttp.ConnectionTimeoutError
+        return await connect(*arguments)
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", slow)
+    async with answering(OK + b"Content-Length: 0\r\n\r\n") as url:
+        async with Upstreams(Lagging(times)) as upstreams:
+            if served:
+                assert await whole(upstreams, url) == b""
+            else:
+                with pytest.raises(Unreachable, match="no connection within"):
+                    await whole(upstreams, url)

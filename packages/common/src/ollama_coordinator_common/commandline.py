@@ -104,6 +104,7 @@ class EventFormatter(logging.Formatter):
 def log_to(handler: logging.Handler, level: str, form: str) -> None:
     """Send the log to one handler in one form; of libraries, warnings and errors only."""
     handler.setFormatter(EventFormatter(form))
+    handler.setLevel(level)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("aiohttp", "asyncio", "hypercorn"):
         logging.getLogger(name).setLevel(logging.WARNING)

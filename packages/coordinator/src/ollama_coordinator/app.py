@@ -60,7 +60,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
     registry = Registry(config.agent_timeout)
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
-    upstreams = Upstreams()
+    upstreams = Upstreams(clock)
     limits = Limits(config.history_rows, config.history_days)
     observation = Observation(dispatch, store, limits, status_of=status_of)
     agent_store = AgentStore(registry, store, clock)
@@ -118,6 +118,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(parts.store)
+        stack.enter_context(parts.clock.watching())
         await parts.agent_store.restore()
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())

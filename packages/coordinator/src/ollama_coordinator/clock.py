@@ -1,25 +1,97 @@
-"""The two clocks: monotonic seconds inside, UTC on the wire and in the database."""
+"""The two clocks, monotonic seconds inside and UTC outside, and the lag of the event loop.
 
+A coordinator that was stopped, or whose event loop was held up, has heard nobody meanwhile. That is
+its own trouble: `now()` leaves such gaps out, so that no agent's silence grows by them, and what a
+time-out found while the loop lagged decides nothing (`has_lagged_since`).
+"""
+
+import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from math import inf
+
+TICK_SECONDS = 0.25
+"""How often the lag is measured: several times within the shortest time-out for an agent, 1 s."""
+
+LAG_SECONDS = 0.5
+"""A loop that is so late may see an answer after its time-out; a busy machine is late by less."""
+
+GAP_SECONDS = 2.0
+"""More than that between two readings is a gap; less than any silence that is judged, 5 s."""
+
+STEP_SECONDS = 0.5
+"""The wall clock was set if it moves so far from the monotonic one; reading both takes far less."""
 
 
 class Clock:
-    """Monotonic `now()`, the clock of the event loop too, and its translation to UTC and back.
+    """Monotonic `now()` without the gaps, and its translation to UTC and back.
 
-    The translation is fixed at the start, so that a jump of the wall clock makes no agent offline.
+    The translation is the present one: the wall clock of a machine may be set after its start.
+    `gaps` counts the gaps, and the times when the wall clock ran on without the monotonic one, as
+    while a laptop sleeps. `stepped_at` is when the wall clock was last set.
     """
 
-    now = staticmethod(time.monotonic)
-    """Monotonic seconds."""
-
     def __init__(self) -> None:
-        self._epoch = time.time() - time.monotonic()
+        self.gaps = 0
+        self.stepped_at = -inf
+        self._lagged_at = -inf
+        self._read_at = time.monotonic()
+        self._left_out = 0.0
+        self._offset = time.time() - self._read_at
+        self._tick: asyncio.TimerHandle | None = None
+
+    def now(self) -> float:
+        """Monotonic seconds; a gap since the last reading is left out."""
+        at = time.monotonic()
+        since = at - self._read_at
+        self._read_at = at
+        if since > GAP_SECONDS:
+            self.gaps += 1
+            self._left_out += since
+            self._lagged_at = at - self._left_out
+        return at - self._left_out
 
     def utc(self, now: float) -> datetime:
         """The UTC time of a monotonic reading."""
-        return datetime.fromtimestamp(now + self._epoch, UTC)
+        return datetime.fromtimestamp(now + self._epoch(), UTC)
 
     def monotonic(self, at: datetime) -> float:
         """The monotonic reading of a UTC time; negative for one before the machine started."""
-        return at.timestamp() - self._epoch
+        return at.timestamp() - self._epoch()
+
+    def _epoch(self) -> float:
+        """The UTC time of the monotonic zero; the same until the wall clock is set."""
+        now, offset = self.now(), time.time() - time.monotonic()
+        moved = offset - self._offset
+        if abs(moved) > STEP_SECONDS:
+            self._offset, self.stepped_at = offset, now
+            self.gaps += moved > GAP_SECONDS
+        return self._offset + self._left_out
+
+    def has_lagged_since(self, now: float) -> bool:
+        """Whether the event loop was late, or did not run at all, after a monotonic reading."""
+        return self._lagged_at >= now
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure the lag of the running event loop during the block."""
+        self._watch(asyncio.get_running_loop())
+        try:
+            yield
+        finally:
+            if self._tick is not None:
+                self._tick.cancel()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + TICK_SECONDS
+
+        def tick() -> None:
+            # A timer that is due earlier is called earlier: those of time-outs see the lag.
+            if loop.time() - due > LAG_SECONDS:
+                self._lagged_at = self.now()
+            self._epoch()
+            self._watch(loop)
+
+        self._tick = loop.call_at(due, tick)

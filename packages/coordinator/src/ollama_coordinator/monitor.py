@@ -99,6 +99,7 @@ class Monitor:
         self._silent: dict[AgentId, tuple[int, float]] = {}  # failed probes in a row, last probe
         self._models = ModelProbes(dispatch, upstreams)
         self._asked_at: dict[AgentId, float] = {}  # for the lists of models
+        self._gaps = self._clock.gaps
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -138,14 +139,22 @@ class Monitor:
         self._dispatch.plan()
 
     def _look(self, tasks: asyncio.TaskGroup, now: float) -> None:
+        for held in self._dispatch.held():
+            # Bytes of an answer are a sign of life, whatever becomes of the heartbeats.
+            agent, is_answering = held.agent, held.began_at is not None
+            if is_answering and held.progress_at > agent.heard_at and not agent.left:
+                self._registry.heard(agent, held.progress_at)
         for agent in self._registry.expire(now):
             silent_seconds = round(now - agent.heard_at)
             log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
             self._dispatch.plan()
         self._models.look(tasks, now)
         silent = self._silent_agents(now)
+        # After a gap nobody is judged by what was not heard: everybody is asked.
+        ask_all, self._gaps = self._clock.gaps != self._gaps, self._clock.gaps
         for agent in self._registry:
-            if agent.id not in self._probes and self._wants_probe(agent, silent, now):
+            asked = ask_all and not agent.left
+            if agent.id not in self._probes and (asked or self._wants_probe(agent, silent, now)):
                 task = tasks.create_task(self._probe(agent, doubted=agent.id in silent))
                 self._probes[agent.id] = task
                 task.add_done_callback(partial(self._probed, agent.id))
@@ -251,10 +260,14 @@ class Monitor:
 
     async def look_at(self, agent: AgentState, *, seconds: float) -> None:
         """Learn an agent's models now; one that does not answer in `seconds` leaves rotation."""
+        began = self._clock.now()
         try:
             async with asyncio.timeout(seconds):
                 await self._ask_models(agent)
         except (TimeoutError, Unreachable) as exc:
+            if isinstance(exc, TimeoutError) and self._clock.has_lagged_since(began):
+                del self._asked_at[agent.id]  # it is asked again
+                return
             reason = str(exc) or f"no answer within {seconds:g} s"
             log.warning("agent's Ollama not reached", extra=_facts(agent, url=agent.url))
             self._dispatch.take_out(agent, reason)

@@ -26,6 +26,8 @@ from aiohttp.abc import AbstractStreamWriter
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.network import keep_alive
 
+from .clock import Clock
+
 log = logging.getLogger(__name__)
 
 VIA_HEADER = "X-Ollama-Coordinator-Via"
@@ -37,6 +39,9 @@ passed: ContextVar[str] = ContextVar("passed", default="")
 
 CONNECT_SECONDS = 3.0
 """A machine on a network answers a connection within milliseconds or not at all."""
+
+LAG_TRIES = 3
+"""Repetitions of what timed out while our event loop lagged: one that always lags must end too."""
 
 STALE_SECONDS = 1.0
 """A request on a connection that its agent had closed fails after a round trip, hence within it."""
@@ -99,7 +104,8 @@ class Upstreams:
     a new connection. One that ends later may have been worked on meanwhile, as in a cold load.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = Clock() if clock is None else clock
         self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
@@ -145,6 +151,7 @@ class Upstreams:
         headers: list[tuple[str, str]],
         body: bytes | bytearray,
         stream: AsyncIterator[bytes] | None,
+        tries: int = LAG_TRIES,
     ) -> aiohttp.ClientResponse:
         """The response, once its headers are here.
 
@@ -153,7 +160,7 @@ class Upstreams:
         """
         if self._kept is None or self._fresh is None:
             raise RuntimeError("the upstream connections are not open")
-        sending = _Sending()
+        sending, began = _Sending(), self._clock.now()
         try:
             return await self._kept.request(
                 method,
@@ -163,6 +170,10 @@ class Upstreams:
                 allow_redirects=False,
                 trace_request_ctx=sending,
             )
+        except aiohttp.ConnectionTimeoutError:
+            if not tries or not self._clock.has_lagged_since(began):
+                raise
+            return await self._send(method, url, headers, body, stream, tries - 1)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
             now = asyncio.get_running_loop().time()
             if stream is not None or not sending.was_stale(exc, now):
@@ -172,17 +183,29 @@ class Upstreams:
         )
 
     async def fetch(
-        self, method: str, url: str, *, seconds: float, body: bytes = b""
+        self,
+        method: str,
+        url: str,
+        *,
+        seconds: float,
+        body: bytes = b"",
+        tries: int = LAG_TRIES,
     ) -> tuple[int, bytes]:
         """A small request with a time-out for all of it: status and body.
+
+        It is sent again, `tries` times at most, if our own event loop lagged meanwhile.
 
         Raises:
             Unreachable: no whole answer within `seconds`.
         """
+        began = self._clock.now()
         try:
             async with asyncio.timeout(seconds), self.open(method, url, body=body) as response:
                 return response.status, b"".join([chunk async for chunk in chunks(response)])
         except TimeoutError as exc:
+            if tries and self._clock.has_lagged_since(began):
+                left = tries - 1
+                return await self.fetch(method, url, seconds=seconds, body=body, tries=left)
             advice = "is its Ollama stuck, or a firewall in the way?"
             raise Unreachable(f"no answer within {seconds:g} s; {advice}") from exc
         except Cut as exc:

@@ -66,7 +66,7 @@ class Snapshots:
         self._operations = operations
         self._config = config
         self._version = version("ollama-coordinator")
-        self._started_at = self._clock.utc(self._clock.now())
+        self._started_at = self._clock.now()
         self._estimates: dict[tuple[str, str], Estimate] = {}
         self._estimated_at = float("-inf")
         self._finished: dict[str, Row] = {}
@@ -89,7 +89,7 @@ class Snapshots:
     def _coordinator(self) -> Row:
         row: Row = {
             "version": self._version,
-            "started_at": self._started_at.isoformat(),
+            "started_at": self._clock.utc(self._started_at).isoformat(),
             "policy": self._config.policy,
         }
         if (address := public_address(self._config.host)) is not None:

@@ -32,15 +32,22 @@ class EventLog(logging.Handler):
     """A log handler that files the lines with an `agent_id` under their agent."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
+        self._level_before = logging.NOTSET
         self._events: OrderedDict[str, deque[AgentEvent]] = OrderedDict()
 
     def __enter__(self) -> "EventLog":
-        logging.getLogger(PACKAGE).addHandler(self)
+        ours = logging.getLogger(PACKAGE)
+        ours.addHandler(self)
+        # The level of the log is that of its own handler (`log_to`): events do not depend on it.
+        self._level_before = ours.level
+        ours.setLevel(min(logging.INFO, ours.getEffectiveLevel()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger(PACKAGE).removeHandler(self)
+        ours = logging.getLogger(PACKAGE)
+        ours.removeHandler(self)
+        ours.setLevel(self._level_before)
 
     def emit(self, record: logging.LogRecord) -> None:
         """File one line."""

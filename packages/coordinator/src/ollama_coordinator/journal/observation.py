@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 PRUNE_SECONDS = 60.0
 """How often old history is deleted: a minute more of it does no harm."""
 
+SETTLED_SECONDS = 3600.0
+"""How long after the wall clock was set nothing is deleted for its age: it may be set again."""
+
 CHART_POINTS = 120
 """The most points of a chart: more are closer than two pixels on a phone."""
 
@@ -111,7 +114,12 @@ class Observation:
         Raises:
             DatabaseError: the database cannot be written.
         """
-        now = self._clock.utc(self._clock.now())
+        monotonic = self._clock.now()
+        now = self._clock.utc(monotonic)
+        if monotonic - self._clock.stepped_at < SETTLED_SECONDS:
+            # What is old by a wrong wall clock is not: only the number counts for now.
+            await self.history.prune(datetime.fromtimestamp(0, UTC), rows=self.limits.rows, days=0)
+            return
         await self.history.prune(now, rows=self.limits.rows, days=self.limits.days)
         at = now.timestamp()
         await self.history.prune_buckets(

@@ -234,7 +234,8 @@ class Series:
     def _bucket(self, tier: Tier, name: str, at: float) -> Bucket:
         start = int(at) // tier.seconds * tier.seconds
         row = self._open.get((tier.seconds, name))
-        if row is None or row.start < start:
+        # A row of later, with a tier between: the wall clock was set back.
+        if row is None or row.start < start or row.start > start + tier.seconds:
             row = SeriesRow(tier.seconds, start, name, Bucket())
             self._open[tier.seconds, name] = row
         self._changed[row.tier, row.start, row.name] = row
