@@ -277,6 +277,40 @@ async def test_an_agent_that_stays_away_does_not_hold_up_the_client_and_goes_on_
 
 
 @pytest.mark.spec("SURFACE-20")
+async def test_a_pull_that_ends_leaves_what_another_one_has_deferred() -> None:
+    async with fleet(2) as (coordinator, ollamas):
+        away = next(agent.id for agent in coordinator.parts.registry if agent.name == "agent-1")
+        await coordinator.heartbeat(away, leaving=True)
+        assert (await progress(coordinator, "/api/pull", PULL))[-1] == {"status": "success"}
+        deferred = coordinator.parts.operations.pending()
+        assert [one.agent_id for one in deferred] == [away]
+        _stall(ollamas[:1])
+        path = "/api/pull?placement=agents:agent-0,agent-1"
+        second = asyncio.create_task(progress(coordinator, path, PULL))
+        await _all_stalled(ollamas[:1])
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await coordinator.until(lambda: _idle(coordinator))
+        assert coordinator.parts.operations.pending() == deferred
+
+
+@pytest.mark.spec("SURFACE-17")
+async def test_a_pull_that_the_end_of_the_coordinator_ends_is_no_success() -> None:
+    async with fleet(2) as (coordinator, ollamas):
+        _stall(ollamas[1:])
+        pulling = asyncio.create_task(progress(coordinator, "/api/pull", PULL))
+        await _all_stalled(ollamas[1:])
+        await coordinator.until(lambda: names(ollamas[0]) == ["tiny:latest"])
+        [view] = coordinator.parts.operations.views()
+        operation = coordinator.parts.operations.get(view.id)
+        await coordinator.until(lambda: "done" in {t.state.value for t in operation.view().targets})
+        coordinator.parts.operations.close("the coordinator is shutting down")
+        lines = await pulling
+        assert lines[-1] == {"error": "the coordinator is shutting down"}
+        assert {"status": "success"} not in lines
+
+
+@pytest.mark.spec("SURFACE-20")
 async def test_losing_the_only_agent_is_an_error() -> None:
     async with fleet(1, pull_patience=0.1) as (coordinator, (ollama,)):
         ollama.faults.stall(after=1, paths=["/api/pull"])

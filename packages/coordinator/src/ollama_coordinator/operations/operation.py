@@ -217,12 +217,12 @@ class Operation:
     # ── the end ───────────────────────────────────────────────────────────────────────────────
 
     def end(self, at: datetime) -> None:
-        """Publish `success` if any target is done, else keep the error."""
+        """Publish `success` if any target is done and nothing ended it, else keep the error."""
         if self.is_over:
             return
         self.ended_at = at
         states = [target.state for target in self.targets.values()]
-        if OperationState.DONE in states or not states:
+        if self.error is None and (OperationState.DONE in states or not states):
             lacking = self._lacking()
             self.feed.publish([{"status": text} for text in (lacking, "success") if text])
         elif self.cancelled:

@@ -223,8 +223,10 @@ class Operations:
         log.info("operation ended", extra=_facts(operation))
 
     def _drop_deferred(self, operation: Operation) -> None:
+        """Drop what this operation has deferred; another like it may have deferred the same."""
         for target in operation.targets.values():
-            self._deferred.finish(target.agent_id, operation.command)
+            if operation.detached or target.state is OperationState.PENDING:
+                self._deferred.finish(target.agent_id, operation.command)
 
     def _drop_uploads(self, operation: Operation) -> None:
         """Drop the files of a created model: the agents have them now."""
