@@ -145,6 +145,22 @@ async def test_a_running_request_is_shown_explained_and_cancelled(
     await expect(page.locator(".empty h2")).to_have_text("Nothing runs and nothing waits")
 
 
+async def test_a_pull_that_failed_on_some_agents_shows_where_and_why(
+    coordinator: Running, visit: Visit
+) -> None:
+    page, registry = visit.page, [Model("tiny")]
+    async with StandIn([], registry=registry) as one, StandIn([], registry=registry) as full:
+        await beat(coordinator, await coordinator.register(one, "one"))
+        await beat(coordinator, await coordinator.register(full, "full"))
+        full.faults.error_line("no space left on device", after=1, paths=["/api/pull"])
+        assert (await coordinator.post("/api/pull", {"model": "tiny", "stream": False}))[0] == 200
+        await visit.open("models")
+        targets = page.locator(".operation .targets li")
+        await expect(targets).to_have_count(1)
+        await expect(targets).to_contain_text("full")
+        await expect(targets).to_contain_text("no space left on device")
+
+
 async def test_models_are_pulled_loaded_and_deleted(coordinator: Running, visit: Visit) -> None:
     page = visit.page
     async with StandIn(registry=[Model("qwen3:8b", 5_200_000_000)]) as ollama:
