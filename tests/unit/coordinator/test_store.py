@@ -181,7 +181,10 @@ async def test_a_second_coordinator_on_a_file_is_refused(path: Path) -> None:
 
 
 @pytest.mark.spec("OPERATION-25")
-@pytest.mark.parametrize("left", [(), ("-wal",), ("-shm",), ("-wal", "-shm")])
+@pytest.mark.parametrize(
+    "left",
+    [(), ("-wal",), ("-shm",), ("-wal", "-shm"), ("", "-shm"), ("", "-wal"), ("",)],
+)
 async def test_a_deleted_file_is_written_anew(path: Path, left: tuple[str, ...]) -> None:
     async with Store(path) as opened:
         await opened.save_agent(FULL)

@@ -107,13 +107,17 @@ class FileClaim:
         self._files = self._identities()
 
     def is_true(self) -> bool:
-        """Whether the path still names the file that was noted, by its device and its inode."""
-        return self._identities()[:1] == self._files[:1]
+        """Whether the path still names the files that were noted, by their device and inode.
+
+        Without its `-wal`, a database lacks what was written last.
+        """
+        return self._identities() == self._files
 
     def put_aside(self) -> Path | None:
         """Move away what another has put in the file's place; its new name, if there was any.
 
         What SQLite wrote beside the noted file is of no use any more, and would spoil a new one.
+        The noted file itself stays, for the new one to replace it in one step.
         """
         if self._path is None:
             return None
@@ -122,9 +126,9 @@ class FileClaim:
             ("", *BESIDE), self._files, self._identities(), strict=True
         ):
             file = Path(f"{self._path}{suffix}")
-            if found is not None and found == known:
+            if suffix and found is not None and found == known:
                 file.unlink()
-            elif found is not None:
+            elif found is not None and found != known:
                 file.rename(f"{aside}{suffix}")
         return aside if aside.exists() else None
 
