@@ -153,6 +153,29 @@ async def test_nobody_waits_for_an_agent_that_hangs_to_learn_of_a_context(
         await _chat(coordinator)
 
 
+@pytest.mark.spec("SURFACE-14")
+async def test_a_larger_context_is_kept_where_another_agent_has_the_smaller(
+    coordinator: Running,
+) -> None:
+    async with StandIn(default_context=4096) as one, StandIn(default_context=4096) as other:
+        for name, ollama in (("one", one), ("other", other)):
+            agent_id = await coordinator.register(ollama, name)
+            await coordinator.heartbeat(**_default_context(agent_id))
+        assert await _chat(coordinator, num_ctx=8192) is None
+        (large,) = [ollama for ollama in (one, other) if ollama.seen.loads]
+        small = other if large is one else one
+        large.hold()
+        busy = asyncio.create_task(_chat(coordinator, num_ctx=8192))
+        await large.seen.wait_for(lambda seen: seen.held == 1)
+        assert await _chat(coordinator, num_ctx=4096) is None
+        assert small.seen.loads == 1
+        large.release()
+        await busy
+        notes = await asyncio.gather(*(_chat(coordinator) for _ in range(8)))
+        assert {*notes} == {None, "num_ctx=8192; wanted=default"}
+        assert (large.seen.reloads, small.seen.reloads) == (0, 0)
+
+
 LONG = [{"role": "user", "content": "word " * 20_000}]
 """Some 25,000 tokens."""
 

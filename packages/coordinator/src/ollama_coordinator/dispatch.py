@@ -42,6 +42,7 @@ class Held:
         self.ended = False
         self.late = False
         self.note = ""
+        self.num_ctx = lease.request.options.num_ctx
 
     def lose(self, reason: str) -> None:
         """End the attempt's block with `AgentLost`."""
@@ -152,7 +153,7 @@ class Dispatch:
         model, began = lease.request.model, lease.granted_at
         match outcome.result:
             case Result.SERVED | Result.ERRORED:
-                self.registry.succeeded(agent, model, lease.request.options.num_ctx)
+                self.registry.succeeded(agent, model, held.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
                 if outcome.died or held.status:
                     # Its Ollama may answer probes at once: the model is asked for elsewhere first.

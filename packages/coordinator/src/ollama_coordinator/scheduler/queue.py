@@ -175,9 +175,12 @@ class Queue:
     else may serve. `version` grows with every change of what waits, runs, or may serve.
     """
 
-    def __init__(self, model: str, options: RunnerOptions, demand: FadingRate) -> None:
+    def __init__(
+        self, model: str, options: RunnerOptions, demand: FadingRate, *, larger: bool = False
+    ) -> None:
         self.model = model
         self.options = options
+        self.larger = larger
         self.demand = demand
         self.clock = FairClock()
         self._lanes: dict[Lane, list[tuple[Tag, QueueEntry]]] = {lane: [] for lane in Lane}
@@ -315,6 +318,7 @@ class Queue:
             self.options,
             context=place.context,
             default_context=place.machine.context_length,
+            larger=self.larger,
         )
         if fits:
             return self.loading if loading else self.hot
@@ -398,7 +402,7 @@ class Queue:
 
     def last_resort(self, excluded: Container[AgentId], now: float) -> "Queue":
         """The same queue, empty, with the avoided places that are not excluded."""
-        alone = Queue(self.model, self.options, self.demand)
+        alone = Queue(self.model, self.options, self.demand, larger=self.larger)
         alone.sort([one for one in self.avoided if one.machine.id not in excluded], now)
         return alone
 

@@ -42,7 +42,7 @@ class Queues:
         self._lengths = lengths
         self._weights = weights
         self._last_number = 0
-        self._queues: dict[tuple[str, RunnerOptions], Queue] = {}
+        self._queues: dict[tuple[str, RunnerOptions, bool], Queue] = {}
         self._of_model: defaultdict[str, list[Queue]] = defaultdict(list)
         self.demands: dict[str, FadingRate] = {}
 
@@ -55,7 +55,8 @@ class Queues:
             ModelNotFound, NoAgentRegistered, HoldersUnavailable: no agent has the model.
         """
         options = request.options
-        key = (request.model, NO_OPTIONS if options is NO_OPTIONS else normal(options))
+        options = NO_OPTIONS if options is NO_OPTIONS else normal(options)
+        key = (request.model, options, request.larger)
         queue = self._queues.get(key)
         if queue is None:
             if not self._registry.servers(request.model):
@@ -68,16 +69,17 @@ class Queues:
 
     def of_lease(self, request: Request, now: float) -> Queue:
         """The queue of a request that runs already, whatever agents have its model."""
-        key = (request.model, normal(request.options))
+        key = (request.model, normal(request.options), request.larger)
         queue = self._queues.get(key) or self._add(*key, now)
         queue.used(now, embeds=request.kind is Kind.EMBED)
         return queue
 
-    def _add(self, model: str, options: RunnerOptions, now: float) -> Queue:
+    def _add(self, model: str, options: RunnerOptions, larger: bool, now: float) -> Queue:
         if len(self._queues) >= MANY_QUEUES:
             self._forget(now)
         demand = self.demands.setdefault(model, FadingRate(DEMAND_MEMORY_SECONDS))
-        queue = self._queues[model, options] = Queue(model, options, demand)
+        queue = Queue(model, options, demand, larger=larger)
+        self._queues[model, options, larger] = queue
         self._of_model[model].append(queue)
         return queue
 

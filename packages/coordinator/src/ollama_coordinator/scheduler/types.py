@@ -71,8 +71,9 @@ class Request(Struct, frozen=True, kw_only=True):
     `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
     `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
-    which a stream is read along. After `deadline` the client no longer wants to wait for a lease.
-    `excluded` are agents that were tried already, or cannot serve it: `unfit` says why.
+    which a stream is read along. `larger`: a runner with a larger context than `options` ask for
+    may serve it. After `deadline` the client no longer wants to wait for a lease. `excluded` are
+    agents that were tried already, or cannot serve it: `unfit` says why.
     """
 
     id: RequestId
@@ -88,6 +89,7 @@ class Request(Struct, frozen=True, kw_only=True):
     prefix: tuple[int, ...] = ()
     output_limit: int | None = None
     options: RunnerOptions = NO_OPTIONS
+    larger: bool = False
     load_only: bool = False
     deadline: float | None = None
     excluded: frozenset[AgentId] = frozenset()
@@ -198,11 +200,13 @@ def serves(
     *,
     context: int | None = None,
     default_context: int | None = None,
+    larger: bool = False,
 ) -> bool:
     """Whether a runner loaded with `loaded` takes a request that wants `wanted`, both normal.
 
     `loaded` is `None` when somebody else loaded it: it is then assumed to have been loaded without
-    options but the `context` that Ollama lists. `default_context` is the agent's own.
+    options but the `context` that Ollama lists. `default_context` is the agent's own. `larger`: one
+    with a larger context takes it too.
     """
     if loaded is wanted:
         return True
@@ -211,7 +215,8 @@ def serves(
         default_context = context or default_context
     has = loaded.num_ctx or default_context
     wants = wanted.num_ctx or default_context
-    if loaded.num_ctx != wanted.num_ctx and has != wants:
+    enough = has == wants or (larger and (has or 0) > (wants or has or 0))
+    if loaded.num_ctx != wanted.num_ctx and not enough:
         return False
     if wanted.num_gpu is not None and wanted.num_gpu != loaded.num_gpu:
         return False

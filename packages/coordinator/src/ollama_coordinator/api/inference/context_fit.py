@@ -3,11 +3,10 @@
 A long prompt without `num_ctx` goes to agents whose context it fits in.
 
 A runner with a larger context serves a request for a smaller one: nothing is cut off that would
-have fitted. Ollama itself would reload the model. Where such a runner is in memory and none of the
-wanted size, the request's `num_ctx` is raised to that runner's, for the scheduler too; this is
-the one change that is ever made to a body, and only that number differs. A request without
-`num_ctx` is raised only where its context would be known: the agent's reported default, and no
-context among the model's own parameters.
+have fitted. Ollama itself would reload the model. So on an agent that has such a runner in memory
+the request's `num_ctx` is raised to that runner's, and only that number differs: the one change
+that is ever made to a body. A request without `num_ctx` is raised only where its context would be
+known: the agent's reported default, and no context among the model's own parameters.
 """
 
 import asyncio
@@ -56,11 +55,16 @@ SINCE = {
 
 
 class Fitted(Struct, frozen=True):
-    """A request and its body as they go on; `note` is a header's value, for the client."""
+    """A request and its body as they go on; `note` is a header's value, for the client.
+
+    `raised` is the body for a runner with the context `raised_to`, where one is in memory.
+    """
 
     request: Request
     body: Body
     note: str = ""
+    raised: Body | None = None
+    raised_to: int | None = None
 
 
 class ContextFit:
@@ -100,10 +104,22 @@ class ContextFit:
         raised = None if context is None else await self._raised(body, context)
         if context is None or raised is None:
             return Fitted(request, body, too_long)
-        wanted = request.options.num_ctx or "default"
-        options = structs.replace(request.options, num_ctx=context)
-        note = f"num_ctx={context}; wanted={wanted}"
-        return Fitted(structs.replace(request, options=options), raised, note)
+        return Fitted(structs.replace(request, larger=True), body, too_long, raised, context)
+
+    async def at(self, fitted: Fitted, agent: AgentState) -> tuple[Body, str, int | None]:
+        """The body for this agent, the note for the client, and the context that it asks for.
+
+        A runner there with a larger context serves the request: its `num_ctx` becomes that one's.
+        """
+        request, wanted = fitted.request, fitted.request.options.num_ctx
+        has = _loaded_context(agent, request.model) if request.larger else None
+        if has is None or has <= (wanted or _default_context(agent) or has):
+            return fitted.body, fitted.note, wanted
+        same = has == fitted.raised_to
+        raised = fitted.raised if same else await self._raised(fitted.body, has)
+        if raised is None:
+            return fitted.body, fitted.note, wanted
+        return raised, f"num_ctx={has}; wanted={wanted or 'default'}", has
 
     async def _raised(self, body: Body, context: int) -> Body | None:
         """The body with this `num_ctx`; `None` where it has no place, or no wish, for it."""
@@ -164,7 +180,7 @@ class ContextFit:
     async def _context(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
     ) -> int | None:
-        """The smallest larger context in memory, unless one that fits exactly is there too."""
+        """The smallest context in memory that is larger than what would be loaded there, if any."""
         if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
             return None
         if route.kind is Kind.EMBED:
@@ -172,17 +188,14 @@ class ContextFit:
         options = request.options
         if structs.replace(options, num_ctx=None) != NO_OPTIONS:
             return None  # something else may force a reload, and then the wanted size is right
-        best: int | None = None
-        for has, default in self._in_memory(request.model, holders):
-            wants = options.num_ctx or default
-            if wants <= 0 or has < wants:
-                continue
-            if has == wants:
-                return None
-            best = has if best is None else min(best, has)
-        if best is not None and options.num_ctx is None and await self._has_own(request.name):
+        larger = [
+            has
+            for has, default in self._in_memory(request.model, holders)
+            if 0 < (options.num_ctx or default) < has
+        ]
+        if larger and options.num_ctx is None and await self._has_own(request.name):
             return None
-        return best
+        return min(larger, default=None)
 
     def _in_memory(self, key: str, holders: Sequence[AgentState]) -> list[tuple[int, int]]:
         """The context of every runner in memory, and its agent's default (0: not known)."""

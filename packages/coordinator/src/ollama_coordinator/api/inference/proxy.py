@@ -104,7 +104,7 @@ class Proxy:
         # A model at ollama.com is not in any agent's memory.
         unloads = routing.unload_only and not (offered and not holders)
         headers = to_ollama(scope["headers"])
-        return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted.note)
+        return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted)
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
@@ -147,8 +147,10 @@ class Proxy:
 
     async def _attempt(self, call: Call, held: Held) -> Failure | None:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""
+        body, held.note = call.body, ""
+        if call.fitted is not None:
+            body, held.note, held.num_ctx = await self._context_fit.at(call.fitted, held.agent)
         relay = Relay(call, held, self._dispatch)
-        held.note = call.note
         if held.lease.unload:
             await make_room(self._parts, held.agent, held.lease.unload)
         try:
@@ -158,7 +160,7 @@ class Proxy:
                     "POST",
                     held.agent.url + call.route.path,
                     headers=call.headers,
-                    body=call.body,
+                    body=body,
                 ) as response,
             ):
                 if call.request.model.endswith(OF_THE_CLOUD):

@@ -38,6 +38,7 @@ from ollama_coordinator.upstream import (
 from ollama_coordinator_common.names import ModelName
 
 from . import audio
+from .context_fit import Fitted
 from .retry_rule import DIED, judge, says_nothing_of_the_machine
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Failure(Struct, frozen=True):
 class Call(Struct, frozen=True):
     """One request on its way: its route, the request, and the way back to the client.
 
-    `unloads`: it only asks to drop the model from memory. `note`: how it was changed, if it was.
+    `unloads`: it only asks to drop the model from memory. `fitted` is how it fits the agents.
     """
 
     route: InferenceRoute
@@ -76,7 +77,7 @@ class Call(Struct, frozen=True):
     body: Body
     send: Send
     unloads: bool = False
-    note: str = ""
+    fitted: Fitted | None = None
 
 
 class Relay:
@@ -103,8 +104,8 @@ class Relay:
             return await self._refused(response.status, head, body)
         if response.status != 200:
             return self._useless(f"answered {response.status} in place of an answer")
-        if self._call.note:
-            head.append((RUNNER_HEADER, self._call.note.encode()))
+        if self._held.note:
+            head.append((RUNNER_HEADER, self._held.note.encode()))
         if response.content_type in STREAMED:
             head.append(UNBUFFERED)
             return await self._stream(response, head)
