@@ -1,7 +1,11 @@
 """What a model is, asked of the fleet; and unloading it everywhere."""
 
+from contextlib import AsyncExitStack
+
+import aiohttp
 import pytest
 
+from ollama_coordinator.api.inference import unload
 from support.coordinator import Running
 from support.ollama import Model, StandIn
 
@@ -85,3 +89,54 @@ async def test_unloading_goes_only_where_the_model_is_loaded(
     await coordinator.post("/api/generate", {"model": "llama3.2", "keep_alive": 0})
     assert (loaded.seen.count("/api/generate"), idle.seen.count("/api/generate")) == (1, 0)
     assert coordinator.at_rest()
+
+
+@pytest.mark.spec("SURFACE-5")
+@pytest.mark.parametrize("trouble", ["in use", "refuses", "closed"])
+async def test_who_still_has_a_model_in_memory_is_named(
+    coordinator: Running,
+    ollama: StandIn,
+    spare: StandIn,
+    trouble: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unload, "UNLOADED_SECONDS", 0.5)
+    for node in (ollama, spare):
+        await node.load("llama3.2")
+    await coordinator.parts.monitor.refresh(coordinator.parts.registry, older_than=-1, seconds=2)
+    if trouble == "refuses":
+        ollama.faults.status(500, "llama-server does not stop", paths=["/api/generate"])
+    elif trouble == "closed":
+        ollama.faults.fin(paths=["/api/generate"])
+    else:
+        ollama.hold(after=1)
+    body = {"model": "llama3.2", "prompt": "x"}
+    async with AsyncExitStack() as stack:
+        if trouble == "in use":
+            owner = await stack.enter_async_context(aiohttp.ClientSession())
+            asked = owner.post(f"{ollama.url}/api/generate", json=body)
+            response = await stack.enter_async_context(asked)
+            await response.content.readline()
+        stop = {"model": "llama3.2", "keep_alive": 0}
+        status, answer = await coordinator.post("/api/generate", stop)
+    assert status == 503
+    assert "model 'llama3.2' is still in memory on first: " in answer["error"]
+    assert "spare" not in answer["error"]
+    assert spare.loaded == []
+    ollama.release()
+
+
+@pytest.mark.spec("SURFACE-5")
+async def test_a_model_that_a_request_uses_goes_when_the_request_ends(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    ollama.hold(after=1)
+    async with coordinator.stream() as response:
+        await response.content.readline()
+        status, answer = await coordinator.post(
+            "/api/generate", {"model": "llama3.2", "keep_alive": 0}
+        )
+        assert (status, answer["done_reason"]) == (200, "unload")
+        ollama.release()
+        await response.read()
+    await ollama.seen.wait_for(lambda _: not ollama.loaded)

@@ -48,8 +48,8 @@ PROBER = "coordinator"
 """The client of a probe's request."""
 
 STUCK = (
-    "it is in memory and answers nothing; restart Ollama on that machine (`systemctl restart "
-    "ollama`, or quit and open its app)"
+    "it hangs: it is in memory and answers nothing; restart Ollama on that machine (`systemctl "
+    "restart ollama`, or quit and open its app)"
 )
 
 

@@ -11,7 +11,7 @@ from ollama_coordinator.scheduler import (
 )
 from ollama_coordinator.scheduler.eligibility import RECOVERY_SECONDS
 from ollama_coordinator_common.types import AgentId
-from unit.coordinator.scheduler.world import World
+from unit.coordinator.scheduler.world import M, World
 
 A, B = AgentId("a"), AgentId("b")
 
@@ -110,6 +110,30 @@ def test_the_share_of_failures_costs_a_repetition() -> None:
     # It is forgotten by and by where it is not asked.
     world.now += 1500.0
     assert {world.send().agent_id for _ in range(6)} == {A, B}
+
+
+@pytest.mark.spec("FLEET-18")
+def test_a_slot_where_the_model_failed_is_not_waited_for() -> None:
+    world = World()
+    agent = world.agent("a", loaded=["m"], slots=1)
+    world.agent("b", slots=1)
+    assert world.send().agent_id == A
+    world.registry.fail_model(agent, M, "out of memory", world.now)
+    assert world.send().agent_id == B
+
+
+@pytest.mark.spec("FLEET-18")
+def test_the_model_is_asked_for_where_it_failed_if_nobody_else_is_left() -> None:
+    world = World()
+    agent = world.agent("a", loaded=["m"])
+    world.agent("b", loaded=["m"])
+    world.registry.fail_model(agent, M, "out of memory", world.now)
+    lease = world.send()
+    assert lease.agent_id == B
+    world.end(lease, Result.MODEL_FAILED)
+    world.scheduler.submit(lease.request.without([B]), world.now)
+    (again,) = world.plan()
+    assert again.agent_id == A
 
 
 @pytest.mark.spec("SCHED-65")

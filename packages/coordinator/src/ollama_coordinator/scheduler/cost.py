@@ -103,14 +103,14 @@ def service_seconds(place: Place, tokens: float, output: float) -> float:
     return (tokens * place.prefill + output * place.decode) * slow_down
 
 
-def first_byte_at(run: Running) -> float | None:
-    """When its first byte is predicted: an answer that is not streamed comes when it is written."""
+def first_byte_at(run: Running, output: float) -> float | None:
+    """When its first byte is predicted: of an answer in one piece, `output` tokens later."""
     place, request = run.place, run.lease.request
     if run.loads or run.tries or run.adopted or not place.resident:
         return None
     seconds = max(request.prompt_tokens - run.cached, 0) * place.prefill
     if request.form is not Form.STREAM:
-        seconds += run.output * place.decode
+        seconds += output * place.decode
     if place.slots.extra and place.mean_service:
         seconds += place.mean_service  # it may have come behind another
     return run.lease.granted_at + seconds * max(place.slow_down, 1.0)

@@ -40,6 +40,7 @@ from .types import (
 
 # How often all queues are looked at and drains predicted anew: a load takes 2 s or more.
 TICK_SECONDS = 0.5
+BRIEF_TOKENS = 50.0  # an answer is taken for late by this length until any was seen
 QUEUES_LOOKED_AT_PER_SECOND = 40  # A tick looks at so many a second: each may cost 100 us
 
 
@@ -261,7 +262,12 @@ class PredictedScheduler(Scheduler):
 
     def first_byte_at(self, lease_id: LeaseId) -> float | None:
         known = self._leases.running.get(lease_id)
-        return None if known is None else first_byte_at(known[0])
+        if known is None:
+            return None
+        run, _ = known
+        request = run.lease.request
+        is_known = (request.model, request.form) in self._lengths.models
+        return first_byte_at(run, run.output if is_known else min(run.output, BRIEF_TOKENS))
 
     def runner_options(self, agent_id: AgentId, model: str) -> RunnerOptions:
         machine = self._machines.by_agent.get(agent_id)

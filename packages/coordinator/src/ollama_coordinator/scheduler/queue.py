@@ -302,7 +302,9 @@ class Queue:
         self.away = {
             run.place
             for _, _, run in self.ends
-            if not run.place.machine.routable or run.place.draining_until > now
+            if not run.place.machine.routable
+            or run.place.draining_until > now
+            or run.place in self.avoided
         }
         self.cold.sort(key=load_seconds)
         self.could_load = set(self.cold)

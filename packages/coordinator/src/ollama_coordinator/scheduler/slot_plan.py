@@ -119,7 +119,8 @@ class SlotPlans:
 def slots_to_come(queue: Queue, now: float) -> Iterator[Slot]:
     """Every slot that is taken now, or comes with a load under way; nearly soonest first.
 
-    What gets free on an agent out of rotation, or where the model drains, is not for this queue.
+    What gets free on an agent out of rotation, or where the model drains or failed, is not for this
+    queue.
     """
     taken = _taken(queue, now)
     if not queue.loading:
@@ -150,7 +151,9 @@ def _taken(queue: Queue, now: float) -> Iterator[Slot]:
     away = queue.away
     for _, number, run in queue.ends:
         place = run.place
-        if place in away and (place.draining_until > now or not place.machine.routable):
+        if place in away and (
+            place.draining_until > now or not place.machine.routable or place in queue.avoided
+        ):
             continue
         yield now + run.remaining(now), number, place
 
