@@ -181,7 +181,7 @@ async def test_a_client_that_leaves_before_the_first_byte_ends_the_work(
 
 
 @pytest.mark.spec("PROXY-16")
-async def test_a_client_that_leaves_the_waiting_line_is_never_sent(coordinator: Running) -> None:
+async def test_a_request_whose_client_leaves_the_queue_is_never_sent(coordinator: Running) -> None:
     async with StandIn() as ollama:
         agent_id = await coordinator.register(ollama)
         await coordinator.heartbeat(agent_id, runner={"num_parallel": 1})

@@ -154,7 +154,7 @@ async def test_a_model_pulled_a_moment_ago_is_found(coordinator: Running, ollama
     assert (await coordinator.chat("fresh"))[0] == 200
 
 
-async def test_a_full_waiting_line_answers_in_ollamas_words() -> None:
+async def test_a_full_queue_answers_in_ollamas_words() -> None:
     async with running(max_queue=1) as coordinator, StandIn() as ollama:
         agent_id = await coordinator.register(ollama)
         await coordinator.heartbeat(agent_id, runner={"num_parallel": 1})

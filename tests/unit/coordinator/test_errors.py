@@ -116,7 +116,7 @@ def test_an_error_has_the_status_of_its_nearest_ancestor(
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (3.2, "3"), (60.0, "60")])
-def test_a_full_line_tells_when_to_come_back(seconds: float, header: str) -> None:
+def test_a_full_queue_says_when_to_come_back(seconds: float, header: str) -> None:
     assert headers_of(QueueFull(seconds)) == {"retry-after": header}
     assert headers_of(ModelNotFound("m")) == {}
 

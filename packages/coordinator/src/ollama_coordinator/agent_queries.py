@@ -167,11 +167,11 @@ Question = tuple[str, str, str, bytes]
 """Routing key, digests of manifest and weights, and the body."""
 
 
-class _Shown(Struct):
+class _ModelParameters(Struct):
     parameters: str = ""
 
 
-_shown = msgspec.json.Decoder(_Shown)
+_parameters = msgspec.json.Decoder(_ModelParameters)
 
 
 class ModelInfo:
@@ -222,7 +222,7 @@ class ModelInfo:
             OllamaCoordinatorError: as `show`.
         """
         status, body = await self.show(name, msgspec.json.encode({"model": name}))
-        lines = _shown.decode(body).parameters.splitlines() if status == 200 else []
+        lines = _parameters.decode(body).parameters.splitlines() if status == 200 else []
         words = [line.split() for line in lines]
         values = [word[1] for word in words if len(word) == 2 and word[0] == "num_ctx"]
         return int(values[-1]) if values and values[-1].isdigit() else None

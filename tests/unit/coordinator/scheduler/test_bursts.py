@@ -1,4 +1,4 @@
-"""A slow agent beside a fast one: nobody is worse off for it."""
+"""A slow agent beside a fast one: no request is felt later for it."""
 
 from functools import cache
 

@@ -17,7 +17,7 @@ def busy_world(max_queue: int = 100, policy: str = "predicted") -> World:
 
 
 @pytest.mark.spec("SCHED-10")
-def test_a_full_line_is_answered_like_ollama_with_a_time_to_come_back() -> None:
+def test_a_full_queue_is_answered_like_ollama_with_a_time_to_come_back() -> None:
     world = busy_world(max_queue=2)
     world.submit()
     world.submit()
@@ -114,7 +114,7 @@ def test_a_deadline_ends_the_wait(policy: str) -> None:
 
 
 @pytest.mark.spec("SCHED-15")
-def test_who_leaves_the_line_is_never_served_and_gives_back_its_turn() -> None:
+def test_a_request_that_leaves_the_queue_is_never_served_and_gives_back_its_turn() -> None:
     world = busy_world()
     (lease,) = world.scheduler.leases()
     for request in [world.submit(client="left") for _ in range(20)]:

@@ -1,4 +1,4 @@
-"""Failures, agents that are away, and requests that nobody may serve."""
+"""Failures, agents that are away, and requests that no agent may serve."""
 
 import pytest
 

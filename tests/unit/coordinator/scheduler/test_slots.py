@@ -1,4 +1,4 @@
-"""How many requests an agent gets at once when nobody says how many it runs."""
+"""How many requests an agent gets at once when it does not report how many it runs."""
 
 import pytest
 from msgspec import structs
