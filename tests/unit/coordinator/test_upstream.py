@@ -1,8 +1,11 @@
 """Every way an agent's Ollama can fail has one name and a reason that can be read."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ssl import SSLCertVerificationError
@@ -13,7 +16,7 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from ollama_coordinator.clock import Clock
+from ollama_coordinator.clock import LAG_SECONDS, Clock
 from ollama_coordinator.upstream import (
     LAG_TRIES,
     Cut,
@@ -347,3 +350,26 @@ async def test_a_connection_that_times_out_under_lag_is_tried_again(
             else:
                 with pytest.raises(Unreachable, match="no connection within"):
                     await whole(upstreams, url)
+
+
+@pytest.mark.spec("FLEET-76")
+async def test_an_answer_that_came_while_the_loop_was_held_up_counts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(OK + b"Content-Length: 0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        clock = Clock()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with Upstreams(clock) as upstreams:
+            with clock.watching():
+                asking = asyncio.create_task(upstreams.fetch("GET", url, seconds=0.3))
+                asyncio.get_running_loop().call_soon(time.sleep, 3 * LAG_SECONDS)
+                assert (await asking)[0] == 200
+        listener.shutdown(socket.SHUT_RDWR)
