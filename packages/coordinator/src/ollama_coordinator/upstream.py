@@ -16,7 +16,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextvars import ContextVar
 from secrets import token_hex
-from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -111,10 +110,7 @@ class Upstreams:
         self._fresh: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Upstreams":
-        tracing = aiohttp.TraceConfig()
-        tracing.on_connection_reuseconn.append(_Sending.on_reuse)
-        tracing.on_request_chunk_sent.append(_Sending.on_sent)
-        self._kept = _session(keepalive_timeout=KEPT_SECONDS, trace_configs=[tracing])
+        self._kept = _session(keepalive_timeout=KEPT_SECONDS)
         self._fresh = _session(force_close=True)
         return self
 
@@ -161,14 +157,14 @@ class Upstreams:
         if self._kept is None or self._fresh is None:
             raise RuntimeError("the upstream connections are not open")
         sending, began = _Sending(), self._clock.now()
+        _under_way.set(sending)
         try:
             return await self._kept.request(
                 method,
                 url,
                 headers=headers,
-                data=_payload(body) if stream is None else stream,
+                data=_payload(body, sending) if stream is None else stream,
                 allow_redirects=False,
-                trace_request_ctx=sending,
             )
         except aiohttp.ConnectionTimeoutError:
             if not tries or not self._clock.has_lagged_since(began):
@@ -179,7 +175,7 @@ class Upstreams:
             if stream is not None or not sending.was_stale(exc, now):
                 raise
         return await self._fresh.request(
-            method, url, headers=headers, data=_payload(body), allow_redirects=False
+            method, url, headers=headers, data=_payload(body, sending), allow_redirects=False
         )
 
     async def fetch(
@@ -319,48 +315,27 @@ def _reason(exc: Exception) -> str:
 # ── sending ───────────────────────────────────────────────────────────────────────────────────
 
 
-class LargeBody(aiohttp.Payload):
-    """A request body sent in slices, so that it is neither copied nor written in one step."""
-
-    SLICE_BYTES = 256 * 1024
-    """Writing it takes a tenth of a millisecond, during which no other stream goes on."""
-
-    def __init__(self, value: bytes | bytearray) -> None:
-        super().__init__(value, content_type="application/octet-stream")
-        self._size = len(value)
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        """Send it; waits whenever the agent does not keep up."""
-        whole = memoryview(self._value)
-        for start in range(0, len(whole), self.SLICE_BYTES):
-            await writer.write(whole[start : start + self.SLICE_BYTES])
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """The body as text; aiohttp requires the method."""
-        return str(self._value, encoding, errors)
+_under_way: ContextVar["_Sending"] = ContextVar("_under_way")
+"""What this task sends: aiohttp's tracing would say which connection it got, at a high price."""
 
 
 class _Sending:
-    """How a request was sent.
+    """How a request is sent.
 
-    `reused`: on a connection that had served another one before. `sent_at`: when its last part
-    was sent, by the event loop's clock.
+    `reused`: on a connection that has served another one before. `sent_at`: when it went out, by
+    the event loop's clock: at once, or with the last slice of a large body.
     """
 
+    __slots__ = ("reused", "sent_at")
+
     def __init__(self) -> None:
-        self.reused = False
+        self.reused = True
         self.sent_at = 0.0
+        self.sent()
 
-    @staticmethod
-    async def on_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
-        """Called by aiohttp for each request that gets a kept connection."""
-        context.trace_request_ctx.reused = True
-        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
-
-    @staticmethod
-    async def on_sent(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
-        """Called by aiohttp for each part of a body."""
-        context.trace_request_ctx.sent_at = asyncio.get_running_loop().time()
+    def sent(self) -> None:
+        """A part of it went out now."""
+        self.sent_at = asyncio.get_running_loop().time()
 
     def was_stale(self, exc: Exception, now: float) -> bool:
         """Whether the agent most likely closed the connection before it saw the request."""
@@ -368,13 +343,34 @@ class _Sending:
         return self.reused and at_once and not _began(exc)
 
 
-def _payload(body: bytes | bytearray) -> bytes | bytearray | LargeBody | None:
-    return LargeBody(body) if len(body) > LargeBody.SLICE_BYTES else body or None
+class LargeBody(aiohttp.Payload):
+    """A request body sent in slices, so that it is neither copied nor written in one step."""
+
+    SLICE_BYTES = 256 * 1024
+    """Writing it takes a tenth of a millisecond, during which no other stream goes on."""
+
+    def __init__(self, value: bytes | bytearray, sending: _Sending) -> None:
+        super().__init__(value, content_type="application/octet-stream")
+        self._size = len(value)
+        self._sending = sending
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send it; waits whenever the agent does not keep up."""
+        whole = memoryview(self._value)
+        for start in range(0, len(whole), self.SLICE_BYTES):
+            await writer.write(whole[start : start + self.SLICE_BYTES])
+            self._sending.sent()
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The body as text; aiohttp requires the method."""
+        return str(self._value, encoding, errors)
 
 
-def _session(
-    *, trace_configs: list[aiohttp.TraceConfig] | None = None, **connections: Any
-) -> aiohttp.ClientSession:
+def _payload(body: bytes | bytearray, sending: _Sending) -> bytes | bytearray | LargeBody | None:
+    return LargeBody(body, sending) if len(body) > LargeBody.SLICE_BYTES else body or None
+
+
+def _session(**connections: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         auto_decompress=False,
         # A cookie that an agent sets for one client is not for the next.
@@ -385,7 +381,6 @@ def _session(
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=READ_BUFFER_BYTES,
-        trace_configs=trace_configs,
     )
 
 
@@ -396,6 +391,8 @@ def _began(exc: Exception) -> bool:
 
 def _socket(address: AddrInfoType) -> socket.socket:
     """A socket that notices a vanished machine within half a minute, where the platform can."""
+    if (sending := _under_way.get(None)) is not None:
+        sending.reused = False
     family, kind, protocol, _, _ = address
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)
