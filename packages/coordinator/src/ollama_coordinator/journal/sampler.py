@@ -67,8 +67,7 @@ class Sampler:
         left = (request.output_tokens or 0) - entry.counted
         self._history.note(request, ended.attempts)
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
-            self._wrote(name, left)
-            self.series.fresh(name).count(request)
+            self._wrote(name, left).count(request)
 
     def sample(self, live: Mapping[str, JournalEntry]) -> None:
         """Take one sample; `live` are the requests in progress."""
@@ -88,9 +87,11 @@ class Sampler:
         if self.sparklines.is_due(self._at()):
             self._take_point()
 
-    def _wrote(self, name: str, tokens: int) -> None:
+    def _wrote(self, name: str, tokens: int) -> Bucket:
         self._tokens[name] = self._tokens.get(name, 0) + tokens
-        self.series.fresh(name).output_tokens += tokens
+        bucket = self.series.fresh(name)
+        bucket.output_tokens += tokens
+        return bucket
 
     def _take_point(self) -> None:
         """The next point of the sparklines, and the agents' readings."""

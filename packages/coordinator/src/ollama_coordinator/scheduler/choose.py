@@ -7,7 +7,7 @@ from .eviction import Evictions
 from .prompt_cache import CacheHits
 from .queue import Queue, QueueEntry, load_seconds
 from .rates import UNLOAD_SECONDS
-from .slot_plan import Slot, SlotPlans, cheapest_slot
+from .slot_plan import Slot, SlotPlans, cheapest_slot, slots_to_come
 from .state import Action, Choice, Eviction, Place
 
 # A search costs some 100 us; it is repeated for a wait so much longer, or after a while:
@@ -28,7 +28,11 @@ class Chooser:
         """The cheapest possibility of a request that has `ahead` others before it."""
         hits = self._plans.hits(entry)
         go = self._go(queue.with_free_slot(), entry, hits, now)
-        wait = self._plans.wait(queue, entry, ahead, now)
+        wait = (
+            self._plans.wait(queue, entry, ahead, now)
+            if ahead
+            else cheapest_slot(slots_to_come(queue, now), queue, entry, hits, now)
+        )
         best, other = (go, wait) if go.cost <= wait.cost else (wait, go)
         if queue.cold and queue.quickest_load < best.cost:
             load = self._load(queue, entry, best.cost, now)
@@ -38,6 +42,10 @@ class Chooser:
         best.others = (other,)
         return best
 
+    def hits(self, entry: QueueEntry) -> CacheHits:
+        """The prompt tokens that each place is expected to have in its cache."""
+        return self._plans.hits(entry)
+
     def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
         """The slots that the waiting requests of a queue leave to one more, soonest first."""
         return self._plans.slots_left(queue, now)
@@ -46,11 +54,12 @@ class Chooser:
         """Remember what was left to a request that goes before others, to explain it later."""
         choice.slots_left = self._plans.slots_left(queue, now)
 
-    def choose_at(self, place: Place, entry: QueueEntry, slot: Slot | None, now: float) -> Choice:
+    def choose_at(
+        self, place: Place, entry: QueueEntry, hits: CacheHits, slot: Slot | None, now: float
+    ) -> Choice:
         """The same as if the model had this place alone, of whose slots this one is left to it."""
-        hits, queue = self._plans.hits(entry), entry.queue
-        slots = () if slot is None else (slot,)
-        wait = cheapest_slot(slots, queue, entry, hits, now)
+        queue = entry.queue
+        wait = cheapest_slot((slot,) if slot is not None else (), queue, entry, hits, now)
         if place in queue.could_load:
             return self.load_at(place, entry, wait.cost, now) or wait
         is_free = place.loading_until is None and len(place.running) < place.slots.limit

@@ -10,6 +10,7 @@ from ollama_coordinator_common.types import AgentId
 from .choose import Chooser
 from .cost import felt_seconds
 from .eligibility import eligible, unavailable
+from .prompt_cache import CacheHits
 from .queue import COURTESY, Queue, QueueEntry, Tag, receiver_of
 from .slot_plan import Slot, slots_to_come, soonest_slots
 from .state import Action, Choice, Place, Running
@@ -114,7 +115,8 @@ class Accounts:
         if unknown:
             entry = QueueEntry(request, NO_TAG, queue, receiver_of(request, output), 0.0)
             slots = soonest_slots(run.choice.slots_left or slots_to_come(queue, now), unknown)
-            others = [_evaluate(self._chooser, entry, place, slots, now) for place in unknown]
+            hits = self._chooser.hits(entry)
+            others = [_evaluate(self._chooser, entry, place, hits, slots, now) for place in unknown]
             others.sort(key=_dearest_last)
             candidates += others
         unevaluated = max(len(places) - len(known) - len(unknown), 0)
@@ -152,7 +154,8 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
         if place.machine.id not in request.excluded
     ]
     slots = soonest_slots(chooser.slots_left(queue, now), places)
-    candidates += [_evaluate(chooser, entry, place, slots, now) for place in places]
+    hits = chooser.hits(entry)
+    candidates += [_evaluate(chooser, entry, place, hits, slots, now) for place in places]
     candidates.sort(key=_dearest_last)
     return _decision(request, choice, entry.receiver.output, candidates, position=queue.size + 1)
 
@@ -184,10 +187,11 @@ def _dearest_last(one: Candidate) -> tuple[bool, float, str]:
 
 
 def _evaluate(
-    chooser: Chooser, entry: QueueEntry, place: Place, slots: Mapping[Place, Slot], now: float
-) -> Candidate:
+    chooser: Chooser, entry: QueueEntry, place: Place, hits: CacheHits,
+    slots: Mapping[Place, Slot], now: float,
+) -> Candidate:  # fmt: skip
     """The same evaluation with this place as the only one, and what is left of its slots."""
-    choice = chooser.choose_at(place, entry, slots.get(place), now)
+    choice = chooser.choose_at(place, entry, hits, slots.get(place), now)
     if choice.place is None:
         return _refused(place.machine.agent, _blocked(place))
     return _candidate(entry.request, choice, place, entry.receiver.output)

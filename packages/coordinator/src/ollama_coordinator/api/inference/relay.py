@@ -166,13 +166,17 @@ class Relay:
         """An answer in one piece, held back until it is complete or too large to hold."""
         parts: list[bytes] = []
         size = 0
+        held, now, send = self._held, self._dispatch.clock.now, self._call.send
         async for chunk in chunks(response):
-            self._progress()
+            held.progress_at = now()
+            if held.began_at is None:
+                self._dispatch.began(held)
             parts.append(chunk)
             size += len(chunk)
             if size > WHOLE_BYTES:
                 await self._start(response.status, head)
-                await self._forward(b"".join(parts))
+                body = b"".join(parts)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
                 parts.clear()
         body = b"".join(parts)
         if not self._started and not _is_text(self._call.route, response):
@@ -183,7 +187,7 @@ class Relay:
         if self._started:
             await self._finish(body)
         else:
-            await send_whole(self._call.send, response.status, head, body)
+            await send_whole(send, response.status, head, body)
         return None
 
     async def _stream(
@@ -191,8 +195,11 @@ class Relay:
     ) -> Failure | None:
         """Whole records as they come. The first one decides whether the answer has begun."""
         records, route, first = self._records, self._call.route, b""
+        held, now, send = self._held, self._dispatch.clock.now, self._call.send
         async for chunk in chunks(response):
-            self._progress()
+            held.progress_at = now()
+            if held.began_at is None:
+                self._dispatch.began(held)
             whole = records.feed(chunk)
             if not whole:
                 continue
@@ -204,8 +211,8 @@ class Relay:
                     continue  # an error, if nothing follows
                 # Not retried after this line: the client has seen tokens from this agent.
                 await self._start(response.status, head)
-            self._held.records = records.count
-            await self._forward(whole)
+            held.records = records.count
+            await send({"type": "http.response.body", "body": whole, "more_body": True})
         if not self._started:
             if first or not records.rest.strip():
                 return self._useless("ended its answer before it began")
@@ -259,12 +266,6 @@ class Relay:
 
     # ── to the client ─────────────────────────────────────────────────────────────────────────
 
-    def _progress(self) -> None:
-        if self._held.began_at is None:
-            self._dispatch.began(self._held)
-        else:
-            self._held.progress_at = self._dispatch.clock.now()
-
     def _settle(self, ending: Ending) -> None:
         if ending.error is not None:
             blameless = says_nothing_of_the_machine(ending.error)
@@ -279,9 +280,6 @@ class Relay:
             return
         self._started = True
         await self._call.send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _forward(self, data: bytes) -> None:
-        await self._call.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _finish(self, data: bytes) -> None:
         await self._call.send({"type": "http.response.body", "body": data, "more_body": False})
