@@ -11,15 +11,15 @@ from .choose import Chooser
 from .cost import felt_seconds
 from .eligibility import eligible, unavailable
 from .prompt_cache import CacheHits
-from .queue import COURTESY, Queue, QueueEntry, Tag, receiver_of
+from .queue import Queue, QueueEntry, Receiver, Tag, receiver_of
 from .slot_plan import Slot, slots_to_come, soonest_slots
 from .state import Action, Choice, Place, Running
 from .types import Request, RequestId
 
 # Candidates that are kept, and so evaluated, at most: a page, some 10 KB in the history.
 MOST_EXPLAINED = 50
-# What accounts may take in the long run and after a rest, at 20 us each: 4 % of a core:
-EVALUATIONS_PER_SECOND = 2000.0
+# What accounts may take in the long run and after a rest, at 20 us each: 1 % of a core:
+EVALUATIONS_PER_SECOND = 500.0
 EVALUATIONS_AT_ONCE = 400.0
 
 NO_TAG = Tag(0.0, 0.0, 0)
@@ -76,13 +76,15 @@ class Decision(Struct, frozen=True):
 
 def brief(run: Running) -> Decision:
     """What the choice compared: the chosen place and the best alternative of each kind."""
-    return _decision(run.lease.request, run.choice, run.output, _compared(run))
+    request, choice = run.lease.request, run.choice
+    candidates = _compared(request, choice, receiver_of(request, run.output))
+    return _decision(request, choice, run.output, candidates)
 
 
-def _compared(run: Running) -> list[Candidate]:
+def _compared(request: Request, choice: Choice, receiver: Receiver) -> list[Candidate]:
     return [
-        _candidate(run.lease.request, one, one.place, run.output)
-        for one in (run.choice, *run.choice.others)
+        _candidate(request, one, one.place, receiver)
+        for one in (choice, *choice.others)
         if one.place is not None
     ]
 
@@ -101,26 +103,24 @@ class Accounts:
 
     def of(self, run: Running, queue: Queue) -> Decision:
         """The account of a lease that was granted a moment ago."""
-        request, output, now = run.lease.request, run.output, run.lease.granted_at
-        candidates = _compared(run)
-        places = [
-            place
-            for place in (*queue.hot, *queue.loading, *queue.cold)
-            if not request.excluded or place.machine.id not in request.excluded
-        ]
-        count = self._afford(min(len(places), MOST_EXPLAINED), now)
+        request, choice, now = run.lease.request, run.choice, run.lease.granted_at
+        receiver = receiver_of(request, run.output)
+        candidates = _compared(request, choice, receiver)
         known = {one.agent_id for one in candidates}
-        unknown = [place for place in places[:count] if place.machine.id not in known]
-        unknown = unknown[: MOST_EXPLAINED - len(known)]
+        holders = [*queue.hot, *queue.loading, *queue.cold]
+        if request.excluded:
+            holders = [one for one in holders if one.machine.id not in request.excluded]
+        unknown = [one for one in holders[:MOST_EXPLAINED] if one.machine.id not in known]
+        unknown = unknown[: self._afford(min(len(unknown), MOST_EXPLAINED - len(known)), now)]
         if unknown:
-            entry = QueueEntry(request, NO_TAG, queue, receiver_of(request, output), 0.0)
-            slots = soonest_slots(run.choice.slots_left or slots_to_come(queue, now), unknown)
+            entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
+            slots = soonest_slots(choice.slots_left or slots_to_come(queue, now), unknown)
             hits = self._chooser.hits(entry)
-            others = [_evaluate(self._chooser, entry, place, hits, slots, now) for place in unknown]
+            others = [_evaluate(self._chooser, entry, one, hits, slots, now) for one in unknown]
             others.sort(key=_dearest_last)
             candidates += others
-        unevaluated = max(len(places) - len(known) - len(unknown), 0)
-        return _decision(request, run.choice, output, candidates, unevaluated=unevaluated)
+        unevaluated = max(len(holders) - len(known) - len(unknown), 0)
+        return _decision(request, choice, run.output, candidates, unevaluated=unevaluated)
 
     def _afford(self, wanted: int, now: float) -> int:
         """How many evaluations there is time for; they count as done."""
@@ -194,14 +194,14 @@ def _evaluate(
     choice = chooser.choose_at(place, entry, hits, slots.get(place), now)
     if choice.place is None:
         return _refused(place.machine.agent, _blocked(place))
-    return _candidate(entry.request, choice, place, entry.receiver.output)
+    return _candidate(entry.request, choice, place, entry.receiver)
 
 
-def _candidate(request: Request, choice: Choice, place: Place, output: float) -> Candidate:
+def _candidate(request: Request, choice: Choice, place: Place, receiver: Receiver) -> Candidate:
     """One possibility in the terms of its cost."""
     machine, loads = place.machine, choice.action is Action.LOAD
     prefill = max(request.prompt_tokens - choice.cached, 0) * place.prefill
-    decode = felt_seconds(receiver_of(request, output), output * place.decode, 1.0)
+    decode = felt_seconds(receiver, receiver.output * place.decode, 1.0)
     return Candidate(
         agent_id=machine.id,
         agent=machine.agent.name,
@@ -209,7 +209,7 @@ def _candidate(request: Request, choice: Choice, place: Place, output: float) ->
         cost=choice.cost,
         wait_seconds=0.0 if loads else choice.wait,
         load_seconds=choice.wait if loads else 0.0,
-        evict_seconds=COURTESY[request.lane] * choice.eviction.penalty,
+        evict_seconds=receiver.courtesy * choice.eviction.penalty,
         prefill_seconds=prefill,
         decode_seconds=decode,
         crowding_seconds=max(choice.run - prefill - decode, 0.0),

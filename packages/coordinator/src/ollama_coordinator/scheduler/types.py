@@ -8,11 +8,18 @@ from msgspec import Struct, structs
 
 from ollama_coordinator_common.types import AgentId
 
+
+class PlainEnum(Enum):
+    """An enum whose members are hashed by identity: `Enum` hashes names, in Python."""
+
+    __hash__ = object.__hash__
+
+
 RequestId = NewType("RequestId", str)
 LeaseId = NewType("LeaseId", int)
 
 
-class Kind(Enum):
+class Kind(PlainEnum):
     """What a request asks of a model."""
 
     CHAT = "chat"
@@ -20,7 +27,7 @@ class Kind(Enum):
     EMBED = "embed"
 
 
-class Form(Enum):
+class Form(PlainEnum):
     """How an answer reaches its receiver, as the request asks for it.
 
     A plain stream is read along while it is written. Every other form is of use only when it is
@@ -37,7 +44,7 @@ PACE_TOKENS_PER_SECOND = 15.0
 """How fast a stream is read along: some 650 English words a minute, which is skimming."""
 
 
-class Lane(Enum):
+class Lane(PlainEnum):
     """How long a request may wait before it is late; shorter budgets go first."""
 
     INTERACTIVE = "interactive"
