@@ -124,7 +124,9 @@ class Serving:
         if part & TAIL:
             queue.looked(now)
             self._serve_tail(queue, now)
-        if queue.size and queue.guesses:
+        if not queue.size:  # the last one took its share with it
+            return
+        if queue.guesses:
             self._try_more(queue, now)
         queue.share_waiting()
 
