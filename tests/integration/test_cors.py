@@ -103,3 +103,13 @@ async def test_streams_and_errors_carry_the_header_and_agents_see_no_origin(
             assert response.status == status
             assert response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
     assert "Origin" not in ollama.seen.last.headers
+
+
+@pytest.mark.spec("SURFACE-28")
+async def test_a_refused_origin_leaves_one_line_in_the_log(
+    coordinator: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        assert (await _answer(coordinator, FOREIGN))[0] == 403
+    lines = [record for record in caplog.records if "COORDINATOR_ORIGINS" in record.message]
+    assert [vars(line)["origin"] for line in lines] == [repr(FOREIGN)]

@@ -37,12 +37,13 @@ async def test_a_compressed_body_is_routed_and_forwarded_as_it_came(
     ("body", "status"),
     [
         (b"this is not zstd", 400),
+        (zstandard.compress(json.dumps(CHAT).encode())[:-3], 400),
         (zstandard.compress(b" " * (20 * 2**20 + 1)), 413),
         (zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(
             window_log=25, enable_ldm=True
         )).compress(b"x" * 2**25), 400),
     ],
-    ids=["not zstd", "too large", "too large a window"],
+    ids=["not zstd", "cut off", "too large", "too large a window"],
 )  # fmt: skip
 async def test_what_cannot_be_decompressed_is_refused_in_the_native_shape(
     coordinator: Running, ollama: StandIn, body: bytes, status: int
@@ -51,6 +52,16 @@ async def test_what_cannot_be_decompressed_is_refused_in_the_native_shape(
     assert answer[0] == status
     assert isinstance(answer[1]["error"], str)
     assert ollama.seen.count("/v1/messages") == 0
+
+
+@pytest.mark.spec("SURFACE-6")
+async def test_several_compressed_frames_are_one_body(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    text = json.dumps(CHAT).encode()
+    sent = zstandard.compress(text[:20]) + zstandard.compress(text[20:])
+    await _send(coordinator, "/v1/chat/completions", sent)
+    assert ollama.seen.last.body == sent
 
 
 @pytest.mark.spec("SURFACE-6")
@@ -145,7 +156,8 @@ async def test_the_account_is_that_of_an_agent_labelled_cloud(
 ) -> None:
     async with StandIn(signed_in_as="ada") as other:
         agent_id = await coordinator.register(other, "other")
-        assert await coordinator.post("/api/me", {}) == (401, {"error": "unauthorized"})
+        status, refusal = await coordinator.post("/api/me", {})
+        assert (status, "run `ollama signin` on one of" in refusal["error"]) == (403, True)
         labels = {"labels": ["cloud"]}
         url = f"{coordinator.url}/api/agents/{agent_id}"
         async with coordinator.session.patch(url, json=labels) as response:

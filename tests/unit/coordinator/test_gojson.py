@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ollama_coordinator.api.http.errors import HttpError
-from ollama_coordinator.api.http.gojson import read_fields
+from ollama_coordinator.api.http.gojson import first_value, read_fields
 from ollama_coordinator.api.http.json_edit import AT_ONCE_BYTES, edited, fields_of
 from ollama_coordinator.api.inference.audio import read_form
 from ollama_coordinator.api.models.lists import is_older, lowest
@@ -94,9 +94,63 @@ async def test_a_form_is_read_from_its_beginning_to_its_end() -> None:
         b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n'
     )
     assert (await read_form('multipart/form-data; boundary="B"', body)).name == "whisper"
-    for kind in ("", "application/json", "multipart/form-data", "multipart/form-data; boundary="):
-        with pytest.raises(HttpError, match="isn't multipart/form-data"):
+    wrong = {
+        "": "isn't multipart/form-data",
+        "application/json": "isn't multipart/form-data",
+        "multipart/form-data": "no multipart boundary param",
+        "multipart/form-data; boundary=": "no multipart boundary param",
+    }
+    for kind, said in wrong.items():
+        with pytest.raises(HttpError, match=f"^failed to parse multipart form: .*{said}"):
             await read_form(kind, body)
+
+
+VALUE, PAIR = "looking for beginning of value", "after object key:value pair"
+
+
+@pytest.mark.spec("PROXY-21")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"\x1f\x8b", rf"'\x1f' {VALUE}"),
+        (b"\xef\xbb\xbf{}", f"'\u00ef' {VALUE}"),
+        (b"\xff\xfe", f"'\u00ff' {VALUE}"),
+        (b"\x00", rf"'\x00' {VALUE}"),
+        (b"\x07", rf"'\a' {VALUE}"),
+        (b"\x7f", rf"'\x7f' {VALUE}"),
+        (b"\x85", rf"'\u0085' {VALUE}"),
+        (b"\xa0", rf"'\u00a0' {VALUE}"),
+        (b"\\", rf"'\\' {VALUE}"),
+        (b'{"a":\xc2\xab}', f"'\u00c2' {VALUE}"),
+        (b'{"a":tru}', "'}' in literal true (expecting 'e')"),
+        (b'{"a":fals\xff}', "'\u00ff' in literal false (expecting 'e')"),
+        (b'{"a":nUll}', "'U' in literal null (expecting 'u')"),
+        (b'{"a":-x}', "'x' in numeric literal"),
+        (b'{"a":-Infinity}', "'I' in numeric literal"),
+        (b'{"a":1.x}', "'x' after decimal point in numeric literal"),
+        (b'{"a":1e}', "'}' in exponent of numeric literal"),
+        (b'{"a":1e+}', "'}' in exponent of numeric literal"),
+        (b'{"a":01}', f"'1' {PAIR}"),
+        (b'{"a":[1 2]}', "'2' after array element"),
+        (b'{"a":[{"[":1}],"b":2 3}', f"'3' {PAIR}"),
+        (b"{\xe9}", "'\u00e9' looking for beginning of object key string"),
+        (b'{"a"\xe9}', "'\u00e9' after object key"),
+        (b'{"a":"\x01"}', r"'\x01' in string literal"),
+        (b'{"a":"\\x"}', "'x' in string escape code"),
+        (b'{"a":"\\u12g4"}', r"'g' in \u hexadecimal character escape"),
+    ],
+)
+def test_what_is_no_json_is_refused_in_gos_words(body: bytes, said: str) -> None:
+    """As a real Ollama 0.24 was seen to say it."""
+    with pytest.raises(HttpError) as refusal:
+        first_value(body, "")
+    assert str(refusal.value) == f"invalid character {said}"
+
+
+@pytest.mark.parametrize("body", [b'{"a":tru', b"nul", b'"', b"{", b'{"a":-', b'{"a":1.'])
+def test_what_ends_too_early_is_an_unexpected_end(body: bytes) -> None:
+    with pytest.raises(HttpError, match=r"^unexpected EOF$"):
+        first_value(body, "")
 
 
 FILE = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nRIFF\r\n'

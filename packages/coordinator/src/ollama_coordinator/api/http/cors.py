@@ -4,6 +4,8 @@ An origin that may not gets 403 with no body, whatever it asks for. A page that 
 itself serves is not a foreign origin.
 """
 
+import logging
+import time
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -11,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import send_whole
 from .headers import first
+
+log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -28,6 +32,9 @@ ALLOWED_HEADERS = (
 ALLOWED_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 MAX_AGE_SECONDS = 12 * 3600
 """How long a browser may remember a preflight: as gin's CORS, which Ollama uses, has it."""
+
+LOG_SECONDS = 60.0
+"""Between two lines on refused origins."""
 
 _PREFLIGHT: Headers = [
     (b"access-control-allow-methods", ",".join(ALLOWED_METHODS).encode()),
@@ -83,6 +90,8 @@ class Cors:
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
         self._app = app
         self._origins = Origins(origins)
+        self._refused = 0
+        self._log_again = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -90,11 +99,24 @@ class Cors:
         if not origin or _is_own(origin, first(scope["headers"], b"host") or ""):
             await self._app(scope, receive, send)
         elif not self._origins.allow(origin):
+            self._log(origin)
             await send_whole(send, 403, [], b"")
         elif scope["method"] == "OPTIONS":
             await _send_nothing(send, [*self._headers(origin), *_PREFLIGHT])
         else:
             await self._app(scope, receive, _adding(self._headers(origin), send))
+
+    def _log(self, origin: str) -> None:
+        """One line a minute at most: a page may try again each second."""
+        self._refused += 1
+        now = time.monotonic()
+        if now >= self._log_again:
+            log.warning(
+                "a web page may not use the coordinator; to allow it, add its origin to"
+                " COORDINATOR_ORIGINS",
+                extra={"origin": repr(origin), "refused": self._refused},
+            )
+            self._log_again, self._refused = now + LOG_SECONDS, 0
 
     def _headers(self, origin: str) -> Headers:
         if self._origins.all:

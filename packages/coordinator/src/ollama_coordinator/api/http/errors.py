@@ -85,6 +85,10 @@ class HttpError(OllamaCoordinatorError):
         self.status = status
 
 
+class UnreadableBody(HttpError):
+    """A body that cannot be read: Ollama refuses it before its route has a say, in its own form."""
+
+
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
     if isinstance(error, HttpError | Refused | UploadError):
@@ -140,13 +144,18 @@ def reply(value: Any, status: int = 200) -> Response:
 def error_reply(error: OllamaCoordinatorError, dialect: Dialect = Dialect.NATIVE) -> Response:
     """An error as a whole answer."""
     status = status_of(error)
+    kind, body = _kind_and_body(error, status, dialect)
+    return Response(body, status, headers_of(error), media_type=kind)
+
+
+def _kind_and_body(
+    error: OllamaCoordinatorError, status: int, dialect: Dialect
+) -> tuple[str, bytes]:
+    """Ollama's `/v1` routes name no charset and end with a newline, but for unreadable bodies."""
     body = error_body(dialect, status, str(error))
-    return Response(body, status, headers_of(error), media_type=_json_of(dialect))
-
-
-def _json_of(dialect: Dialect) -> str:
-    """Ollama names the charset on its native routes only."""
-    return JSON if dialect is Dialect.NATIVE else "application/json"
+    if dialect is Dialect.NATIVE or isinstance(error, UnreadableBody):
+        return JSON, body
+    return "application/json", body + b"\n"
 
 
 async def send_whole(
@@ -158,12 +167,15 @@ async def send_whole(
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def send_error(send: Send, dialect: Dialect, error: OllamaCoordinatorError) -> None:
-    """An error as a whole answer on plain ASGI."""
+async def send_error(
+    send: Send, dialect: Dialect, error: OllamaCoordinatorError, *, kind: str | None = None
+) -> None:
+    """An error as a whole answer on plain ASGI; `kind` is its content type where not the usual."""
     status = status_of(error)
-    headers = {"content-type": _json_of(dialect), **headers_of(error)}
+    usual, body = _kind_and_body(error, status, dialect)
+    headers = {"content-type": kind or usual, **headers_of(error)}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send_whole(send, status, encoded, error_body(dialect, status, str(error)))
+    await send_whole(send, status, encoded, body)
 
 
 def log_event(event: str, agent: AgentState, **facts: object) -> None:

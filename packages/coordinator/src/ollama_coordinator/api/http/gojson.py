@@ -5,9 +5,11 @@ ignored, invalid UTF-8 and lone surrogates become U+FFFD. Texts are those of Go'
 """
 
 import json
+import re
+import string
 from typing import Any, NoReturn
 
-from .errors import HttpError
+from .errors import UnreadableBody
 
 KINDS = {
     str: "string",
@@ -21,10 +23,14 @@ _WHERE = {
     "Expecting property name": "looking for beginning of object key string",
     "Illegal trailing comma before end of object": "looking for beginning of object key string",
     "Expecting ':'": "after object key",
-    "Expecting ','": "after object key:value pair",
-    "Invalid control character": "in string literal",
     "Invalid \\": "in string escape code",
 }
+LITERALS = ("true", "false", "null")
+DELETE = 0x7F
+_ESCAPED = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 39: "'", 92: "\\"}
+_TEXT_OR_FLAT = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++', re.DOTALL)
+"""Everything but the brackets that are not in a text."""
+
 LONGEST_INTEGER = 400
 """Digits; a longer number is read as a float, since Python refuses to convert one of thousands."""
 
@@ -34,6 +40,8 @@ class _Constant(ValueError):
 
 
 def _no_constant(name: str) -> NoReturn:
+    if name.startswith("-"):
+        raise _Constant("invalid character 'I' in numeric literal")
     raise _Constant(f"invalid character '{name[0]}' looking for beginning of value")
 
 
@@ -63,16 +71,16 @@ def first_value(body: bytes, empty: str) -> Any:
     """
     text = body.decode(errors="replace").lstrip(" \t\r\n")
     if not text:
-        raise HttpError(400, empty)
+        raise UnreadableBody(400, empty)
     try:
         value, _ = _decoder.raw_decode(text)
         return _whole(value) if "\\ud" in text or "\\uD" in text else value
     except json.JSONDecodeError as exc:
-        raise HttpError(400, _complaint(text, exc)) from exc
+        raise UnreadableBody(400, _complaint(body)) from exc
     except _Constant as exc:
-        raise HttpError(400, str(exc)) from exc
+        raise UnreadableBody(400, str(exc)) from exc
     except RecursionError as exc:
-        raise HttpError(400, "json: exceeded max depth") from exc
+        raise UnreadableBody(400, "json: exceeded max depth") from exc
 
 
 def _whole(value: Any) -> Any:
@@ -86,25 +94,74 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _complaint(text: str, error: json.JSONDecodeError) -> str:
-    at = error.pos
-    if error.msg.startswith(("Illegal trailing comma", "Invalid \\escape")):
+def _complaint(body: bytes | bytearray) -> str:
+    """Go's sentence on a body that is no JSON; it counts in bytes, and each is a character."""
+    text = body.decode(errors="surrogateescape").lstrip(" \t\r\n")
+    try:
+        _decoder.raw_decode(text)
+    except json.JSONDecodeError as error:
+        at, where = _place(text, error)
+        if at >= len(text) or error.msg.startswith("Unterminated"):
+            return "unexpected EOF"
+        byte = text[at].encode(errors="surrogateescape")[0]
+        return f"invalid character {quoted(byte)} {where}"
+    return "unexpected EOF"
+
+
+def _place(text: str, error: json.JSONDecodeError) -> tuple[int, str]:
+    """Which character Go complains of, and where it says that it is."""
+    at, message = error.pos, error.msg
+    if "control character" in message:
+        return at, "in string literal"
+    if message.startswith("Invalid \\u"):
+        at = text.rfind("\\u", 0, at + 2) + 2
+        return _after(text, at, string.hexdigits), "in \\u hexadecimal character escape"
+    if message.startswith(("Illegal trailing comma", "Invalid \\escape")):
         at += 1  # Python points at the comma or the backslash, Go at the next character
-    while at < len(text) and text[at] in " \t\r\n" and "control character" not in error.msg:
+    at = _after(text, at, " \t\r\n")
+    if message.startswith("Expecting value"):
+        return _in_value(text, at)
+    if message.startswith("Expecting ','"):
+        return _after_value(text, at)
+    default = "looking for beginning of value"
+    return at, next((said for start, said in _WHERE.items() if message.startswith(start)), default)
+
+
+def _in_value(text: str, at: int) -> tuple[int, str]:
+    if text.startswith("-", at):
+        return at + 1, "in numeric literal"
+    for literal in LITERALS:
+        if text.startswith(literal[0], at):
+            same = next(n for n in range(5) if not text.startswith(literal[: n + 1], at))
+            return at + same, f"in literal {literal} (expecting '{literal[same]}')"
+    return at, "looking for beginning of value"
+
+
+def _after_value(text: str, at: int) -> tuple[int, str]:
+    if text[at - 1].isdigit() and text.startswith((".", "e", "E"), at):
+        if text[at] == ".":
+            return at + 1, "after decimal point in numeric literal"
+        return _after(text, at + 1, "+-"), "in exponent of numeric literal"
+    brackets = _TEXT_OR_FLAT.sub("", text[:at])
+    while (fewer := brackets.replace("[]", "").replace("{}", "")) != brackets:
+        brackets = fewer
+    return at, f"after {'array element' if brackets.endswith('[') else 'object key:value pair'}"
+
+
+def _after(text: str, at: int, characters: str) -> int:
+    while at < len(text) and text[at] in characters:
         at += 1
-    if at >= len(text) or error.msg.startswith("Unterminated"):
-        return "unexpected EOF"
-    where = next(
-        (text for start, text in _WHERE.items() if error.msg.startswith(start)),
-        "looking for beginning of value",
-    )
-    return f"invalid character {_quoted(text[at])} {where}"
+    return at
 
 
-def _quoted(character: str) -> str:
-    if character == "'":
-        return r"'\''"
-    return "'" + json.dumps(character, ensure_ascii=False)[1:-1].replace('\\"', '"') + "'"
+def quoted(byte: int) -> str:
+    """A byte as Go quotes a character."""
+    if byte in _ESCAPED:
+        return f"'\\{_ESCAPED[byte]}'"
+    if byte < ord(" ") or byte == DELETE:
+        return f"'\\x{byte:02x}'"
+    character = chr(byte)
+    return f"'{character}'" if character.isprintable() else f"'\\u{byte:04x}'"
 
 
 class Fields:
@@ -116,7 +173,9 @@ class Fields:
             value = {}
         if not isinstance(value, dict):
             kind = KINDS[type(value)]
-            raise HttpError(400, f"json: cannot unmarshal {kind} into Go value of type {go_type}")
+            raise UnreadableBody(
+                400, f"json: cannot unmarshal {kind} into Go value of type {go_type}"
+            )
         self.values: dict[str, Any] = {key.lower(): item for key, item in value.items()}
 
     def text(self, name: str) -> str:
@@ -162,7 +221,7 @@ class Fields:
     def _complain(self, name: str, value: Any, go_kind: str) -> NoReturn:
         field = f"{self._go_type.rpartition('.')[2]}.{name}"
         kind = KINDS.get(type(value), "value")
-        raise HttpError(
+        raise UnreadableBody(
             400, f"json: cannot unmarshal {kind} into Go struct field {field} of type {go_kind}"
         )
 

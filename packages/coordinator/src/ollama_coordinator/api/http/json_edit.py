@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from ollama_coordinator.aio import Slices
 
-from .errors import HttpError
-from .gojson import Fields, first_value, read_fields
+from .errors import HttpError, UnreadableBody
+from .gojson import Fields, first_value, quoted, read_fields
 
 Body = bytes | bytearray
 """A body in one piece; a bytearray where it came in several."""
@@ -159,7 +159,7 @@ class Scan:
 
     def _byte(self, at: int, end: int) -> int:
         if at >= end:
-            raise HttpError(400, "unexpected EOF")
+            raise UnreadableBody(400, "unexpected EOF")
         return self._body[at]
 
     def _space(self, at: int, end: int) -> int:
@@ -172,8 +172,7 @@ class Scan:
         return after
 
     def _stray(self, at: int, where: str) -> HttpError:
-        character = self._body[at : at + 1].decode("latin-1")
-        return HttpError(400, f"invalid character '{character}' {where}")
+        return UnreadableBody(400, f"invalid character {quoted(self._body[at])} {where}")
 
     def _key(self, start: int, end: int) -> str | None:
         if end - start > LONGEST_KEY:
@@ -199,12 +198,12 @@ class Scan:
         while True:
             quote = body.find(b'"', at, end)
             if quote < 0:
-                raise HttpError(400, "unexpected EOF")
+                raise UnreadableBody(400, "unexpected EOF")
             if quote == at or body[quote - 1] != _BACKSLASH:
                 return quote + 1
             matched = _IN_TEXT.match(body, at, min(at + WINDOW_BYTES, end))
             if matched is None or matched.end() == at:
-                raise HttpError(400, "unexpected EOF")
+                raise UnreadableBody(400, "unexpected EOF")
             at = matched.end()
             await self._slices.pause()
 

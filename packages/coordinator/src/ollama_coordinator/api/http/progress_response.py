@@ -12,6 +12,8 @@ from .errors import ClientLeft, send_error, send_whole
 from .headers import UNBUFFERED
 
 NDJSON = b"application/x-ndjson"
+JSON_ALONE = "application/json"
+"""Ollama names no charset on these routes."""
 
 
 class ProgressResponse:
@@ -42,7 +44,7 @@ class ProgressResponse:
         feed = self._operation.feed
         await feed.began()
         if not feed.last and self._operation.error is not None:
-            await send_error(send, Dialect.NATIVE, self._operation.error)
+            await send_error(send, Dialect.NATIVE, self._operation.error, kind=JSON_ALONE)
             return
         await send({"type": "http.response.start", "status": 200, "headers": self._headers(NDJSON)})
         async for lines in feed.follow():
@@ -54,7 +56,7 @@ class ProgressResponse:
     async def _send_last(self, send: Send) -> None:
         await self._operation.feed.over()
         if self._operation.error is not None:
-            await send_error(send, Dialect.NATIVE, self._operation.error)
+            await send_error(send, Dialect.NATIVE, self._operation.error, kind=JSON_ALONE)
             return
         last = self._operation.feed.last.rstrip() or msgspec.json.encode({"status": "success"})
         await send_whole(send, 200, self._headers(b"application/json"), last)

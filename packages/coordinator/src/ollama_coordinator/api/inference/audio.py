@@ -11,7 +11,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ollama_coordinator.aio import Slices
-from ollama_coordinator.api.http.errors import HttpError
+from ollama_coordinator.api.http.errors import UnreadableBody
 from ollama_coordinator.api.http.json_edit import Body
 
 from .request import Routing
@@ -39,14 +39,17 @@ async def read_form(content_type: str, body: Body) -> Routing:
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise HttpError(400, "request Content-Type isn't multipart/form-data")
+    wrong = "failed to parse multipart form: "
+    if kind != b"multipart/form-data":
+        raise UnreadableBody(400, f"{wrong}request Content-Type isn't multipart/form-data")
+    if not boundary:
+        raise UnreadableBody(400, f"{wrong}no multipart boundary param in Content-Type")
     fields = await _read_fields(body, boundary)
-    if "file" not in fields:
-        raise HttpError(400, "file is required")
     name = fields.get("model", b"").decode(errors="replace").strip()
+    if fields and "file" not in fields:
+        raise UnreadableBody(400, "file is required: http: no such file")
     if not name:
-        raise HttpError(400, "model is required")
+        raise UnreadableBody(400, "model is required")
     return Routing(name=name)
 
 
@@ -97,7 +100,7 @@ async def _read_fields(body: Body, boundary: bytes) -> dict[str, bytearray]:
         async for piece in _pieces(body, boundary):
             parser.write(piece)
             if len(begun) > PARTS:
-                raise HttpError(400, "multipart: message too large")
+                raise UnreadableBody(400, "multipart: message too large")
     return fields
 
 

@@ -22,7 +22,7 @@ from msgspec import Raw, Struct
 from starlette.types import Message, Receive, Scope
 
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
-from ollama_coordinator.api.http.errors import ClientLeft, HttpError
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError, UnreadableBody
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, Span, is_small
 from ollama_coordinator.scheduler import (
@@ -92,6 +92,10 @@ ZSTD_WINDOW_BYTES, ZSTD_PLAIN_BYTES = 8 * 1024 * 1024, 20 * 1024 * 1024
 """Ollama's own limits on the decoder's memory and on the decompressed body."""
 
 
+ZSTD_SLICE_BYTES = 1024
+"""Decompressed at once: at most 32 MiB, if each four bytes stand for a block of 128 KiB."""
+
+
 class NotDecompressed(HttpError):
     """A compressed body cannot be read; its answer has the native shape on every route."""
 
@@ -109,15 +113,27 @@ async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body
 
 
 def _decompress(body: Body) -> bytes:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-    try:
-        with decompressor.stream_reader(body) as reader:
-            plain = reader.read(ZSTD_PLAIN_BYTES + 1)
-    except zstandard.ZstdError as exc:
-        raise NotDecompressed(400, f"zstd: {exc}") from exc
-    if len(plain) > ZSTD_PLAIN_BYTES:
-        raise NotDecompressed(413, "request body too large")
-    return plain
+    frames = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
+    parts: list[bytes] = []
+    size, rest = 0, bytes(body)
+    while rest:
+        if not rest.startswith(zstandard.FRAME_HEADER[: len(rest)]):
+            raise NotDecompressed(400, "invalid input: magic number mismatch")
+        frame = frames.decompressobj()
+        at = 0
+        try:
+            while at < len(rest) and not frame.eof:
+                parts.append(frame.decompress(rest[at : at + ZSTD_SLICE_BYTES]))
+                at += ZSTD_SLICE_BYTES
+                size += len(parts[-1])
+                if size > ZSTD_PLAIN_BYTES:
+                    raise NotDecompressed(413, "request body too large")
+        except zstandard.ZstdError as exc:
+            raise NotDecompressed(400, f"zstd: {exc}") from exc
+        if not frame.eof:
+            raise NotDecompressed(400, "unexpected EOF")
+        rest = frame.unused_data + rest[at:]
+    return b"".join(parts)
 
 
 # ── the routing fields ────────────────────────────────────────────────────────────────────────
@@ -210,7 +226,8 @@ def _routing(
     route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...]
 ) -> Routing:
     if not fields.model.strip():
-        raise HttpError(*route.nameless(fields.model))
+        anthropic = route.dialect is Dialect.ANTHROPIC and not fields.model
+        raise (UnreadableBody if anthropic else HttpError)(*route.nameless(fields.model))
     load_only = route.dialect is Dialect.NATIVE and _is_empty(fields)
     return Routing(
         name=fields.model,

@@ -8,6 +8,11 @@ from ollama_coordinator.api.http.errors import JSON, HttpError, own_body, reply
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.upstream import Unreachable
 
+NO_ACCOUNT = (
+    "a fleet has no account of its own: run `ollama signin` on one of its machines and give that"
+    " agent the label cloud, or use that machine's own Ollama (OLLAMA_HOST) for this command"
+)
+
 
 class CloudApi:
     """The handlers of the routes that lead to ollama.com."""
@@ -24,10 +29,13 @@ class CloudApi:
         return reply(CloudStatus(enabled or disabled))
 
     async def me(self, request: Request) -> Response:
-        """`POST /api/me`: the account of the agents labelled `cloud`; else not signed in."""
+        """`POST /api/me`: the account of the agents labelled `cloud`.
+
+        Without one 403: on Ollama's 401 the command line ends well and says nothing.
+        """
         agents = self._cloud.designated()
         if not agents:
-            raise HttpError(401, "unauthorized")
+            raise HttpError(403, NO_ACCOUNT)
         return _passed_on(await self._queries.first(agents, "POST", "/api/me"))
 
     async def signout(self, request: Request) -> Response:

@@ -289,7 +289,7 @@ def _openai_row(row: AvailableRow) -> dict[str, Any]:
 
 
 def _v1(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+    return Response(body + b"\n", media_type="application/json")
 
 
 def _lowest(agents: Iterable[AgentState]) -> str | None:

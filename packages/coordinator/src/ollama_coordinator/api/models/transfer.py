@@ -79,6 +79,9 @@ class TransferApi:
         name, source = fields.model(), fields.text("from")
         if not is_name(name):
             raise HttpError(400, "invalid model name")
+        parts = [part for path in fields.digests("files") for part in path.split("/")]
+        if any(part in ("", ".", "..") for part in parts):
+            raise HttpError(400, "file path must be relative")
         stream = fields.flag("stream", default=True)
         streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
         command = AgentCommand.create(name, streamed, _blobs(fields))
