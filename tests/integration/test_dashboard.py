@@ -121,11 +121,28 @@ async def test_a_browser_is_sent_to_the_dashboard_and_nobody_else(
     ask = coordinator.session.request
     async with ask(method, coordinator.url, headers=BROWSER, allow_redirects=False) as response:
         assert response.status == 307
-        assert response.headers["location"] == "/dashboard"
+        assert response.headers["location"] == "dashboard"
+        assert await response.text() == ("Ollama is running" if method == "GET" else "")
     for headers in ({}, {"accept": "*/*"}, {"accept": "application/json"}):
         async with ask(method, coordinator.url, headers=headers) as response:
             assert response.status == 200
             assert await response.text() == ("Ollama is running" if method == "GET" else "")
+
+
+@pytest.mark.spec("DASH-48")
+async def test_the_page_works_below_a_path_of_a_reverse_proxy(coordinator: Running) -> None:
+    session, url = coordinator.session, coordinator.url
+    for prefix, location in (("/gpu/ai/", "/gpu/ai/dashboard"), ("//evil.example", "dashboard")):
+        headers = {**BROWSER, "x-forwarded-prefix": prefix}
+        async with session.get(url, headers=headers, allow_redirects=False) as response:
+            assert response.headers["location"] == location
+    async with session.get(f"{url}/dashboard/", allow_redirects=False) as response:
+        assert response.headers["location"] == "../dashboard"
+    assert "Ollama is running" in read("index.html")
+    absolute = re.compile(r"""(?:fetch|import|EventSource)\(["'`]/|(?:src|href)="/|VENDOR = "/""")
+    for path, file in all_files().items():
+        if not path.startswith("vendor/"):
+            assert absolute.search(file.body.decode()) is None, path
 
 
 async def fetch(coordinator: Running, path: str, **headers: str) -> aiohttp.ClientResponse:
@@ -205,7 +222,7 @@ def test_the_first_view_is_small() -> None:
 
 def test_the_first_views_modules_are_fetched_at_once() -> None:
     first = imports("js/app.js") | imports("js/views/fleet.js")
-    named = re.findall(r'(?:src|modulepreload" href)="/dashboard/([^"]+)"', read("index.html"))
+    named = re.findall(r'(?:src|modulepreload" href)="dashboard/([^"]+)"', read("index.html"))
     assert sorted(named) == sorted(first)
 
 
@@ -218,6 +235,7 @@ for (const [page, address] of [
   ["http://localhost:8080/", undefined],
   ["http://gpu-1:8080/", "192.0.2.7"],
   ["https://coordinator.example/", undefined],
+  ["https://example/gpu/dashboard", undefined],
 ]) console.log(urlForOthers(new URL(page), address))
 """
 
@@ -242,6 +260,7 @@ async def test_a_page_on_loopback_shows_the_address_that_others_need() -> None:
         "http://THIS-HOST:8080",
         "http://gpu-1:8080",
         "https://coordinator.example",
+        "https://example/gpu",
     ]
 
 

@@ -1,6 +1,7 @@
 """`/dashboard`: the page's files and the event stream it listens to."""
 
 import gzip
+import re
 from contextlib import aclosing
 from functools import cache
 from hashlib import sha256
@@ -49,6 +50,12 @@ SECURITY = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+RUNNING = "Ollama is running"
+"""Clients look for these words, some of them with a browser's `Accept`."""
+
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
 
 
 class File(Struct, frozen=True):
@@ -109,13 +116,28 @@ class DashboardApi:
     async def root(self, request: Request) -> Response:
         """`GET /`: the dashboard for a browser, Ollama's own text for any other client."""
         if "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("/dashboard", 307, headers={"vary": "accept"})
-        return Response("Ollama is running", media_type="text/plain")
+            prefix = request.headers.get("x-forwarded-prefix", "").rstrip("/")
+            # Without a prefix relative: a proxy that serves us below another path may not say so.
+            where = f"{prefix}/dashboard" if _PREFIX.fullmatch(prefix) else "dashboard"
+            headers = {"location": where, "vary": "accept, x-forwarded-prefix"}
+            return Response(RUNNING, 307, headers, media_type="text/plain")
+        return Response(RUNNING, media_type="text/plain")
 
-    @operation(gives={200: (Media("text/html"), Media("*/*")), 304: None, 404: Media("text/plain")})
+    @operation(
+        gives={
+            200: (Media("text/html"), Media("*/*")),
+            304: None,
+            307: None,
+            404: Media("text/plain"),
+        }
+    )
     async def page(self, request: Request) -> Response:
         """The dashboard and its files."""
-        path = request.path_params.get("path") or "index.html"
+        path = request.path_params.get("path")
+        if path == "":
+            # The page's addresses are relative to `/dashboard`.
+            return RedirectResponse("../dashboard", 307)
+        path = path or "index.html"
         file = all_files().get(path)
         if file is None:
             return Response("404 page not found", 404, headers=SECURITY, media_type="text/plain")

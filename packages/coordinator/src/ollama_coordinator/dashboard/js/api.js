@@ -1,5 +1,8 @@
 /** The coordinator's API. Errors carry its own sentence. */
 
+/** A path as seen from the page, which a reverse proxy may serve below another path. */
+const relative = (path) => path.replace(/^\//, "");
+
 /**
  * @param {string} method
  * @param {string} path
@@ -13,7 +16,7 @@ export async function call(method, path, body) {
   }
   let response;
   try {
-    response = await fetch(path, init);
+    response = await fetch(relative(path), init);
   } catch {
     throw new Error("the coordinator does not answer");
   }
@@ -40,7 +43,7 @@ export async function errorText(response) {
 export function path(parts, query = {}) {
   const pairs = Object.entries(query).filter(([, value]) => value !== "" && value !== null && value !== undefined);
   const search = new URLSearchParams(pairs).toString();
-  return `/${parts.map(encodeURIComponent).join("/")}${search ? `?${search}` : ""}`;
+  return `${parts.map(encodeURIComponent).join("/")}${search ? `?${search}` : ""}`;
 }
 
 /** Read a streamed answer of JSON lines. */

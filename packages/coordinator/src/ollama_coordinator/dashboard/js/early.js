@@ -3,7 +3,7 @@
 const KINDS = ["snapshot", "patch", "beat"];
 
 /** What was opened early; `null` once somebody has taken it over. */
-let early = { source: new EventSource("/dashboard/events"), kept: [] };
+let early = { source: new EventSource("dashboard/events"), kept: [] };
 const keep = (event) => early.kept.push(event);
 for (const kind of KINDS) early.source.addEventListener(kind, keep);
 

@@ -38,7 +38,7 @@ const HEARING = {
 
 function open() {
   source?.close();
-  source = takeOver(HEARING) ?? new EventSource("/dashboard/events");
+  source = takeOver(HEARING) ?? new EventSource("dashboard/events");
   for (const [kind, hear] of Object.entries(HEARING)) source.addEventListener(kind, hear);
   source.addEventListener("error", () => {
     become("lost");

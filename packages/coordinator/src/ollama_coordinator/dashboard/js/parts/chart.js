@@ -2,7 +2,7 @@
 
 import { h, setText } from "../dom.js";
 
-const VENDOR = "/dashboard/vendor/uplot-1.6.32";
+const VENDOR = new URL("../../vendor/uplot-1.6.32", import.meta.url).href;
 const HEIGHT = 170;
 let loading = null;
 

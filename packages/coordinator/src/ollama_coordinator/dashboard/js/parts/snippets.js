@@ -1,9 +1,11 @@
 /** The lines that ask the same elsewhere. */
 
+import { base } from "./address.js";
+
 /** A chat as `curl` would send it. Images are left out: they would fill the screen. */
 export function curl(body) {
   const json = JSON.stringify(withoutImages(body), null, 2).replaceAll("'", "'\\''");
-  return `curl ${location.origin}/api/chat -d '${json}'`;
+  return `curl ${base(location)}/api/chat -d '${json}'`;
 }
 
 /** The same with Ollama's Python library. */
@@ -13,7 +15,7 @@ export function python(body) {
   const more = options ? `, options=${literal(options)}` : "";
   return [
     "from ollama import Client", "",
-    `client = Client(host=${literal(location.origin)})`,
+    `client = Client(host=${literal(base(location))})`,
     `messages = [\n${list}\n]`,
     `for part in client.chat(model=${literal(model)}, messages=messages, stream=True${more}):`,
     "    print(part.message.content, end=\"\", flush=True)",

@@ -9,6 +9,7 @@ import { command, empty } from "../parts/bits.js";
 import { asked, confirmed } from "../parts/dialog.js";
 import { isPartial, operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
+import { base } from "../parts/address.js";
 
 const REFRESH_MS = 1500;
 /** Of a large fleet the fullest disks are listed. */
@@ -70,7 +71,7 @@ class ModelsView extends View {
     if (some) return this.nothing.replaceChildren();
     const agents = Object.keys(store.state.agents).length;
     const content = this.list.length ? empty("search", "No model matches")
-      : agents ? empty("models", "No model on any machine yet", h("p", null, "Pull one for the fleet, here or with any Ollama client:"), command(`OLLAMA_HOST=${location.origin} ollama pull llama3.2`))
+      : agents ? empty("models", "No model on any machine yet", h("p", null, "Pull one for the fleet, here or with any Ollama client:"), command(`OLLAMA_HOST=${base(location)} ollama pull llama3.2`))
       : empty("models", "No machine yet, so no model", h("a.button", { href: "#/fleet" }, "Add a machine"));
     this.nothing.replaceChildren(content);
   }

@@ -153,7 +153,7 @@ class Answer {
 
   async read(body, signal, moved) {
     const started = performance.now();
-    const response = await fetch("/api/chat", { method: "POST", body: JSON.stringify(body), signal });
+    const response = await fetch("api/chat", { method: "POST", body: JSON.stringify(body), signal });
     if (!response.ok) throw new Error(await errorText(response));
     const agent = decodeURIComponent(response.headers.get("x-ollama-coordinator-agent") ?? "");
     const request = response.headers.get("x-ollama-coordinator-request");
