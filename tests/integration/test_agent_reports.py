@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
+from ollama_coordinator_agent import reach
 from ollama_coordinator_agent.pacing import AgentPace
 from ollama_coordinator_agent.reach import Offer
 from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
@@ -223,6 +224,20 @@ class set_that_forgets(set[str]):  # noqa: N801 (it is used as a set)
 
     def add(self, element: str) -> None:
         """Forget it."""
+
+
+@pytest.mark.spec("AGENT-11")
+async def test_another_address_is_noticed_before_the_next_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next look at the addresses is far away."""
+    pace = structs.replace(FAST, reach=1000)
+    async with Coordinator() as coordinator, StandIn() as ollama:
+        async with running(config_of(coordinator, ollama, tmp_path), pace=pace):
+            await coordinator.until(lambda seen: len(seen.reports) > 2)
+            monkeypatch.setattr(reach, "local_address", lambda *_: "127.0.0.9")
+            await coordinator.until(lambda seen: len(seen.registrations) > 1)
+    assert coordinator.registrations[-1].ip_address == "127.0.0.9"
 
 
 @pytest.mark.spec("AGENT-11")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from msgspec import structs
 
 from ollama_coordinator.monitor import LISTS_SECONDS
+from ollama_coordinator.registry import AgentState
 from support import programs
 from support.coordinator import Running, running
 from support.ollama import StandIn
@@ -264,3 +266,82 @@ async def test_a_black_hole_is_left_for_another_agent(
     answers = await asyncio.gather(*(coordinator.chat() for _ in range(4)))
     assert {status for status, _ in answers} == {200}
     assert coordinator.agent(named(coordinator, "first")).out_of_rotation()
+
+
+async def _rest_for_long(coordinator: Running, name: str) -> AgentState:
+    """Take an agent out of rotation as after many failures: its next probe is far away."""
+    agent = coordinator.agent(named(coordinator, name))
+    now = coordinator.parts.clock.now()
+    coordinator.parts.dispatch.take_out(agent, "connection refused")
+    assert agent.cooldown is not None
+    agent.cooldown = structs.replace(agent.cooldown, until=now + 1000)
+    return agent
+
+
+@pytest.mark.spec("FLEET-34")
+async def test_a_report_that_ollama_runs_again_is_followed_by_a_probe(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    agent_id = named(coordinator, "first")
+    assert await coordinator.heartbeat(agent_id, ollama_running=False) == 200
+    agent = await _rest_for_long(coordinator, "first")
+    assert await coordinator.heartbeat(agent_id, ollama_running=True) == 200
+    await coordinator.until(lambda: agent.out_of_rotation() is None)
+    # A report that says so for the second time says nothing new.
+    await _rest_for_long(coordinator, "first")
+    assert await coordinator.heartbeat(agent_id, ollama_running=True) == 200
+    assert agent.cooldown is not None
+    assert agent.cooldown.until > coordinator.parts.clock.now() + 900
+
+
+@pytest.mark.spec("FLEET-34")
+@pytest.mark.parametrize("tells_its_models", [False, True])
+async def test_a_registration_is_followed_by_a_probe(
+    coordinator: Running, ollama: StandIn, *, tells_its_models: bool
+) -> None:
+    if tells_its_models:
+        tags = {"models": [{"name": "llama3.2:latest"}]}
+        assert await coordinator.heartbeat(named(coordinator, "first"), tags=tags) == 200
+    agent = await _rest_for_long(coordinator, "first")
+    await coordinator.register(ollama, "first")
+    await coordinator.until(lambda: agent.out_of_rotation() is None)
+
+
+@pytest.mark.spec("FLEET-35")
+async def test_lists_that_come_late_are_no_death(coordinator: Running) -> None:
+    """Also at the registration, after a pull, and while a client waits for a list."""
+    async with StandIn() as ollama:
+        with ollama.faults.hang(paths=["/api/tags"]):
+            agent_id = await coordinator.register(ollama, "slow")
+            agent = coordinator.agent(agent_id)
+            await coordinator.parts.monitor.look_at(agent, seconds=0.1)
+            await coordinator.parts.monitor.refresh([agent], older_than=-1, seconds=0.1)
+            assert agent.out_of_rotation() is None
+            assert agent.inventory.sampled_at is None
+            # It is found alive by what answers.
+            await _rest_for_long(coordinator, "slow")
+            await coordinator.register(ollama, "slow")
+            await coordinator.until(lambda: agent.out_of_rotation() is None)
+        await coordinator.until(lambda: agent.inventory.sampled_at is not None)
+        assert (await coordinator.chat())[0] == 200
+        # What is no list is another matter.
+        ollama.faults.status(500, paths=["/api/tags"])
+        await coordinator.parts.monitor.look_at(agent, seconds=5)
+        assert "answers /api/tags with status 500" in (agent.out_of_rotation() or "")
+
+
+@pytest.mark.spec("PROXY-20")
+async def test_the_request_that_meets_a_refused_connection_waits_with_the_others(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    agent = coordinator.agent(named(coordinator, "first"))
+    await ollama.kill()
+    asked = [asyncio.create_task(coordinator.chat()) for _ in range(3)]
+    await coordinator.until(lambda: agent.resting)
+    await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 3)
+    assert agent.cooldown is not None
+    # It is probed twice a second while they wait, which puts no later probe off.
+    agent.cooldown = structs.replace(agent.cooldown, until=coordinator.parts.clock.now() + 1000)
+    await ollama.start()
+    assert [status for status, _ in await asyncio.gather(*asked)] == [200, 200, 200]
+    assert ollama.seen.count("/api/chat") == 3

@@ -113,6 +113,9 @@ class Daemon:
         loop = asyncio.get_running_loop()
         while self._request(self.parts.reach.offer) == registered:
             self.parts.changed.clear()
+            if self.parts.reach.has_moved():
+                await self.parts.reach.refresh()
+                continue
             next_at = loop.time() + self._pace.heartbeat
             try:
                 reply = await self.parts.client.report(self._report(agent_id))

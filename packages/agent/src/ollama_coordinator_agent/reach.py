@@ -50,6 +50,7 @@ class Reach:
         self._refreshing = asyncio.Lock()
         self._relay_is_open = asyncio.Event()
         self._reminder = Reminder()
+        self._addresses: list[str] = []
         self._coordinator = coordinator_address(config.coordinator_url)
 
     @property
@@ -63,6 +64,13 @@ class Reach:
             tasks.create_task(forever(self._look_again))
             await self._relay_is_open.wait()
             tasks.create_task(self._relay.run())
+
+    def has_moved(self) -> bool:
+        """Whether this machine has another address than it offers; nothing is sent or looked up."""
+        if self.offer is None or self._config.ip_address:
+            return False
+        now = local_address(self._addresses, self._coordinator[1])
+        return now is not None and now != self.offer.ip_address
 
     async def refresh(self) -> Offer | None:
         """The offer as it is now; `None` while the coordinator's host has no address."""
@@ -80,6 +88,7 @@ class Reach:
     async def _look(self) -> Offer | None:
         addresses = await self._coordinator_addresses()
         if addresses:
+            self._addresses = addresses
             self._relay.admit_coordinator(addresses)
         address = self._config.ip_address or local_address(addresses, self._coordinator[1])
         if address is None:

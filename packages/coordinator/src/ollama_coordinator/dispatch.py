@@ -70,12 +70,17 @@ class Dispatch:
         self.clock = clock
         self._held: dict[LeaseId, Held] = {}
         self._waiting: dict[RequestId, asyncio.Future[Held]] = {}
+        self._wanted: dict[RequestId, str] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.agent_failed = asyncio.Event()
 
     def held(self) -> Iterable[Held]:
         """Every attempt under way."""
         return self._held.values()
+
+    def wanted(self) -> set[str]:
+        """The routing keys of the models that requests wait for."""
+        return set(self._wanted.values())
 
     @asynccontextmanager
     async def lease(self, request: Request) -> AsyncIterator[Held]:
@@ -94,6 +99,7 @@ class Dispatch:
         self.scheduler.submit(request, self.clock.now())
         future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = future
+        self._wanted[request.id] = request.model
         try:
             self.plan()
             return await future
@@ -101,7 +107,7 @@ class Dispatch:
             self._give_back(request.id, future)
             raise
         finally:
-            del self._waiting[request.id]
+            del self._waiting[request.id], self._wanted[request.id]
             # An error of the future has this frame in its traceback: else the two keep each other.
             del future
 

@@ -20,15 +20,19 @@ from .agent_store import AgentStore
 from .dispatch import Dispatch, Held
 from .model_probes import ModelProbes
 from .registry import AgentState, shown_content
-from .upstream import Unreachable, Upstreams
+from .upstream import TimedOut, Unreachable, Upstreams
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2.0
 """A probe's time limit: Ollama answers `/api/version` within milliseconds, also under load."""
 
-LISTS_SECONDS = 10.0
-"""Time limit for lists of models: they are read from the disk, which a load may keep busy."""
+LISTS_SECONDS = 120.0
+"""Time limit for lists of models. They are read from the disk, which a load or a pull may keep
+busy; that an Ollama lists slowly says nothing against it."""
+
+LISTS_WAITED_SECONDS = 1.0
+"""How long a probe waits for the lists: an Ollama that comes back should have its models."""
 
 SILENCE_SECONDS = 5.0
 """An attempt without a byte for so long has its agent probed; silence alone is no failure."""
@@ -100,15 +104,22 @@ class Monitor:
         self._models = ModelProbes(dispatch, upstreams)
         self._asked_at: dict[AgentId, float] = {}  # for the lists of models
         self._gaps = self._clock.gaps
+        self._listings: dict[AgentId, asyncio.Task[Unreachable | None]] = {}
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        while True:
-            try:
-                await self._watch()
-            except Exception:
-                log.exception("the monitor failed and starts again")
-            await asyncio.sleep(TICK_SECONDS)
+        try:
+            while True:
+                try:
+                    await self._watch()
+                except Exception:
+                    log.exception("the monitor failed and starts again")
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            listings = list(self._listings.values())
+            for task in listings:
+                task.cancel()
+            await asyncio.gather(*listings, return_exceptions=True)
 
     async def _watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -132,9 +143,9 @@ class Monitor:
             return
         try:
             await self._ask_version(agent)
-            await self._ask_models(agent)
         except Unreachable:
             return
+        await self._listed(agent, LISTS_WAITED_SECONDS)
         self._registry.heard(agent, self._clock.now())
         self._dispatch.plan()
 
@@ -150,11 +161,14 @@ class Monitor:
             self._dispatch.plan()
         self._models.look(tasks, now)
         silent = self._silent_agents(now)
+        awaited = self._awaited_agents(now)
         # After a gap nobody is judged by what was not heard: everybody is asked.
         ask_all, self._gaps = self._clock.gaps != self._gaps, self._clock.gaps
         for agent in self._registry:
-            asked = ask_all and not agent.left
-            if agent.id not in self._probes and (asked or self._wants_probe(agent, silent, now)):
+            if agent.id in self._probes:
+                continue
+            asked = agent.id in awaited or (ask_all and not agent.left)
+            if asked or self._wants_probe(agent, silent, now):
                 task = tasks.create_task(self._probe(agent, doubted=agent.id in silent))
                 self._probes[agent.id] = task
                 task.add_done_callback(partial(self._probed, agent.id))
@@ -180,6 +194,22 @@ class Monitor:
         interval = min(AFTER_LOAD_SECONDS if agent.inventory.is_inferred else inf, self.interval)
         return now - self._asked_at.get(agent.id, -inf) >= interval
 
+    def _awaited_agents(self, now: float) -> set[AgentId]:
+        """Agents out of rotation that requests wait for, twice a second."""
+        awaited: set[AgentId] = set()
+        for key in self._dispatch.wanted():
+            servers = self._registry.servers(key)
+            if any(self._registry.is_routable(agent, now) for agent in servers):
+                continue
+            awaited |= {
+                agent.id
+                for agent in servers
+                if agent.resting
+                and self._registry.is_online(agent, now)
+                and now - self._asked_at.get(agent.id, -inf) >= TICK_SECONDS
+            }
+        return awaited
+
     def _silent_agents(self, now: float) -> set[AgentId]:
         """The agents with an attempt that has had no byte for `SILENCE_SECONDS`."""
         silent = {
@@ -193,12 +223,15 @@ class Monitor:
 
     async def _probe(self, agent: AgentState, *, doubted: bool) -> None:
         """Probe an Ollama, and list its models where no heartbeat brings them."""
+        problem: Unreachable | None = None
         try:
             await self._ask_version(agent)
             if not (agent.brings_inventory or doubted):
-                await self._ask_models(agent)
+                problem = await self._listed(agent, LISTS_WAITED_SECONDS)
         except Unreachable as exc:
-            self._not_answering(agent, str(exc), doubted=doubted)
+            problem = exc
+        if problem is not None:
+            self._not_answering(agent, str(problem), doubted=doubted)
             return
         if agent.is_bare:
             self._registry.heard(agent, self._clock.now())
@@ -240,7 +273,9 @@ class Monitor:
     def _not_answering(self, agent: AgentState, reason: str, *, doubted: bool) -> None:
         now = self._clock.now()
         self._asked_at[agent.id] = now
-        if agent.resting or not doubted:
+        # A probe before its time, since somebody waits, does not put the next one off.
+        is_early = agent.resting and agent.cooldown is not None and now < agent.cooldown.until
+        if (agent.resting or not doubted) and not is_early:
             self._dispatch.take_out(agent, reason)
         failures = self._silent.get(agent.id, (0, 0.0))[0] + 1
         self._silent[agent.id] = (failures, now)
@@ -259,16 +294,23 @@ class Monitor:
     # ── models of agents that do not report them ──────────────────────────────────────────────
 
     async def look_at(self, agent: AgentState, *, seconds: float) -> None:
-        """Learn an agent's models now; one that does not answer in `seconds` leaves rotation."""
+        """Learn an agent's models now; returns after `seconds`, though the lists may come later.
+
+        An Ollama that does not say its version in that time leaves rotation.
+        """
+        problem: Exception | None
         began = self._clock.now()
         try:
             async with asyncio.timeout(seconds):
-                await self._ask_models(agent)
+                await self._ask_version(agent)
+            problem = await self._listed(agent, began + seconds - self._clock.now(), anew=True)
         except (TimeoutError, Unreachable) as exc:
             if isinstance(exc, TimeoutError) and self._clock.has_lagged_since(began):
-                del self._asked_at[agent.id]  # it is asked again
+                self._asked_at.pop(agent.id, None)  # it is asked again
                 return
-            reason = str(exc) or f"no answer within {seconds:g} s"
+            problem = exc
+        if problem is not None:
+            reason = str(problem) or f"no answer within {seconds:g} s"
             log.warning("agent's Ollama not reached", extra=_facts(agent, url=agent.url))
             self._dispatch.take_out(agent, reason)
         self._dispatch.plan()
@@ -297,17 +339,49 @@ class Monitor:
         ]
         if not stale:
             return
-        asked = [asyncio.ensure_future(self._ask_models(agent)) for agent in stale]
-        try:
-            await asyncio.wait(asked, timeout=seconds)
-        finally:  # also when the client that asked has left
-            for task in asked:
-                task.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
+        await asyncio.wait([self._listing(agent) for agent in stale], timeout=seconds)
 
     def _is_stale(self, agent: AgentState, now: float, older_than: float) -> bool:
         asked_at = self._asked_at.get(agent.id, -inf)
         return not agent.brings_inventory and now - asked_at > older_than
+
+    async def _listed(
+        self, agent: AgentState, seconds: float, *, anew: bool = False
+    ) -> Unreachable | None:
+        """Wait for an agent's lists; why there are none, and `None` also where they are late.
+
+        `anew`: a list that was asked for before does not count.
+        """
+        listing = self._listing(agent, anew=anew)
+        await asyncio.wait([listing], timeout=max(seconds, 0.0))
+        return listing.result() if listing.done() and not listing.cancelled() else None
+
+    def _listing(
+        self, agent: AgentState, *, anew: bool = False
+    ) -> "asyncio.Task[Unreachable | None]":
+        """The task that reads the lists of an agent; several may wait for it."""
+        before = self._listings.get(agent.id)
+        if before is not None and not anew:
+            return before
+
+        async def read() -> Unreachable | None:
+            try:
+                if before is not None:
+                    await asyncio.wait([before])
+                await self._ask_models(agent)
+            except TimedOut:
+                log.warning("agent lists its models late", extra=_facts(agent, url=agent.url))
+            except Unreachable as exc:
+                return exc
+            finally:
+                if self._listings.get(agent.id) is asyncio.current_task():
+                    del self._listings[agent.id]
+            self._dispatch.plan()
+            return None
+
+        self._asked_at[agent.id] = self._clock.now()
+        task = self._listings[agent.id] = asyncio.create_task(read())
+        return task
 
     async def _ask_models(self, agent: AgentState) -> None:
         """Read the lists of the agent's Ollama into the registry.

@@ -2,6 +2,8 @@
 
 UpstreamError
 ├── Unreachable   nothing of an answer arrived: refused, timed out, no HTTP
+│   ├── NotConnected     no connection was made
+│   ├── TimedOut         no whole answer in time
 │   └── ConnectionLost   the connection ended after the request had gone out
 ├── Cut           the answer ended before its end
 ├── AgentLost     somebody else found out that the agent does not answer any more
@@ -69,6 +71,14 @@ class UpstreamError(OllamaCoordinatorError):
 
 class Unreachable(UpstreamError):
     """Nothing of an answer arrived."""
+
+
+class NotConnected(Unreachable):
+    """There was no connection: the request has not reached the agent, and did no work there."""
+
+
+class TimedOut(Unreachable):
+    """There was no whole answer in time."""
 
 
 class ConnectionLost(Unreachable):
@@ -203,7 +213,7 @@ class Upstreams:
                 left = tries - 1
                 return await self.fetch(method, url, seconds=seconds, body=body, tries=left)
             advice = "is its Ollama stuck, or a firewall in the way?"
-            raise Unreachable(f"no answer within {seconds:g} s; {advice}") from exc
+            raise TimedOut(f"no answer within {seconds:g} s; {advice}") from exc
         except Cut as exc:
             raise Unreachable(str(exc)) from exc
 
@@ -240,8 +250,7 @@ class _Opened:
             self._response = response = await self._sending
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as exc:
             _forget_frames(exc)
-            kind = ConnectionLost if _is_lost(exc) else Unreachable
-            raise kind(_reason(exc)) from exc
+            raise _kind(exc)(_reason(exc)) from exc
         connection = response.connection
         protocol = connection.protocol if connection is not None else None
         self._closed = closed = protocol.closed if protocol is not None else None
@@ -281,10 +290,12 @@ def _seen(closed: asyncio.Future[None]) -> None:
         closed.exception()
 
 
-def _is_lost(exc: Exception) -> bool:
+def _kind(exc: Exception) -> type[Unreachable]:
     """Whether there was a connection, and it ended."""
+    if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return NotConnected
     ended = aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
-    return isinstance(exc, ended) and not isinstance(exc, aiohttp.ClientConnectorError)
+    return ConnectionLost if isinstance(exc, ended) else Unreachable
 
 
 _RESET = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)

@@ -126,6 +126,7 @@ class Registry:
         replaced = self._take_over(known)
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
+        self._hasten(known, now)
         self.heard(known, now)
         return Registration(known, created=False, replaced=replaced)
 
@@ -228,6 +229,8 @@ class Registry:
             agent.registration = structs.replace(
                 agent.registration, ollama_version=report.ollama_version
             )
+        if report.ollama_running and not agent.ollama_running:
+            self._hasten(agent, now)
         agent.report = report
         self.heard(agent, now)
         if report.leaving:
@@ -354,6 +357,11 @@ class Registry:
         if cooldown is not agent.cooldown:
             agent.cooldown, agent.resting = cooldown, True
             self.changes += 1
+
+    def _hasten(self, agent: AgentState, now: float) -> None:
+        """Something says that the agent's Ollama runs again: a probe is due at once."""
+        if agent.cooldown is not None:
+            agent.cooldown = structs.replace(agent.cooldown, until=min(now, agent.cooldown.until))
 
     def fail_model(
         self, agent: AgentState, key: str, reason: str, now: float, *, began: float | None = None

@@ -128,8 +128,10 @@ class Proxy:
                 break
             if failure is None:
                 return
+            has_worked = failure.was_sent or held.agent in [one.agent for one in failures]
             failures.append(failure)
-            request = request.without([held.agent.id])
+            if has_worked:  # else it waits for the agent to come back, as those behind it do
+                request = request.without([held.agent.id])
         self._pardon(request, failures, is_poison=stopped)
         await self._answer_failure(call, failures)
 

@@ -31,6 +31,7 @@ from ollama_coordinator.upstream import (
     ConnectionLost,
     Cut,
     ModelStuck,
+    NotConnected,
     RequestCancelled,
     UpstreamError,
     chunks,
@@ -55,7 +56,8 @@ STREAMED = ("application/x-ndjson", "text/event-stream")
 class Failure(Struct, frozen=True):
     """Why an attempt failed before the client saw a byte, and the agent's answer.
 
-    `status` is 0 where the agent gave no answer that the client could be given.
+    `status` is 0 where the agent gave no answer that the client could be given. `was_sent`: the
+    request reached the agent.
     """
 
     agent: AgentState
@@ -63,6 +65,7 @@ class Failure(Struct, frozen=True):
     status: int = 0
     headers: list[tuple[bytes, bytes]] = []
     body: bytes = b""
+    was_sent: bool = True
 
 
 class Call(Struct, frozen=True):
@@ -247,7 +250,8 @@ class Relay:
             extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
         )
         if not self._started:
-            return Failure(held.agent, Outcome(result, reason))
+            was_sent = not isinstance(error, NotConnected)
+            return Failure(held.agent, Outcome(result, reason), was_sent=was_sent)
         if isinstance(error, AgentLost):
             reason = str(error)
         if self._records.count:

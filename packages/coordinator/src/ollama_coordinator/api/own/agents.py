@@ -124,6 +124,7 @@ class AgentsApi:
             self._agent_store.keep(other)
         await self._agent_store.keep_now(agent)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
+        self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
         if agent.inventory.sampled_at is None or not agent.brings_inventory:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
         status = "registered" if done.created else "updated"

@@ -47,6 +47,8 @@ class HealthApi:
             log_event("agent says goodbye", agent)
         elif was_running and not agent.ollama_running:
             log_event("agent reports that its Ollama does not answer", agent)
+        elif agent.ollama_running and not was_running:
+            self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
         if agent.left or agent.inventory.tags != tags:
             self._parts.agent_store.keep(agent)
         else:
