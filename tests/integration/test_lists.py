@@ -111,3 +111,29 @@ async def test_the_python_client_lists(coordinator: Running, ollama: StandIn) ->
     assert [model.model for model in (await client.ps()).models] == ["llama3.2:latest"]
     assert (await client.show("llama3.2")).modelinfo
     await client._client.aclose()
+
+
+@pytest.mark.spec("SCHED-26")
+async def test_what_a_model_can_do_is_asked_once_where_no_list_says_it(
+    coordinator: Running,
+) -> None:
+    """Ollama lists no capabilities before 0.30: a chat model that embeds is asked for them."""
+    models = [Model("chatty"), Model("embedder", capabilities=("embedding",))]
+    async with StandIn(models, version="0.24.0") as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        rows = agent.inventory.available
+        assert all(not row.model.capabilities for row in rows.values())
+        for name in ("chatty", "chatty", "embedder"):
+            status, _ = await coordinator.post("/api/embed", {"model": name, "input": "x"})
+            assert status == 200
+        await coordinator.until(
+            lambda: all(row.model.capabilities for row in agent.inventory.available.values())
+        )
+        found = {row.model.name: row for row in agent.inventory.available.values()}
+        assert (found["chatty:latest"].completes, found["chatty:latest"].embeds) == (True, False)
+        assert (found["embedder:latest"].completes, found["embedder:latest"].embeds) == (
+            False,
+            True,
+        )
+        await coordinator.post("/api/embed", {"model": "chatty", "input": "x"})
+        assert ollama.seen.count("/api/show") == 2

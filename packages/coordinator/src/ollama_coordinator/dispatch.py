@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from .aio import Interrupt
 from .clock import Clock
 from .registry import AgentState, Registry
-from .scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
+from .scheduler import Kind, Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
 from .upstream import AgentLost, ModelStuck, RequestCancelled
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Dispatch:
         self._held: dict[LeaseId, Held] = {}
         self._waiting: dict[RequestId, asyncio.Future[Held]] = {}
         self._wanted: dict[RequestId, str] = {}
+        self._embedded: dict[str, AgentState] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.agent_failed = asyncio.Event()
 
@@ -81,6 +82,11 @@ class Dispatch:
     def wanted(self) -> set[str]:
         """The routing keys of the models that requests wait for."""
         return set(self._wanted.values())
+
+    def take_embedded(self) -> dict[str, AgentState]:
+        """The models that embedded since the last call, and an agent that did it."""
+        embedded, self._embedded = self._embedded, {}
+        return embedded
 
     @asynccontextmanager
     async def lease(self, request: Request) -> AsyncIterator[Held]:
@@ -212,6 +218,8 @@ class Dispatch:
         future = self._waiting[lease.request.id]
         held = Held(lease, self.registry.get(lease.agent_id), now)
         self._held[lease.id] = held
+        if lease.request.kind is Kind.EMBED:
+            self._embedded[lease.request.model] = held.agent
         if future.done():
             # The client left and its task has not run yet: the lease goes back, and `plan` runs
             # again when that task withdraws.

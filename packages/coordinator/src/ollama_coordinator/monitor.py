@@ -14,12 +14,12 @@ from math import inf
 import msgspec
 from msgspec import Struct
 
-from ollama_coordinator_common.types import AgentId
+from ollama_coordinator_common.types import AgentId, AvailableModel
 
 from .agent_store import AgentStore
 from .dispatch import Dispatch, Held
 from .model_probes import ModelProbes
-from .registry import AgentState, shown_content
+from .registry import AgentState, shown_capabilities, shown_content
 from .upstream import TimedOut, Unreachable, Upstreams
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class Monitor:
         self._models = ModelProbes(dispatch, upstreams)
         self._asked_at: dict[AgentId, float] = {}  # for the lists of models
         self._gaps = self._clock.gaps
+        self._shown: set[str] = set()  # manifests whose capabilities were asked for
         self._listings: dict[AgentId, asyncio.Task[Unreachable | None]] = {}
 
     async def run(self) -> None:
@@ -172,6 +173,9 @@ class Monitor:
                 task = tasks.create_task(self._probe(agent, doubted=agent.id in silent))
                 self._probes[agent.id] = task
                 task.add_done_callback(partial(self._probed, agent.id))
+        for agent, model in self._embedding():
+            self._shown.add(model.digest)
+            tasks.create_task(self._ask_capabilities(agent, model))
         is_reachable = partial(self._registry.is_reachable, now=now)
         for agent, key in self._registry.models.to_show(is_reachable):
             tasks.create_task(self._ask_content(agent, key))
@@ -410,26 +414,47 @@ class Monitor:
         if changed:
             self._agent_store.keep(agent)
 
+    def _embedding(self) -> list[tuple[AgentState, AvailableModel]]:
+        """Models that embedded, of which no list says whether they also complete."""
+        found = {}
+        for key, agent in self._dispatch.take_embedded().items():
+            row = agent.inventory.available.get(key)
+            if row is not None and not row.model.capabilities:
+                found[row.model.digest] = (agent, row.model)
+        return [found[digest] for digest in found.keys() - self._shown]
+
+    async def _ask_capabilities(self, agent: AgentState, model: AvailableModel) -> None:
+        """Learn what a model can do: one that completes embeds with all its slots (SCHED-26)."""
+        capabilities = shown_capabilities(await self._show(agent, model.name) or b"{}")
+        if capabilities:
+            self._registry.learn_capabilities(model.digest, capabilities)
+            self._dispatch.plan()
+
     async def _ask_content(self, agent: AgentState, key: str) -> None:
         """Learn what an agent has under a name of which others have another manifest."""
         row = agent.inventory.available.get(key)
         if row is None:
             return
-        # Older Ollamas read `name` in place of `model`.
-        body = msgspec.json.encode({"model": row.model.name, "name": row.model.name})
-        try:
-            status, answer = await self._upstreams.fetch(
-                "POST", f"{agent.url}/api/show", seconds=LISTS_SECONDS, body=body
-            )
-            content = shown_content(answer) if status == 200 else ""
-        except (Unreachable, msgspec.DecodeError):
-            content = ""
+        content = shown_content(await self._show(agent, row.model.name) or b"{}")
         if content:
             self._registry.show(key, row.model.digest, content)
             self._dispatch.plan()
         else:
             await asyncio.sleep(SHOW_AGAIN_SECONDS)
             self._registry.models.doubt([key])
+
+    async def _show(self, agent: AgentState, name: str) -> bytes:
+        """An agent's answer to `/api/show`; empty where it gives none that can be read."""
+        # Older Ollamas read `name` in place of `model`.
+        body = msgspec.json.encode({"model": name, "name": name})
+        try:
+            status, answer = await self._upstreams.fetch(
+                "POST", f"{agent.url}/api/show", seconds=LISTS_SECONDS, body=body
+            )
+            shown_capabilities(answer)  # it is Ollama's answer
+        except (Unreachable, msgspec.DecodeError):
+            return b""
+        return answer if status == 200 else b""
 
 
 def _facts(agent: AgentState, **more: object) -> dict[str, object]:

@@ -54,6 +54,40 @@ def test_a_full_queue_of_one_model_refuses_no_request_that_need_not_wait() -> No
     assert world.send("idle").agent_id == "a"
 
 
+@pytest.mark.spec("SCHED-11")
+@pytest.mark.parametrize("max_queue", [0, 1])
+def test_a_full_queue_refuses_no_request_that_an_idle_agent_can_load(max_queue: int) -> None:
+    world = World(max_queue=max_queue)
+    world.agent("a", loaded=["m"], slots=1)
+    world.agent("b", models=["cold"], slots=1)
+    world.send("m")
+    for _ in range(max_queue):
+        world.submit("m")
+    assert world.send("cold").agent_id == "b"
+    with pytest.raises(QueueFull):
+        world.submit("cold")
+    with pytest.raises(QueueFull):
+        world.submit("m")
+
+
+@pytest.mark.spec("SCHED-11")
+@pytest.mark.parametrize("policy", ["loaded-first", "least-connections", "round-robin"])
+@pytest.mark.parametrize("max_queue", [0, 1])
+def test_the_policies_that_count_refuse_no_request_that_has_a_slot(
+    policy: str, max_queue: int
+) -> None:
+    world = World(max_queue=max_queue, policy=policy)
+    world.agent("a", slots=1)
+    world.agent("b", models=["idle"], slots=1)
+    world.send("m")
+    for _ in range(max_queue):
+        world.submit("m")
+    assert world.plan() == []
+    assert world.send("idle").agent_id == "b"
+    with pytest.raises(QueueFull):
+        world.submit("m")
+
+
 @pytest.mark.spec("SCHED-12")
 def test_interactive_requests_go_before_batch_until_the_batch_is_due() -> None:
     world = busy_world()

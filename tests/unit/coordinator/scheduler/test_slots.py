@@ -143,6 +143,26 @@ def test_embeddings_get_two_more_in_flight_than_run() -> None:
     assert len(world.end(leases[0], Result.CANCELLED)) == 1
 
 
+@pytest.mark.spec("SCHED-26")
+def test_a_model_that_also_completes_embeds_with_all_its_slots() -> None:
+    world = World()
+    agent = world.agent("a", loaded=["m"], slots=4)
+    for _ in range(9):
+        world.submit(kind=Kind.EMBED)
+    assert len(world.plan()) == 3
+    # `/api/show` says so: the next ones need not wait, and no later list forgets it.
+    world.registry.learn_capabilities("m", ["completion", "tools"])
+    assert len(world.plan()) == 1
+    world.agent("a", models=["m", "n"], loaded=["m"], slots=4)
+    assert agent.inventory.available[model_key("m")].completes
+    world.registry.learn_capabilities("n", ["embedding"])
+    for _ in range(9):
+        world.submit("n", kind=Kind.EMBED)
+    leases = [lease.request.name for lease in (*world.plan(), *world.scheduler.leases())]
+    assert leases.count("m") == 4
+    assert agent.inventory.available[model_key("n")].embeds
+
+
 @pytest.mark.spec("SCHED-27")
 def test_what_one_model_runs_at_once_is_believed_of_the_agents_others() -> None:
     world = World()

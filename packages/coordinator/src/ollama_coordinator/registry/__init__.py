@@ -3,7 +3,7 @@
 from .agent import AgentSettings, AgentState, url_of
 from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
-from .model_index import modified_at, newest, shown_content
+from .model_index import modified_at, newest, shown_capabilities, shown_content
 from .registry import Registration, Registry, UnknownAgent
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "UnknownAgent",
     "modified_at",
     "newest",
+    "shown_capabilities",
     "shown_content",
     "url_of",
 ]

@@ -35,10 +35,15 @@ class AvailableRow(Struct, frozen=True):
 
     @property
     def embeds(self) -> bool:
-        """Whether it is a model for embeddings; older versions of Ollama list no capabilities."""
+        """Whether it only embeds; older versions of Ollama list no capabilities."""
         if self.model.capabilities:
-            return "embedding" in self.model.capabilities
+            return "embedding" in self.model.capabilities and not self.completes
         return "bert" in str(self.model.details.get("family", ""))
+
+    @property
+    def completes(self) -> bool:
+        """Whether it is known to write answers; such a model embeds with all its slots."""
+        return "completion" in self.model.capabilities
 
 
 class LoadedRow(Struct, frozen=True):
@@ -116,6 +121,23 @@ class Inventory:
         self.tags, self.blobs = tags, dict(blobs)
         self.contents, self.broken = dict(contents), dict(broken)
         return True
+
+    def note_capabilities(self, digest: str, capabilities: list[str]) -> list[str]:
+        """What `/api/show` says of a manifest, where the list does not; the routing keys it has."""
+        keys = [
+            key
+            for key, row in self.available.items()
+            if row.model.digest == digest and not row.model.capabilities
+        ]
+        rows = [self.available[key] for key in keys]
+
+        def able_to(model: AvailableModel) -> AvailableModel:
+            return structs.replace(model, capabilities=capabilities)
+
+        able = {row.key: structs.replace(row, model=able_to(row.model)) for row in rows}
+        if able:  # a new mapping shows that something has changed
+            self.available = {**self.available, **able}
+        return keys
 
     def read_ps(self, ps: bytes) -> bool:
         """Read a body of `/api/ps`; whether anything in memory changed.

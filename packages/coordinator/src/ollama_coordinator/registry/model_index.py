@@ -226,6 +226,7 @@ class _Shown(Struct):
     parameters: str = ""
     messages: Raw = Raw(b"")
     license: Raw = Raw(b"")
+    capabilities: list[str] = []
     remote_host: str = ""
     remote_model: str = ""
 
@@ -251,6 +252,15 @@ def shown_content(body: bytes) -> str:
     said = (shown.template, shown.system, bytes(shown.messages), bytes(shown.license))
     remote = (shown.remote_host, shown.remote_model)
     return sha256(repr((files, said, parameters, remote)).encode()).hexdigest()
+
+
+def shown_capabilities(body: bytes) -> list[str]:
+    """What `/api/show` says that a model can do; empty where it does not say.
+
+    Raises:
+        msgspec.DecodeError: it is no answer of Ollama's.
+    """
+    return _shown.decode(body).capabilities
 
 
 MOST_CLOUD_NAMES = 100

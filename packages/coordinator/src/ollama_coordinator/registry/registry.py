@@ -13,7 +13,7 @@ from . import agent_match
 from .agent import AgentSettings, AgentState, Cooldown, cooldown_after, endpoints
 from .agent_match import Identities
 from .inventory import EMPTY
-from .model_index import CloudModels, ModelIndex
+from .model_index import MOST_SHOWN, CloudModels, ModelIndex
 
 
 class UnknownAgent(OllamaCoordinatorError):
@@ -49,6 +49,7 @@ class Registry:
         self._online: set[AgentId] = set()
         self.models = ModelIndex(self._agents, self._online)
         self._cloud = CloudModels()
+        self._capabilities: dict[str, list[str]] = {}
 
     @property
     def agent_timeout(self) -> float:
@@ -451,6 +452,9 @@ class Registry:
         """
         before = agent.inventory.available
         changed = agent.inventory.read_tags(tags, blobs, contents, broken)
+        if changed:
+            for digest, capabilities in self._capabilities.items():
+                agent.inventory.note_capabilities(digest, capabilities)
         agent.inventory.sampled_at = now
         if changed and agent.id in self._agents:
             self.models.relist(agent, before)
@@ -473,6 +477,15 @@ class Registry:
     def show(self, key: str, digest: str, content: str) -> None:
         """What `/api/show` says of a manifest, as `shown_content` reads it."""
         self.models.show(key, digest, content)
+        self.changes += 1
+
+    def learn_capabilities(self, digest: str, capabilities: list[str]) -> None:
+        """What the model with this manifest can do, as `/api/show` says; kept for later lists."""
+        self._capabilities[digest] = capabilities
+        if len(self._capabilities) > MOST_SHOWN:
+            del self._capabilities[next(iter(self._capabilities))]
+        for agent in self:
+            self.models.touch(agent.inventory.note_capabilities(digest, capabilities))
         self.changes += 1
 
     def note_missing(self, agent: AgentState, key: str) -> None:

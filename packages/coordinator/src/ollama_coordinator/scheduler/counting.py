@@ -87,7 +87,8 @@ class CountingScheduler(Scheduler):
         found = eligible(self._registry, request, now)
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
-        if len(self._waiting) >= self.max_queue:
+        can_start = any(self._has_slot(agent, request) for agent in found.agents)
+        if len(self._waiting) >= self.max_queue and not can_start:
             raise QueueFull(RETRY_AFTER_SECONDS)
         self._waiting[request.id] = request
 

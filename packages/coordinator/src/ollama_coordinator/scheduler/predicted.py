@@ -88,7 +88,7 @@ class PredictedScheduler(Scheduler):
             found = eligible(self._registry, request, now)
             if not found.agents and not found.recovering:
                 raise unavailable(self._registry, request, found, now)
-        if len(self._serving.entries) >= self.max_queue and not _has_place(queue):
+        if len(self._serving.entries) >= self.max_queue and not _can_start(queue):
             raise self._serving.full(now)
         queue.demand.count(now)
         self._serving.add(self._queues.entry(request, queue))
@@ -308,6 +308,9 @@ class PredictedScheduler(Scheduler):
         import_learned(learned, self._machines, self._rates, self._lengths)
 
 
-def _has_place(queue: Queue) -> bool:
-    """Whether a request of this queue would not have to wait."""
-    return not queue.size and bool(queue.with_free_slot())
+def _can_start(queue: Queue) -> bool:
+    """Whether a request of this queue would not have to wait, but perhaps for a load."""
+    if queue.size:
+        return False
+    idle = (p.machine for p in queue.cold if p.machine.loading is None and not p.machine.running)
+    return bool(queue.with_free_slot()) or any(idle)

@@ -164,8 +164,10 @@ class Queues:
         queue.sort(places, now)
 
     def _embed_at(self, places: list[Place]) -> None:
+        """Believe that a model that embeds does nothing else, unless it is known to complete."""
         for place in places:
-            if not place.slots.extra:
+            row = place.machine.agent.inventory.servable.get(place.model)
+            if not place.slots.extra and not (row is not None and row.completes):
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)
                 for other in self.of(place.names):
                     other.rearranged()

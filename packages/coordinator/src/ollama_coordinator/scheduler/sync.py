@@ -140,7 +140,7 @@ class Machines:
             if row.model.remote_host:
                 place.slots.fix(REMOTE_SLOTS)
                 place.runs_elsewhere()
-            elif row.embeds or place.slots.extra:
+            elif row.embeds or (place.slots.extra and not row.completes):
                 place.slots.fix(1, extra=EMBEDDING_EXTRA)
             elif _is_serial(row):
                 place.slots.fix(1)
