@@ -70,7 +70,7 @@ TEXTS = [
     (500, "llama runner process no longer running: -1 error:fault"),
     (500, "timed out waiting for llama runner to start - progress 0.00 - "),
     (500, "model requires more system memory (9.4 GiB) than is available (3.1 GiB)"),
-    (500, "unable to load model: /root/.ollama/models/blobs/sha256-dde5aa3fc5ffc17176b5e8bdc82f"),
+    (500, "unable to load model: /usr/share/ollama/.ollama/models/blobs/sha256-dde5aa3fc5ff"),
     (500, 'tensor "blk.0.attn_q.weight" offset+size (12) exceeds file size (7)'),
     (500, "invalid file magic"),
     (500, "open /usr/share/ollama/.ollama/models/blobs/sha256-1: no such file or directory"),
