@@ -70,7 +70,7 @@ async def test_show_tells_who_has_a_model_and_has_it_in_memory() -> None:
         running() as coordinator,
         StandIn([Model("m", digest="a" * 64)]) as one,
         StandIn([Model("m", digest="a" * 64)]) as two,
-        StandIn([Model("m", digest="b" * 64)]) as stranger,
+        StandIn([Model("m", digest="b" * 64, system="Answer in verse.")]) as stranger,
         StandIn() as none,
     ):
         for name, ollama in (("one", one), ("two", two), ("[odd]", stranger), ("none", none)):
