@@ -30,8 +30,6 @@ async def test_an_unknown_model_is_ollamas_own_404(
         assert (response.status, await response.json()) == through
 
 
-"""Where the coordinator says of what is no name that there is no such model; Ollama says 400."""
-
 
 @pytest.mark.spec("PROXY-18")
 @pytest.mark.spec("PROXY-22")

@@ -122,6 +122,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await parts.agent_store.restore()
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())
+        parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it
         await stack.enter_async_context(parts.observation.running())
         await stack.enter_async_context(beside(parts.feed.run()))
         stack.callback(parts.feed.close)
