@@ -30,7 +30,6 @@ async def test_an_unknown_model_is_ollamas_own_404(
         assert (response.status, await response.json()) == through
 
 
-
 @pytest.mark.spec("PROXY-18")
 @pytest.mark.spec("PROXY-22")
 @pytest.mark.parametrize(
