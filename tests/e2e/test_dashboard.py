@@ -360,7 +360,7 @@ async def test_a_log_that_was_forgotten_meanwhile_is_shown_anew(
 ) -> None:
     at = "2026-01-01T00:00:00Z"
     lines = [{"number": n, "at": at, "level": "info", "text": f"line {n}"} for n in range(1, 5)]
-    told: dict[str, Any] = {"sends": True, "asked_seconds": 1.0, "told_at": at}
+    told: dict[str, Any] = {"sends": True, "asked_seconds": 1.0, "reported_at": at}
     may_answer, asked = asyncio.Event(), 0
 
     async def answer(route: Route) -> None:

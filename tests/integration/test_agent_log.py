@@ -81,7 +81,7 @@ async def test_an_agent_is_asked_only_while_somebody_looks(coordinator: Running)
         async with coordinator.session.post(url, json={"lines": [line]}) as response:
             assert response.status == 204
         told = await coordinator.get(path)
-        assert (told["told_at"], told["lines"], told["sends"]) == (None, [], True)
+        assert (told["reported_at"], told["lines"], told["sends"]) == (None, [], True)
         assert (await beat(coordinator, agent))["log_after"] == 0
         for _ in range(2):
             async with coordinator.session.post(url, json={"lines": [line]}) as response:

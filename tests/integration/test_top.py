@@ -82,7 +82,7 @@ async def test_one_picture_can_be_printed() -> None:
 def test_a_small_terminal_shows_what_fits() -> None:
     agent = {
         "state": "online", "loaded_models": [], "gpus": [], "in_flight": 0, "slots": 1,
-        "pulse": [0, 0],
+        "sparkline": [0, 0],
     }  # fmt: skip
     agents = {str(n): {**agent, "name": f"machine-{n:02}"} for n in range(40)}
     text = drawn({"agents": agents, "requests": {}, "fleet": {}}, height=24)

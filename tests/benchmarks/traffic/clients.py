@@ -14,7 +14,7 @@ from ollama_coordinator.simulation import TraceRequest
 from .dialects import TOKEN, Dialect
 from .writer import Writer
 
-PATIENCE_SECONDS = 120.0
+CLIENT_TIMEOUT_SECONDS = 120.0
 OVERLAP_BYTES = 16
 ENDED_EARLY = "ended without a token"
 
@@ -70,7 +70,7 @@ class Clients:
 
     async def _ask(self, session: aiohttp.ClientSession, record: ClientRecord) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS / self._speed) as patience:
+            async with asyncio.timeout(CLIENT_TIMEOUT_SECONDS / self._speed) as patience:
                 await self._listen(session, record, patience)
         except TimeoutError:
             record.gave_up = True

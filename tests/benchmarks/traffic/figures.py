@@ -9,7 +9,7 @@ from benchmarks.intervals import cell
 from ollama_coordinator.scheduler import Lane
 from ollama_coordinator.simulation.summary import IN_TIME_SECONDS, percentile
 
-from .clients import PATIENCE_SECONDS, ClientRecord
+from .clients import CLIENT_TIMEOUT_SECONDS, ClientRecord
 
 VALID_LAG_SECONDS = 0.05
 
@@ -72,7 +72,7 @@ def figures(
 def _times(counted: Sequence[ClientRecord], lane: Lane) -> list[float]:
     """In order; who got no token waited as long as anybody does."""
     return sorted(
-        PATIENCE_SECONDS if record.first_token is None else record.first_token
+        CLIENT_TIMEOUT_SECONDS if record.first_token is None else record.first_token
         for record in counted
         if record.request.lane is lane
     )

@@ -24,13 +24,13 @@ LOOKING_SECONDS = 30.0
 class LogView(Struct, frozen=True):
     """`GET /api/agents/{id}/log`. `asked_seconds` is since when it is being asked for.
 
-    `told_at` is when the agent last sent something, `None` until it has. `sends`: whether it is
+    `reported_at` is when the agent last sent something, `None` until it has. `sends`: whether it is
     an agent of ours, which can send a log. `server`: the output of the `ollama serve` it started.
     """
 
     sends: bool
     asked_seconds: float
-    told_at: datetime | None = None
+    reported_at: datetime | None = None
     lines: list[LogLine] = []
     server: list[str] | None = None
 
@@ -40,7 +40,7 @@ class Looked(Struct):
 
     since: float
     until: float
-    told_at: datetime | None = None
+    reported_at: datetime | None = None
     lines: deque[LogLine] = field(default_factory=lambda: deque(maxlen=LINES))
     server: list[str] | None = None
 
@@ -64,7 +64,7 @@ class AgentLogs:
         return LogView(
             sends=True,
             asked_seconds=now - looked.since,
-            told_at=looked.told_at,
+            reported_at=looked.reported_at,
             lines=list(looked.lines),
             server=looked.server,
         )
@@ -75,7 +75,7 @@ class AgentLogs:
         looked = self._looked.get(agent_id)
         if looked is None:
             return None
-        if looked.told_at is None:
+        if looked.reported_at is None:
             return 0
         return looked.lines[-1].number if looked.lines else 1
 
@@ -89,7 +89,7 @@ class AgentLogs:
         looked.lines.extend(_cut(line) for line in report.lines if line.number > last)
         if report.server is not None:
             looked.server = [text[:LINE_CHARACTERS] for text in _last(report.server)]
-        looked.told_at = at
+        looked.reported_at = at
 
     def _forget(self, now: float) -> None:
         for agent_id in [one for one, looked in self._looked.items() if looked.until <= now]:

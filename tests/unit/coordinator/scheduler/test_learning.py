@@ -194,7 +194,7 @@ def test_what_was_learned_means_the_same_before_the_first_report() -> None:
     restored = fresh.agent("a", slots=1)
     restored.report = None
     fresh.plan()
-    assert structs.replace(estimate(fresh), slots_told=True) == learned
+    assert structs.replace(estimate(fresh), slots_reported=True) == learned
     fresh.registry.heartbeat(structs.replace(without_gpu, tags=UNSET, ps=UNSET), fresh.now)
     fresh.plan()
     assert estimate(fresh) == learned

@@ -171,7 +171,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     def _embedded(self, model: str) -> bool:
         """Once used for embeddings, a model has their two extra places."""
         return any(
-            slots.slots == 1 and slots.slots_told and slots.model.endswith(f"/{model}:latest")
+            slots.slots == 1 and slots.slots_reported and slots.model.endswith(f"/{model}:latest")
             for slots in self.world.scheduler.estimates()
         )
 

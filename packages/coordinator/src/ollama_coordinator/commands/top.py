@@ -195,7 +195,7 @@ def screen(state: Row, problem: str | None, now: datetime, height: int | None) -
 
 def _summary(fleet: Row, problem: str | None) -> Text:
     online = fleet.get("states", {}).get("online", 0)
-    speed = (fleet.get("pulse") or [0, 0])[1]
+    speed = (fleet.get("sparkline") or [0, 0])[1]
     text = Text.assemble(
         (f"{online}/{fleet.get('agents', 0)}", "bold"), " online   ",
         (f"{fleet.get('in_flight', 0)}", "bold"), " in flight   ",
@@ -219,7 +219,7 @@ def _agents(agents: Iterable[Row]) -> Table:
             _percent(agent.get("cpu_usage")),
             _percent(_mean(gpu.get("utilization_percent") for gpu in agent["gpus"])),
             f"{agent['in_flight']}/{max(agent['slots'], agent['in_flight'])}",
-            f"{agent['pulse'][1]:.0f}",
+            f"{agent['sparkline'][1]:.0f}",
             Text(loaded),
         )
     return made

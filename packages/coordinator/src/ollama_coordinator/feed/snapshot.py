@@ -107,7 +107,7 @@ class Snapshots:
             "waiting": self._journal.waiting(),
             "changes": self._registry.changes,
             "slots": sum(agent["slots"] for agent in agents.values() if agent["state"] == "online"),
-            "pulse": [sparklines.number, sparklines.fleet[-1] if sparklines.fleet else 0],
+            "sparkline": [sparklines.number, sparklines.fleet[-1] if sparklines.fleet else 0],
         }
 
     def _sparklines(self) -> Row:
@@ -159,7 +159,7 @@ class Snapshots:
         row["slots"] = self._slots(agent)
         sparklines = self._sampler.sparklines
         points = sparklines.agents.get(agent.id)
-        row["pulse"] = [sparklines.number, points[-1] if points else 0]
+        row["sparkline"] = [sparklines.number, points[-1] if points else 0]
         return row
 
     def _loaded(self, agent: AgentState) -> list[Row]:

@@ -134,13 +134,13 @@ def _by_evidence(
     return next((found[0] for found in (disks, ollamas, names, halves) if found), None)
 
 
-def tells_less(request: RegisterRequest, agent: AgentState) -> bool:
-    """Whether a registration tells less of who it is than the agent's: its disk, its process."""
+def identifies_less(request: RegisterRequest, agent: AgentState) -> bool:
+    """Whether a registration has fewer of the two ids, machine and instance, than the agent's."""
     known = agent.registration
-    told = [
+    new, old = (
         (one.machine_id is not None) + (one.instance_id is not None) for one in (request, known)
-    ]
-    return told[0] < told[1]
+    )
+    return new < old
 
 
 def renew(agent: AgentState, request: RegisterRequest, host: str = "") -> None:

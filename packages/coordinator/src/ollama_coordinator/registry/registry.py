@@ -109,7 +109,7 @@ class Registry:
 
         known = agent_match.match(request, self, lives, host)
         self.changes += 1
-        if known is not None and lives(known) and agent_match.tells_less(request, known):
+        if known is not None and lives(known) and agent_match.identifies_less(request, known):
             if known.endpoints & endpoints(request, host):
                 return Registration(known, created=False)
             known = None

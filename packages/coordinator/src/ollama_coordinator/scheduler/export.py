@@ -44,7 +44,7 @@ class LearnedLength(Struct, frozen=True):
 class Estimate(Struct, frozen=True):
     """What is predicted of a model on an agent, for people.
 
-    `slots_told`: its agent reports them. `samples` are those of reading, writing and loading.
+    `slots_reported`: its agent reports them. `samples` are those of reading, writing and loading.
     """
 
     agent_id: AgentId
@@ -53,7 +53,7 @@ class Estimate(Struct, frozen=True):
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     slots: int
-    slots_told: bool
+    slots_reported: bool
     samples: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -138,7 +138,7 @@ def _estimate(name: str, place: Place, rates: Rates) -> Estimate:
         prefill_tokens_per_second=1 / place.prefill,
         decode_tokens_per_second=1 / place.decode,
         slots=place.slots.count,
-        slots_told=place.slots.fixed is not None,
+        slots_reported=place.slots.fixed is not None,
         samples=_samples(rates.pairs.get((place.machine.id, place.model))),
     )
 

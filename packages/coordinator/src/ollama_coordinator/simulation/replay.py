@@ -26,7 +26,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .machine import Fleet, MachineSpec
 from .node import Job, Node, health_report
-from .summary import PATIENCE_SECONDS, Record, Replay
+from .summary import CLIENT_TIMEOUT_SECONDS, Record, Replay
 from .trace import TraceRequest
 
 AGENT_TIMEOUT_SECONDS = 60.0  # the setting's default
@@ -130,7 +130,7 @@ class Simulation:
         record = self.records[request_id] = Record(request=traced, number=number)
         request = msgspec.structs.replace(traced.arrive(request_id), arrived_at=now)
         self._submit(request, now)
-        self.at(now + PATIENCE_SECONDS, lambda late: self.leave(request_id, late))
+        self.at(now + CLIENT_TIMEOUT_SECONDS, lambda late: self.leave(request_id, late))
         self._plan(now)
         return record
 

@@ -10,7 +10,7 @@ from ollama_coordinator.scheduler.types import Form, Lane
 from .machine import Fleet
 from .trace import TraceRequest
 
-PATIENCE_SECONDS = 120.0  # A client that has heard nothing for so long leaves
+CLIENT_TIMEOUT_SECONDS = 120.0  # A client that has heard nothing for so long leaves
 
 
 class Record(Struct, kw_only=True):
@@ -35,7 +35,7 @@ class Record(Struct, kw_only=True):
     @property
     def end_seconds(self) -> float:
         """Time to the end of the answer, from the arrival; one that has none counts as 120 s."""
-        return PATIENCE_SECONDS if self.ended_at is None else self.ended_at - self.request.at
+        return CLIENT_TIMEOUT_SECONDS if self.ended_at is None else self.ended_at - self.request.at
 
     @property
     def felt_seconds(self) -> float:
@@ -135,7 +135,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def _first_token(record: Record) -> float:
     seconds = record.first_token_seconds
-    return PATIENCE_SECONDS if seconds is None else seconds
+    return CLIENT_TIMEOUT_SECONDS if seconds is None else seconds
 
 
 def _slow_down(records: Sequence[Record], fleet: Fleet) -> float:

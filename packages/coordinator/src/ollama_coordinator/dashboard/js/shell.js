@@ -101,7 +101,7 @@ function buildStrip() {
     setText(online.value, `${count(fleet.states?.online ?? 0)}/${count(fleet.agents ?? 0)}`);
     setText(flight.value, fleet.slots ? `${count(fleet.in_flight)}/${count(Math.max(fleet.slots, fleet.in_flight))}` : count(fleet.in_flight));
     setText(waiting.value, count(fleet.waiting));
-    setText(speed.value, rate(fleet.pulse?.[1] ?? 0));
+    setText(speed.value, rate(fleet.sparkline?.[1] ?? 0));
     spark.points = store.sparks.fleet;
   };
   return { element, update };

@@ -42,14 +42,14 @@ class Store {
       else this.state[section] = merge(this.state[section], change);
       this._note(section, Object.keys(change ?? {}));
     }
-    this._pulses(data.patch);
+    this._sparklines(data.patch);
   }
 
-  _pulses(patch) {
-    if (patch.fleet?.pulse) push(this.sparks.fleet, patch.fleet.pulse[1]);
+  _sparklines(patch) {
+    if (patch.fleet?.sparkline) push(this.sparks.fleet, patch.fleet.sparkline[1]);
     for (const [id, change] of Object.entries(patch.agents ?? {})) {
       if (change === null) delete this.sparks.agents[id];
-      else if (change.pulse) push((this.sparks.agents[id] ??= []), change.pulse[1] ?? 0);
+      else if (change.sparkline) push((this.sparks.agents[id] ??= []), change.sparkline[1] ?? 0);
     }
   }
 

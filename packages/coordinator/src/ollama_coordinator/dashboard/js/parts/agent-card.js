@@ -43,7 +43,7 @@ export function agentCard(agent) {
     keyed(meters, readings(now), (reading) => reading.label, meter);
     slots.update(now);
     spark.points = store.sparks.agents[now.id] ?? [];
-    setText(speed, rate(now.pulse?.[1] ?? 0));
+    setText(speed, rate(now.sparkline?.[1] ?? 0));
   };
   return card;
 }

@@ -44,7 +44,7 @@ export function agentLog(signal, agent) {
 
 function stateText(reply) {
   if (!reply.sends) return "There is no agent of ours on that machine, so there is no log to show.";
-  if (reply.told_at) return `The last ${reply.lines.length} lines. Last sent at ${time(reply.told_at)}; new ones follow while this is open.`;
+  if (reply.reported_at) return `The last ${reply.lines.length} lines. Last sent at ${time(reply.reported_at)}; new ones follow while this is open.`;
   if (reply.asked_seconds > LONG_SECONDS) return "The agent does not send it. It is away, or older than this coordinator.";
   return "Asked. The agent sends it with its next heartbeat, within ten seconds.";
 }

@@ -45,8 +45,8 @@ export function agentRow(agent) {
     setText(gpu, load.length ? percent(load.reduce((sum, one) => sum + one.utilization_percent, 0) / load.length) : "–");
     slots.update(now);
     spark.points = store.sparks.agents[now.id] ?? [];
-    setText(speed, rate(now.pulse?.[1] ?? 0));
-    speed.classList.toggle("muted", !now.pulse?.[1]);
+    setText(speed, rate(now.sparkline?.[1] ?? 0));
+    speed.classList.toggle("muted", !now.sparkline?.[1]);
   };
   return row;
 }

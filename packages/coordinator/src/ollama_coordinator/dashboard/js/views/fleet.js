@@ -19,7 +19,7 @@ const SORTS = {
   name: ["Name", () => 0],
   state: ["State", (a, b) => ORDER[a.state] - ORDER[b.state]],
   load: ["Requests in flight", (a, b) => b.in_flight - a.in_flight],
-  speed: ["Tokens per second", (a, b) => (b.pulse?.[1] ?? 0) - (a.pulse?.[1] ?? 0)],
+  speed: ["Tokens per second", (a, b) => (b.sparkline?.[1] ?? 0) - (a.sparkline?.[1] ?? 0)],
   memory: ["Free GPU memory", (a, b) => free(b) - free(a)],
   cpu: ["CPU", (a, b) => (b.cpu_usage ?? 0) - (a.cpu_usage ?? 0)],
 };
