@@ -116,7 +116,61 @@ async def test_the_end_of_one_direction_leaves_the_other_open() -> None:
             writer.write(b"all of it")
             writer.write_eof()
             assert await reader.read() == b"heard all of it"
-        await eventually(lambda: not relay.open_connections)
+        await eventually(lambda: not relay._connections)
+
+
+ASK = b"POST /api/chat HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.spec("AGENT-36")
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (ASK, [OK + b"Content-Length: 4\r\n\r\n", b"{}", b"{}"]),
+        (ASK, [OK + b"Content-", b"Length: 4\r\n\r\n{}", b"\r\n"]),
+        (ASK, [OK + b"Transfer-Encoding: chunked\r\n\r\n", b"2\r\n{}\r\n", b"0\r\n", b"\r\n"]),
+        (ASK, [OK + b"transfer-encoding: Chunked\r\n\r\n2\r\n0\n", b"\r\n", b"0\r\n\r\n"]),
+        (ASK, [b"HTTP/1.1 100 Continue\r\n\r\n", OK + b"Content-Length: 1\r\n\r\n", b"x"]),
+        (b"HEAD / HTTP/1.1\r\n\r\n", [OK, b"Content-Length: 17\r\n\r\n"]),
+        (b"GET / HTTP/1.1\r\n\r\n", [b"HTTP/1.1 304 Not Modified\r\n", b"\r\n"]),
+    ],
+    ids=["length", "head in two", "chunks", "a chunk like the last", "interim", "HEAD", "no body"],
+)
+async def test_requests_count_and_kept_connections_do_not(
+    question: bytes, answer: list[bytes]
+) -> None:
+    """After each part of an answer the request is in progress; after the last one it is not."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            for part in answer:
+                writer.write(part)
+                await said.wait()
+                said.clear()
+        writer.close()
+
+    said = asyncio.Event()
+    async with relayed(serve) as (relay, port), connected(port) as (reader, writer):
+        assert relay.active_requests == 0
+        for _ in range(2):  # the second one on the kept connection
+            writer.write(question)
+            for index, part in enumerate(answer, 1):
+                assert await reader.readexactly(len(part)) == part
+                assert relay.active_requests == (index < len(answer)), index
+                said.set()
+        writer.close()
+        assert await reader.read() == b""
+
+
+@pytest.mark.spec("AGENT-36")
+async def test_an_answer_that_is_not_understood_lasts_as_long_as_its_connection() -> None:
+    async with relayed(echo) as (relay, port), connected(port) as (reader, writer):
+        writer.write(b"?" * 100_000)
+        await reader.readexactly(100_000)
+        assert relay.active_requests == 1
+        writer.close()
+        await eventually(lambda: not relay.active_requests)
 
 
 @pytest.mark.spec("OPERATION-26")
@@ -273,7 +327,6 @@ async def test_an_ollama_on_loopback_is_relayed_and_works(
             async with session.post(url, json={"model": "llama3.2", "prompt": "hi"}) as response:
                 assert response.status == 200
                 assert b'"done":true' in await response.read()
-            await coordinator.next_report(lambda report: report.active_requests > 0)
         async with running(behind(coordinator, ollama, tmp_path)):
             before = len(coordinator.registrations)
             await coordinator.until(lambda seen: len(seen.registrations) > before)

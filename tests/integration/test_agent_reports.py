@@ -321,7 +321,7 @@ async def test_a_coordinator_that_does_not_answer_delays_the_end_by_two_seconds(
 
 
 @pytest.mark.spec("AGENT-36")
-async def test_connections_of_others_count_as_requests(tmp_path: Path) -> None:
+async def test_requests_of_others_count(tmp_path: Path) -> None:
     """The stand-in lives in this process, so the other side is a program of its own."""
     async with (
         Coordinator() as coordinator,
@@ -330,11 +330,14 @@ async def test_connections_of_others_count_as_requests(tmp_path: Path) -> None:
     ):
         await coordinator.next_report(lambda report: bool(report.tags))
         await coordinator.next_report(lambda report: report.active_requests == 0)
-        code = f"import socket, sys; s = socket.create_connection(('127.0.0.1', {ollama.port}));"
+        code = (
+            f"import socket, sys; s = socket.create_connection(('127.0.0.1', {ollama.port}));"
+            " s.send(b'POST /api/chat HTTP/1.1');"
+        )
         other = await asyncio.create_subprocess_exec(
             "python3", "-c", code + " sys.stdin.read()", stdin=asyncio.subprocess.PIPE
         )
-        if daemon.parts.meter.latest.connections is not None:
+        if daemon.parts.meter.latest.requests is not None:
             daemon.parts.meter._interval_seconds = 0.05
             await coordinator.next_report(lambda report: report.active_requests == 1)
         other.kill()

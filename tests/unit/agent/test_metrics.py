@@ -1,6 +1,9 @@
 """The machine's readings."""
 
 import socket
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +12,8 @@ import psutil
 import pynvml  # type: ignore[import-untyped]
 import pytest
 
-from ollama_coordinator_agent.metrics import Meter, Nvidia, built_in, connections_to
+from ollama_coordinator_agent import metrics
+from ollama_coordinator_agent.metrics import Meter, Nvidia, built_in, requests_at
 from ollama_coordinator_common.types import Gpu
 
 
@@ -89,12 +93,64 @@ def test_apples_processors_have_a_gpu_that_no_driver_tells_of() -> None:
     assert built_in("Darwin", "x86_64") == built_in("Linux", "arm64") == []
 
 
+def eventually_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
 @pytest.mark.spec("AGENT-36")
 def test_our_own_connections_do_not_count() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
-            assert connections_to(port) in (0, None)
+            assert requests_at(port) in (0, None)
+
+
+@pytest.mark.spec("AGENT-36")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows when bytes came and went")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_of_others_only_connections_in_use_count(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "ANSWER_GAP_MS", 200)
+    monkeypatch.setattr(metrics, "_own_ends", set)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with (
+        socket.create_server((host, 0), family=family) as server,
+        socket.create_connection(server.getsockname()[:2]) as client,
+        server.accept()[0] as accepted,
+    ):
+        port = server.getsockname()[1]
+
+        def settled(count: int) -> bool:
+            return eventually_true(lambda: requests_at(port) == count)
+
+        assert settled(0)
+        client.send(b"POST")
+        assert settled(1)
+        time.sleep(0.3)  # longer than an answer may pause: it has not begun
+        assert requests_at(port) == 1
+        accepted.send(b"HTTP/1.1 200 OK")
+        assert requests_at(port) == 1
+        assert settled(0)
+
+
+@pytest.mark.spec("AGENT-36")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not asked")
+def test_a_kernel_that_shows_nothing_is_replaced_by_a_list_of_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def denied(_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(metrics, "_ask_kernel", denied)
+    monkeypatch.setattr(metrics, "_own_ends", set)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
+            assert requests_at(port) == 1
 
 
 @pytest.mark.spec("AGENT-36")
@@ -102,5 +158,5 @@ def test_what_the_system_does_not_tell_is_not_known(monkeypatch: pytest.MonkeyPa
     def denied(*_: object) -> None:
         raise psutil.AccessDenied
 
-    monkeypatch.setattr(psutil, "net_connections", denied)
-    assert connections_to(1) is None
+    monkeypatch.setattr(psutil.Process, "net_connections", denied)
+    assert requests_at(1) is None

@@ -123,7 +123,7 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
         machine_id=state.machine_id(create=False),
         ip_address=address,
         relay_port=state.last_run.relay_port if is_relayed else None,
-        active_requests=readings.connections or 0,
+        active_requests=readings.requests or 0,
         coordinator_trouble=coordinator_trouble,
         ollama_trouble=ollama_trouble,
     )

@@ -199,7 +199,7 @@ class Daemon:
         )
 
     def _active_requests(self) -> int:
-        return (self.parts.meter.latest.connections or 0) + self.parts.reach.relayed_connections
+        return (self.parts.meter.latest.requests or 0) + self.parts.reach.relayed_requests
 
     def _request(self, offer: Offer | None) -> RegisterRequest:
         if offer is None:

@@ -72,7 +72,7 @@ def _ollama(view: StatusView) -> list[tuple[str, Text]]:
         ("Ollama", _state(view.ollama_url, found, trouble)),
         ("on disk", Text(_names(facts.tags))),
         ("in memory", Text(_names(facts.ps))),
-        ("requests", Text(f"{view.active_requests} (open connections to Ollama)")),
+        ("requests", Text(f"{view.active_requests} in progress")),
     ]
     if facts.runner:
         parallel = facts.runner.num_parallel or "automatic"

@@ -2,9 +2,12 @@
 
 import logging
 import platform
+import socket
+import struct
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,14 +28,14 @@ DUTY = 20
 
 
 class Readings(Struct, frozen=True):
-    """One reading of the machine; `connections` is `None` where the system does not show them."""
+    """One reading of the machine; `requests` is `None` where the system does not show them."""
 
     cpu_percent: float = 0.0
     memory_percent: float = 0.0
     memory_total_bytes: int | None = None
     disk_free_bytes: int | None = None
     gpus: list[Gpu] = []
-    connections: int | None = None
+    requests: int | None = None
 
 
 class Meter:
@@ -87,7 +90,7 @@ class Meter:
             memory_total_bytes=memory.total,
             disk_free_bytes=_free_bytes(self._disk),
             gpus=self._gpus.read() or built_in(platform.system(), platform.machine()),
-            connections=connections_to(self._ollama_port),
+            requests=requests_at(self._ollama_port),
         )
 
 
@@ -162,30 +165,99 @@ def _free_bytes(folder: Path) -> int | None:
     return None
 
 
-def connections_to(port: int) -> int | None:
-    """How many connections other processes have to a local port; `None` where that is not shown.
+End = tuple[str, int]
 
-    An upper bound of the requests in progress: a client that keeps an idle connection open counts
-    too. The agent's own connections (probes, the relay) do not. macOS shows them to root only.
+ANSWER_GAP_MS = 2000
+"""An answer whose last bytes are older is over: Ollama rarely writes a token in more time."""
+
+
+def requests_at(port: int) -> int | None:
+    """How many requests other processes have in progress at a local port; `None`: not shown.
+
+    The agent's own connections (probes, the relay) do not count. Only Linux shows which of the
+    others are in use; elsewhere this is an upper bound: an idle connection counts too. macOS shows
+    them to root only.
     """
     try:
         # Our own are listed before and after: a probe may begin or end in between.
         own = _own_ends()
-        everyone = psutil.net_connections("tcp")
+        ends = _ends_in_use(port)
         own |= _own_ends()
     except (psutil.Error, OSError):
         return None
-    return sum(
-        c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port and _end(c.raddr) not in own
-        for c in everyone
-        if c.laddr and c.raddr
-    )
+    return sum(end not in own for end in ends)
 
 
-def _own_ends() -> set[tuple[str, int]]:
+def _ends_in_use(port: int) -> list[End]:
+    """The other ends of a local port's connections, without the idle ones where that is known."""
+    if sys.platform == "linux":
+        try:
+            return [end for end, in_use in _ask_kernel(port) if in_use]
+        except OSError as exc:  # a sandbox without this interface
+            log.debug("the kernel shows no connections", extra={"reason": str(exc)})
+    return [
+        _end(c.raddr)
+        for c in psutil.net_connections("tcp")
+        if c.laddr and c.raddr and c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED
+    ]
+
+
+def _own_ends() -> set[End]:
     return {_end(c.laddr) for c in psutil.Process().net_connections("tcp") if c.laddr}
 
 
-def _end(address: Any) -> tuple[str, int]:
+def _end(address: Any) -> End:
     """One end of a connection; a socket for both families shows IPv4 inside IPv6."""
     return address.ip.removeprefix("::ffff:"), address.port
+
+
+if sys.platform == "linux":
+    NETLINK_SOCK_DIAG = 4
+    SOCK_DIAG_BY_FAMILY = 20
+    DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+    NLMSG_ERROR, NLMSG_DONE = 2, 3
+    INET_DIAG_INFO = 2  # the attribute that holds a `struct tcp_info`
+    ESTABLISHED = 1
+    REPLY_BYTES = 64 * 1024  # the kernel's largest reply is half of that
+
+    def _ask_kernel(port: int) -> Iterator[tuple[End, bool]]:
+        """Each established connection to a local port: its other end, and whether it is in use.
+
+        It is while the last bytes are the request's, or those of the answer are new. See
+        sock_diag(7); the structures are those of linux/inet_diag.h and linux/tcp.h.
+
+        Raises:
+            OSError: the kernel does not answer.
+        """
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as kernel:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                wanted = 1 << (INET_DIAG_INFO - 1), 1 << ESTABLISHED
+                ask = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, *wanted)
+                ask += struct.pack("!H46x", port)
+                head = struct.pack("=IHHII", 16 + len(ask), SOCK_DIAG_BY_FAMILY, DUMP, 0, 0)
+                kernel.sendto(head + ask, (0, 0))
+                yield from _parse_dump(kernel, family)
+
+    def _parse_dump(kernel: socket.socket, family: int) -> Iterator[tuple[End, bool]]:
+        address_bytes = 4 if family == socket.AF_INET else 16
+        while True:
+            data = memoryview(kernel.recv(REPLY_BYTES))
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == NLMSG_DONE:
+                    return
+                if kind == NLMSG_ERROR:
+                    raise OSError("no list of connections")
+                (port,) = struct.unpack_from("!H", data, 16 + 6)
+                address = socket.inet_ntop(family, data[40 : 40 + address_bytes])
+                yield (address.removeprefix("::ffff:"), port), _is_in_use(data[88:length])
+                data = data[(length + 3) & ~3 :]
+
+    def _is_in_use(attributes: memoryview) -> bool:
+        while attributes:
+            length, kind = struct.unpack_from("=HH", attributes)
+            if kind == INET_DIAG_INFO:
+                sent_ms, _, received_ms = struct.unpack_from("=III", attributes, 4 + 44)
+                return bool(received_ms < sent_ms or sent_ms < ANSWER_GAP_MS)
+            attributes = attributes[(length + 3) & ~3 :]
+        return True

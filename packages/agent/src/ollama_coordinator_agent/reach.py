@@ -54,9 +54,9 @@ class Reach:
         self._coordinator = coordinator_address(config.coordinator_url)
 
     @property
-    def relayed_connections(self) -> int:
-        """The connections that the relay has open."""
-        return self._relay.open_connections
+    def relayed_requests(self) -> int:
+        """The requests in progress through the relay."""
+        return self._relay.active_requests
 
     async def run(self) -> None:
         """Refresh the offer every now and then, and run the relay once it is needed."""
