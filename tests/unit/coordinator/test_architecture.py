@@ -61,6 +61,7 @@ LAYERS = (
     {"server"},
     {"app"},
     {"api"},
+    {"metrics"},
     {"parts"},
     {"feed", "settings"},
     {"operations"},

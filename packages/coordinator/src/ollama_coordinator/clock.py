@@ -30,11 +30,13 @@ class Clock:
 
     The translation is the present one: the wall clock of a machine may be set after its start.
     `gaps` counts the gaps, and the times when the wall clock ran on without the monotonic one, as
-    while a laptop sleeps. `stepped_at` is when the wall clock was last set.
+    while a laptop sleeps. `stepped_at` is when the wall clock was last set. `lag` is by how many
+    seconds the event loop was late when it was last measured.
     """
 
     def __init__(self) -> None:
         self.gaps = 0
+        self.lag = 0.0
         self.stepped_at = -inf
         self._lagged_at = -inf
         self._read_at = time.monotonic()
@@ -89,7 +91,8 @@ class Clock:
 
         def tick() -> None:
             # A timer that is due earlier is called earlier: those of time-outs see the lag.
-            if loop.time() - due > LAG_SECONDS:
+            self.lag = max(loop.time() - due, 0.0)
+            if self.lag > LAG_SECONDS:
                 self._lagged_at = self.now()
             self._epoch()
             self._watch(loop)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from importlib.metadata import version as installed_version
+from importlib.resources import files
 from typing import Annotated
 
 import typer
@@ -58,6 +59,22 @@ app.command()(scheduling.explain)
 app.command()(scheduling.replay)
 app.command()(fleet.ps)
 app.command()(top)
+
+
+@app.command()
+def grafana() -> None:
+    """Print a Grafana dashboard of `GET /metrics`: import it, and choose a data source."""
+    typer.echo(_text("grafana.json"), nl=False)
+
+
+@app.command()
+def alerts() -> None:
+    """Print alert rules over `GET /metrics`, for Prometheus' `rule_files`."""
+    typer.echo(_text("alerts.yml"), nl=False)
+
+
+def _text(name: str) -> str:
+    return (files("ollama_coordinator") / "prometheus" / name).read_text("utf-8")
 
 
 @app.command()

@@ -93,6 +93,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         # the coordinator itself
         Endpoint("GET", "/healthz", health.healthz),
         Endpoint("GET", "/readyz", health.readyz),
+        Endpoint("GET", "/metrics", health.metrics),
         Endpoint("GET", "/api/settings", settings.list),
         Endpoint("PATCH", "/api/settings", settings.change),
         Endpoint("GET", "/", dashboard.root),

@@ -156,7 +156,7 @@ class Snapshots:
         row["preference"] = agent.settings.preference
         row["backup_seconds"] = agent.settings.backup_seconds
         row["loaded_models"] = self._loaded(agent)
-        row["slots"] = self._slots(agent)
+        row["slots"] = self.slots(agent)
         sparklines = self._sampler.sparklines
         points = sparklines.agents.get(agent.id)
         row["sparkline"] = [sparklines.number, points[-1] if points else 0]
@@ -178,7 +178,7 @@ class Snapshots:
         loaded.sort(key=lambda row: (-row.get("size", 0), row["name"]))
         return loaded
 
-    def _slots(self, agent: AgentState) -> int:
+    def slots(self, agent: AgentState) -> int:
         """How many requests it runs at once: learned for each loaded model, else as reported."""
         runner = agent.report.runner if agent.report else None
         reported = (runner.num_parallel if runner else None) or 1

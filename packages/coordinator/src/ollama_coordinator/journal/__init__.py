@@ -1,5 +1,6 @@
 """The history of the fleet: each request's life, the numbers over time, the agents' events."""
 
+from .counters import Counters, Histogram
 from .entry import Attempt, JournalEntry, RequestState, RequestView
 from .events import AgentEvent
 from .journal import Journal
@@ -12,6 +13,8 @@ __all__ = [
     "AgentEvent",
     "Attempt",
     "Bucket",
+    "Counters",
+    "Histogram",
     "Journal",
     "JournalEntry",
     "Limits",

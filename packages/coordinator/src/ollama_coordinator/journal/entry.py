@@ -76,11 +76,17 @@ class Ended(Struct, frozen=True):
 
 
 class JournalAttempt(Struct):
-    """An attempt in progress or over, with what was known when its agent was chosen."""
+    """An attempt in progress or over, with what was known when its agent was chosen.
+
+    `loads`: the model was not in memory there. `first_byte_at` is when its first byte was predicted
+    (monotonic seconds).
+    """
 
     held: Held
     decision: Decision | None
     refused: dict[str, str]
+    loads: bool = False
+    first_byte_at: float | None = None
 
 
 class JournalEntry:

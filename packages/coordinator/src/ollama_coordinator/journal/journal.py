@@ -70,14 +70,17 @@ class Journal:
     def leased(self, entry: JournalEntry, held: Held) -> None:
         """An attempt got a slot. The decision is explained once the request is on its way."""
         refused = self._refused(held.lease.request, held.lease.granted_at)
-        attempt = JournalAttempt(held, None, refused)
+        loads = not held.agent.inventory.is_loaded(held.lease.request.model)
+        attempt = JournalAttempt(held, None, refused, loads)
         entry.attempts.append(attempt)
         entry.counted = 0
         asyncio.get_running_loop().call_soon(self._explain, attempt)
 
     def _explain(self, attempt: JournalAttempt) -> None:
         """The estimates of the other candidates are those of this moment, not of the end."""
-        attempt.decision = self._dispatch.scheduler.account(attempt.held.lease.id)
+        scheduler, lease_id = self._dispatch.scheduler, attempt.held.lease.id
+        attempt.decision = scheduler.account(lease_id)
+        attempt.first_byte_at = scheduler.first_byte_at(lease_id)
 
     def _refused(self, request: Request, now: float) -> dict[str, str]:
         """The holders of a model that cannot serve it; looked up anew when the registry changed."""

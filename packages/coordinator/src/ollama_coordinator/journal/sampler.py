@@ -16,6 +16,7 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
+from .counters import Counters
 from .entry import Ended, JournalEntry
 from .statistics import FLEET, Bucket, Series
 
@@ -36,7 +37,10 @@ class Standing(Struct, frozen=True):
 
 
 class Sampler:
-    """`run` is its loop; `standing` and `sparklines` are shown on the dashboard."""
+    """`run` is its loop; `standing` and `sparklines` are shown on the dashboard.
+
+    `counters` are what `GET /metrics` shows of the requests that ended.
+    """
 
     def __init__(self, dispatch: Dispatch, history: History) -> None:
         self._dispatch = dispatch
@@ -48,6 +52,7 @@ class Sampler:
         self.series = Series()
         self.standing: dict[AgentId, Standing] = {}
         self.sparklines = Sparklines()
+        self.counters = Counters()
 
     async def run(self, live: Mapping[str, JournalEntry]) -> None:
         """Sample until cancelled; `live` are the requests in progress."""
@@ -66,6 +71,7 @@ class Sampler:
         request = ended.request
         left = (request.output_tokens or 0) - entry.counted
         self._history.note(request, ended.attempts)
+        self.counters.count(entry, request)
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
             self._wrote(name, left).count(request)
 
@@ -112,8 +118,10 @@ class Sampler:
             self.standing[agent.id] = Standing(state, agent.heard_at if was_away else now)
 
     def _forget(self) -> None:
-        for agent_id in [known for known in self.standing if self._registry.find(known) is None]:
-            del self.standing[agent_id]
+        known = {*self.standing, *self.counters.agents}
+        for agent_id in [one for one in known if self._registry.find(one) is None]:
+            self.standing.pop(agent_id, None)
+            self.counters.agents.pop(agent_id, None)
             self.sparklines.forget(agent_id)
             self._tokens.pop(agent_id, None)
             self.series.forget(agent_id)

@@ -1,12 +1,13 @@
-"""`POST /api/health`, the agents' heartbeats; `/healthz`, `/readyz`, the coordinator's health."""
+"""`POST /api/health`, the agents' heartbeats; `/healthz`, `/readyz`, `/metrics`: our own health."""
 
 import msgspec
 from msgspec import UNSET, Struct
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ollama_coordinator.api.http.errors import HttpError, decode, log_event, reply
-from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.openapi import Media, operation
+from ollama_coordinator.metrics import CONTENT_TYPE, Metrics
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
@@ -31,6 +32,7 @@ class HealthApi:
         self._registry = parts.registry
         self._dispatch = parts.dispatch
         self._clock = parts.clock
+        self._metrics = Metrics(parts)
 
     @operation(takes=HealthReport, gives={200: HealthReply}, errors=(404,))
     async def heartbeat(self, request: Request) -> Response:
@@ -88,6 +90,11 @@ class HealthApi:
     async def readyz(self, request: Request) -> Response:
         """Whether the coordinator takes requests; 503 once it is stopping."""
         return reply(self._view(), 503 if self._parts.stopping else 200)
+
+    @operation(gives={200: Media(CONTENT_TYPE)})
+    async def metrics(self, request: Request) -> Response:
+        """The coordinator's numbers for Prometheus, in its text format."""
+        return StreamingResponse(self._metrics.text(), media_type=CONTENT_TYPE)
 
     def _view(self) -> HealthView:
         now = self._clock.now()
