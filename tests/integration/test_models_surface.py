@@ -1,5 +1,6 @@
 """Compressed bodies, forms, old agents, accounts: the rest of the surface."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -90,11 +91,57 @@ async def test_a_transcription_goes_to_the_agent_that_has_its_model(
         url = f"{coordinator.url}/v1/audio/transcriptions"
         async with coordinator.session.post(url, data=_form(model="whisper")) as response:
             assert response.status == 200
-            assert set(await response.json()) == {"text"}
+            assert set(await response.json(content_type=None)) == {"text"}
         form = _form(model="whisper", response_format="text")
         async with coordinator.session.post(url, data=form) as response:
-            assert response.content_type == "text/plain"
+            assert response.status == 200
+            assert not (await response.read()).startswith(b"{")
         assert other.seen.count("/v1/audio/transcriptions") == 2
+
+
+@pytest.mark.spec("PROXY-44")
+async def test_an_image_of_nothing_is_tried_on_each_holder_and_passes(
+    coordinator: Running, ollama: StandIn, spare: StandIn
+) -> None:
+    """As a text model answers; the agents serve it on."""
+    path = "/v1/images/generations"
+    asked = {"model": "llama3.2", "prompt": "a cat"}
+    async with coordinator.session.post(coordinator.url + path, json=asked) as response:
+        assert (response.status, await response.read()) == (200, b"")
+        assert response.headers["x-ollama-coordinator-agent"]
+    assert (ollama.seen.count(path), spare.seen.count(path)) == (1, 1)
+    assert [row["avoided_models"] for row in await coordinator.get("/api/agents")] == [{}, {}]
+
+
+@pytest.mark.spec("PROXY-43")
+async def test_what_is_wrong_with_a_body_is_said_before_its_model_is(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    """Nothing runs for it, also where the model is there under another name."""
+    for model in ("", "nope", "a b", None):
+        named = {} if model is None else {"model": model}
+        status, told = await coordinator.post("/api/chat", {**named, "messages": 7})
+        assert (status, told["error"][:52]) == (
+            400,
+            "json: cannot unmarshal number into Go struct field C",
+        )
+    status, told = await coordinator.post("/api/generate", {"model": "nope", "prompt": "x"})
+    assert (status, told) == (404, {"error": "model 'nope' not found"})
+    large = {"model": "nope", "prompt": "x" * 300_000, "images": 7}
+    assert (await coordinator.post("/api/generate", large))[0] == 404
+    assert ollama.seen.count("/api/generate") == 1
+    assert not ollama.loaded
+
+
+@pytest.mark.spec("PROXY-43")
+async def test_an_ollama_that_is_silent_delays_a_refusal_by_a_second(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    loop = asyncio.get_running_loop()
+    ollama.faults.hang(paths=["/api/chat"])
+    started = loop.time()
+    assert (await coordinator.post("/api/chat", {"model": "nope", "messages": 7}))[0] == 404
+    assert loop.time() - started < 10
 
 
 @pytest.mark.spec("SURFACE-7")

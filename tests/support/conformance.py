@@ -131,8 +131,10 @@ class Endpoint:
         return await self.ask(Case("", method, path, body, **case))
 
     def _body(self, body: Any) -> Any:
-        if body is None or isinstance(body, bytes | aiohttp.FormData):
-            return body
+        if isinstance(body, bytes):
+            return self.named(body.decode("latin-1")).encode("latin-1")
+        if body is None:
+            return None
         return self.named(json.dumps(body)).encode()
 
     def named(self, text: str) -> str:

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 ALLOWED_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0")
 STAINLESS = tuple(
-    f"x-stainless-{part}"
+    f"X-Stainless-{part}"
     for part in (
-        *("lang", "package-version", "os", "arch", "retry-count", "runtime", "runtime-version"),
-        *("async", "helper-method", "poll-helper", "custom-poll-interval", "timeout"),
+        *("Arch", "Async", "Custom-Poll-Interval", "Helper-Method", "Lang", "Os"),
+        *("Package-Version", "Poll-Helper", "Retry-Count", "Runtime", "Runtime-Version", "Timeout"),
     )
 )
 ALLOWED_HEADERS = (
-    *("Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"),
+    *("Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "Openai-Beta"),
     *STAINLESS,
 )
 
@@ -60,7 +60,8 @@ def cors_headers(origin: str) -> dict[str, str]:
 
 def preflight_headers(origin: str) -> dict[str, str]:
     return {
-        **cors_headers(origin),
+        "Access-Control-Allow-Origin": origin,
+        "Vary": "Origin, Access-Control-Request-Method, Access-Control-Request-Headers",
         "Access-Control-Allow-Methods": "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
         "Access-Control-Allow-Headers": ",".join(ALLOWED_HEADERS),
         "Access-Control-Max-Age": "43200",

@@ -72,7 +72,7 @@ class Exchange:
         self.path = request.path
         self.dialect = wire.dialect_of(request.path)
         self.argument = ""  # the last path segment of routes that take one
-        self.cors: Mapping[str, str] = {}
+        self.cors: dict[str, str] = {}
         self._value: Any = None
         self._bad: str | None = None
         self._trouble: Injected | None = None

@@ -26,6 +26,11 @@ _COMPLAINTS = {
 }
 
 
+EARLY_FLAGS = ("stream", "insecure", "verbose", "truncate", "raw")
+EARLY_TEXTS = ("role",)
+"""They have the same type wherever they occur; checked before the route looks at anything."""
+
+
 class BadBody(Exception):
     """The body is not what the route takes; the text is Go's."""
 
@@ -84,6 +89,10 @@ class Fields:
         if not isinstance(value, dict):
             self._complain(value, "", f"api.{struct}")
         self.raw: dict[str, Any] = fold(value)
+        for key in EARLY_FLAGS:
+            self.flag(key)
+        for key in EARLY_TEXTS:
+            self.text(key)
 
     def text(self, key: str, default: str = "") -> str:
         return self._typed(key, str, "string", default)
@@ -100,8 +109,8 @@ class Fields:
     def array(self, key: str, go_type: str = "[]interface {}") -> list[Any]:
         return self._typed(key, list, go_type, [])
 
-    def mapping(self, key: str) -> dict[str, Any]:
-        return self._typed(key, dict, "map[string]interface {}", {})
+    def mapping(self, key: str, values: str = "interface {}") -> dict[str, Any]:
+        return self._typed(key, dict, f"map[string]{values}", {})
 
     def objects(self, key: str, go_list: str, go_item: str) -> list[Fields]:
         """The objects of a list, with the names of its type and theirs; `null` is an empty one."""

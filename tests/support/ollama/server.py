@@ -24,7 +24,7 @@ from .hardware import Hardware
 from .listener import Listener, Mode, ResetOnAccept, sever
 from .models import Model, Store
 from .node import Node, Settings
-from .routes import Handler, find, unclean
+from .routes import Handler, find, not_allowed, unclean
 from .seen import Outcome, Record, Seen
 from .wire import ApiError, StreamError
 
@@ -294,6 +294,8 @@ class StandIn:
                 return exchange.nothing(403)
             if exchange.request.method == "OPTIONS":
                 exchange.cors = access.preflight_headers(origin)
+                if find(exchange).handler is not_allowed:
+                    exchange.cors["Allow"] = exchange.argument
                 return exchange.nothing(204)
             exchange.cors = access.cors_headers(origin)
         if access.is_loopback(self.host) and not access.host_allowed(host):

@@ -28,6 +28,7 @@ OLLAMAS = {
     ("post", "/api/blobs/{digest}"),
     *(("post", f"/v1/{name}") for name in ("chat/completions", "completions", "embeddings")),
     *(("post", f"/v1/{name}") for name in ("responses", "messages", "audio/transcriptions")),
+    *(("post", f"/v1/images/{name}") for name in ("generations", "edits")),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model}"),
 }

@@ -112,3 +112,12 @@ def model_key(text: str) -> str:
         InvalidModelName: see `ModelName.parse`.
     """
     return ModelName.parse(text).key
+
+
+def is_name(text: str) -> bool:
+    """Whether a model can have this name."""
+    try:
+        ModelName.parse(text)
+    except InvalidModelName:
+        return False
+    return True

@@ -50,6 +50,8 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/signout": _post(inventory.signout),
     "/api/experimental/web_search": _post(inventory.web_tool),
     "/api/experimental/web_fetch": _post(inventory.web_tool),
+    "/v1/images/generations": _post(audio.image),
+    "/v1/images/edits": _post(audio.image),
     "/v1/audio/transcriptions": {"POST": Route(audio.transcriptions)},
     "/v1/chat/completions": _post(openai.chat_completions),
     "/v1/completions": _post(openai.completions),
@@ -78,7 +80,7 @@ def find(exchange: Exchange) -> Route:
     route = methods.get(method)
     if route is None:
         exchange.argument = ", ".join(sorted(methods))
-        return Route(_not_allowed)
+        return Route(not_allowed)
     return route
 
 
@@ -95,7 +97,7 @@ async def _not_found(exchange: Exchange) -> web.StreamResponse:
     return exchange.text("404 page not found", 404)
 
 
-async def _not_allowed(exchange: Exchange) -> web.StreamResponse:
+async def not_allowed(exchange: Exchange) -> web.StreamResponse:
     answer = exchange.text("405 method not allowed", 405)
     answer.headers["Allow"] = exchange.argument
     return answer

@@ -1,14 +1,14 @@
-"""`/v1/audio/transcriptions`: a multipart form in, a sentence out."""
+"""`/v1/audio/transcriptions`: a multipart form in, a sentence out; and images, which none makes."""
 
 from __future__ import annotations
 
 from aiohttp import web
 from aiohttp.multipart import BodyPartReader
 
-from support.ollama.exchange import Exchange
+from support.ollama.exchange import NDJSON, Exchange
 from support.ollama.generation import Turn, generation
 from support.ollama.script import Script, words
-from support.ollama.wire import ApiError
+from support.ollama.wire import ApiError, encode
 
 from .lookup import resolve, single_quoted
 from .options import settings
@@ -32,9 +32,22 @@ async def transcriptions(exchange: Exchange) -> web.StreamResponse:
     async with generation(exchange.node.engine, turn) as running:
         await running.run(_ignore)
     text = "".join(said)
+    # Ollama sets the content type of a stream before it knows that the answer is none.
     if form.get("response_format") == b"text":
-        return exchange.text(text, content_type="text/plain; charset=utf-8")
-    return exchange.json({"text": text})
+        return exchange.text(text, content_type=NDJSON)
+    return exchange.text(encode({"text": text}) + b"\n", content_type=NDJSON)
+
+
+async def image(exchange: Exchange) -> web.StreamResponse:
+    """A text model answers with nothing."""
+    is_edit = exchange.path.endswith("edits")
+    fields = exchange.fields("ImageEditRequest" if is_edit else "ImageGenerationRequest")
+    asked = fields.text("model")
+    for name in ("prompt", "model", *(["image"] if is_edit else [])):
+        if not fields.text(name):
+            raise ApiError(400, f"{name} is required", early=True)
+    resolve(exchange.node, asked, single_quoted(asked))
+    return exchange.text("", content_type=NDJSON)
 
 
 async def _ignore(kind: str, text: str) -> None:

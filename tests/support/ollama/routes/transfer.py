@@ -59,7 +59,7 @@ async def push(exchange: Exchange) -> web.StreamResponse:
 async def create(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("CreateRequest")
     asked = fields.name()
-    files = {str(file): str(blob) for file, blob in fields.mapping("files").items()}
+    files = {str(file): str(blob) for file, blob in fields.mapping("files", "string").items()}
     if any(file.startswith("/") or ".." in file.split("/") for file in files):
         raise ApiError(400, "file path must be relative")
     if not all(files.values()):
@@ -87,7 +87,9 @@ async def create(exchange: Exchange) -> web.StreamResponse:
 
 
 async def blob_head(exchange: Exchange) -> web.StreamResponse:
-    return exchange.nothing(200 if exchange.node.store.has_blob(_digest(exchange)) else 404)
+    if exchange.node.store.has_blob(_digest(exchange)):
+        return exchange.nothing(200)
+    return exchange.error(404, "blob not found")
 
 
 async def blob_post(exchange: Exchange) -> web.StreamResponse:

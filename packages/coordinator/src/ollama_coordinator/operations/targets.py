@@ -8,7 +8,7 @@ from msgspec import Struct
 from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
-from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 from ollama_coordinator_common.names import model_key
 
 from .types import NoAgentForModel
@@ -153,15 +153,15 @@ class TargetChooser:
         """The agents that create a model, chosen as for a pull among those that have its source.
 
         Raises:
-            InvalidModelName: the source cannot be a model's name.
             NoAgentForModel: none of them can be reached now.
         """
         if not source:
             return self.for_pull(name, placement)
         try:
             await self._queries.holders(source)
-        except ModelNotFound:
-            return self.for_pull(name, placement)  # Ollama pulls a source that it lacks by itself
+        except (ModelNotFound, InvalidModelName):
+            # Ollama pulls a source that it lacks by itself, and says what is no name.
+            return self.for_pull(name, placement)
         holders = self._registry.holders(model_key(source))
         reachable = self._queries.reachable(holders)
         found = choose(placement, holders, self.copies(model_key(name)), reachable)
@@ -177,7 +177,7 @@ class TargetChooser:
         """
         try:
             able = await self._queries.holders(name)
-        except ModelNotFound:
+        except (ModelNotFound, InvalidModelName):
             able = self._queries.routable()
         self._check(able, self.default)
         return min(able, key=lambda agent: (PUSH_LABEL not in agent.settings.labels, agent.id))

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct, field
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.names import is_name, model_key
 from ollama_coordinator_common.types import AgentId
 
 
@@ -131,9 +131,11 @@ class AgentCommand(Struct, frozen=True):
 
     @classmethod
     def push(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
-        """Upload a model to a model registry."""
+        """Upload a model to a model registry; Ollama has its own words for a name that is none."""
         fields = {"model": name, "insecure": insecure, "stream": True}
-        return cls._post(OperationKind.PUSH, name, "/api/push", fields)
+        body = msgspec.json.encode(fields).decode()
+        key = model_key(name) if is_name(name) else name
+        return cls(OperationKind.PUSH, name, key, "POST", "/api/push", body)
 
     @classmethod
     def create(cls, name: str, body: bytes, blobs: tuple[str, ...]) -> "AgentCommand":

@@ -22,12 +22,12 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0")
 APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 
 _STAINLESS = (
-    *("lang", "package-version", "os", "arch", "retry-count", "runtime", "runtime-version"),
-    *("async", "helper-method", "poll-helper", "custom-poll-interval", "timeout"),
+    *("Arch", "Async", "Custom-Poll-Interval", "Helper-Method", "Lang", "Os", "Package-Version"),
+    *("Poll-Helper", "Retry-Count", "Runtime", "Runtime-Version", "Timeout"),
 )
 ALLOWED_HEADERS = (
-    *("Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"),
-    *(f"x-stainless-{name}" for name in _STAINLESS),
+    *("Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "Openai-Beta"),
+    *(f"X-Stainless-{name}" for name in _STAINLESS),
 )
 ALLOWED_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 MAX_AGE_SECONDS = 12 * 3600
@@ -36,6 +36,7 @@ MAX_AGE_SECONDS = 12 * 3600
 LOG_SECONDS = 60.0
 """Between two lines on refused origins."""
 
+ASKED_BY_PREFLIGHTS = b"Access-Control-Request-Method, Access-Control-Request-Headers"
 _PREFLIGHT: Headers = [
     (b"access-control-allow-methods", ",".join(ALLOWED_METHODS).encode()),
     (b"access-control-allow-headers", ",".join(ALLOWED_HEADERS).encode()),
@@ -102,7 +103,8 @@ class Cors:
             self._log(origin)
             await send_whole(send, 403, [], b"")
         elif scope["method"] == "OPTIONS":
-            await _send_nothing(send, [*self._headers(origin), *_PREFLIGHT])
+            answer = [*self._headers(origin, b"Origin, " + ASKED_BY_PREFLIGHTS), *_PREFLIGHT]
+            await self._app(scope, receive, _sending_nothing(answer, send))
         else:
             await self._app(scope, receive, _adding(self._headers(origin), send))
 
@@ -118,12 +120,12 @@ class Cors:
             )
             self._log_again, self._refused = now + LOG_SECONDS, 0
 
-    def _headers(self, origin: str) -> Headers:
+    def _headers(self, origin: str, vary: bytes = b"Origin") -> Headers:
         if self._origins.all:
             return [(b"access-control-allow-origin", b"*")]
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"vary", b"Origin"),
+            (b"vary", vary),
         ]
 
 
@@ -131,9 +133,17 @@ def _is_own(origin: str, host: str) -> bool:
     return origin in (f"http://{host}", f"https://{host}")
 
 
-async def _send_nothing(send: Send, headers: Headers) -> None:
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+def _sending_nothing(headers: Headers, send: Send) -> Send:
+    """Of the answer to OPTIONS, a 405, only the methods that the path has go on."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            allow = [header for header in message["headers"] if header[0] == b"allow"]
+            await send({**message, "status": 204, "headers": [*allow, *headers]})
+        elif not message.get("more_body", False):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return sending
 
 
 def _adding(headers: Headers, send: Send) -> Send:

@@ -34,7 +34,8 @@ class InferenceRoute(Struct, frozen=True):
 
     `go_type` is the type of its body in Ollama's source, `missing` the 404 for an unknown model.
     `requires_name`: whether no name is 400, or as unknown as any other. `minds_case`: whether
-    Ollama finds a model only in the letter case of its list.
+    Ollama finds a model only in the letter case of its list. `one_piece`: the answer is never
+    streamed, whatever its content type says (Ollama sets that of a stream first).
     """
 
     path: str
@@ -44,10 +45,11 @@ class InferenceRoute(Struct, frozen=True):
     missing: str = "model '{name}' not found"
     requires_name: bool = True
     minds_case: bool = False
+    one_piece: bool = False
 
     def nameless(self, name: str) -> tuple[int, str]:
         """Status and text of the answer to a request whose model's name is empty or blank."""
-        if self.requires_name:
+        if self.requires_name and not (name and self.one_piece):
             return 400, "model is required"
         return 404, f"model '{name}' not found"
 
@@ -77,7 +79,16 @@ INFERENCE_ROUTES = (
     ),
     InferenceRoute("/v1/responses", _OPENAI, Kind.CHAT, "openai.ResponsesRequest"),
     InferenceRoute("/v1/messages", _ANTHROPIC, Kind.CHAT, "anthropic.MessagesRequest"),
-    InferenceRoute("/v1/audio/transcriptions", _OPENAI, Kind.GENERATE, "a form"),
+    InferenceRoute(
+        "/v1/audio/transcriptions", _OPENAI, Kind.GENERATE, "a form", one_piece=True
+    ),
+    InferenceRoute(
+        "/v1/images/generations", _OPENAI, Kind.GENERATE, "openai.ImageGenerationRequest",
+        one_piece=True,
+    ),
+    InferenceRoute(
+        "/v1/images/edits", _OPENAI, Kind.GENERATE, "openai.ImageEditRequest", one_piece=True
+    ),
 )  # fmt: skip
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error"}

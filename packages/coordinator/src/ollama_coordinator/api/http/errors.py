@@ -89,6 +89,18 @@ class UnreadableBody(HttpError):
     """A body that cannot be read: Ollama refuses it before its route has a say, in its own form."""
 
 
+class NoSuchModel(HttpError):
+    """A request for inference names no model, or one that no agent has; `name` as it has it."""
+
+    def __init__(self, status: int, message: str, name: str) -> None:
+        super().__init__(status, message)
+        self.name = name
+
+
+class NamesNoModel(UnreadableBody, NoSuchModel):
+    """The same on the routes that check the name while they read the body."""
+
+
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
     if isinstance(error, HttpError | Refused | UploadError):

@@ -12,8 +12,6 @@ from .errors import ClientLeft, send_error, send_whole
 from .headers import UNBUFFERED
 
 NDJSON = b"application/x-ndjson"
-JSON_ALONE = "application/json"
-"""Ollama names no charset on these routes."""
 
 
 class ProgressResponse:
@@ -44,7 +42,7 @@ class ProgressResponse:
         feed = self._operation.feed
         await feed.began()
         if not feed.last and self._operation.error is not None:
-            await send_error(send, Dialect.NATIVE, self._operation.error, kind=JSON_ALONE)
+            await _send_error(send, self._operation.error)
             return
         await send({"type": "http.response.start", "status": 200, "headers": self._headers(NDJSON)})
         async for lines in feed.follow():
@@ -56,10 +54,16 @@ class ProgressResponse:
     async def _send_last(self, send: Send) -> None:
         await self._operation.feed.over()
         if self._operation.error is not None:
-            await send_error(send, Dialect.NATIVE, self._operation.error, kind=JSON_ALONE)
+            await _send_error(send, self._operation.error)
             return
         last = self._operation.feed.last.rstrip() or msgspec.json.encode({"status": "success"})
         await send_whole(send, 200, self._headers(b"application/json"), last)
+
+
+async def _send_error(send: Send, error: OllamaCoordinatorError) -> None:
+    """As Ollama: it names no charset on these routes, but where it could not read the body."""
+    kind = None if str(error).startswith("json: ") else "application/json"
+    await send_error(send, Dialect.NATIVE, error, kind=kind)
 
 
 def error_line(error: OllamaCoordinatorError) -> bytes:

@@ -4,30 +4,44 @@ Read the routing fields; lease a place; open the upstream; relay until either si
 lease with the outcome; or answer the error in the client's dialect. Bodies pass as they are.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from secrets import token_hex
 
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
-from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error, send_whole
-from ollama_coordinator.api.http.headers import to_ollama
-from ollama_coordinator.api.http.json_edit import Body
+from ollama_coordinator.api.http.errors import (
+    ClientLeft,
+    HttpError,
+    NoSuchModel,
+    send_error,
+    send_whole,
+)
+from ollama_coordinator.api.http.headers import to_client, to_ollama
+from ollama_coordinator.api.http.json_edit import Body, edited, is_small
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import JournalEntry
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.scheduler import ModelNotFound, Request, SchedulerError
-from ollama_coordinator.upstream import UpstreamError
-from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator.scheduler import ModelNotFound, Request, Result, SchedulerError
+from ollama_coordinator.upstream import UpstreamError, chunks
+from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
 from .request import NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
-from .retry_rule import Poison, say_the_same
+from .retry_rule import Poison, error_text, say_the_same
 from .unload import make_room, unload_everywhere
+
+ASKED_SECONDS = 1.0
+"""How long an Ollama may take to refuse a body; the client waits for its 404 meanwhile."""
+
+OF_THE_NAME = ("", "model is required", "invalid model name")
+"""What Ollama says of a body without a model's name where nothing else is wrong with it."""
 
 OF_THE_CLOUD = (":cloud", "-cloud")
 """The ends of the routing keys of models that ollama.com runs."""
@@ -54,6 +68,7 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        body: Body = b""
         try:
             headers = dict(scope["headers"])
             body = await read_body(receive, self._settings.config.max_body_bytes, headers)
@@ -70,6 +85,9 @@ class Proxy:
             return
         except (NotDecompressed, CloudDisabled) as error:
             await send_error(send, Dialect.NATIVE, error)
+        except (NoSuchModel, InvalidModelName) as error:
+            if not await self._ask_ollama(error, scope, body, send):
+                await send_error(send, self._route.dialect, error)
         except OllamaCoordinatorError as error:
             await send_error(send, self._route.dialect, error)
 
@@ -83,6 +101,41 @@ class Proxy:
         if b"content-encoding" in headers:
             body = await plain_body(self._route, headers, body)
         return await read_any(self._route, body, self._turn)
+
+    async def _ask_ollama(
+        self, error: OllamaCoordinatorError, scope: Scope, body: Body, send: Send
+    ) -> bool:
+        """Answer as an agent's Ollama does, if it refuses the body before it looks for the model.
+
+        It is asked for a model that it cannot have, so that nothing runs there.
+        """
+        is_named = not isinstance(error, NoSuchModel) or error.name != ""
+        agent = next(iter(self._parts.queries.routable()), None)
+        encoded = self._route.path == audio.PATH or b"content-encoding" in dict(scope["headers"])
+        if agent is None or encoded or not is_small(body):
+            return False
+        absent: Body | None = body
+        if is_named:
+            absent = await edited(body, {"model": b'"%b"' % token_hex(16).encode()})
+        if absent is None:
+            return False
+        try:
+            async with (
+                asyncio.timeout(ASKED_SECONDS),
+                self._upstreams.open(
+                    "POST",
+                    agent.url + self._route.path,
+                    headers=to_ollama(scope["headers"]),
+                    body=absent,
+                ) as response,
+            ):
+                answer = b"".join([chunk async for chunk in chunks(response)])
+        except (UpstreamError, TimeoutError):
+            return False
+        if response.status != 400 or error_text(answer) in OF_THE_NAME:
+            return False
+        await send_whole(send, 400, to_client(response.raw_headers), answer)
+        return True
 
     def _schedulable(self, routing: Routing, scope: Scope) -> Request:
         pace, now = self._settings.config.reading_pace, self._clock.now()
@@ -138,6 +191,8 @@ class Proxy:
     def _pardon(self, request: Request, failures: Sequence[Failure], *, is_poison: bool) -> None:
         """No agent served the request: those that say the same are not to blame for it."""
         for one in failures:
+            if one.outcome.result is Result.REJECTED:
+                continue  # nobody blamed it
             others = (other.outcome for other in failures if other is not one)
             if is_poison or any(say_the_same(one.outcome, other) for other in others):
                 self._dispatch.pardon(one.agent, request.model)
@@ -145,7 +200,7 @@ class Proxy:
     def _missing(self, request: Request) -> OllamaCoordinatorError:
         if request.model.endswith(OF_THE_CLOUD):
             return CloudDisabled("remote model is unavailable")
-        return HttpError(404, self._route.missing.format(name=request.name))
+        return NoSuchModel(404, self._route.missing.format(name=request.name), request.name)
 
     async def _attempt(self, call: Call, held: Held) -> Failure | None:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""

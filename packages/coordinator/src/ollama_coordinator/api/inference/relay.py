@@ -38,7 +38,6 @@ from ollama_coordinator.upstream import (
 )
 from ollama_coordinator_common.names import ModelName
 
-from . import audio
 from .context_fit import Fitted
 from .retry_rule import DIED, judge, says_nothing_of_the_machine
 
@@ -109,7 +108,7 @@ class Relay:
             return self._useless(f"answered {response.status} in place of an answer")
         if self._held.note:
             head.append((RUNNER_HEADER, self._held.note.encode()))
-        if response.content_type in STREAMED:
+        if response.content_type in STREAMED and not self._call.route.one_piece:
             head.append(UNBUFFERED)
             return await self._stream(response, head)
         return await self._whole(response, head)
@@ -131,6 +130,11 @@ class Relay:
         """What came is no answer that the client could be given."""
         self._held.outcome = outcome = Outcome(Result.MODEL_FAILED, reason)
         return Failure(self._held.agent, outcome)
+
+    def _nothing(self, status: int, headers: list[tuple[bytes, bytes]]) -> Failure:
+        """A transcription or image without a byte: an error that Ollama swallowed, or silence."""
+        self._held.outcome = outcome = Outcome(Result.REJECTED, "answered with nothing")
+        return Failure(self._held.agent, outcome, status, headers)
 
     async def _refused_late(self, wrong: str) -> Failure | None:
         """The answer began well, and is none: `NO_JSON`, or an object with an error."""
@@ -182,9 +186,12 @@ class Relay:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 parts.clear()
         body = b"".join(parts)
-        if not self._started and not _is_text(self._call.route, response):
+        if not self._started:
             wrong = wrong_start(self._call.route, body, streamed=False)
-            if wrong is not None:
+            if wrong == NO_JSON and self._call.route.one_piece:
+                if not body:
+                    return self._nothing(response.status, head)
+            elif wrong is not None:
                 return await self._refused_late(wrong)
         self._settle(read_ending(self._call.route, body, 0))
         if self._started:
@@ -287,11 +294,6 @@ class Relay:
 
     async def _finish(self, data: bytes) -> None:
         await self._call.send({"type": "http.response.body", "body": data, "more_body": False})
-
-
-def _is_text(route: InferenceRoute, response: aiohttp.ClientResponse) -> bool:
-    """Whether an answer is a transcription in plain text, which may be anything."""
-    return response.content_type == "text/plain" and route.path == audio.PATH
 
 
 EVENT_END = b"\n\n"

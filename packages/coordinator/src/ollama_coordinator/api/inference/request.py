@@ -22,7 +22,12 @@ from msgspec import Raw, Struct
 from starlette.types import Message, Receive, Scope
 
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
-from ollama_coordinator.api.http.errors import ClientLeft, HttpError, UnreadableBody
+from ollama_coordinator.api.http.errors import (
+    ClientLeft,
+    HttpError,
+    NamesNoModel,
+    NoSuchModel,
+)
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, Span, is_small
 from ollama_coordinator.scheduler import (
@@ -117,7 +122,9 @@ def _decompress(body: Body) -> bytes:
     parts: list[bytes] = []
     size, rest = 0, bytes(body)
     while rest:
-        if not rest.startswith(zstandard.FRAME_HEADER[: len(rest)]):
+        if len(rest) < len(zstandard.FRAME_HEADER):
+            raise NotDecompressed(400, "unexpected EOF")
+        if not rest.startswith(zstandard.FRAME_HEADER):
             raise NotDecompressed(400, "invalid input: magic number mismatch")
         frame = frames.decompressobj()
         at = 0
@@ -139,6 +146,10 @@ def _decompress(body: Body) -> bytes:
 # ── the routing fields ────────────────────────────────────────────────────────────────────────
 
 ABSENT = Raw()
+
+
+CHECKS_EARLY = frozenset({"/v1/messages", "/v1/images/generations", "/v1/images/edits"})
+"""Routes whose reader of bodies wants a model's name."""
 
 
 class _Message(Struct):
@@ -226,8 +237,8 @@ def _routing(
     route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...]
 ) -> Routing:
     if not fields.model.strip():
-        anthropic = route.dialect is Dialect.ANTHROPIC and not fields.model
-        raise (UnreadableBody if anthropic else HttpError)(*route.nameless(fields.model))
+        early = route.path in CHECKS_EARLY and not fields.model
+        raise (NamesNoModel if early else NoSuchModel)(*route.nameless(fields.model), fields.model)
     load_only = route.dialect is Dialect.NATIVE and _is_empty(fields)
     return Routing(
         name=fields.model,

@@ -21,7 +21,11 @@ class ShowApi:
     async def show(self, request: Request) -> Response:
         """`POST /api/show`: 404 with the canonical name, as Ollama says it."""
         body = await own_body(request)
-        name = (await fields_of(body, "api.ShowRequest", self._turn)).model()
+        fields = await fields_of(body, "api.ShowRequest", self._turn)
+        name = fields.model()
+        fields.flag("verbose")
+        for field in ("system", "template"):
+            fields.text(field)
         if not name.strip():
             raise HttpError(400, "model is required")
         parsed = ModelName.parse(name)

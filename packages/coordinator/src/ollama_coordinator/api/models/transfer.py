@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.api.http.errors import ClientLeft, HttpError, own_body
+from ollama_coordinator.api.http.errors import ClientLeft, HttpError, error_reply, own_body
 from ollama_coordinator.api.http.gojson import Fields
 from ollama_coordinator.api.http.json_edit import edited, fields_of
 from ollama_coordinator.api.http.progress_response import ProgressResponse
@@ -27,7 +27,7 @@ from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.error import ConflictingSource, InvalidModelName
-from ollama_coordinator_common.names import ModelName, model_key
+from ollama_coordinator_common.names import ModelName, is_name, model_key
 
 PLACEMENT = "x-ollama-coordinator-placement"
 DETACH = "x-ollama-coordinator-detach"
@@ -50,11 +50,11 @@ class TransferApi:
     async def pull(self, request: Request) -> ProgressResponse:
         """`POST /api/pull`: onto every agent that the placement means."""
         fields = await self._fields(request, "api.PullRequest")
-        name = fields.model()
+        name, insecure = fields.model(), fields.flag("insecure")
+        stream = fields.flag("stream", default=True)
         if not is_name(name):
             raise HttpError(400, "invalid model name")
-        command = AgentCommand.pull(name, insecure=fields.flag("insecure"))
-        stream = fields.flag("stream", default=True)
+        command = AgentCommand.pull(name, insecure=insecure)
         placement = placement_of(request, self._targets.default)
         found = self._targets.for_pull(name, placement)
         return self._respond(request, command, placement, found, stream=stream)
@@ -62,12 +62,11 @@ class TransferApi:
     async def push(self, request: Request) -> ProgressResponse:
         """`POST /api/push`: from one agent that has the model, preferably one labelled `push`."""
         fields = await self._fields(request, "api.PushRequest")
-        name = fields.model()
+        name, insecure = fields.model(), fields.flag("insecure")
+        stream = fields.flag("stream", default=True)
         if not name:
             raise HttpError(400, "model is required")
-        ModelName.parse(name)
-        command = AgentCommand.push(name, insecure=fields.flag("insecure"))
-        stream = fields.flag("stream", default=True)
+        command = AgentCommand.push(name, insecure=insecure)
         agent = await self._targets.for_push(name)
         found = Chosen([agent])
         return self._respond(request, command, self._targets.default, found, stream=stream)
@@ -77,12 +76,12 @@ class TransferApi:
         body = await own_body(request)
         fields = await fields_of(body, "api.CreateRequest", self._parts.reading)
         name, source = fields.model(), fields.text("from")
+        parts = [part for path in fields.digests("files") for part in path.split("/")]
+        stream = fields.flag("stream", default=True)
         if not is_name(name):
             raise HttpError(400, "invalid model name")
-        parts = [part for path in fields.digests("files") for part in path.split("/")]
         if any(part in ("", ".", "..") for part in parts):
             raise HttpError(400, "file path must be relative")
-        stream = fields.flag("stream", default=True)
         streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
         command = AgentCommand.create(name, streamed, _blobs(fields))
         placement = placement_of(request, self._targets.default)
@@ -124,7 +123,9 @@ class TransferApi:
 
     async def head_blob(self, request: Request) -> Response:
         """`HEAD /api/blobs/{digest}`: 200 if a model can be created from the file, else 404."""
-        return Response(status_code=200 if await self._is_there(request) else 404)
+        if await self._is_there(request):
+            return Response()
+        return error_reply(HttpError(404, "blob not found"))
 
     async def post_blob(self, request: Request) -> Response:
         """`POST /api/blobs/{digest}`: 201 for a new file; 200, unread, for a known one."""
@@ -179,15 +180,6 @@ def placement_of(request: Request, default: Placement) -> Placement:
 def _wants_detached(request: Request) -> bool:
     wish = request.headers.get(DETACH) or request.query_params.get("detach") or ""
     return wish.strip().lower() in ("1", "true", "yes", "on")
-
-
-def is_name(text: str) -> bool:
-    """Whether a model can have this name."""
-    try:
-        ModelName.parse(text)
-    except InvalidModelName:
-        return False
-    return True
 
 
 def _blobs(fields: Fields) -> tuple[str, ...]:
