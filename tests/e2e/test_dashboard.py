@@ -65,7 +65,7 @@ async def test_every_view_shows_without_complaint(
     coordinator: Running, ollama: StandIn, visit: Visit
 ) -> None:
     await coordinator.chat()
-    for view in ("fleet", "now", "models", "history", "try", "settings"):
+    for view in ("fleet", "now", "attention", "models", "history", "try", "settings"):
         await visit.open(view)
         await expect(visit.page.locator(f".nav [data-view={view}]")).to_have_attribute(
             "aria-current", "page"
@@ -413,7 +413,7 @@ async def test_many_agents_are_rows_and_few_are_cards(coordinator: Running, visi
 async def test_the_page_fits_a_phone(coordinator: Running, ollama: StandIn) -> None:
     await coordinator.chat()
     async with visiting(coordinator.url, viewport={"width": 390, "height": 844}) as visit:
-        for view in ("fleet", "now", "models", "history", "try", "settings"):
+        for view in ("fleet", "now", "attention", "models", "history", "try", "settings"):
             await visit.open(view)
             await asyncio.sleep(0.3)
             wide = await visit.page.evaluate("document.documentElement.scrollWidth")
@@ -442,3 +442,26 @@ async def test_memory_stays_flat_under_load(coordinator: Running, visit: Visit) 
         before = await used()
         await load(40)
         assert await used() - before < 2_000_000
+
+
+@pytest.mark.spec("DASH-40")
+async def test_what_needs_attention_is_on_every_page_and_in_the_tabs_title(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    agent = next(iter(coordinator.parts.registry))
+    await visit.open("models")
+    badge = visit.page.locator('.nav [data-count="attention"]')
+    await expect(badge).to_have_text("")
+    await coordinator.heartbeat(agent.id, disk_free_bytes=2 * 10**9)
+    await expect(badge).to_have_text("1")
+    await expect(visit.page).to_have_title("(1) Models · Ollama Coordinator")
+    await visit.open("attention")
+    row = visit.page.locator(".concerns li")
+    await expect(row).to_have_attribute("data-severity", "warning")
+    await expect(row.locator("p")).to_contain_text("Its disk has 2.0 GB left.")
+    await expect(visit.page.locator(".events li").first).to_contain_text("agent registered")
+    await row.locator("a").click()
+    await expect(visit.page.locator("h1")).to_have_text("first")
+    await coordinator.heartbeat(agent.id, disk_free_bytes=10**12)
+    await expect(badge).to_have_text("")
+    await expect(visit.page).to_have_title("first · Ollama Coordinator")

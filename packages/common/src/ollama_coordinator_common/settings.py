@@ -38,8 +38,9 @@ class Setting(Struct, frozen=True):
     """One setting: what its field in a configuration says of it.
 
     A number is within `bounds`, both included; `zero` is what 0 means where it is possible beside
-    them. `live`: it can be changed while the program runs. `option` is its option without the
-    dashes, where that is not its name. `name`, `kind` (its type) and `default` are the field's.
+    them. `live`: it can be changed while the program runs. `secret`: it is never shown. `option` is
+    its option without the dashes, where that is not its name. `name`, `kind` (its type) and
+    `default` are the field's.
     """
 
     variable: str
@@ -50,6 +51,7 @@ class Setting(Struct, frozen=True):
     zero: str = ""
     choices: tuple[str, ...] = ()
     live: bool = False
+    secret: bool = False
     option: str = ""
     name: str = ""
     kind: Any = str
@@ -281,6 +283,15 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "How much disk uploaded model files may take until their model is created",
         unit="GiB", bounds=(1e-9, 1_000_000), live=True, option="max_spool",
     )] = 64.0
+    webhook: Annotated[str, Setting(
+        "COORDINATOR_WEBHOOK", "The URL that is told by a POST what needs a person",
+        metavar="URL", live=True, secret=True,
+    )] = ""
+    webhook_body: Annotated[str, Setting(
+        "COORDINATOR_WEBHOOK_BODY",
+        'What it is sent, with {text} for the message, such as {"content": "{text}"}',
+        metavar="JSON", live=True,
+    )] = ""
     host: Annotated[str, Setting(
         "COORDINATOR_HOST", "Where to listen", metavar="ADDRESS",
     )] = "0.0.0.0"

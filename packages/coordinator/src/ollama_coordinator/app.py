@@ -25,6 +25,7 @@ from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
 from .api.http.routing import CircleGuard, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
+from .attention import Attention
 from .clock import Clock
 from .db import Store, database_path
 from .dispatch import Dispatch
@@ -77,7 +78,8 @@ def assembled(config: CoordinatorConfig) -> Parts:
         Deferred(store),
         return_seconds=config.pull_patience,
     )
-    snapshots = Snapshots(dispatch, observation, operations, config)
+    attention = Attention(dispatch, observation, settings)
+    snapshots = Snapshots(dispatch, observation, operations, attention, config)
     return Parts(
         settings=settings,
         clock=clock,
@@ -89,6 +91,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         observation=observation,
         agent_store=agent_store,
         agent_logs=AgentLogs(),
+        attention=attention,
         monitor=monitor,
         queries=queries,
         model_info=ModelInfo(queries, registry),
@@ -124,7 +127,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
             await stack.enter_async_context(saved.running())
         parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it
         await stack.enter_async_context(parts.observation.running())
-        await stack.enter_async_context(beside(parts.feed.run()))
+        await stack.enter_async_context(beside(parts.feed.run(), parts.attention.run()))
         stack.callback(parts.feed.close)
         await stack.enter_async_context(parts.upstreams)
         await stack.enter_async_context(parts.uploads)

@@ -55,6 +55,7 @@ def default(
 
 app.add_typer(fleet.models, name="models")
 app.command()(fleet.agents)
+app.command()(fleet.attention)
 app.command()(scheduling.explain)
 app.command()(scheduling.replay)
 app.command()(fleet.ps)

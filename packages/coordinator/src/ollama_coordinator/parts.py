@@ -7,6 +7,7 @@ from msgspec import Struct
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
+from .attention import Attention
 from .clock import Clock
 from .db import Store
 from .dispatch import Dispatch
@@ -39,6 +40,7 @@ class Parts(Struct, kw_only=True, eq=False):
     observation: Observation
     agent_store: AgentStore
     agent_logs: AgentLogs
+    attention: Attention
     monitor: Monitor
     queries: AgentQueries
     model_info: ModelInfo

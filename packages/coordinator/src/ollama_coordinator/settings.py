@@ -8,6 +8,7 @@ given there.
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import structs
@@ -43,6 +44,13 @@ def read(texts: Mapping[str, str]) -> CoordinatorConfig:
     return config
 
 
+def _check_webhook(url: str) -> None:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        expected = "give a URL such as https://example.org/hook"
+        raise ConfigError(TABLE["webhook"].variable, "a text that is no URL", expected)
+
+
 def _check_placement(text: str) -> None:
     try:
         Placement.parse(text)
@@ -53,6 +61,7 @@ def _check_placement(text: str) -> None:
 CHECKS: Mapping[str, Callable[[str], object]] = {
     "database_url": database_path,
     "pull_placement": _check_placement,
+    "webhook": _check_webhook,
     "loop": loop_of,
 }
 """What the table cannot know of a value; each raises a `ConfigError`."""

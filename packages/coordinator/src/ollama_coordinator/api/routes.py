@@ -94,6 +94,8 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/healthz", health.healthz),
         Endpoint("GET", "/readyz", health.readyz),
         Endpoint("GET", "/metrics", health.metrics),
+        Endpoint("GET", "/api/attention", health.attention),
+        Endpoint("GET", "/api/events", health.events),
         Endpoint("GET", "/api/settings", settings.list),
         Endpoint("PATCH", "/api/settings", settings.change),
         Endpoint("GET", "/", dashboard.root),

@@ -1,8 +1,9 @@
-"""`agents`, `models …` and `ps`: the fleet from the command line."""
+"""`agents`, `models …`, `ps` and `attention`: the fleet from the command line."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from .client import Client, Model, NoAnswer, asks
 from .tables import (
     Bars,
     agents_table,
+    attention_table,
     holders_table,
     loaded_table,
     models_table,
@@ -44,6 +46,23 @@ Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.
 async def agents(client: Client) -> None:
     """List every agent, how it is, and what it does."""
     Console().print(agents_table(await client.json("GET", "/api/agents")))
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
+
+
+@asks
+async def attention(client: Client, json: Json = False) -> None:
+    """List what needs a person, the worst first; the exit code is 1 if there is anything."""
+    listed = (await client.json("GET", "/api/attention"))["attention"]
+    if json:
+        typer.echo(msgspec.json.encode(listed))
+    elif listed:
+        Console().print(attention_table(listed))
+    else:
+        typer.echo("Nothing needs attention.")
+    if listed:
+        raise typer.Exit(1)
 
 
 @models.command("list")

@@ -1,6 +1,7 @@
 """How agents, models and operations look in a terminal."""
 
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,24 @@ def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
             Text(agent["ollama_version"]),
             Text(agent["url"]),
             Text(agent["id"]),
+        )
+    return made
+
+
+SEVERITY_COLOURS = {"critical": "red", "warning": "yellow", "note": "cyan"}
+
+
+def attention_table(listed: Iterable[Mapping[str, Any]]) -> Table:
+    """What needs a person: how bad it is, what it is about, since when, what to do."""
+    made = table("SEVERITY", "ABOUT", "SINCE", "WHAT")
+    for one in listed:
+        concern = one["concern"]
+        since = datetime.fromisoformat(one["since"]).astimezone()
+        made.add_row(
+            Text(concern["severity"], SEVERITY_COLOURS.get(concern["severity"], "")),
+            Text(concern["subject"]),
+            Text(f"{since:%d %b %H:%M}"),
+            Text(concern["text"]),
         )
     return made
 

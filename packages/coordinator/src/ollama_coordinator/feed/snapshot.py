@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from ollama_coordinator.attention import Attention, OpenConcern
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, RequestView
 from ollama_coordinator.operations import Operations
@@ -55,6 +56,7 @@ class Snapshots:
         dispatch: Dispatch,
         observation: Observation,
         operations: Operations,
+        attention: Attention,
         config: CoordinatorConfig,
     ) -> None:
         self._dispatch = dispatch
@@ -64,6 +66,7 @@ class Snapshots:
         self._sampler = observation.sampler
         self._store = observation.store
         self._operations = operations
+        self._attention = attention
         self._config = config
         self._version = version("ollama-coordinator")
         self._started_at = self._clock.now()
@@ -80,6 +83,7 @@ class Snapshots:
             "coordinator": self._coordinator(),
             "fleet": self._fleet(agents),
             "agents": agents,
+            "attention": {one.concern.id: _concern_row(one) for one in self._attention.open()},
             "requests": self._request_rows(now),
             "finished": self._finished_rows(),
             "operations": {o.id: _row(o) for o in self._operations.views()[:OPERATIONS_SHOWN]},
@@ -222,6 +226,10 @@ class Snapshots:
 
 def _row(value: Any) -> Row:
     return {key: part for key, part in msgspec.to_builtins(value).items() if part is not None}
+
+
+def _concern_row(one: OpenConcern) -> Row:
+    return {**_row(one.concern), "since": _iso(one.since)}
 
 
 def _iso(at: datetime) -> str:

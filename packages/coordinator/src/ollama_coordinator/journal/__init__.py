@@ -1,7 +1,7 @@
 """The history of the fleet: each request's life, the numbers over time, the agents' events."""
 
 from .counters import Counters, Histogram
-from .entry import Attempt, JournalEntry, RequestState, RequestView
+from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name
 from .events import AgentEvent
 from .journal import Journal
 from .observation import Limits, Observation
@@ -26,4 +26,5 @@ __all__ = [
     "Series",
     "SeriesRow",
     "Sparklines",
+    "short_name",
 ]

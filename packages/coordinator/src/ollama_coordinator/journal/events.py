@@ -9,6 +9,9 @@ from msgspec import Struct
 EVENTS_PER_AGENT = 100
 """As many lines as a page shows."""
 
+EVENTS = 300
+"""Of all agents together, for the page of events."""
+
 AGENTS = 1000
 """Agents with events; beyond, those whose first event is the oldest lose theirs."""
 
@@ -20,12 +23,14 @@ _NOT_FACTS = frozenset(vars(logging.makeLogRecord({}))) | {
 
 
 class AgentEvent(Struct, frozen=True):
-    """One log line about an agent."""
+    """One log line about an agent; `agent` is the name that it had."""
 
     at: datetime
     level: str
     event: str
     facts: dict[str, str]
+    agent_id: str = ""
+    agent: str = ""
 
 
 class EventLog(logging.Handler):
@@ -35,6 +40,7 @@ class EventLog(logging.Handler):
         super().__init__(logging.INFO)
         self._level_before = logging.NOTSET
         self._events: OrderedDict[str, deque[AgentEvent]] = OrderedDict()
+        self._all: deque[AgentEvent] = deque(maxlen=EVENTS)
 
     def __enter__(self) -> "EventLog":
         ours = logging.getLogger(PACKAGE)
@@ -60,10 +66,17 @@ class EventLog(logging.Handler):
             if key not in _NOT_FACTS and value is not None
         }
         at = datetime.fromtimestamp(record.created, UTC)
-        event = AgentEvent(at, record.levelname.lower(), record.getMessage(), facts)
+        name = str(getattr(record, "agent", ""))
+        level, text = record.levelname.lower(), record.getMessage()
+        event = AgentEvent(at, level, text, facts, agent_id, name)
+        self._all.append(event)
         self._events.setdefault(agent_id, deque(maxlen=EVENTS_PER_AGENT)).append(event)
         if len(self._events) > AGENTS:
             self._events.popitem(last=False)
+
+    def all(self) -> list[AgentEvent]:
+        """The last lines about any agent, newest first."""
+        return list(reversed(self._all))
 
     def of(self, agent_id: str) -> list[AgentEvent]:
         """The lines about one agent, newest first."""

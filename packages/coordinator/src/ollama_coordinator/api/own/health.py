@@ -7,6 +7,8 @@ from starlette.responses import Response, StreamingResponse
 
 from ollama_coordinator.api.http.errors import HttpError, decode, log_event, reply
 from ollama_coordinator.api.http.openapi import Media, operation
+from ollama_coordinator.attention import OpenConcern
+from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.metrics import CONTENT_TYPE, Metrics
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
@@ -22,6 +24,18 @@ class HealthView(Struct, frozen=True):
     in_flight: int
     waiting: int
     database: str
+
+
+class AttentionView(Struct, frozen=True):
+    """`GET /api/attention`."""
+
+    attention: list[OpenConcern]
+
+
+class EventsView(Struct, frozen=True):
+    """`GET /api/events`."""
+
+    events: list[AgentEvent]
 
 
 class HealthApi:
@@ -95,6 +109,16 @@ class HealthApi:
     async def metrics(self, request: Request) -> Response:
         """The coordinator's numbers for Prometheus, in its text format."""
         return StreamingResponse(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    @operation(gives={200: AttentionView})
+    async def attention(self, request: Request) -> Response:
+        """What needs a person now: the worst first, then what has lasted longest."""
+        return reply(AttentionView(self._parts.attention.open()))
+
+    @operation(gives={200: EventsView})
+    async def events(self, request: Request) -> Response:
+        """The last events of all agents, newest first."""
+        return reply(EventsView(self._parts.observation.events.all()))
 
     def _view(self) -> HealthView:
         now = self._clock.now()

@@ -16,12 +16,16 @@ from ollama_coordinator_common.settings import Setting
 
 log = logging.getLogger(__name__)
 
+SET = "(set)"
+"""In place of the value of a secret."""
+
 
 class SettingView(Struct, frozen=True):
     """One row of `GET /api/settings`.
 
     `source` is default, environment (or the command line) or dashboard. `live`: a change counts at
-    once. A number is from `minimum` to `maximum`; they are null for all others.
+    once. A number is from `minimum` to `maximum`; they are null for all others. The value of a
+    secret is `(set)` or empty.
     """
 
     name: str
@@ -42,6 +46,11 @@ class SettingsView(Struct, frozen=True):
     """`GET /api/settings`."""
 
     settings: list[SettingView]
+
+
+def _shown(name: str, value: object) -> object:
+    """A setting's value as everybody may see it."""
+    return SET if TABLE[name].secret and value else value
 
 
 class SettingsApi:
@@ -66,14 +75,14 @@ class SettingsApi:
             raise HttpError(400, str(exc)) from exc
         self._parts.apply_settings()
         self._settings.keep()
-        log.info("settings changed", extra=wanted)
+        log.info("settings changed", extra={name: _shown(name, wanted[name]) for name in wanted})
         return await self.list(request)
 
     def _view(self, setting: Setting) -> SettingView:
         least, most = setting.bounds or (None, None)
         return SettingView(
             name=setting.name,
-            value=getattr(self._settings.config, setting.name),
+            value=_shown(setting.name, getattr(self._settings.config, setting.name)),
             default=setting.default,
             source=self._settings.source(setting),
             editable=self._settings.is_editable(setting),

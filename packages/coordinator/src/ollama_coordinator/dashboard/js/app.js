@@ -1,7 +1,7 @@
 /** The start: theme, stream, and which view is shown for which address. */
 
 import { connect } from "./live.js";
-import { applyTheme, buildShell, markView } from "./shell.js";
+import { applyTheme, buildShell, markView, setTitle } from "./shell.js";
 import { listenToKeys } from "./keys.js";
 
 /** Views by the first part of the address after `#/`; each module is fetched when it is wanted. */
@@ -9,6 +9,7 @@ const VIEWS = {
   fleet: ["fleet-view", () => import("./views/fleet.js"), "Fleet"],
   agents: ["agent-view", () => import("./views/agent.js"), "Agent"],
   now: ["now-view", () => import("./views/now.js"), "Now"],
+  attention: ["attention-view", () => import("./views/attention.js"), "Attention"],
   models: ["models-view", () => import("./views/models.js"), "Models"],
   history: ["history-view", () => import("./views/history.js"), "History"],
   try: ["try-view", () => import("./views/try.js"), "Try it"],
@@ -31,7 +32,7 @@ async function show() {
   const first = !main.firstElementChild;
   main.replaceChildren(view);
   main.scrollTop = 0;
-  document.title = `${title} · Ollama Coordinator`;
+  setTitle(title);
   markView(VIEWS[name] ? (name === "agents" ? "fleet" : name) : "fleet");
   if (!first) view.querySelector("h1")?.focus();
 }

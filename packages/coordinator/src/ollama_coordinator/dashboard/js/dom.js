@@ -43,6 +43,7 @@ export function svg(tag, attributes = {}, ...children) {
 const PATHS = {
   fleet: "M4 5h16v5H4zM4 14h16v5H4zM8 7.5h.01M8 16.5h.01",
   now: "M3 12h4l3-8 4 16 3-8h4",
+  attention: "M12 3a6 6 0 0 0-6 6v5l-2 3h16l-2-3V9a6 6 0 0 0-6-6zM10 20.5h4",
   models: "M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9",
   history: "M3 12a9 9 0 1 0 3-6.7L3 8M3 3v5h5M12 7v5l3.5 2",
   try: "M4 5h16v11H9l-5 4z",

@@ -9,7 +9,7 @@ import "./parts/spark.js";
 import "./parts/clock.js";
 
 const ENTRIES = [
-  ["fleet", "Fleet"], ["now", "Now"], ["models", "Models"], ["history", "History"], ["try", "Try it"], ["settings", "Settings"],
+  ["fleet", "Fleet"], ["now", "Now"], ["attention", "Attention"], ["models", "Models"], ["history", "History"], ["try", "Try it"], ["settings", "Settings"],
 ];
 
 /** The viewer's choice, or what the system prefers. */
@@ -53,6 +53,15 @@ export function buildShell() {
   setInterval(() => { if (live.state === "lost") tellLine(lost); }, 1000);
 }
 
+let title = "";
+
+/** The tab's title: how much needs attention, which view it is. */
+export function setTitle(view) {
+  title = view;
+  const open = Object.keys(store.state.attention ?? {}).length;
+  document.title = `${open ? `(${open}) ` : ""}${title} · Ollama Coordinator`;
+}
+
 /** Which entry is the current one. */
 export function markView(name) {
   for (const link of document.querySelectorAll(".nav a")) {
@@ -65,6 +74,11 @@ function counts() {
   const active = (fleet.in_flight ?? 0) + (fleet.waiting ?? 0);
   setText(document.querySelector('[data-count="now"]'), active ? count(active) : "");
   setText(document.querySelector('[data-count="fleet"]'), fleet.agents ? count(fleet.agents) : "");
+  const open = Object.values(store.state.attention ?? {});
+  const badge = document.querySelector('[data-count="attention"]');
+  setText(badge, open.length ? count(open.length) : "");
+  setAttr(badge, "data-severity", ["critical", "warning", "note"].find((severity) => open.some((one) => one.severity === severity)));
+  setTitle(title);
 }
 
 function tellLine(lost) {

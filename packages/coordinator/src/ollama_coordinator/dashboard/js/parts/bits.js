@@ -1,7 +1,7 @@
 /** Small pieces that several views show. */
 
 import { h, icon, setText } from "../dom.js";
-import { REQUEST_STATES, STATES } from "../format.js";
+import { REQUEST_STATES, STATES, fullTime, time } from "../format.js";
 import { store } from "../store.js";
 import { UNKNOWN, urlForOthers } from "./address.js";
 import { toast } from "./toast.js";
@@ -63,6 +63,13 @@ export function fact(label) {
     if (title) value.title = title;
   };
   return element;
+}
+
+/** A line of an agent's log; with the agent where lines of several are together. */
+export function eventRow(event, named = false) {
+  const facts = Object.entries(event.facts).map(([key, value]) => `${key}=${value}`).join("  ");
+  const agent = named ? h("a", { href: `#/agents/${encodeURIComponent(event.agent_id)}` }, event.agent || event.agent_id) : null;
+  return h("li", { "data-level": event.level }, h("time", { title: fullTime(event.at) }, time(event.at)), agent, h("b", null, event.event), h("span.muted.mono", null, facts));
 }
 
 /** Buttons of which one is pressed. */

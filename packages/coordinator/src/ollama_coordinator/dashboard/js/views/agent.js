@@ -4,8 +4,9 @@ import { View } from "../view.js";
 import { get, path } from "../api.js";
 import { h, setAttr, setText } from "../dom.js";
 import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../format.js";
+import { setTitle } from "../shell.js";
 import { store } from "../store.js";
-import { agentPill, empty, fact } from "../parts/bits.js";
+import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
 import { aboutText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
 import { drain, edit, remove } from "../parts/agent-actions.js";
@@ -59,7 +60,7 @@ class AgentView extends View {
 
   draw(agent) {
     setText(this.heading, agent.name);
-    document.title = `${agent.name} · Ollama Coordinator`;
+    setTitle(agent.name);
     this.pill.update(agent.state);
     setAttr(this.since, "at", agent.since);
     setText(this.drainButton, agent.status === "draining" ? "Resume" : "Drain");
@@ -86,7 +87,7 @@ class AgentView extends View {
       const [details, history] = await Promise.all([get(path(["api", "agents", this.argument, "details"])), get(path(["api", "history"], { agent: this.argument, limit: 15 }))]);
       this.models.replaceChildren(...details.models.map(modelRow));
       this.requests.replaceChildren(...(history.requests.length ? history.requests.map(historyRow) : [h("tr", null, h("td.muted", { colspan: "11" }, "It has served no request yet."))]));
-      this.events.replaceChildren(...(details.events.length ? details.events.map(eventRow) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
+      this.events.replaceChildren(...(details.events.length ? details.events.map((event) => eventRow(event)) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
     } catch {
       // The stream says what is wrong: the coordinator is away, or the agent is gone.
     }
@@ -105,11 +106,6 @@ function modelRow(row) {
   return h(estimate && !measured ? "tr.guessed" : "tr", null, h("td", null, model(row.name)), h("td.num", null, bytes(row.size)), h("td", null, row.loaded ? h("span.pill.good", null, "loaded") : ""),
     h("td.num", null, per(estimate?.prefill_tokens_per_second)), h("td.num", null, per(estimate?.decode_tokens_per_second)), h("td.num", null, estimate ? seconds(estimate.load_seconds) : "–"),
     h("td.num", null, estimate ? count(estimate.slots) : "–"), h("td.num.muted", { title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} times` : "estimated"));
-}
-
-function eventRow(event) {
-  const facts = Object.entries(event.facts).map(([key, value]) => `${key}=${value}`).join("  ");
-  return h("li", { "data-level": event.level }, h("time", { title: fullTime(event.at) }, time(event.at)), h("b", null, event.event), h("span.muted.mono", null, facts));
 }
 
 customElements.define("agent-view", AgentView);

@@ -1,0 +1,57 @@
+/** Attention: what needs a person, the worst first, and the events of all agents. */
+
+import { View } from "../view.js";
+import { get } from "../api.js";
+import { h, keyed, setAttr, setText } from "../dom.js";
+import { model } from "../format.js";
+import { store } from "../store.js";
+import { empty, eventRow } from "../parts/bits.js";
+
+const REFRESH_MS = 5000;
+const ORDER = ["critical", "warning", "note"];
+
+class AttentionView extends View {
+  build() {
+    this.nothing = h("div");
+    this.list = h("ul.concerns", { "aria-label": "What needs attention" });
+    this.events = h("ol.events");
+    this.append(this.head("Attention"), this.nothing, this.list, h("h2.section", null, "Events"), this.events);
+    const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
+    this.stopping.signal.addEventListener("abort", () => clearInterval(timer));
+    this.load();
+  }
+
+  changed(changed) {
+    if (!this.concerns(changed, "attention")) return;
+    const open = Object.values(store.state.attention ?? {});
+    open.sort((a, b) => ORDER.indexOf(a.severity) - ORDER.indexOf(b.severity) || a.since.localeCompare(b.since) || a.id.localeCompare(b.id));
+    keyed(this.list, open, (one) => one.id, concernRow);
+    this.nothing.replaceChildren(...(open.length ? [] : [empty("check", "Nothing needs attention")]));
+  }
+
+  async load() {
+    try {
+      const { events } = await get("/api/events");
+      this.events.replaceChildren(...(events.length ? events.map((event) => eventRow(event, true)) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
+    } catch {
+      // The stream says what is wrong: the coordinator is away.
+    }
+  }
+}
+
+function concernRow(concern) {
+  const severity = h("b.small");
+  const subject = concern.agent_id
+    ? h("a", { href: `#/agents/${encodeURIComponent(concern.agent_id)}` }, concern.subject)
+    : concern.model ? h("a", { href: "#/models" }, model(concern.subject)) : h("b", null, concern.subject);
+  const text = h("p");
+  const row = h("li.card", null, severity, subject, h("oc-since.muted.small", { at: concern.since }), text);
+  row.update = (now) => {
+    setAttr(row, "data-severity", now.severity);
+    setText(severity, now.severity);
+    setText(text, now.text);
+  };
+  return row;
+}
+
+customElements.define("attention-view", AttentionView);

@@ -1,0 +1,315 @@
+"""What needs a person: the list, its command, and the webhook."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from typer.testing import CliRunner
+
+from ollama_coordinator.attention import concerns, watch
+from ollama_coordinator.main import app
+from support.coordinator import Running
+from support.ollama import StandIn
+
+LATER = 61.0
+"""Longer than every grace, and shorter than the silence of an agent that is offline in a test."""
+
+
+def open_now(coordinator: Running, after: float = LATER) -> dict[str, Any]:
+    """What is open by kind, if all stays as it is for so many seconds."""
+    attention, now = coordinator.parts.attention, coordinator.parts.clock.now()
+    coordinator.parts.registry.agent_timeout = 10_000.0
+    attention.look(now)
+    attention.look(now + after)
+    return {one.concern.kind: one.concern for one in attention.open()}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lasts some seconds in life takes no time here."""
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "MESSAGE_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "OVER_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", {})
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_fleet_that_is_well_needs_nobody(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama)
+        assert (await coordinator.chat())[0] == 200
+        assert open_now(coordinator) == {}
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_machine_out_of_rotation_a_model_without_one_and_a_fleet_without_any(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "gpu-1")
+        assert (await coordinator.chat())[0] == 200
+        await ollama.kill()
+        agent = next(iter(coordinator.parts.registry))
+        await coordinator.parts.monitor.look_at(agent, seconds=5)
+        found = open_now(coordinator, after=11)
+        assert set(found) == {"fleet"}  # what is out for a moment only may be restarting
+        found = open_now(coordinator)
+        assert set(found) == {"fleet", "out", "model"}
+        assert "It gets no requests: " in found["out"].text
+        assert found["out"].agent_id == agent.id
+        assert found["model"].text.startswith("No machine can serve it: gpu-1 ")
+        worst = coordinator.parts.attention.open()[0].concern
+        assert worst.severity is concerns.Severity.CRITICAL
+        assert {one["concern"]["kind"] for one in await shown(coordinator)} >= {"fleet"}
+
+
+async def shown(coordinator: Running) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = (await coordinator.get("/api/attention"))["attention"]
+    return listed
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_silent_machine_needs_somebody_and_one_that_left_or_drains_does_not(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        assert await coordinator.heartbeat(agent_id) == 200
+        agent, attention = coordinator.agent(agent_id), coordinator.parts.attention
+        later = agent.heard_at + coordinator.parts.registry.agent_timeout + 1
+        attention.look(later)
+        attention.look(later + 31)
+        texts = {one.concern.kind: one.concern.text for one in attention.open()}
+        assert texts["out"].startswith("Nothing was heard of it for 92 s.")
+        await coordinator.heartbeat(agent_id, leaving=True)
+        assert "out" not in open_now(coordinator)
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_what_its_machine_lacks(coordinator: Running) -> None:
+    async with StandIn() as one, StandIn() as two:
+        first = await coordinator.register(one, "gpu-1", ollama_version="0.5.7")
+        second = await coordinator.register(two, "gpu-2", ollama_version="0.24.0")
+        gpu = {"name": "X", "memory_total_bytes": 1}
+        await coordinator.heartbeat(first, gpus=[gpu, gpu], ollama_version="0.5.7")
+        await coordinator.heartbeat(second, ollama_version="0.24.0")
+        assert set(open_now(coordinator)) == {"version"}
+        await coordinator.heartbeat(
+            first,
+            gpus=[gpu],
+            disk_free_bytes=3 * 10**9,
+            tags={"models": [{"name": "llama3.2:latest", "digest": "1" * 64, "size": 1}]},
+            ps={"models": []},
+            broken_models={"llama3.2:latest": "a file is missing"},
+        )
+        found = open_now(coordinator)
+        assert found["gpu"].text.startswith("1 of its 2 GPUs cannot be seen")
+        assert found["disk"].text.startswith("Its disk has 3.0 GB left.")
+        assert "a file is missing" in found["broken"].text
+        assert found["version"].text == "Its Ollama is 0.5.7, others have 0.24.0."
+        assert found["version"].severity is concerns.Severity.NOTE
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_model_that_became_slow(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        assert (await coordinator.chat())[0] == 200
+        scheduler = coordinator.parts.scheduler
+        key = next(iter(coordinator.agent(agent_id).inventory.loaded))
+        estimate = scheduler.estimate(coordinator.agent(agent_id).id, key)
+        assert estimate is not None
+        speeds = iter([100.0, 100.0, 30.0, 30.0])
+
+        def estimated(*_: object) -> object:
+            return type(estimate)(
+                agent_id=estimate.agent_id, model=key, load_seconds=1.0, slots=1,
+                prefill_tokens_per_second=1.0, decode_tokens_per_second=next(speeds),
+                slots_reported=False, samples=(99, 99, 1),
+            )  # fmt: skip
+
+        scheduler.estimate = estimated  # type: ignore[method-assign, assignment]
+        assert "slow" not in open_now(coordinator)
+        found = open_now(coordinator)
+        assert found["slow"].text.startswith("llama3.2:latest writes 30 tokens/s there, once it")
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_queue_and_the_database(
+    coordinator: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concerns, "LONG_QUEUE", 3)
+    async with StandIn(slots=1) as ollama:
+        await coordinator.register(ollama)
+        ollama.hold()
+        chats = [asyncio.create_task(coordinator.chat()) for _ in range(4)]
+        await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 3)
+        coordinator.parts.store.problem = "the disk is full"
+        found = open_now(coordinator)
+        assert found["queue"].text.startswith("3 requests wait.")
+        assert found["database"].text.startswith("the disk is full.")
+        ollama.release()
+        await asyncio.gather(*chats)
+
+
+@pytest.mark.spec("OPERATION-44")
+async def test_a_machine_that_comes_and_goes_is_one_concern(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        attention, sampler = coordinator.parts.attention, coordinator.parts.observation.sampler
+        now = coordinator.parts.clock.now()
+        for number in range(watch.FLAPS + 1):
+            coordinator.agent(agent_id).settings = type(coordinator.agent(agent_id).settings)(
+                draining=bool(number % 2)
+            )
+            sampler.sample({})
+            attention.look(now + number)
+        coordinator.agent(agent_id).resting = True
+        found = [one.concern for one in attention.open()]
+        assert [one.kind for one in found if one.agent_id == agent_id] == ["flapping"]
+        attention.look(now + watch.FLAPPING_SECONDS + 60)
+        assert "flapping" not in {one.concern.kind for one in attention.open()}
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_the_command_lists_it_and_says_by_its_exit_code_whether_there_is_any(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        assert await command(coordinator) == (0, "Nothing needs attention.\n")
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**9)
+        open_now(coordinator)
+        code, text = await command(coordinator)
+        assert code == 1
+        assert max(map(len, text.splitlines())) <= 80
+        assert "Its disk has 1.0 GB left." in " ".join(text.split())
+        code, text = await command(coordinator, "--json")
+        assert code == 1
+        assert [one["concern"]["kind"] for one in json.loads(text)] == ["disk"]
+
+
+async def command(coordinator: Running, *options: str) -> tuple[int, str]:
+    """The exit code and the output of `ollama-coordinator attention` in a thread."""
+    runner = CliRunner(env={"COORDINATOR_URL": coordinator.url, "COLUMNS": "80"})
+    done = await asyncio.to_thread(runner.invoke, app, ["attention", *options])
+    return done.exit_code, done.stdout
+
+
+# ── the webhook ───────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def hook(*statuses: int) -> AsyncIterator[tuple[str, asyncio.Queue[Any]]]:
+    """A server that keeps the bodies it is sent; its first answers have these statuses."""
+    bodies: asyncio.Queue[Any] = asyncio.Queue()
+    left = list(statuses)
+
+    async def take(request: web.Request) -> web.Response:
+        status = left.pop(0) if left else 200
+        if status == 200:
+            await bodies.put(json.loads(await request.read()))
+        return web.Response(status=status)
+
+    served = web.Application()
+    served.router.add_post("/hook/s3cret", take)
+    runner = web.AppRunner(served, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/hook/s3cret", bodies
+    finally:
+        await runner.cleanup()
+
+
+async def change(coordinator: Running, **settings: Any) -> tuple[int, Any]:
+    path = f"{coordinator.url}/api/settings"
+    async with coordinator.session.patch(path, json=settings) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.spec("OPERATION-44")
+@pytest.mark.usefixtures("quick")
+async def test_a_webhook_is_told_what_is_new_and_what_is_over(coordinator: Running) -> None:
+    async with StandIn() as ollama, hook(503, 500) as (url, bodies):
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**9)
+        assert (await change(coordinator, webhook=url))[0] == 200
+        told = await bodies.get()  # after two tries that failed
+        assert [one["kind"] for one in told["new"]] == ["disk"]
+        assert told["text"].startswith("gpu-1: Its disk has 1.0 GB left.")
+        assert told["over"] == []
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**12)
+        told = await bodies.get()
+        assert [one["kind"] for one in told["over"]] == ["disk"]
+        assert told["new"] == []
+        assert told["open"] == 0
+
+
+@pytest.mark.spec("OPERATION-44")
+@pytest.mark.usefixtures("quick")
+async def test_what_returns_at_once_was_never_over(
+    coordinator: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "OVER_SECONDS", 3600.0)
+    async with StandIn() as ollama, hook() as (url, bodies):
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        await change(coordinator, webhook=url)
+        attention = coordinator.parts.attention
+        for _ in range(5):
+            await coordinator.heartbeat(agent_id, disk_free_bytes=10**9, gpus=[{"name": "X"}])
+            await coordinator.until(lambda: [one.concern.kind for one in attention.open()])
+            await coordinator.heartbeat(agent_id, disk_free_bytes=10**12, gpus=[{"name": "X"}])
+            await coordinator.until(lambda: not attention.open())
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**9)
+        kinds = []
+        while "gpu" not in kinds:
+            kinds += [one["kind"] for one in (await bodies.get())["new"]]
+        assert sorted(kinds) == ["disk", "gpu"]
+
+
+@pytest.mark.spec("OPERATION-44")
+def test_a_template_gets_the_text_as_json_has_it() -> None:
+    message = watch.Message('say "no"\nagain', (), (), 0)
+    body = watch.webhook_body(message, '{"content": "{text}", "n": 1}')
+    assert json.loads(body) == {"content": 'say "no"\nagain', "n": 1}
+
+
+@pytest.mark.spec("OPERATION-44")
+@pytest.mark.usefixtures("quick")
+async def test_the_webhooks_address_is_shown_nowhere(
+    coordinator: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with StandIn() as ollama, hook(*[500] * 1000) as (url, _):
+        agent_id = await coordinator.register(ollama)
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**9)
+        _, listed = await change(coordinator, webhook=url)
+        assert {"(set)"} == {r["value"] for r in listed["settings"] if r["name"] == "webhook"}
+        await coordinator.until(lambda: "the webhook failed" in caplog.messages)
+    lines = [json.dumps(vars(record), default=str) for record in caplog.records]
+    assert [line for line in lines if "s3cret" in line] == []
+
+
+@pytest.mark.spec("OPERATION-44")
+async def test_a_webhook_that_is_no_url_is_refused(coordinator: Running) -> None:
+    for wrong in ("hook", "ftp://x/y", "http://"):
+        status, answer = await change(coordinator, webhook=wrong)
+        assert status == 400
+        assert "give a URL such as https://example.org/hook" in answer["error"]
+
+
+@pytest.mark.spec("DASH-40")
+async def test_the_events_of_all_agents_are_one_list(coordinator: Running) -> None:
+    async with StandIn() as one, StandIn() as two:
+        await coordinator.register(one, "gpu-1")
+        await coordinator.register(two, "gpu-2")
+        events = (await coordinator.get("/api/events"))["events"]
+        assert [event["agent"] for event in events] == ["gpu-2", "gpu-1"]
+        assert {event["event"] for event in events} == {"agent registered"}
