@@ -125,6 +125,10 @@ async def test_every_request_that_can_be_served_is_and_no_cut_is_silent(
             await node.load("llama3.2")
         for agent in coordinator.parts.registry:
             await coordinator.parts.monitor.look_at(agent, seconds=5)
+        # A model that failed there is tried again by a probe, at most a minute later.
+        await coordinator.until(
+            lambda: not any(agent.model_cooldowns for agent in coordinator.parts.registry)
+        )
         await asyncio.gather(*(coordinator.chat() for _ in range(32)))
         before = [node.seen.count("/api/chat") for node in nodes]
         await asyncio.gather(*(coordinator.chat() for _ in range(40)))

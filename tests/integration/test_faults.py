@@ -294,6 +294,20 @@ async def test_machines_that_failed_before_are_no_evidence_against_a_request() -
 
 
 @pytest.mark.spec("PROXY-28")
+async def test_copies_of_a_request_on_one_machine_are_one_death() -> None:
+    async with running() as coordinator, StandIn(slots=4) as one, StandIn(slots=4) as two:
+        agent_id = await coordinator.register(one)
+        await coordinator.heartbeat(agent_id, runner={"num_parallel": 4})
+        one.hold()
+        chats = [asyncio.create_task(coordinator.chat()) for _ in range(4)]
+        await one.seen.wait_for(lambda seen: seen.active == 4)
+        await coordinator.register(two)
+        await one.kill()
+        answers = await asyncio.gather(*chats)
+        assert [status for status, _ in answers] == [200] * 4
+
+
+@pytest.mark.spec("PROXY-28")
 async def test_an_answer_clears_a_request_that_was_suspected() -> None:
     async with running() as coordinator, fleet(coordinator, 2) as nodes:
         await count(coordinator, nodes, "stopped")

@@ -15,6 +15,7 @@ from msgspec import Struct
 from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.scheduler import Outcome, Request, Result
+from ollama_coordinator_common.types import AgentId
 
 Lists = Callable[[str], bool | None]
 """Whether the listing of another holder has a capability; `None` where no listing says."""
@@ -148,9 +149,13 @@ MOST_SUSPECTS = 256
 
 
 class Suspect(Struct):
-    """A request under which agents died: how many, and until when it is remembered."""
+    """A request under which agents died: which, and until when it is remembered.
 
-    deaths: int
+    One crash of an agent ends every request that runs there, so that copies of a request on one
+    agent are one death.
+    """
+
+    agents: set[AgentId]
     until: float
 
 
@@ -176,15 +181,15 @@ class Poison:
         fingerprint = _fingerprint(request, body)
         suspect = self._suspects.get(fingerprint)
         if suspect is None or suspect.until <= now:
-            suspect = Suspect(0, 0.0)
+            suspect = Suspect(set(), 0.0)
         if outcome.died and held.agent.was_good_at(held.lease.granted_at):
-            suspect.deaths += 1
+            suspect.agents.add(held.agent.id)
             suspect.until = now + SUSPECT_SECONDS
             self._suspects[fingerprint] = suspect
             self._suspects.move_to_end(fingerprint)
             if len(self._suspects) > MOST_SUSPECTS:
                 self._suspects.popitem(last=False)
-        return suspect.deaths >= MOST_DEATHS
+        return len(suspect.agents) >= MOST_DEATHS
 
 
 HASHED_BYTES = 256 * 1024
