@@ -338,6 +338,7 @@ async def test_the_page_recovers_when_the_coordinator_is_killed(tmp_path: Path) 
 
 @pytest.mark.spec("DASH-34")
 @pytest.mark.spec("DASH-28")
+@pytest.mark.spec("DASH-36")
 async def test_an_agents_log_is_read_on_its_page(coordinator: Running, visit: Visit) -> None:
     async with StandIn() as ollama:
         agent = await coordinator.register(ollama, "ours", agent_version="0.1.0")
@@ -345,13 +346,14 @@ async def test_an_agents_log_is_read_on_its_page(coordinator: Running, visit: Vi
         log = visit.page.locator("details", has_text="The agent's own log")
         await log.locator("summary").click()
         await expect(log).to_contain_text("within ten seconds")
-        line = {"number": 5, "at": "2026-01-01T00:00:00Z", "level": "warning", "text": "<b>hm</b>"}
-        sent = {"lines": [line], "server": ["<i>listening</i>"]}
+        at, text = "2026-01-01T00:00:00Z", "<b>hm</b>\u202e"
+        line = {"number": 5, "at": at, "level": "warning", "text": text}
+        sent = {"lines": [line], "server": ["<i>listening</i>\x1b[0m"]}
         url = f"{coordinator.url}/api/agents/{agent}/log"
         async with coordinator.session.post(url, json=sent) as response:
             assert response.status == 204
-        await expect(log.locator("ol li")).to_contain_text("<b>hm</b>")
-        await expect(log.locator("pre")).to_have_text("<i>listening</i>")
+        await expect(log.locator("ol li")).to_contain_text(r"<b>hm</b>\u202e")
+        await expect(log.locator("pre")).to_have_text(r"<i>listening</i>\u001b[0m")
 
 
 @pytest.mark.spec("DASH-34")

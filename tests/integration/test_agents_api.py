@@ -43,6 +43,29 @@ async def test_a_machine_with_an_id_stays_itself(coordinator: Running) -> None:
     assert third["agent_id"] != first["agent_id"]
 
 
+@pytest.mark.spec("FLEET-36")
+async def test_a_name_that_is_not_shown_as_it_is_is_400(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    for field in ("machine_name", "ollama_version", "agent_version", "platform"):
+        status, told = await coordinator.post("/api/agents", {**SEED, field: "a\u202eb"})
+        assert (status, f"{field} has the character U+202E" in told["error"]) == (400, True)
+    (agent,) = await coordinator.get("/api/agents")
+    url = f"{coordinator.url}/api/agents/{agent['id']}"
+    for change in (
+        {"display_name": "a\x1b[2Jb"},
+        {"labels": ["fine", "a\u200bb"]},
+        {"notes": "one\ntwo\u202e"},
+    ):
+        async with coordinator.session.patch(url, json=change) as response:
+            assert response.status == 400
+            assert "leave it out" in await response.text()
+    assert await coordinator.heartbeat(agent["id"], ollama_version="1\x9b") == 400
+    fine = {"display_name": "机器 1", "labels": ["حاسوب"], "notes": "one\n\ttwo"}
+    async with coordinator.session.patch(url, json=fine) as response:
+        assert response.status == 200
+
+
 @pytest.mark.spec("FLEET-5")
 @pytest.mark.parametrize(
     ("change", "told"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ollama_coordinator.commands.client import Client
 from ollama_coordinator.commands.top import Follower, screen
 from ollama_coordinator.main import app
 from support.coordinator import Running, running
@@ -47,6 +49,24 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
     assert "1/1 online" in text
     assert "writing" in text
     assert "llama3.2" in text
+
+
+@pytest.mark.spec("DASH-36")
+async def test_what_an_agent_says_steers_no_terminal(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "first")
+        await coordinator.heartbeat(
+            agent_id, broken_models={"llama3.2:latest": "gone\x1b[2J\u202e"}
+        )
+        follower = Follower(coordinator.url)
+        async with aclosing(follower.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
+            async for state in states:
+                if state:
+                    break
+        client = Client(coordinator.url, coordinator.session)
+        (row,) = await client.json("GET", "/api/agents")
+    assert row["broken_models"] == {"m:latest": r"gone\x1b[2J\u202e"}
+    assert "\x1b" not in drawn(follower.state) + json.dumps(follower.state, ensure_ascii=False)
 
 
 @pytest.mark.spec("DASH-31")

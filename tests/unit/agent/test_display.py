@@ -55,6 +55,18 @@ def test_the_table_shows_what_is_known() -> None:
         assert piece in text
 
 
+@pytest.mark.spec("DASH-36")
+def test_what_others_say_steers_no_terminal() -> None:
+    model = ModelList(b"{}", (("m\x1b[2J:latest", "", None),))
+    text = shown(
+        Facts(Presence.ANSWERING, "0.33\u202e", model),
+        Readings(gpus=[Gpu("RTX\x1b")]),
+        coordinator_trouble="no\x9bway",
+    )
+    for piece in (r"m\x1b[2J:latest", r"0.33\u202e", r"RTX\x1b", r"no\x9bway"):
+        assert piece in text
+
+
 @pytest.mark.spec("AGENT-5")
 def test_the_table_says_what_is_missing() -> None:
     text = shown(

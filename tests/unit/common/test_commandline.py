@@ -75,6 +75,19 @@ def test_an_event_without_facts_is_just_that() -> None:
     assert EventFormatter("%(message)s").format(record("coordinator stops")) == "coordinator stops"
 
 
+@pytest.mark.spec("DASH-36")
+def test_a_line_steers_no_terminal_and_is_one_line() -> None:
+    formatter = EventFormatter("%(message)s")
+    line = formatter.format(record("agent\x1b[2J offline", reason="no\nway\u202e"))
+    assert line == r"agent\x1b[2J offline reason=no\nway\u202e"
+    try:
+        raise ValueError("\x1b[31mred")
+    except ValueError as exc:
+        text = formatter.formatException((ValueError, exc, exc.__traceback__))
+    assert text.endswith(r"ValueError: \x1b[31mred")
+    assert "\n" in text
+
+
 @pytest.fixture
 def root() -> Iterator[logging.Logger]:
     """The root logger, put back as it was."""

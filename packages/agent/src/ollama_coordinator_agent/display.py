@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ollama_coordinator_common.printable import printable
 from ollama_coordinator_common.types import Gpu
 
 from .metrics import Readings
@@ -43,6 +44,7 @@ def render(view: StatusView) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in (*_identity(view), *_ollama(view), *_machine(view.readings)):
+        value.plain = printable(value.plain)
         table.add_row(label, value)
     return Group(Text("Ollama Coordinator agent", style="bold cyan"), table)
 

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Annotated, Any, Protocol, TypeVar
 
 from .error import ConfigError
+from .printable import all_printable, printable
 from .settings import Setting
 
 Settings = TypeVar("Settings")
@@ -90,7 +91,7 @@ def is_given(context: _Context, name: str) -> bool:
 
 
 class EventFormatter(logging.Formatter):
-    """Appends what a call passed in `extra` as key=value."""
+    """Appends what a call passed in `extra` as key=value; everything on one printable line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         facts = [
@@ -98,7 +99,10 @@ class EventFormatter(logging.Formatter):
             for key, value in vars(record).items()
             if key not in _STANDARD and value is not None
         ]
-        return " ".join([super().formatMessage(record), *facts])
+        return printable(" ".join([super().formatMessage(record), *facts]))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's name)
+        return str(all_printable(super().formatException(ei)))
 
 
 def log_to(handler: logging.Handler, level: str, form: str) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
 from .network import is_address
+from .printable import check_printable
 from .types import AgentId, AgentStatus, Gpu, Percent, Port, RunnerSettings
 
 HEARTBEAT_SECONDS = 10.0
@@ -39,6 +40,8 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("machine_name", "ollama_version", "agent_version", "platform"):
+            check_printable(name, getattr(self, name))
         if not is_address(self.ip_address):
             raise ValueError(
                 f"ip_address {self.ip_address!r} is none; give an IP address or a host name, "
@@ -84,6 +87,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     instance_id: str | None = None
 
     def __post_init__(self) -> None:
+        check_printable("ollama_version", self.ollama_version)
         # A null counts as a list that was left out.
         for name, body in (("tags", self.tags), ("ps", self.ps)):
             if body is not UNSET and bytes(body) == b"null":

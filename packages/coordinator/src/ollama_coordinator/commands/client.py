@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.printable import all_printable, printable
 
 CONNECT_SECONDS = 5.0
 """How long a coordinator may take to accept; an answer may take any time."""
@@ -51,7 +52,7 @@ class Client:
         """
         async with self._answer(method, path, body) as response:
             text = await response.read()
-            return msgspec.json.decode(text) if text else None
+            return all_printable(msgspec.json.decode(text)) if text else None
 
     async def lines(self, path: str) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream of lines.
@@ -62,7 +63,7 @@ class Client:
         async with self._answer("GET", path) as response:
             try:
                 async for text in response.content:
-                    line: dict[str, Any] = msgspec.json.decode(text)
+                    line: dict[str, Any] = all_printable(msgspec.json.decode(text))
                     if "error" in line:
                         raise NoAnswer(line["error"])
                     yield line
@@ -122,7 +123,7 @@ def finished(work: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(work)
     except NoAnswer as exc:
-        typer.echo(f"Error: {exc}", err=True)
+        typer.echo(f"Error: {printable(str(exc))}", err=True)
         raise typer.Exit(1) from exc
     except KeyboardInterrupt as exc:
         raise typer.Exit(130) from exc

@@ -19,6 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ollama_coordinator_common.printable import all_printable
+
 from .client import CONNECT_SECONDS, DEFAULT, CoordinatorUrl, NoAnswer, finished
 from .tables import table
 
@@ -108,7 +110,7 @@ class Follower:
 
     def _take(self, fields: dict[bytes, bytes]) -> None:
         self._last_id = fields.get(b"id", self._last_id.encode()).decode()
-        data = msgspec.json.decode(fields.get(b"data", b"{}"))
+        data = all_printable(msgspec.json.decode(fields.get(b"data", b"{}")))
         if fields.get(b"event") == b"snapshot":
             self.state = data["state"]
         elif fields.get(b"event") == b"patch":

@@ -6,6 +6,7 @@ from datetime import datetime
 from msgspec import UNSET, Struct, structs
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.printable import printable
 from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -292,7 +293,7 @@ class Registry:
     def note_probe(self, agent: AgentState, version: str, passes: frozenset[str]) -> bool:
         """What an answered probe says of the Ollama; whether that is news."""
         known = agent.registration
-        version = version or known.ollama_version
+        version = printable(version) or known.ollama_version
         if (known.ollama_version, agent.passes) == (version, passes):
             return False
         agent.registration = structs.replace(known, ollama_version=version)

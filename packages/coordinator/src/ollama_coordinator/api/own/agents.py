@@ -21,6 +21,7 @@ from ollama_coordinator.registry import AgentSettings, AgentState, url_of
 from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator.upstream import Unreachable
 from ollama_coordinator_common.network import machine_of
+from ollama_coordinator_common.printable import check_printable
 from ollama_coordinator_common.protocol import (
     AgentView,
     LogReport,
@@ -46,6 +47,14 @@ class SettingsPatch(Struct, frozen=True):
     draining: bool | UnsetType = UNSET
     preference: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
     backup_seconds: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if isinstance(self.display_name, str):
+            check_printable("display_name", self.display_name)
+        if isinstance(self.labels, list):
+            check_printable("a label", *self.labels)
+        if isinstance(self.notes, str):
+            check_printable("notes", self.notes, lines=True)
 
 
 class ModelOnAgent(Struct, frozen=True):

@@ -24,12 +24,21 @@ function setProps(element, props) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "style") for (const [key, v] of Object.entries(value)) element.style.setProperty(key, v);
     else if (name === "value" || name === "checked") element[name] = value;
-    else element.setAttribute(name, value === true ? "" : String(value));
+    else element.setAttribute(name, value === true ? "" : plain(String(value)));
   }
 }
 
 function flat(children) {
-  return children.flat(3).filter((child) => child !== null && child !== undefined && child !== false);
+  const shown = children.flat(3).filter((child) => child !== null && child !== undefined && child !== false);
+  return shown.map((child) => (typeof child === "string" ? plain(child) : child));
+}
+
+// Control characters, and those that turn the direction of the text after them.
+const STEERING = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
+
+/** A text with an escape in place of each character that changes how others are shown. */
+export function plain(text) {
+  return text.replace(STEERING, (found) => (found === "\r" ? "" : `\\u${found.charCodeAt(0).toString(16).padStart(4, "0")}`));
 }
 
 /** An SVG element with attributes. */
@@ -78,14 +87,14 @@ export function icon(name) {
 
 /** Set an element's text if it differs. */
 export function setText(element, text) {
-  const value = text === null || text === undefined ? "" : String(text);
+  const value = text === null || text === undefined ? "" : plain(String(text));
   if (element.textContent !== value) element.textContent = value;
 }
 
 /** Set or remove an attribute if it differs. */
 export function setAttr(element, name, value) {
   if (value === null || value === undefined || value === false) element.removeAttribute(name);
-  else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, String(value));
+  else if (element.getAttribute(name) !== plain(String(value))) element.setAttribute(name, plain(String(value)));
 }
 
 /**

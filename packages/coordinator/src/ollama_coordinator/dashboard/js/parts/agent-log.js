@@ -1,7 +1,7 @@
 /** An agent's own log, asked for while it is open: the agent sends it with its next heartbeats. */
 
 import { get, path } from "../api.js";
-import { h, setText } from "../dom.js";
+import { h, plain, setText } from "../dom.js";
 import { fullTime, time } from "../format.js";
 
 const REFRESH_MS = 2500;
@@ -70,7 +70,7 @@ function logRow(line) {
 }
 
 function showServer(element, text) {
-  if (element.textContent === text) return;
+  if (element.textContent === plain(text)) return;
   const atEnd = element.scrollTop + element.clientHeight >= element.scrollHeight - 8;
   setText(element, text);
   if (atEnd) element.scrollTop = element.scrollHeight;
