@@ -55,9 +55,11 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
 async def test_what_an_agent_says_steers_no_terminal(coordinator: Running) -> None:
     async with StandIn() as ollama:
         agent_id = await coordinator.register(ollama, "first")
-        await coordinator.heartbeat(
-            agent_id, broken_models={"llama3.2:latest": "gone\x1b[2J\u202e"}
-        )
+        tags = {
+            "models": [{"name": "m:latest", "model": "m:latest", "size": 1, "digest": "a" * 64}]
+        }
+        broken = {"m:latest": "gone\x1b[2J\u202e"}
+        await coordinator.heartbeat(agent_id, tags=tags, broken_models=broken)
         follower = Follower(coordinator.url)
         async with aclosing(follower.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
             async for state in states:
