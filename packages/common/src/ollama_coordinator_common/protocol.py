@@ -18,6 +18,10 @@ HEARTBEAT_SECONDS = 10.0
 """How often our agent reports by itself; it also reports at once when its models change."""
 
 
+Word = Annotated[str, Meta(max_length=256)]
+"""A version or the name of a platform."""
+
+
 class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     """`POST /api/agents`: this machine offers its Ollama to the fleet.
 
@@ -30,12 +34,12 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
 
     machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
     ip_address: Annotated[str, Meta(min_length=1, max_length=253)]
-    ollama_version: str
+    ollama_version: Word
     ollama_port: Port
     machine_id: Annotated[str, Meta(max_length=128)] | None = None
     relay_port: Port | None = None
-    agent_version: str | None = None
-    platform: str | None = None
+    agent_version: Word | None = None
+    platform: Word | None = None
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
     previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
 
@@ -73,18 +77,18 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     memory_usage: Percent
     active_requests: Annotated[int, Meta(ge=0)]
     ollama_running: bool = True
-    ollama_version: str | None = None
+    ollama_version: Word | None = None
     memory_total_bytes: int | None = None
     disk_free_bytes: int | None = None
-    gpus: list[Gpu] = []
+    gpus: Annotated[list[Gpu], Meta(max_length=256)] = []
     runner: RunnerSettings | None = None
     tags: Raw | UnsetType = UNSET
     ps: Raw | UnsetType = UNSET
-    model_blobs: dict[str, str] = {}
+    model_blobs: Annotated[dict[str, str], Meta(max_length=4000)] = {}
     model_contents: dict[str, str] = {}
     broken_models: dict[str, str] = {}
     leaving: bool = False
-    instance_id: str | None = None
+    instance_id: Annotated[str, Meta(max_length=128)] | None = None
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)
@@ -113,7 +117,7 @@ class LogLine(Struct, frozen=True):
 
     number: int
     at: datetime
-    level: str
+    level: Annotated[str, Meta(max_length=32)]
     text: str
 
 
@@ -147,7 +151,7 @@ class AgentView(Struct, frozen=True):
     id: AgentId
     machine_name: str
     ip_address: str
-    ollama_version: str
+    ollama_version: Word
     ollama_port: int
     status: AgentStatus
     registered_at: datetime

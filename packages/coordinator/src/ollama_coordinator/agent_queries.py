@@ -19,7 +19,7 @@ from .clock import Clock
 from .monitor import Monitor
 from .registry import AgentState, Registry
 from .scheduler import HoldersUnavailable, ModelNotFound, NoAgentRegistered
-from .upstream import Unreachable, Upstreams
+from .upstream import SMALL_ANSWER_BYTES, Unreachable, Upstreams
 
 ANSWER_SECONDS = 30.0
 """Reading a large model's metadata from a slow disk takes seconds, and nothing else does."""
@@ -27,6 +27,10 @@ ANSWER_SECONDS = 30.0
 
 ANSWERS = (200, *range(400, 600))
 """Statuses that Ollama answers with; a redirect, as of a login page, is none of them."""
+
+
+LARGEST_ANSWER_BYTES = 64 * 1024 * 1024
+"""Of a verbose `/api/show`, with all tokens of a vocabulary: tens of megabytes."""
 
 
 class Answer(Struct, frozen=True):
@@ -96,6 +100,7 @@ class AgentQueries:
         body: bytes = b"",
         *,
         seconds: float = ANSWER_SECONDS,
+        limit: int = SMALL_ANSWER_BYTES,
     ) -> Answer:
         """One agent's answer.
 
@@ -103,7 +108,7 @@ class AgentQueries:
             Unreachable: it gave none within `seconds`, or one that Ollama does not give.
         """
         status, answer = await self._upstreams.fetch(
-            method, agent.url + path, seconds=seconds, body=body
+            method, agent.url + path, seconds=seconds, body=body, limit=limit
         )
         if status not in ANSWERS:
             raise Unreachable(f"answered {status} in place of an answer; is it an Ollama?")
@@ -121,7 +126,7 @@ class AgentQueries:
         reasons: list[str] = []
         for agent in agents:
             try:
-                answer = await self.ask(agent, method, path, body)
+                answer = await self.ask(agent, method, path, body, limit=LARGEST_ANSWER_BYTES)
             except Unreachable as exc:
                 reasons.append(f"agent {agent.name}: {exc}")
                 continue

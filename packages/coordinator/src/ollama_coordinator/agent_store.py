@@ -1,6 +1,7 @@
 """Agents in the database: written when they change, and restored into the registry."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 from msgspec import Struct
@@ -48,7 +49,8 @@ class AgentStore:
             )
             if row.tags:
                 disk = msgspec.json.decode(row.blobs, type=SavedDisk)
-                agent.inventory.read_tags(row.tags, disk.blobs, disk.contents, disk.broken)
+                with suppress(msgspec.DecodeError):  # more models than are read: it is asked anew
+                    agent.inventory.read_tags(row.tags, disk.blobs, disk.contents, disk.broken)
             self._registry.restore(agent, now)
 
     def keep(self, agent: AgentState) -> None:

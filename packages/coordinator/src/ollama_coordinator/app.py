@@ -19,7 +19,7 @@ from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
 from .aio import beside
-from .api.http.body_timeout import BodyTimeout
+from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
@@ -183,7 +183,8 @@ class _App(Starlette):
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
-        guarded = CircleGuard(BodyTimeout(app, parts.settings), parts.upstreams.instance_id)
+        timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()))
+        guarded = CircleGuard(timed, parts.upstreams.instance_id)
         return Cors(guarded, self.state.origins)
 
 

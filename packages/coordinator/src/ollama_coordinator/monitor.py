@@ -34,6 +34,9 @@ busy; that an Ollama lists slowly says nothing against it."""
 LISTS_WAITED_SECONDS = 1.0
 """How long a probe waits for the lists: an Ollama that comes back should have its models."""
 
+LIST_BYTES = 4 * 1024 * 1024
+"""Of a list of models: a row has some 400 bytes, and `MOST_MODELS` rows are read."""
+
 SILENCE_SECONDS = 5.0
 """An attempt without a byte for so long has its agent probed; silence alone is no failure."""
 
@@ -160,6 +163,10 @@ class Monitor:
             silent_seconds = round(now - agent.heard_at)
             log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
             self._dispatch.plan()
+        for agent in self._registry.forgettable(now):
+            log.warning("agent forgotten: it never answered", extra=_facts(agent, url=agent.url))
+            self._registry.remove(agent.id)
+            tasks.create_task(self._agent_store.forget(agent.id))
         self._models.look(tasks, now)
         silent = self._silent_agents(now)
         awaited = self._awaited_agents(now)
@@ -397,7 +404,7 @@ class Monitor:
         bodies = []
         for path in ("/api/tags", "/api/ps"):
             status, body = await self._upstreams.fetch(
-                "GET", agent.url + path, seconds=LISTS_SECONDS
+                "GET", agent.url + path, seconds=LISTS_SECONDS, limit=LIST_BYTES
             )
             if status != 200:
                 raise Unreachable(f"answers {path} with status {status}")

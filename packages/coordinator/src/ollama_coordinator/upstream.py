@@ -17,12 +17,15 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextvars import ContextVar
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
 import aiohttp
 from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http import RawResponseMessage
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.network import keep_alive
@@ -60,6 +63,12 @@ KEEPALIVE_IDLE_SECONDS = 10
 KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
 """TCP asks a silent machine after 10 s, and gives it up 15 s later: within half a minute."""
+
+SMALL_ANSWER_BYTES = 1024 * 1024
+"""Of a version, a setting, an error: Ollama sends some hundred."""
+
+MOST_INTERIM = 8
+"""1xx responses before one answer; Ollama sends at most the one that asks for a body."""
 
 UNACKNOWLEDGED_MILLISECONDS = 20_000
 """The same for a machine that does not acknowledge what it is sent."""
@@ -196,22 +205,24 @@ class Upstreams:
         seconds: float,
         body: bytes = b"",
         tries: int = LAG_TRIES,
+        limit: int = SMALL_ANSWER_BYTES,
     ) -> tuple[int, bytes]:
         """A small request with a time-out for all of it: status and body.
 
         It is sent again, `tries` times at most, if our own event loop lagged meanwhile.
 
         Raises:
-            Unreachable: no whole answer within `seconds`.
+            Unreachable: no whole answer within `seconds`, or one of more than `limit` bytes.
         """
         began = self._clock.now()
         try:
             async with asyncio.timeout(seconds), self.open(method, url, body=body) as response:
-                return response.status, b"".join([chunk async for chunk in chunks(response)])
+                return response.status, await whole(response, limit)
         except TimeoutError as exc:
             if tries and self._clock.has_lagged_since(began):
-                left = tries - 1
-                return await self.fetch(method, url, seconds=seconds, body=body, tries=left)
+                return await self.fetch(
+                    method, url, seconds=seconds, body=body, tries=tries - 1, limit=limit
+                )
             advice = "is its Ollama stuck, or a firewall in the way?"
             raise TimedOut(f"no answer within {seconds:g} s; {advice}") from exc
         except Cut as exc:
@@ -230,6 +241,41 @@ async def chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield chunk
     except (aiohttp.ClientError, OSError) as exc:
         raise Cut(_reason(exc)) from exc
+
+
+async def whole(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body, once it is complete.
+
+    Raises:
+        Cut: the connection ended before the body did, or the body has more than `limit` bytes.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in chunks(response):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise Cut(f"answers {response.url.path} with more than {limit} bytes")
+    return b"".join(parts)
+
+
+class _Answers(ResponseHandler):
+    """A connection's answers; one that never gets beyond 1xx ends it.
+
+    Aiohttp takes such a head for progress and reads on, without an end and without a limit.
+    """
+
+    _interim = 0
+
+    def feed_data(self, data: tuple[RawResponseMessage, Any], size: int = 0) -> None:
+        """Aiohttp calls this for each head."""
+        code = data[0].code
+        self._interim = self._interim + 1 if 100 <= code < 200 and code != 101 else 0
+        if self._interim <= MOST_INTERIM:
+            super().feed_data(data, size)
+        elif self.transport is not None:
+            self.set_exception(aiohttp.ClientError("sends one 1xx response after the other"))
+            self.transport.abort()
 
 
 class _Opened:
@@ -382,13 +428,16 @@ def _payload(body: bytes | bytearray, sending: _Sending) -> bytes | bytearray | 
 
 
 def _session(**connections: Any) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(
+        limit=0, socket_factory=_socket, ttl_dns_cache=DNS_SECONDS, **connections
+    )
+    make: Any = partial(_Answers, loop=asyncio.get_running_loop())
+    connector._factory = make
     return aiohttp.ClientSession(
         auto_decompress=False,
         # A cookie that an agent sets for one client is not for the next.
         cookie_jar=aiohttp.DummyCookieJar(),
-        connector=aiohttp.TCPConnector(
-            limit=0, socket_factory=_socket, ttl_dns_cache=DNS_SECONDS, **connections
-        ),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=READ_BUFFER_BYTES,

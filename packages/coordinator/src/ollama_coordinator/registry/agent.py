@@ -146,6 +146,12 @@ class AgentState:
         return endpoints(self.registration, self.host)
 
     @property
+    def has_answered(self) -> bool:
+        """Whether anything was ever heard from it but its registration."""
+        known = self.inventory
+        return self.report is not None or bool(known.tags) or known.sampled_at is not None
+
+    @property
     def ollama_running(self) -> bool:
         """Whether the agent reports that its Ollama answers; assumed if it reports nothing."""
         return self.report is None or self.report.ollama_running

@@ -16,6 +16,12 @@ from .agent_match import Identities
 from .inventory import EMPTY
 from .model_index import MOST_SHOWN, CloudModels, ModelIndex
 
+FORGET_SECONDS = 86_400.0
+"""A machine that is registered before it is set up is so by the next day."""
+
+MOST_UNANSWERED = 256
+"""Registrations of machines that are still to come; each is probed again and again."""
+
 
 class UnknownAgent(OllamaCoordinatorError):
     """No agent has this id; an agent that gets this answer registers again."""
@@ -312,6 +318,20 @@ class Registry:
         if is_back and agent.id in self._agents:
             self._come(agent.id)
             self.changes += 1
+
+    def forgettable(self, now: float) -> list[AgentState]:
+        """The registrations behind which nothing ever answered, and nothing will.
+
+        Those older than `FORGET_SECONDS`, and the oldest where there are more than
+        `MOST_UNANSWERED`.
+        """
+        silent = [agent for agent in self._agents.values() if not agent.has_answered]
+        silent.sort(key=lambda agent: agent.heard_at, reverse=True)
+        return [
+            agent
+            for place, agent in enumerate(silent)
+            if place >= MOST_UNANSWERED or now - agent.heard_at >= FORGET_SECONDS
+        ]
 
     def expire(self, now: float) -> list[AgentState]:
         """The agents that went offline since the last call."""

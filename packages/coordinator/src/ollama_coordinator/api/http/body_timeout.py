@@ -1,8 +1,10 @@
 """How long a request's body may take to come, and how a handler learns that its client left."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,19 +12,92 @@ from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
 from ollama_coordinator.settings import Settings
 
-from .errors import ClientLeft, HttpError
+from .errors import ClientLeft, HttpError, NoRoom
+
+LEAST_BYTES_A_SECOND = 1024
+"""Of a body as a whole, less than any modem sends."""
+
+GRACE_SECONDS = 60.0
+"""For so long a body may be slower, beside the time that its bytes have earned."""
+
+ROOM_SECONDS = 10.0
+"""How long a body waits for room: others are read within seconds, or answered."""
+
+SHARE = 4
+"""Bodies take at most one byte in so many of the machine's memory."""
+
+LEAST_ROOM_BYTES, MEMORY_BYTES = 64 * 1024 * 1024, 4 * 1024**3
+"""Room for bodies in any case, as the largest one by default needs; a machine's memory where the
+platform does not tell."""
+
+LENGTH_DIGITS = 20
+"""Of a Content-Length; Python refuses to convert thousands of them."""
+
+STREAMED = "/api/blobs/"
+"""Where a body goes to the disk as it comes."""
+
+
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says what a container may take: cgroups 2, and 1. `max` is no limit."""
+
+
+def memory_share(limits: Iterable[str] = CONTAINER_LIMITS) -> int:
+    """The bytes that request bodies may take."""
+    memory = MEMORY_BYTES
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in limits:
+        with suppress(OSError, ValueError):
+            memory = min(memory, int(Path(path).read_text("ascii")))
+    return max(memory // SHARE, LEAST_ROOM_BYTES)
+
+
+class BodyRoom:
+    """The memory that all request bodies take together, at most `limit` bytes.
+
+    A body that does not fit waits, and is not read from its socket meanwhile; the longest waiting
+    one is next. One that is larger than the limit is let in alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used = 0
+        self._next = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    async def take(self, size: int) -> None:
+        """Wait for room for so many bytes.
+
+        Raises:
+            NoRoom: there was none for `ROOM_SECONDS`.
+        """
+        try:
+            async with asyncio.timeout(ROOM_SECONDS), self._next:
+                while self.used and self.used + size > self._limit:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self.used += size
+        except TimeoutError as exc:
+            raise NoRoom from exc
+
+    def give_back(self, size: int) -> None:
+        """These bytes are free again."""
+        self.used -= size
+        self._freed.set()
 
 
 class BodyTimeout:
-    """Answers 408 where nothing comes of a body for the setting `body_timeout` (seconds; 0: ever).
+    """Answers 408 where nothing comes of a body for the setting `body_timeout` (seconds; 0: ever),
+    or less than `LEAST_BYTES_A_SECOND`, and 503 where there is no room for it.
 
     In HTTP/2, where one of many answers on a connection may stall, an answer of which the client
     takes nothing for `stall_timeout` seconds ends here; in HTTP/1 the server ends its connection.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, room: BodyRoom) -> None:
         self._app = app
         self._settings = settings
+        self._room = room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -30,26 +105,14 @@ class BodyTimeout:
         if scope["type"] != "http" or (exchange is not None and exchange.request.complete):
             await self._app(scope, receive, send)
             return
-        is_whole = False
-
-        async def timed() -> Message:
-            nonlocal is_whole
-            message = await (receive() if is_whole else self._part(receive))
-            is_whole = is_whole or not message.get("more_body", False)
-            return message
-
         if scope["http_version"] == "2":
             send = self._unstalled(send)
-        await self._app(scope, timed, send)
-
-    async def _part(self, receive: Receive) -> Message:
-        seconds = self._settings.config.body_timeout
+        room = None if scope["path"].startswith(STREAMED) else self._room
+        body = _Body(receive, self._settings, room, _announced(scope))
         try:
-            async with asyncio.timeout(seconds or None):
-                return await receive()
-        except TimeoutError as exc:
-            text = f"nothing came of the request's body for {seconds:g} s"
-            raise HttpError(408, text) from exc
+            await self._app(scope, body.receive, send)
+        finally:
+            body.free()
 
     def _unstalled(self, send: Send) -> Send:
         async def unstalled(message: Message) -> None:
@@ -62,6 +125,67 @@ class BodyTimeout:
                 raise ClientLeft(text) from exc
 
         return unstalled
+
+
+class _Body:
+    """The body of one request as it comes; `room` is `None` where nobody keeps it.
+
+    Room is taken for all that is announced, so that no two bodies wait for each other half-way.
+    """
+
+    def __init__(
+        self, receive: Receive, settings: Settings, room: BodyRoom | None, announced: int
+    ) -> None:
+        self._receive = receive
+        self._settings = settings
+        self._room = room
+        self._announced = announced
+        self._taken = 0
+        self._size = 0
+        self._waited = 0.0
+        self._is_whole = False
+
+    async def receive(self) -> Message:
+        """The next part, once there is room for it.
+
+        Raises:
+            HttpError: 408, it comes too slowly.
+            NoRoom: there is no room for it.
+        """
+        if self._is_whole:
+            return await self._receive()
+        message = await self._part()
+        self._is_whole = not message.get("more_body", False)
+        self._size += len(message.get("body", b""))
+        if self._room is not None and self._size > self._taken:
+            wanted = min(self._announced, self._settings.config.max_body_bytes)
+            more = max(wanted, self._size) - self._taken
+            await self._room.take(more)
+            self._taken += more
+        return message
+
+    async def _part(self) -> Message:
+        seconds = self._settings.config.body_timeout
+        if not seconds:
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        left = GRACE_SECONDS + self._size / LEAST_BYTES_A_SECOND - self._waited
+        try:
+            async with asyncio.timeout(min(seconds, left)):
+                return await self._receive()
+        except TimeoutError as exc:
+            text = f"nothing came of the request's body for {seconds:g} s"
+            if left < seconds:
+                text = f"the request's body comes at under {LEAST_BYTES_A_SECOND} bytes a second"
+            raise HttpError(408, text) from exc
+        finally:
+            self._waited += loop.time() - began
+
+    def free(self) -> None:
+        """The request is over."""
+        if self._room is not None:
+            self._room.give_back(self._taken)
 
 
 @asynccontextmanager
@@ -94,6 +218,12 @@ async def until_disconnect(scope: Scope, receive: Receive) -> AsyncIterator[None
             exchange.on_disconnect(None)
         if watcher is not None:
             watcher.cancel()
+
+
+def _announced(scope: Scope) -> int:
+    """The bytes that a body's head says it has; 0 where it does not say."""
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    return int(length) if length.isdigit() and len(length) <= LENGTH_DIGITS else 0
 
 
 def _exchange(scope: Scope) -> Exchange | None:

@@ -104,8 +104,13 @@ _ANTHROPIC_TYPES = {
 }
 
 
+LONGEST_MESSAGE = 4000
+"""Characters; longer is only what echoes a client's own text, such as a model's name."""
+
+
 def error_body(dialect: Dialect, status: int, message: str) -> bytes:
     """The one-line JSON body of an error answer."""
+    message = message[:LONGEST_MESSAGE]
     if dialect is Dialect.NATIVE:
         return msgspec.json.encode({"error": message})
     if dialect is Dialect.OPENAI:

@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OWN_BODY_LIMIT = 16 * 1024 * 1024
-"""Bytes; a heartbeat with a thousand models has half a megabyte."""
+"""Bytes of a body of Ollama's that is not inference; `create` may have a long licence."""
+
+DECODED_BYTES, DECODED_COMMAS = 1024 * 1024, 10_000
+"""Of a body of our own API: decoding as much takes 20 ms at worst."""
 
 JSON = "application/json; charset=utf-8"
 
@@ -101,6 +104,17 @@ class NamesNoModel(UnreadableBody, NoSuchModel):
     """The same on the routes that check the name while they read the body."""
 
 
+class NoRoom(HttpError):
+    """So many requests have large bodies that one more has to wait for the end of another."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "too many requests with large bodies; please try again")
+
+
+RETRY_SECONDS = 5
+"""After `NoRoom`: some of the requests that are in the way will have ended."""
+
+
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
     if isinstance(error, HttpError | Refused | UploadError):
@@ -110,36 +124,42 @@ def status_of(error: OllamaCoordinatorError) -> int:
 
 def headers_of(error: OllamaCoordinatorError) -> dict[str, str]:
     """The headers that belong to an error."""
+    if isinstance(error, NoRoom):
+        return {"retry-after": str(RETRY_SECONDS)}
     if isinstance(error, QueueFull):
         return {"retry-after": str(max(1, round(error.retry_after_seconds)))}
     return {}
 
 
-async def own_body(request: Request) -> bytes:
+async def own_body(request: Request, limit: int = OWN_BODY_LIMIT) -> bytes:
     """The whole body of a request that is not inference.
 
     Raises:
-        HttpError: 413 beyond `OWN_BODY_LIMIT`.
+        HttpError: 413 beyond `limit` bytes.
         ClientLeft: the client closed the connection before its end.
     """
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > OWN_BODY_LIMIT:
-                raise HttpError(413, f"request body too large: the limit is {OWN_BODY_LIMIT} bytes")
+            if len(body) > limit:
+                raise HttpError(413, f"request body too large: the limit is {limit} bytes")
     except ClientDisconnect as exc:
         raise ClientLeft from exc
     return bytes(body)
 
 
-async def decode(kind: type[T], request: Request) -> T:
+async def decode(
+    kind: type[T], request: Request, *, limit: int = DECODED_BYTES, commas: int = DECODED_COMMAS
+) -> T:
     """The body of a request to our own API as a value of this type.
 
     Raises:
-        HttpError: 400 with the field and its fault; 413 beyond `OWN_BODY_LIMIT`.
+        HttpError: 400 with the field and its fault; 413 beyond `limit` bytes or so many `commas`.
     """
-    body = await own_body(request)
+    body = await own_body(request, limit)
+    if body.count(b",") > commas:
+        raise HttpError(413, f"request body has too many values: the limit is {commas} commas")
     if not body.strip():
         raise HttpError(400, "missing request body")
     try:

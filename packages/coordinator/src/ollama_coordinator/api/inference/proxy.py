@@ -99,7 +99,9 @@ class Proxy:
             async with self._turn:
                 return await audio.read_form(content_type, body)
         if b"content-encoding" in headers:
-            body = await plain_body(self._route, headers, body)
+            async with self._turn:  # one decompressed body at a time
+                plain = await plain_body(self._route, headers, body)
+                return await read_any(self._route, plain, asyncio.Lock())
         return await read_any(self._route, body, self._turn)
 
     async def _ask_ollama(

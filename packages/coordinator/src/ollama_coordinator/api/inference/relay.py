@@ -27,6 +27,7 @@ from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Outcome, Request, Result
 from ollama_coordinator.upstream import (
+    SMALL_ANSWER_BYTES,
     AgentLost,
     ConnectionLost,
     Cut,
@@ -35,6 +36,7 @@ from ollama_coordinator.upstream import (
     RequestCancelled,
     UpstreamError,
     chunks,
+    whole,
 )
 from ollama_coordinator_common.names import ModelName
 
@@ -102,7 +104,7 @@ class Relay:
         head = to_client(response.raw_headers)
         head += served_by(self._held.agent.name, self._call.request.id)
         if response.status in ERRORS:
-            body = b"".join([chunk async for chunk in chunks(response)])
+            body = await whole(response, SMALL_ANSWER_BYTES)
             return await self._refused(response.status, head, body)
         if response.status != 200:
             return self._useless(f"answered {response.status} in place of an answer")

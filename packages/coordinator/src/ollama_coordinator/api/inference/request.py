@@ -21,6 +21,7 @@ import zstandard
 from msgspec import Raw, Struct
 from starlette.types import Message, Receive, Scope
 
+from ollama_coordinator.api.http.body_timeout import LENGTH_DIGITS
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import (
     ClientLeft,
@@ -49,10 +50,6 @@ TOKENS_PER_IMAGE = 768
 
 INLINE_IMAGE_BYTES = 20_000
 """A message longer than this with a data URL in it is taken for an image, not for text."""
-
-
-LENGTH_DIGITS = 20
-"""Of a Content-Length; Python refuses to convert thousands of them."""
 
 
 async def read_body(receive: Receive, limit: int, headers: Mapping[bytes, bytes]) -> Body:

@@ -38,15 +38,18 @@ LOOKUP_SECONDS = 1.0
 """How long a host name may take to look up: an agent waits 5 s for its registration."""
 
 
+Label = Annotated[str, Meta(max_length=100)]
+
+
 class SettingsPatch(Struct, frozen=True):
     """`PATCH /api/agents/{id}`: the settings to change; the others stay."""
 
-    display_name: str | UnsetType | None = UNSET
-    labels: list[str] | UnsetType = UNSET
-    notes: str | UnsetType = UNSET
+    display_name: Annotated[str, Meta(max_length=100)] | UnsetType | None = UNSET
+    labels: Annotated[list[Label], Meta(max_length=50)] | UnsetType = UNSET
+    notes: Annotated[str, Meta(max_length=10_000)] | UnsetType = UNSET
     draining: bool | UnsetType = UNSET
-    preference: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
-    backup_seconds: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
+    preference: Annotated[float, Meta(gt=0, le=1000)] | UnsetType = UNSET
+    backup_seconds: Annotated[float, Meta(ge=0, le=86_400)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if isinstance(self.display_name, str):
@@ -181,7 +184,7 @@ class AgentsApi:
         settings: AgentSettings = structs.replace(agent.settings, **changes)
         self._registry.update_settings(agent.id, settings)
         await self._agent_store.keep_now(agent)
-        log_event("agent settings changed", agent, **changes)
+        log_event("agent settings changed", agent, changed=sorted(changes))
         self._dispatch.plan()
         return reply(self._view(agent))
 

@@ -10,9 +10,13 @@ from ollama_coordinator.api.http.openapi import Media, operation
 from ollama_coordinator.attention import OpenConcern
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.metrics import CONTENT_TYPE, Metrics
+from ollama_coordinator.monitor import LIST_BYTES
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
+
+REPORT_COMMAS = 30_000
+"""Of a heartbeat: some twelve for each of `MOST_MODELS` models, and one for its weights."""
 
 
 class HealthView(Struct, frozen=True):
@@ -51,13 +55,14 @@ class HealthApi:
     @operation(takes=HealthReport, gives={200: HealthReply}, errors=(404,))
     async def heartbeat(self, request: Request) -> Response:
         """A heartbeat of an agent; one that is not known gets 404, and registers again."""
-        report = await decode(HealthReport, request)
+        report = await decode(HealthReport, request, limit=LIST_BYTES, commas=REPORT_COMMAS)
         before = self._registry.get(report.agent_id)
         was_running, tags = before.ollama_running, before.inventory.tags
         now = self._clock.now()
         try:
             agent = self._registry.heartbeat(report, now)
         except msgspec.DecodeError as exc:
+            self._dispatch.take_out(before, f"reports models that cannot be read: {exc}")
             raise HttpError(400, f"tags or ps is not what Ollama lists: {exc}") from exc
         if agent.left:
             log_event("agent says goodbye", agent)
