@@ -201,3 +201,33 @@ async def test_the_weights_of_each_model_are_reported(
     async with running(config, {"OLLAMA_MODELS": str(tmp_path / "models")}):
         report = await coordinator.next_report(lambda report: bool(report.model_blobs))
     assert report.model_blobs == {"m:latest": weights}
+
+
+@pytest.mark.spec("AGENT-61")
+async def test_a_runner_that_a_killed_ollama_left_is_reported(
+    coordinator: Coordinator, program: OllamaProgram, config: AgentConfig, tmp_path: Path
+) -> None:
+    """An `ollama runner` whose parent has ended, which the agent has not started."""
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / "ollama"
+    other.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
+    other.chmod(0o755)
+    shell = await asyncio.create_subprocess_exec(
+        "sh",
+        "-c",
+        f"'{other}' runner --port 1 >/dev/null & echo $!",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await shell.communicate()
+    pid = int(said)
+    try:
+        async with running(config):
+            await coordinator.next_report(
+                lambda report: bool(report.left_behind and str(pid) in report.left_behind)
+            )
+            assert "that still hold" in str(coordinator.reports[-1].left_behind)
+            os.kill(pid, signal.SIGKILL)
+            await coordinator.next_report(lambda report: str(pid) not in (report.left_behind or ""))
+    finally:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)

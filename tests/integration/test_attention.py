@@ -12,6 +12,7 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from ollama_coordinator.attention import concerns, watch
+from ollama_coordinator.commands.tables import agents_table
 from ollama_coordinator.main import app
 from support.coordinator import Running
 from support.ollama import StandIn
@@ -106,11 +107,15 @@ async def test_what_its_machine_lacks(coordinator: Running) -> None:
             tags={"models": [{"name": "llama3.2:latest", "digest": "1" * 64, "size": 1}]},
             ps={"models": []},
             broken_models={"llama3.2:latest": "a file is missing"},
+            left_behind="a killed Ollama left a model runner: end process 7",
         )
         found = open_now(coordinator)
         assert found["gpu"].text.startswith("1 of its 2 GPUs cannot be seen")
         assert found["disk"].text.startswith("Its disk has 3.0 GB left.")
         assert "a file is missing" in found["broken"].text
+        assert found["left"].text == "a killed Ollama left a model runner: end process 7."
+        (row,) = [row for row in await coordinator.get("/api/agents") if row["id"] == first]
+        assert "left a model runner" in str(agents_table([row]).columns[1]._cells[0])
         assert found["version"].text == "Its Ollama is 0.5.7, others have 0.24.0."
         assert found["version"].severity is concerns.Severity.NOTE
 

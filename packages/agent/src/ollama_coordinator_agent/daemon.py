@@ -237,6 +237,7 @@ class Daemon:
             model_blobs=facts.disk.blobs,
             model_contents=facts.disk.contents,
             broken_models=facts.disk.broken,
+            left_behind=facts.left_behind,
             leaving=leaving,
             instance_id=self._instance_id,
             **{name: Raw(known.body) for name, known in lists.items() if known},

@@ -36,6 +36,8 @@ LARGEST_BYTES = 10 * 1024 * 1024
 OLDER_FILES = 2
 """`.log.1`, `.log.2`: the output of earlier starts, or earlier output of this one."""
 
+GIBIBYTE = 2**30
+
 PIECE_BYTES = 1024 * 1024
 """What is copied at once: the agent runs on machines with little memory to spare."""
 
@@ -133,6 +135,43 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
                 process.kill()
         except psutil.Error:
             continue
+
+
+def orphaned_runners() -> dict[int, int]:
+    """Model runners without an Ollama: their process ids, and the main memory of each in bytes.
+
+    They are processes of their own, which outlive an Ollama that is killed (`kill -9`).
+    """
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if _is_ollama(process) and _is_runner(process) and not _is_ollama(process.parent()):
+                found[process.pid] = process.memory_info().rss
+        except psutil.Error:
+            continue  # it has ended, or is not ours to see
+    return found
+
+
+def _is_ollama(process: psutil.Process | None) -> bool:
+    return process is not None and "ollama" in process.name().lower()
+
+
+def _is_runner(process: psutil.Process) -> bool:
+    """Whether it is `ollama runner`; before 0.5.8 runners were a program of their own."""
+    return "runner" in process.cmdline()[1:3] or process.name().startswith("ollama_llama")
+
+
+def left_behind(runners: Mapping[int, int]) -> str:
+    """The sentence on such runners for the operator."""
+    what = (
+        "a model runner that still holds" if len(runners) == 1 else "model runners that still hold"
+    )
+    pids = ", ".join(map(str, sorted(runners)))
+    size = sum(runners.values()) / GIBIBYTE
+    return (
+        f"a killed Ollama left {what} memory ({size:.1f} GiB, and what is on a GPU): end process"
+        f" {pids}"
+    )
 
 
 class ServeCommand(Struct, frozen=True):

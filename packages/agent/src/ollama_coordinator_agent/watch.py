@@ -23,6 +23,7 @@ from .ollama import (
     runner_settings,
 )
 from .pacing import AgentPace, forever
+from .process import left_behind, orphaned_runners
 from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Facts(Struct, frozen=True):
     ps: ModelList | None = None
     disk: OnDisk = OnDisk()
     runner: RunnerSettings | None = None
+    left_behind: str | None = None
 
     @property
     def is_running(self) -> bool:
@@ -54,6 +56,7 @@ class Facts(Struct, frozen=True):
             self.tags and self.tags.models,
             self.ps and self.ps.models,
             self.disk,
+            self.left_behind,
             self.runner,
         )
 
@@ -82,6 +85,7 @@ class Watch:
         self._pace = pace
         self._answered_at: float | None = None
         self._answering = asyncio.Event()
+        self._orphans: frozenset[int] = frozenset()
         self._folders: tuple[list[Path], bool] = ([], False)
 
     async def run(self) -> None:
@@ -93,6 +97,7 @@ class Watch:
                 tasks.create_task(forever(self._watch_memory))
                 tasks.create_task(forever(self._watch_disk))
                 tasks.create_task(forever(self._watch_output))
+                tasks.create_task(forever(self._watch_runners))
         finally:
             await self._supervisor.stop()
 
@@ -102,6 +107,17 @@ class Watch:
 
     async def _watch_output(self) -> float:
         await asyncio.to_thread(self._supervisor.trim_log)
+        return self._pace.output
+
+    async def _watch_runners(self) -> float:
+        """Look for runners that a killed Ollama left; one that is ending is not there twice."""
+        found = await asyncio.to_thread(orphaned_runners)
+        stayed = {pid: held for pid, held in found.items() if pid in self._orphans}
+        self._orphans = frozenset(found)
+        text = left_behind(stayed) if stayed else None
+        if text is not None and self.facts.left_behind is None:
+            log.warning(text)
+        self._update(left_behind=text)
         return self._pace.output
 
     async def _watch_presence(self) -> float:

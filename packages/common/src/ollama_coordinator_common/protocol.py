@@ -67,7 +67,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     without them the coordinator asks that Ollama itself. `model_blobs` maps a model's name to the
     digest of its weights (`sha256:…`), which is the same in every version of Ollama,
     `model_contents` to one of all its layers, and `broken_models` to what its files lack: such a
-    model is listed and cannot run.
+    model is listed and cannot run. `left_behind` is a sentence on model runners of an Ollama that
+    was killed: they still hold memory.
     `ollama_running` false: the agent runs, its Ollama does not answer. `leaving`: the agent stops,
     and this is its last report. `instance_id` is that of the registration.
     """
@@ -87,6 +88,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     model_blobs: Annotated[dict[str, str], Meta(max_length=4000)] = {}
     model_contents: dict[str, str] = {}
     broken_models: dict[str, str] = {}
+    left_behind: str | None = None
     leaving: bool = False
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
 
@@ -176,5 +178,6 @@ class AgentView(Struct, frozen=True):
     runner: RunnerSettings | None = None
     models: list[str] = []
     broken_models: dict[str, str] = {}
+    left_behind: str | None = None
     loaded_models: list[str] = []
     operations: list[AgentOperation] = []

@@ -117,6 +117,8 @@ class Concerns:
         report = agent.report
         if report is None:
             return
+        if report.left_behind is not None:
+            yield _of(agent, "left", f"{report.left_behind}.")
         free = report.disk_free_bytes
         if free is not None and free < LOW_DISK_BYTES:
             text = f"Its disk has {free / GIGABYTE:.1f} GB left. Remove a model, or make room."

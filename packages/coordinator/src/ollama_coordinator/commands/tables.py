@@ -75,6 +75,8 @@ def _status(agent: Mapping[str, Any]) -> Text:
     if status != "offline" and agent["avoided_models"]:
         avoided = "; ".join(f"{name}: {why}" for name, why in agent["avoided_models"].items())
         return Text(f"{status}; others are asked first for {avoided}", "yellow")
+    if status != "offline" and agent.get("left_behind"):
+        return Text(f"{status}; {agent['left_behind']}", "yellow")
     return Text(status, STATUS_COLOURS[status])
 
 

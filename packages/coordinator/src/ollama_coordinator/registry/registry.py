@@ -293,6 +293,7 @@ class Registry:
             },
             models=sorted(row.model.name for row in inventory.available.values()),
             broken_models=dict(inventory.broken),
+            left_behind=report.left_behind if report else None,
             loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
         )
 

@@ -53,7 +53,7 @@ export function whyText(agent) {
   if (agent.state === "resting") return agent.out_of_rotation;
   const broken = Object.entries(agent.broken_models ?? {}).map(([name, fault]) => `${name} is not offered: ${fault}`);
   const avoided = Object.entries(agent.avoided_models ?? {}).map(([name, reason]) => `Others are asked first for ${name}: ${reason}`);
-  return agent.conflict || [...broken, ...avoided].join("; ");
+  return agent.conflict || [agent.left_behind, ...broken, ...avoided].filter(Boolean).join("; ");
 }
 
 /** Version, address or relay, and the agent's own version. */
