@@ -293,6 +293,30 @@ async def test_machines_that_failed_before_are_no_evidence_against_a_request() -
         assert (await coordinator.chat())[0] == 200
 
 
+@pytest.mark.spec("PROXY-45")
+@pytest.mark.parametrize("policy", ["predicted", "least-connections"])
+async def test_a_full_queue_refuses_no_request_that_an_agent_failed(policy: str) -> None:
+    async with (
+        running(max_queue=1, policy=policy) as coordinator,
+        StandIn(slots=1) as one,
+        StandIn(slots=1) as two,
+    ):
+        chats = []
+        for node in (one, two):
+            node.hold()
+            agent_id = await coordinator.register(node)
+            await coordinator.heartbeat(agent_id, runner={"num_parallel": 1})
+            chats.append(asyncio.create_task(coordinator.chat()))
+            await node.seen.wait_for(lambda seen: seen.active == 1)
+        chats.append(asyncio.create_task(coordinator.chat()))
+        await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 1)
+        assert (await coordinator.chat())[0] == 503
+        await one.kill()
+        await coordinator.until(lambda: coordinator.parts.scheduler.waiting_count() == 2)
+        two.release()
+        assert [status for status, _ in await asyncio.gather(*chats)] == [200] * 3
+
+
 @pytest.mark.spec("PROXY-28")
 async def test_copies_of_a_request_on_one_machine_are_one_death() -> None:
     async with running() as coordinator, StandIn(slots=4) as one, StandIn(slots=4) as two:

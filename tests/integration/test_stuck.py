@@ -96,6 +96,28 @@ async def test_clients_that_wait_are_served_elsewhere(stream: bool) -> None:
         await coordinator.until(lambda: not agent.model_cooldowns)
 
 
+@pytest.mark.spec("FLEET-50")
+async def test_late_requests_in_every_slot_are_as_good_as_a_probe_without_a_token() -> None:
+    async with running() as coordinator, fleet(coordinator) as (first, spare, agent):
+        await coordinator.heartbeat(agent.id, runner={"num_parallel": 2})
+        spare_agent = next(one for one in coordinator.parts.registry if one is not agent)
+        coordinator.parts.registry.update_settings(
+            spare_agent.id, structs.replace(spare_agent.settings, draining=True)
+        )
+        first.faults.hang(paths=CHAT)
+        before = first.seen.count("/api/chat")
+        asked = [asyncio.create_task(coordinator.chat()) for _ in range(4)]
+        await coordinator.until(lambda: first.seen.count("/api/chat") == before + 2)
+        coordinator.parts.registry.update_settings(
+            spare_agent.id, structs.replace(spare_agent.settings, draining=False)
+        )
+        answers = await asyncio.gather(*asked)
+        assert [status for status, _ in answers] == [200] * 4
+        assert spare.seen.count("/api/chat") >= 4
+        first.faults.clear()
+        await coordinator.until(lambda: not agent.model_cooldowns)
+
+
 async def streamed(coordinator: Running) -> tuple[int, bytes]:
     async with coordinator.stream() as response:
         return response.status, await response.read()

@@ -128,8 +128,10 @@ class ModelProbes:
                     waiting.reschedule(None)
                     await self._ask(held, row)
         except (TimeoutError, SchedulerError):
-            # Every slot is taken by requests of ours: they may be slow only.
-            self._again(agent, key)
+            if self._all_late(agent, key):
+                self._hangs(agent, key)
+            else:  # every slot is taken by requests of ours, which may be slow only
+                self._again(agent, key)
         except Unreachable as exc:
             self._dispatch.take_out(agent, str(exc))
         finally:
@@ -191,10 +193,22 @@ class ModelProbes:
         else:
             held.outcome = Outcome(Result.MODEL_FAILED, f"answered {response.status} to a probe")
 
+    def _all_late(self, agent: AgentState, key: str) -> bool:
+        """Whether all that this model has in flight there is late."""
+        there = [
+            held
+            for held in self._dispatch.held()
+            if held.agent is agent and held.lease.request.model == key
+        ]
+        return bool(there) and all(held.late and held.began_at is None for held in there)
+
     # ── what hangs ────────────────────────────────────────────────────────────────────────────
 
     def _hangs(self, agent: AgentState, key: str) -> None:
-        """No token came although the probe had a slot; one that others use is no proof."""
+        """No token came although the probe had a slot, or requests as late as any have them all.
+
+        A slot that others use is no proof.
+        """
         report = agent.report
         if report is not None and report.active_requests > self._dispatch.scheduler.in_flight(
             agent.id

@@ -88,7 +88,7 @@ class CountingScheduler(Scheduler):
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
         can_start = any(self._has_slot(agent, request) for agent in found.agents)
-        if len(self._waiting) >= self.max_queue and not can_start:
+        if len(self._waiting) >= self.max_queue and not (request.admitted or can_start):
             raise QueueFull(RETRY_AFTER_SECONDS)
         self._waiting[request.id] = request
 

@@ -88,7 +88,8 @@ class PredictedScheduler(Scheduler):
             found = eligible(self._registry, request, now)
             if not found.agents and not found.recovering:
                 raise unavailable(self._registry, request, found, now)
-        if len(self._serving.entries) >= self.max_queue and not _can_start(queue):
+        is_full = len(self._serving.entries) >= self.max_queue
+        if is_full and not (request.admitted or _can_start(queue)):
             raise self._serving.full(now)
         queue.demand.count(now)
         self._serving.add(self._queues.entry(request, queue))

@@ -56,7 +56,7 @@ class Scheduler(Protocol):
             ModelNotFound: no agent has the model.
             NoAgentRegistered: there are no agents at all.
             HoldersUnavailable: the agents that have it, less the excluded, are offline or draining.
-            QueueFull: `max_queue` requests wait already.
+            QueueFull: `max_queue` requests wait already, and this one had no lease before.
         """
 
     def withdraw(self, request_id: RequestId, now: float) -> None:

@@ -79,8 +79,9 @@ class Request(Struct, frozen=True, kw_only=True):
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
     `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
     which a stream is read along. `larger`: a runner with a larger context than `options` ask for
-    may serve it. After `deadline` the client no longer wants to wait for a lease. `excluded` are
-    agents that were tried already, or cannot serve it: `unfit` says why.
+    may serve it. `admitted`: it had a lease before, so that a full queue does not refuse it. After
+    `deadline` the client no longer wants to wait for a lease. `excluded` are agents that were tried
+    already, or cannot serve it: `unfit` says why.
     """
 
     id: RequestId
@@ -98,6 +99,7 @@ class Request(Struct, frozen=True, kw_only=True):
     options: RunnerOptions = NO_OPTIONS
     larger: bool = False
     load_only: bool = False
+    admitted: bool = False
     deadline: float | None = None
     excluded: frozenset[AgentId] = frozenset()
     unfit: Mapping[AgentId, str] = {}

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from secrets import token_hex
 
+from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.agent_queries import CloudDisabled
@@ -185,6 +186,7 @@ class Proxy:
                 return
             has_worked = failure.was_sent or held.agent in [one.agent for one in failures]
             failures.append(failure)
+            request = structs.replace(request, admitted=True)
             if has_worked:  # else it waits for the agent to come back, as those behind it do
                 request = request.without([held.agent.id])
         self._pardon(request, failures, is_poison=stopped)
