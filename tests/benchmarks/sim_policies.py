@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.simulator.page import classed
 from benchmarks.simulator.report import LOADS, all_runs, render
 from benchmarks.simulator.runs import simulate
 
@@ -32,7 +33,7 @@ def main() -> None:
     started = time.monotonic()
     with ProcessPoolExecutor(options.processes) as pool:
         results = dict(zip(runs, pool.map(simulate, runs), strict=True))
-    page = render(results, COMMAND)
+        page = render(results, list(pool.map(classed, seeds)), COMMAND)
     if options.write:
         options.write.write_text(page, encoding="utf-8")
     else:

@@ -121,3 +121,54 @@ async def test_a_pace_that_is_no_number_is_refused(
     status, text = await ask(coordinator, pace=pace)
     assert status == 400
     assert "tokens a second" in text
+
+
+def summary(number: int) -> dict[str, object]:
+    return {"model": "llama3.2", "prompt": f"Summarise this text: {number}", "stream": False}
+
+
+@pytest.mark.spec("SCHED-100")
+@pytest.mark.spec("SCHED-101")
+async def test_a_script_goes_to_the_batch_lane_and_why_says_so(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async def send(number: int, **headers: str) -> None:
+        url = f"{coordinator.url}/api/generate"
+        async with coordinator.session.post(url, json=summary(number), headers=headers) as answer:
+            assert answer.status == 200
+
+    async def lanes() -> list[str]:
+        rows = (await coordinator.get("/api/history?limit=100"))["requests"]
+        return sorted(row["lane"] for row in rows)
+
+    # All at once: however slow the machine is, each follows within a second of the one before.
+    await asyncio.gather(*(send(number) for number in range(20)))
+    assert await lanes() == ["batch"] * 11 + ["interactive"] * 9
+    rows = (await coordinator.get("/api/history?limit=100"))["requests"]
+    row = next(one for one in rows if one["lane"] == "batch")
+    why = await coordinator.get(f"/api/requests/{row['id']}")
+    assert "ten requests" in why["attempts"][0]["decision"]["lane_reason"]
+    await asyncio.gather(
+        *(send(number, **{"X-Ollama-Coordinator-Lane": "interactive"}) for number in range(12))
+    )
+    assert await lanes() == ["batch"] * 11 + ["interactive"] * 21
+
+
+@pytest.mark.spec("SCHED-101")
+async def test_a_page_of_several_people_is_not_taken_for_a_batch(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    for person in ("one", "two"):
+        said = [{"role": "user", "content": person}, {"role": "assistant", "content": "yes"}]
+        status, _ = await coordinator.chat(messages=[*said, {"role": "user", "content": "and?"}])
+        assert status == 200
+
+    async def title(number: int) -> None:
+        async with coordinator.session.post(
+            f"{coordinator.url}/api/generate", json=summary(number)
+        ) as answer:
+            assert answer.status == 200
+
+    await asyncio.gather(*(title(number) for number in range(20)))
+    rows = (await coordinator.get("/api/history?limit=100"))["requests"]
+    assert {row["lane"] for row in rows} == {"interactive"}

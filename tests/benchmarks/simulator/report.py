@@ -6,6 +6,7 @@ from benchmarks.intervals import cell, paired
 from ollama_coordinator.scheduler import POLICIES
 from ollama_coordinator.simulation import Summary
 
+from .page import PAGE, PEOPLE, SCRIPT, Classed
 from .runs import HOME, MIXED, ORACLE, WITHOUT_SLOWEST, WORKLOADS, Run
 
 COMPARED = (POLICIES[0], ORACLE, *POLICIES[1:])
@@ -66,8 +67,8 @@ def all_runs(seeds: Sequence[int], loads: Sequence[float], seconds: float) -> li
     return sorted(set(runs), key=lambda run: -run.load)
 
 
-def render(results: Results, command: str) -> str:
-    """The page."""
+def render(results: Results, classed: Sequence[dict[str, Classed]], command: str) -> str:
+    """The page; `classed` is who was taken for a batch, seed by seed."""
     runs = list(results)
     seeds = sorted({run.seed for run in runs})
     parts = [_introduction(seeds, runs[0].seconds, runs[0].warm_up, command)]
@@ -80,7 +81,19 @@ def render(results: Results, command: str) -> str:
     parts.append(f"\n## When things are wrong, at load {SCENARIO_LOAD:.0%}\n")
     parts.append(_table(_by_scenario(results)))
     parts.append(f"\n## What the slowest machine is good for\n\n{_slowest(results)}")
+    parts.append(f"\n## Batches by what they do\n\n{_classed(classed)}")
     return "\n".join(parts) + "\n"
+
+
+def _classed(seeds: Sequence[dict[str, Classed]]) -> str:
+    """How many requests of each address were taken for a batch, over all seeds."""
+    names = {PAGE: f"a chat page of {PEOPLE} people, titles and tags included", SCRIPT: "a script"}
+    rows = ["Nobody marks the batch lane. One address each, on the home fleet.\n"]
+    rows += ["| address | requests | in the batch lane |", "|---|---:|---:|"]
+    for name, title in names.items():
+        requests = sum(one[name].requests for one in seeds)
+        rows.append(f"| {title} | {requests} | {sum(one[name].batch for one in seeds)} |")
+    return "\n".join(rows)
 
 
 def _paired(results: Results, load: float, workload: str) -> str:

@@ -1,5 +1,6 @@
 """Every route of the coordinator, in one list."""
 
+from ollama_coordinator.batches import Batches
 from ollama_coordinator.parts import Parts
 
 from .http.dialects import INFERENCE_ROUTES
@@ -31,7 +32,10 @@ def endpoints(parts: Parts) -> list[Endpoint]:
 def _of_ollama(parts: Parts) -> list[Endpoint]:
     context_fit, lists, show = ContextFit(parts), ListsApi(parts), ShowApi(parts)
     transfer, cloud, poison = TransferApi(parts), CloudApi(parts), Poison()
-    proxies = [(one.path, Proxy(parts, one, context_fit, poison)) for one in INFERENCE_ROUTES]
+    batches = Batches()
+    proxies = [
+        (one.path, Proxy(parts, one, context_fit, poison, batches)) for one in INFERENCE_ROUTES
+    ]
     return [
         *(Endpoint("POST", path, proxy) for path, proxy in proxies),
         Endpoint("GET", "/api/version", lists.version),

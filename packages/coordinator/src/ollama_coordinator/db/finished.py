@@ -28,7 +28,7 @@ class Finished(Struct, frozen=True, kw_only=True):
     """A request that has ended; times are UTC, durations are seconds since its arrival.
 
     `waited_seconds` is until the last attempt got its slot, `first_token_seconds` until the first
-    token arrived. `None` means unknown.
+    token arrived. `None` means unknown. `lane` is `interactive`, `batch` or `embedding`.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Finished(Struct, frozen=True, kw_only=True):
     agent: str | None = None
     attempts: int = 0
     streamed: bool = False
+    lane: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     load_seconds: float | None = None
@@ -76,7 +77,7 @@ COLUMNS = (
     "id", "status", "model", "path", "client", "arrived_ms", "finished_ms", "waited_seconds",
     "total_seconds", "http_status", "error", "agent_id", "agent", "attempts", "streamed",
     "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
-    "why",
+    "lane", "why",
 )  # fmt: skip
 INSERT = f"""
     INSERT INTO requests ({", ".join(COLUMNS)}) SELECT {", ".join("?" * len(COLUMNS))}

@@ -84,3 +84,9 @@ def create_buckets(db: Database) -> None:
         {"tier": int, "start": int, "name": str, "body": str}, pk=("tier", "name", "start")
     )
     db.table("buckets").create_index(["tier", "start"])
+
+
+@migrations()
+def add_lane(db: Database) -> None:
+    """The lane of a finished request."""
+    db.table("requests").add_column("lane", str)

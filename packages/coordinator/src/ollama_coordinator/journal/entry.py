@@ -13,7 +13,7 @@ from msgspec import Struct
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished, Status
 from ollama_coordinator.dispatch import Held
-from ollama_coordinator.scheduler import Request, Result
+from ollama_coordinator.scheduler import Lane, Request, Result
 from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
@@ -57,6 +57,8 @@ class RequestView(Struct, frozen=True, kw_only=True):
     arrived_at: datetime
     elapsed_seconds: float
     prompt_tokens: int
+    lane: str = Lane.INTERACTIVE.value
+    lane_reason: str = ""
     agent_id: AgentId | None = None
     agent: str | None = None
     position: int | None = None
@@ -134,6 +136,8 @@ class JournalEntry:
             arrived_at=clock.utc(request.arrived_at),
             elapsed_seconds=now - request.arrived_at,
             prompt_tokens=request.prompt_tokens,
+            lane=request.lane.value,
+            lane_reason=request.lane_reason,
             agent_id=granted.agent.id if granted else None,
             agent=granted.agent.name if granted else None,
             granted_at=clock.utc(granted.lease.granted_at) if granted else None,
@@ -216,6 +220,7 @@ def finished(
         agent=held.agent.name if held is not None else None,
         attempts=len(entry.attempts),
         streamed=streamed,
+        lane=request.lane.value,
         prompt_tokens=timings.prompt_tokens if timings is not None else None,
         output_tokens=output,
         load_seconds=timings.load_seconds if timings is not None else None,

@@ -14,7 +14,7 @@ from .prompt_cache import CacheHits
 from .queue import Queue, QueueEntry, Receiver, Tag, receiver_of
 from .slot_plan import Slot, slots_to_come, soonest_slots
 from .state import Action, Choice, Place, Running
-from .types import Request, RequestId
+from .types import Lane, Request, RequestId
 
 # Candidates that are kept, and so evaluated, at most: a page, some 10 KB in the history.
 MOST_EXPLAINED = 50
@@ -60,7 +60,8 @@ class Decision(Struct, frozen=True):
 
     `chosen` is `None` when no agent may serve it; `action` is `go`, `load` or `wait`. `position`
     counts from 1 in the queue of its model; a request not sent would be the last. `unevaluated`
-    holders of the model were not evaluated.
+    holders of the model were not evaluated. `lane_reason` says why it is in a lane that it did not
+    ask for.
     """
 
     request_id: RequestId
@@ -72,6 +73,8 @@ class Decision(Struct, frozen=True):
     expected_output_tokens: float = 0.0
     candidates: tuple[Candidate, ...] = ()
     unevaluated: int = 0
+    lane: str = Lane.INTERACTIVE.value
+    lane_reason: str = ""
 
 
 def brief(run: Running) -> Decision:
@@ -179,6 +182,8 @@ def _decision(
         expected_output_tokens=output,
         candidates=tuple(candidates),
         unevaluated=unevaluated,
+        lane=request.lane.value,
+        lane_reason=request.lane_reason,
     )
 
 

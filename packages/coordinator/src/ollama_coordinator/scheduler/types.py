@@ -78,10 +78,11 @@ class Request(Struct, frozen=True, kw_only=True):
     `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
     `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
-    which a stream is read along. `larger`: a runner with a larger context than `options` ask for
-    may serve it. `admitted`: it had a lease before, so that a full queue does not refuse it. After
-    `deadline` the client no longer wants to wait for a lease. `excluded` are agents that were tried
-    already, or cannot serve it: `unfit` says why.
+    which a stream is read along, `lane_reason` why it is in a lane that it did not ask for.
+    `larger`: a runner with a larger context than `options` ask for may serve it. `admitted`: it
+    had a lease before, so that a full queue does not refuse it. After `deadline` the client no
+    longer wants to wait for a lease. `excluded` are agents that were tried already, or cannot serve
+    it: `unfit` says why.
     """
 
     id: RequestId
@@ -90,6 +91,7 @@ class Request(Struct, frozen=True, kw_only=True):
     arrived_at: float
     kind: Kind = Kind.CHAT
     lane: Lane = Lane.INTERACTIVE
+    lane_reason: str = ""
     form: Form = Form.STREAM
     pace: float = PACE_TOKENS_PER_SECOND
     client: str = ""

@@ -5,7 +5,8 @@ lease with the outcome; or answer the error in the client's dialect. Bodies pass
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from secrets import token_hex
 
 from msgspec import structs
@@ -23,18 +24,27 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.api.http.headers import to_client, to_ollama
 from ollama_coordinator.api.http.json_edit import Body, edited, is_small
+from ollama_coordinator.batches import REASON, Batches
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import JournalEntry
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.scheduler import ModelNotFound, Request, Result, SchedulerError
+from ollama_coordinator.scheduler import (
+    Form,
+    Kind,
+    Lane,
+    ModelNotFound,
+    Request,
+    Result,
+    SchedulerError,
+)
 from ollama_coordinator.upstream import UpstreamError, chunks
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from . import audio
 from .context_fit import ContextFit
 from .relay import Call, Failure, Relay
-from .request import NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
+from .request import LANE, NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
 from .retry_rule import Poison, error_text, say_the_same
 from .unload import make_room, unload_everywhere
 
@@ -52,7 +62,12 @@ class Proxy:
     """The ASGI application of one inference route."""
 
     def __init__(
-        self, parts: Parts, route: InferenceRoute, context_fit: ContextFit, poison: Poison
+        self,
+        parts: Parts,
+        route: InferenceRoute,
+        context_fit: ContextFit,
+        poison: Poison,
+        batches: Batches,
     ) -> None:
         self._parts = parts
         self._registry = parts.registry
@@ -64,6 +79,7 @@ class Proxy:
         self._route = route
         self._context_fit = context_fit
         self._poison = poison
+        self._batches = batches
         self._settings = parts.settings
         self._turn = parts.reading
 
@@ -76,12 +92,13 @@ class Proxy:
             async with until_disconnect(scope, receive):
                 routing = await self._read_routing(headers, body)
                 request = self._schedulable(routing, scope)
-                call = await self._prepare(request, routing, scope, body, send)
-                if call.unloads:
-                    await unload_everywhere(self._parts, call)
-                    return
-                with self._journal.follow(call.request, self._route.path) as entry:
-                    await self._serve(call, entry)
+                with self._watched(request, routing, headers) as request:
+                    call = await self._prepare(request, routing, scope, body, send)
+                    if call.unloads:
+                        await unload_everywhere(self._parts, call)
+                        return
+                    with self._journal.follow(call.request, self._route.path) as entry:
+                        await self._serve(call, entry)
         except ClientLeft:
             return
         except (NotDecompressed, CloudDisabled) as error:
@@ -143,6 +160,25 @@ class Proxy:
     def _schedulable(self, routing: Routing, scope: Scope) -> Request:
         pace, now = self._settings.config.reading_pace, self._clock.now()
         return schedulable(self._route, routing, scope, now, pace=pace)
+
+    @contextmanager
+    def _watched(
+        self, request: Request, routing: Routing, headers: Mapping[bytes, bytes]
+    ) -> Iterator[Request]:
+        """See what the client does, as long as the block runs; a batch changes its lane."""
+        opening, is_whole = routing.opening, False
+        is_read = request.form is Form.STREAM and request.kind is Kind.CHAT
+        if (
+            self._batches.arrived(request.client, opening, request.arrived_at, is_read=is_read)
+            and LANE not in headers
+        ):
+            request = structs.replace(request, lane=Lane.BATCH, lane_reason=REASON)
+        try:
+            yield request
+            is_whole = True
+        finally:
+            now = self._clock.now()
+            self._batches.ended(request.client, opening, now, is_read=is_read, is_whole=is_whole)
 
     async def _prepare(
         self, request: Request, routing: Routing, scope: Scope, body: Body, send: Send

@@ -31,6 +31,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.api.http.gojson import read_fields
 from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, Span, is_small
+from ollama_coordinator.batches import NO_OPENING, Opening
 from ollama_coordinator.scheduler import (
     NO_OPTIONS,
     Form,
@@ -158,6 +159,9 @@ class _Fields(Struct):
     model: str = ""
     messages: Raw = ABSENT
     prompt: Raw = ABSENT
+    suffix: Raw = ABSENT
+    system: Raw = ABSENT
+    context: Raw = ABSENT
     input: Raw = ABSENT
     images: Raw = ABSENT
     options: Raw = ABSENT
@@ -203,6 +207,7 @@ class Routing(Struct, frozen=True):
     options: RunnerOptions = NO_OPTIONS
     load_only: bool = False
     unload_only: bool = False
+    opening: Opening = NO_OPENING
 
 
 _object = msgspec.json.Decoder(dict[str, Raw])
@@ -224,14 +229,14 @@ def read_routing(route: InferenceRoute, body: bytes) -> Routing:
     fields = _read_plainly(body)
     if fields is None or not fields.model:
         fields = _read_as_go_does(route, body)
-    tokens, prefix = _read_messages(fields.messages)
+    tokens, prefix, first = _read_messages(fields.messages)
     for text in (fields.prompt, fields.input):
         tokens += _text_tokens(bytes(text))
-    return _routing(route, fields, tokens, prefix)
+    return _routing(route, fields, tokens, prefix, first)
 
 
 def _routing(
-    route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...]
+    route: InferenceRoute, fields: _Fields, tokens: int, prefix: tuple[int, ...], first: bytes
 ) -> Routing:
     if not fields.model.strip():
         early = route.path in CHECKS_EARLY and not fields.model
@@ -246,6 +251,7 @@ def _routing(
         options=_runner_options(fields),
         load_only=load_only,
         unload_only=load_only and _ZERO.fullmatch(bytes(fields.keep_alive)) is not None,
+        opening=_opening(route, fields, prefix, first),
     )
 
 
@@ -269,21 +275,52 @@ def _is_empty(fields: _Fields) -> bool:
     return all(_NOTHING.fullmatch(bytes(part)) for part in given)
 
 
-def _read_messages(raw: Raw, before: Sequence[int] = ()) -> tuple[int, tuple[int, ...]]:
-    """The tokens of a conversation, and a chain of hashes: one per message, over all before it.
+HEAD_BYTES = 16
+"""Of a prompt's text: "Summarise this: " and the like. People's questions seldom share so much."""
 
-    `before` is the end of the chain of the messages that came before these.
+EARLIER_TURNS = 3
+"""So many messages are a question, its answer and the next question at least."""
+
+
+def _opening(
+    route: InferenceRoute, fields: _Fields, prefix: tuple[int, ...], first: bytes
+) -> Opening:
+    """How the prompt begins; none for embeddings, completions of code, and lists of items."""
+    if route.kind is Kind.EMBED or len(fields.suffix) > 2:
+        return NO_OPENING
+    if len(prefix) >= EARLIER_TURNS:
+        return Opening(conversation=prefix[1])
+    if len(fields.context) > 2:
+        return Opening(conversation=hash(bytes(fields.context)[:EARLIER_BYTES]))
+    system, text = bytes(fields.system), first or bytes(fields.prompt) or bytes(fields.input)
+    if text.startswith(b"[") and b'"text":' in text[:SMALL_BYTES]:
+        text = text[text.index(b'"text":') + len(b'"text":') :].lstrip()
+    if not text.startswith(b'"'):
+        return NO_OPENING
+    return Opening(head=hash((fields.model, system[:SMALL_BYTES], text[: HEAD_BYTES + 1])))
+
+
+EARLIER_BYTES = 200
+"""Of the tokens that an earlier answer of `/api/generate` ended with: some forty."""
+
+
+def _read_messages(raw: Raw, before: Sequence[int] = ()) -> tuple[int, tuple[int, ...], bytes]:
+    """The tokens of a conversation, a chain of hashes, and the content of the first message.
+
+    The chain has one hash per message, over all before it. `before` is the end of the chain of the
+    messages that came before these.
     """
-    tokens = 0
+    tokens, first = 0, b""
     chain: list[int] = []
     try:
         for message in _messages.decode(raw) if raw else ():
             read = _message.decode(message)
+            first = first or bytes(read.content)
             tokens += _text_tokens(bytes(read.content)) + TOKENS_PER_IMAGE * len(read.images or ())
             chain.append(_link(chain or before, _hashed(bytes(message))))
     except msgspec.DecodeError:
         pass
-    return tokens, tuple(chain)
+    return tokens, tuple(chain), first
 
 
 def _link(chain: Sequence[int], hashed: int) -> int:
@@ -404,10 +441,11 @@ class _Large:
             if name in members:
                 small = len(members[name]) <= SMALL_BYTES
                 setattr(fields, name, Raw(members[name].of(self._body)) if small else SOMETHING)
-        tokens, prefix = await self._messages(members.get("messages"))
+        tokens, prefix, first = await self._messages(members.get("messages"))
         for name in ("prompt", "input"):
             tokens += await self._tokens(members.get(name))
-        return _routing(self._route, fields, tokens, prefix)
+            first = first or self._start(members.get(name))
+        return _routing(self._route, fields, tokens, prefix, first)
 
     def _name(self, span: Span | None) -> str:
         if span is None:
@@ -417,20 +455,28 @@ class _Large:
         only = b'{"model":' + span.of(self._body) + b"}"
         return read_fields(only, self._route.go_type).text("model")
 
-    async def _messages(self, span: Span | None) -> tuple[int, tuple[int, ...]]:
+    def _start(self, span: Span | None) -> bytes:
+        """The first bytes of a value."""
+        if span is None:
+            return b""
+        return bytes(self._body[span.start : min(span.end, span.start + SMALL_BYTES)])
+
+    async def _messages(self, span: Span | None) -> tuple[int, tuple[int, ...], bytes]:
         """As `_read_messages`."""
         if span is None:
-            return 0, ()
+            return 0, (), b""
         messages = await self._scan.items(span, MOST_MESSAGES)
         if messages is None:
-            return len(span) // BYTES_PER_TOKEN, ()
-        tokens = 0
+            return len(span) // BYTES_PER_TOKEN, (), b""
+        tokens, first = 0, b""
         chain: list[int] = []
         for message in messages:
             if len(message) <= WINDOW_BYTES:
-                more, links = _read_messages(Raw(b"[" + message.of(self._body) + b"]"), chain[-1:])
+                one = Raw(b"[" + message.of(self._body) + b"]")
+                more, links, content = _read_messages(one, chain[-1:])
                 if not links:
                     break
+                first = first or content
                 tokens += more
                 chain.append(links[0])
                 await self._scan.pause()
@@ -439,11 +485,12 @@ class _Large:
             if members is None:
                 break
             tokens += await self._tokens(members.get("content"))
+            first = first or self._start(members.get("content"))
             images = members.get("images")
             listed = None if images is None else await self._scan.items(images, MOST_IMAGES)
             tokens += TOKENS_PER_IMAGE * len(listed or ())
             chain.append(_link(chain, await self._scan.hashed(message)))
-        return tokens, tuple(chain)
+        return tokens, tuple(chain), first
 
     async def _tokens(self, span: Span | None) -> int:
         """As `_text_tokens`."""

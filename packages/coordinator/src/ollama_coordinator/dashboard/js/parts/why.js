@@ -30,20 +30,23 @@ function content(request) {
   const state = requestPill();
   state.update(request.status ?? request.state);
   const parts = [facts(request, state)];
+  const lane = request.lane_reason || attempts(request).map((one) => one.decision?.lane_reason).find(Boolean);
+  if (lane) parts.push(h("p.notice", null, `Lane: ${lane}. The header X-Ollama-Coordinator-Lane: interactive overrules it.`));
   if (request.error) parts.push(h("p.notice.bad", null, request.error));
-  const attempts = request.attempts ?? [];
-  if (attempts.length) parts.push(h("h2", null, attempts.length > 1 ? `${attempts.length} attempts` : "Why this agent"));
+  const tried = attempts(request);
+  if (tried.length) parts.push(h("h2", null, tried.length > 1 ? `${tried.length} attempts` : "Why this agent"));
   else parts.push(h("p.muted", null, request.state === "waiting" ? "It has no lease yet; this is what would be decided now." : "It never got a lease on an agent."));
-  for (const attempt of attempts) parts.push(attemptPart(attempt, attempts.length > 1));
+  for (const attempt of tried) parts.push(attemptPart(attempt, tried.length > 1));
   if (request.now) parts.push(h("h2", null, "If it were decided now"), h("p.muted.small", null, sentence(request.now)), candidates(request.now));
   return parts;
 }
 
+const attempts = (request) => (Array.isArray(request.attempts) ? request.attempts : []);
 const tokens = (many) => `${count(many)} ${many === 1 ? "token" : "tokens"}`;
 
 function facts(request, state) {
   const list = [
-    ["State", state], ["Model", model(request.model)], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
+    ["State", state], ["Model", model(request.model)], ["Lane", request.lane], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
     ["Arrived", fullTime(request.arrived_at)], ["Waited", request.waited_seconds !== undefined && seconds(request.waited_seconds)],
     ["Loading", request.load_seconds && seconds(request.load_seconds)], ["First token", request.first_token_seconds && seconds(request.first_token_seconds)],
     ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${tokens(request.prompt_tokens)}${request.state === "finished" ? "" : " (estimate)"}`],
