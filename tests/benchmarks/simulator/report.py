@@ -15,6 +15,7 @@ SCENARIOS = (
     "",
     "stale reports (30 s)",
     "timings wrong by 2x",
+    "lengths wrong by 2x",
     "every machine fails once",
     "agents tell nothing",
 )

@@ -1,5 +1,7 @@
 """One run of the benchmark: a policy, a load, a seed, and what goes wrong."""
 
+from random import Random
+
 from msgspec import Struct, structs
 
 from ollama_coordinator.registry import Registry
@@ -46,13 +48,22 @@ class KnownLengths(OutputLengths):
         return float(request.output_limit or 0)
 
 
+class WrongLengths(OutputLengths):
+    """Every expectation is off by two, for each client and model always in the same direction."""
+
+    def expected(self, request: Request) -> float:
+        """Half or twice what was learned."""
+        lots = Random(f"{request.client} {request.model}")
+        return super().expected(request) * lots.choice((0.5, 2.0))
+
+
 def simulate(run: Run) -> Summary:
     """Play the run."""
     fleet = _fleet(run)
     trace = _trace(run)
     if run.policy == ORACLE:
         trace = [structs.replace(one, output_limit=one.output_tokens) for one in trace]
-    replay = Simulation(fleet, lambda registry: _scheduler(run.policy, registry)).run(trace)
+    replay = Simulation(fleet, lambda registry: _scheduler(run, registry)).run(trace)
     return summarise(replay, fleet, after=run.warm_up)
 
 
@@ -63,10 +74,13 @@ def _trace(run: Run) -> list[TraceRequest]:
     return make_trace(mixed_fleet(), run.load, run.seconds, run.seed, mix)
 
 
-def _scheduler(policy: str, registry: Registry) -> Scheduler:
-    if policy == ORACLE:
-        return PredictedScheduler(registry, max_queue=MAX_QUEUE, lengths=KnownLengths())
-    return create_scheduler(policy, registry, max_queue=MAX_QUEUE)
+def _scheduler(run: Run, registry: Registry) -> Scheduler:
+    lengths: OutputLengths | None = KnownLengths() if run.policy == ORACLE else None
+    if run.scenario == "lengths wrong by 2x" and run.policy == "predicted":
+        lengths = WrongLengths()
+    if lengths is not None:
+        return PredictedScheduler(registry, max_queue=MAX_QUEUE, lengths=lengths)
+    return create_scheduler(run.policy, registry, max_queue=MAX_QUEUE)
 
 
 def _fleet(run: Run) -> Fleet:
