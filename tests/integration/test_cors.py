@@ -60,7 +60,7 @@ async def test_any_other_page_gets_403_with_nothing(
 
 @pytest.mark.spec("SURFACE-28")
 async def test_a_page_that_the_coordinator_serves_is_its_own(coordinator: Running) -> None:
-    headers = {"Host": "fleet.example:8080", "Origin": "http://fleet.example:8080"}
+    headers = {"Host": "fleet.lan:8080", "Origin": "http://fleet.lan:8080"}
     async with coordinator.session.get(f"{coordinator.url}/api/version", headers=headers) as own:
         assert own.status == 200
         assert "Access-Control-Allow-Origin" not in own.headers

@@ -106,7 +106,7 @@ async def test_headers_that_are_not_for_ollama_end_here(
     coordinator: Running, ollama: StandIn
 ) -> None:
     sent = {
-        "Host": "fleet.example",
+        "Host": "fleet.lan",
         "Origin": "http://localhost:3000",
         "Referer": "https://page.example/chat",
         "Authorization": "Bearer secret",

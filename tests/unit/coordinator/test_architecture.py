@@ -71,7 +71,7 @@ LAYERS = (
     {"journal", "monitor", "commands"},
     {"model_probes"},
     {"dispatch", "simulation"},
-    {"scheduler", "upstream", "agent_store", "saved_state"},
+    {"scheduler", "upstream", "agent_store", "saved_state", "access"},
     {"registry", "db", "http1", "aio", "clock", "agent_logs", "batches"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 import ollama_coordinator
+from ollama_coordinator.access import Denied
 from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import (
     JSON,
@@ -51,7 +52,7 @@ NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     ConfigError: "ends the program before it serves",
     NoAnswer: "is for the command line that asks a coordinator",
 }
-BRINGS_ITS_OWN = (HttpError, Refused, UploadError)
+BRINGS_ITS_OWN = (Denied, HttpError, Refused, UploadError)
 
 
 def modules(package: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import FREE
 from ollama_coordinator.api.http.openapi import Either, Media, document, operation
 from ollama_coordinator.api.http.routing import Endpoint
 from ollama_coordinator.api.routes import endpoints
@@ -115,7 +116,7 @@ def test_a_declaration_becomes_a_description() -> None:
         """
         return Response()
 
-    shown = document([Endpoint("PUT", "/things/{name:path}", make)])
+    shown = document([Endpoint("PUT", "/things/{name:path}", FREE, make)])
     made = shown["paths"]["/things/{name}"]["put"]
     assert made["summary"] == "Make it"
     assert [parameter["name"] for parameter in made["parameters"]] == ["name"]

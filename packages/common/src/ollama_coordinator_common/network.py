@@ -25,6 +25,26 @@ KEEP_ALIVE_PROBES = 9
 of silence, one each 15 s, the end after nine without an answer. Routers and container networks
 forget a silent connection after 20 s to some minutes; the kernels' own two hours are too late."""
 
+NO_MACHINE = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "::/128"),  # unspecified; Linux connects it to itself
+        *("169.254.0.0/16", "fe80::/10"),  # link-local, where clouds have their metadata
+        *("224.0.0.0/4", "ff00::/8", "240.0.0.0/4"),  # multicast, reserved, broadcast
+        *("fd00:ec2::254/128", "fd20:ce::254/128", "100.100.100.200/32"),  # more metadata: AWS,
+        *("192.0.0.192/32", "168.63.129.16/32"),  # Google, Alibaba, Oracle, Azure
+    )
+)
+"""Networks in which no Ollama can be."""
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""IPv4 addresses as IPv6 hosts see them (RFC 6052)."""
+
+METADATA_NAMES = frozenset(
+    {"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "metadata.internal"}
+)
+"""The names that clouds give to the addresses of their metadata."""
+
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 
 
@@ -50,6 +70,16 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a host; a name other than localhost is not looked up."""
     address = parse_address(host)
     return host == "localhost" if address is None else address.is_loopback
+
+
+def is_no_machine(address: Address) -> bool:
+    """Whether no Ollama can be at an address, so that nothing is ever sent there."""
+    inside = getattr(address, "sixtofour", None) or getattr(address, "ipv4_mapped", None)
+    if inside is None and address in _NAT64:
+        inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if inside is not None and is_no_machine(inside):
+        return True
+    return any(address in network for network in NO_MACHINE)
 
 
 def same_host(host: str) -> str:

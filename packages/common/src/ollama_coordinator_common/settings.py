@@ -19,6 +19,7 @@ FALSE = frozenset({"false", "no", "off", "0"})
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 POLICIES = ("predicted", "loaded-first", "least-connections", "round-robin", "random", "cpu")
 HTTP_CHOICES = ("auto", "hypercorn")
+ACCESS_CHOICES = ("auto", "open", "keys")
 MEBIBYTE = 1024 * 1024
 
 UNITS = {
@@ -305,6 +306,37 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "COORDINATOR_ORIGINS",
         "Web pages that may use the coordinator, beside those of this machine; * is any text",
         metavar="ORIGIN,...",
+    )] = ()
+    access: Annotated[str, Setting(
+        "COORDINATOR_ACCESS",
+        "Who comes in without a key: the private network until there are keys (auto), anyone, "
+        "nobody",
+        choices=ACCESS_CHOICES,
+    )] = ACCESS_CHOICES[0]
+    key_file: Annotated[Path | None, Setting(
+        "COORDINATOR_KEY_FILE",
+        "A file with a key of all rights, which is made if need be; the command line sends it",
+        metavar="FILE",
+    )] = None
+    trusted_proxies: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_TRUSTED_PROXIES",
+        "Addresses and networks of proxies that say truly for whom they ask",
+        metavar="LIST",
+    )] = ()
+    trusted_networks: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_TRUSTED_NETWORKS",
+        "Addresses and networks that may use models without a key, whoever else needs one",
+        metavar="LIST",
+    )] = ()
+    hosts: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_HOSTS",
+        "Names by which browsers may open the coordinator without a key, beside its own",
+        metavar="NAME,...",
+    )] = ()
+    user_header: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_USER_HEADER",
+        "Headers in which trusted proxies and keys that may name users name them",
+        metavar="HEADER,...",
     )] = ()
     http: Annotated[str, Setting(
         "COORDINATOR_HTTP",

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
+from .access import Access, KeyRing, KnownMachines, SecretFile, Sessions, secret_path
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
@@ -23,7 +24,7 @@ from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
-from .api.http.routing import CircleGuard, NearMiss, Shortcut, gathered
+from .api.http.routing import CircleGuard, Gate, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .attention import Attention
 from .clock import Clock
@@ -59,6 +60,9 @@ def assembled(config: CoordinatorConfig) -> Parts:
     settings = Settings(config, store)
     config = settings.config
     registry = Registry(config.agent_timeout)
+    keys, machines = KeyRing(store), KnownMachines(registry, store)
+    secret = SecretFile(secret_path(database_path(config.database_url)))
+    access = Access(config, keys, Sessions(store, keys), secret, machines)
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
     upstreams = Upstreams(clock)
@@ -78,10 +82,12 @@ def assembled(config: CoordinatorConfig) -> Parts:
         Deferred(store),
         return_seconds=config.pull_patience,
     )
-    attention = Attention(dispatch, observation, settings)
+    attention = Attention(dispatch, observation, settings, access)
     snapshots = Snapshots(dispatch, observation, operations, attention, config)
     return Parts(
         settings=settings,
+        access=access,
+        machines=machines,
         clock=clock,
         registry=registry,
         scheduler=scheduler,
@@ -123,6 +129,8 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.store)
         stack.enter_context(parts.clock.watching())
         await parts.agent_store.restore()
+        await parts.machines.restore()
+        await parts.access.restore(parts.settings.config.key_file)
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())
         parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it
@@ -157,7 +165,7 @@ def create_app(config: CoordinatorConfig) -> Starlette:
         async with running(parts):
             yield
 
-    routes = gathered(endpoints(parts))
+    routes = gathered(parts.access, endpoints(parts))
     app = _App(
         routes=routes,
         lifespan=lifespan,
@@ -185,7 +193,7 @@ class _App(Starlette):
         parts: Parts = self.state.parts
         timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()))
         guarded = CircleGuard(timed, parts.upstreams.instance_id)
-        return Cors(guarded, self.state.origins)
+        return Cors(Gate(guarded, parts.access), self.state.origins)
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

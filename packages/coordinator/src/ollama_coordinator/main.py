@@ -18,6 +18,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 from . import server
 from .aio import loop_of
 from .commands import fleet, scheduling
+from .commands.keys import keys
 from .commands.top import top
 from .settings import read
 
@@ -54,6 +55,7 @@ def default(
 
 
 app.add_typer(fleet.models, name="models")
+app.add_typer(keys, name="keys")
 app.command()(fleet.agents)
 app.command()(fleet.attention)
 app.command()(scheduling.explain)

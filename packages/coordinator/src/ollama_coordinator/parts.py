@@ -4,6 +4,7 @@ import asyncio
 
 from msgspec import Struct
 
+from .access import Access, KnownMachines
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
@@ -31,6 +32,8 @@ class Parts(Struct, kw_only=True, eq=False):
     """
 
     settings: Settings
+    access: Access
+    machines: KnownMachines
     clock: Clock
     registry: Registry
     scheduler: Scheduler

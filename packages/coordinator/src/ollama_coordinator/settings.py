@@ -7,6 +7,7 @@ given there.
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from msgspec import structs
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
+from .access import networks
 from .aio import loop_of
 from .db import Store, database_path, document_in
 from .operations import Placement, WrongPlacement
@@ -58,11 +60,13 @@ def _check_placement(text: str) -> None:
         raise ConfigError(TABLE["pull_placement"].variable, text, str(exc)) from exc
 
 
-CHECKS: Mapping[str, Callable[[str], object]] = {
+CHECKS: Mapping[str, Callable[[Any], object]] = {
     "database_url": database_path,
     "pull_placement": _check_placement,
     "webhook": _check_webhook,
     "loop": loop_of,
+    "trusted_proxies": partial(networks, "COORDINATOR_TRUSTED_PROXIES"),
+    "trusted_networks": partial(networks, "COORDINATOR_TRUSTED_NETWORKS"),
 }
 """What the table cannot know of a value; each raises a `ConfigError`."""
 

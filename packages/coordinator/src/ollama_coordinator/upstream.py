@@ -28,7 +28,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import RawResponseMessage
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import keep_alive
+from ollama_coordinator_common.network import is_no_machine, keep_alive, parse_address
 
 from .clock import Clock
 
@@ -453,7 +453,10 @@ def _socket(address: AddrInfoType) -> socket.socket:
     """A socket that notices a vanished machine within half a minute, where the platform can."""
     if (sending := _under_way.get(None)) is not None:
         sending.reused = False
-    family, kind, protocol, _, _ = address
+    family, kind, protocol, _, where = address
+    parsed = parse_address(str(where[0]))
+    if parsed is not None and is_no_machine(parsed):
+        raise OSError(errno.EADDRNOTAVAIL, f"no Ollama can be at {where[0]}")
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)
     keep_alive(

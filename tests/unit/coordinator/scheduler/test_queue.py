@@ -121,11 +121,11 @@ def test_clients_take_turns_by_predicted_work() -> None:
 
 @pytest.mark.spec("SCHED-13")
 def test_a_clients_weight_is_its_share() -> None:
-    world = World(weights={"double": 2.0})
+    world = World()
     world.agent("a", loaded=["m"], slots=1)
     lease = world.send(client="other")
     for _ in range(12):
-        world.submit(client="double")
+        world.submit(client="double", weight=2.0)
         world.submit(client="single")
     order = []
     for _ in range(12):

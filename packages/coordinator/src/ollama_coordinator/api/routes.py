@@ -1,5 +1,6 @@
 """Every route of the coordinator, in one list."""
 
+from ollama_coordinator.access import FREE, Right
 from ollama_coordinator.batches import Batches
 from ollama_coordinator.parts import Parts
 
@@ -13,6 +14,7 @@ from .models.cloud import CloudApi
 from .models.lists import FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
+from .own.access import KeysApi
 from .own.agents import AgentsApi
 from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
@@ -21,11 +23,15 @@ from .own.operations import OperationsApi
 from .own.requests import RequestsApi
 from .own.settings import SettingsApi
 
+USE, MANAGE, OPERATE, JOIN, WATCH = Right
+READ, FOLLOW = USE | WATCH, MANAGE | WATCH
+"""Of routes that change nothing: for who uses models, or manages them, and for who looks on."""
+
 
 def endpoints(parts: Parts) -> list[Endpoint]:
     """Every method of every path with its handler; the most frequent first."""
     table = [*_of_ollama(parts), *_of_our_own(parts)]
-    table.append(Endpoint("GET", "/api/openapi.json", OpenApi(table).show))
+    table.append(Endpoint("GET", "/api/openapi.json", USE | WATCH | JOIN, OpenApi(table).show))
     return table
 
 
@@ -37,27 +43,27 @@ def _of_ollama(parts: Parts) -> list[Endpoint]:
         (one.path, Proxy(parts, one, context_fit, poison, batches)) for one in INFERENCE_ROUTES
     ]
     return [
-        *(Endpoint("POST", path, proxy) for path, proxy in proxies),
-        Endpoint("GET", "/api/version", lists.version),
-        Endpoint("GET", "/api/tags", lists.tags),
-        Endpoint("GET", "/api/ps", lists.ps),
-        Endpoint("GET", "/v1/models", lists.v1_list),
-        Endpoint("GET", "/v1/models/{model}", lists.v1_show),
-        Endpoint("POST", "/api/show", show.show),
-        Endpoint("POST", "/api/pull", transfer.pull),
-        Endpoint("POST", "/api/push", transfer.push),
-        Endpoint("POST", "/api/create", transfer.create),
-        Endpoint("POST", "/api/copy", transfer.copy),
-        Endpoint("DELETE", "/api/delete", transfer.delete),
-        Endpoint("HEAD", "/api/blobs/{digest}", transfer.head_blob),
-        Endpoint("POST", "/api/blobs/{digest}", transfer.post_blob),
-        Endpoint("GET", "/api/status", cloud.status),
-        Endpoint("POST", "/api/me", cloud.me),
-        Endpoint("POST", "/api/signout", cloud.signout),
-        Endpoint("DELETE", "/api/user/keys/{key}", cloud.signout),
-        Endpoint("POST", "/api/experimental/web_search", cloud.web),
-        Endpoint("POST", "/api/experimental/web_fetch", cloud.web),
-        Endpoint("GET", "/api/experimental/model-recommendations", cloud.recommendations),
+        *(Endpoint("POST", path, USE, proxy) for path, proxy in proxies),
+        Endpoint("GET", "/api/version", READ, lists.version),
+        Endpoint("GET", "/api/tags", READ, lists.tags),
+        Endpoint("GET", "/api/ps", READ, lists.ps),
+        Endpoint("GET", "/v1/models", READ, lists.v1_list),
+        Endpoint("GET", "/v1/models/{model}", READ, lists.v1_show),
+        Endpoint("POST", "/api/show", READ, show.show),
+        Endpoint("POST", "/api/pull", MANAGE, transfer.pull),
+        Endpoint("POST", "/api/push", MANAGE, transfer.push),
+        Endpoint("POST", "/api/create", MANAGE, transfer.create),
+        Endpoint("POST", "/api/copy", MANAGE, transfer.copy),
+        Endpoint("DELETE", "/api/delete", MANAGE, transfer.delete),
+        Endpoint("HEAD", "/api/blobs/{digest}", MANAGE, transfer.head_blob),
+        Endpoint("POST", "/api/blobs/{digest}", MANAGE, transfer.post_blob),
+        Endpoint("GET", "/api/status", READ, cloud.status),
+        Endpoint("POST", "/api/me", USE, cloud.me),
+        Endpoint("POST", "/api/signout", OPERATE, cloud.signout),
+        Endpoint("DELETE", "/api/user/keys/{key}", OPERATE, cloud.signout),
+        Endpoint("POST", "/api/experimental/web_search", USE, cloud.web),
+        Endpoint("POST", "/api/experimental/web_fetch", USE, cloud.web),
+        Endpoint("GET", "/api/experimental/model-recommendations", READ, cloud.recommendations),
     ]
 
 
@@ -65,45 +71,51 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
+    keys = KeysApi(parts)
     return [
         # agents
-        Endpoint("POST", "/api/health", health.heartbeat),
-        Endpoint("POST", "/api/agents", agents.register),
-        Endpoint("GET", "/api/agents", agents.list),
-        Endpoint("GET", "/api/agents/{agent_id}", agents.show),
-        Endpoint("PATCH", "/api/agents/{agent_id}", agents.change),
-        Endpoint("DELETE", "/api/agents/{agent_id}", agents.remove),
-        Endpoint("GET", "/api/agents/{agent_id}/details", agents.details),
-        Endpoint("GET", "/api/agents/{agent_id}/log", agents.log),
-        Endpoint("POST", "/api/agents/{agent_id}/log", agents.take_log),
+        Endpoint("POST", "/api/health", JOIN, health.heartbeat),
+        Endpoint("POST", "/api/agents", JOIN, agents.register),
+        Endpoint("GET", "/api/agents", WATCH | MANAGE | JOIN, agents.list),
+        Endpoint("GET", "/api/agents/{agent_id}", WATCH, agents.show),
+        Endpoint("PATCH", "/api/agents/{agent_id}", OPERATE, agents.change),
+        Endpoint("DELETE", "/api/agents/{agent_id}", OPERATE, agents.remove),
+        Endpoint("GET", "/api/agents/{agent_id}/details", WATCH, agents.details),
+        Endpoint("GET", "/api/agents/{agent_id}/log", OPERATE, agents.log),
+        Endpoint("POST", "/api/agents/{agent_id}/log", JOIN, agents.take_log),
         # models and operations
-        Endpoint("GET", "/api/models", fleet.models),
-        Endpoint("GET", "/api/operations", operations.overview),
-        Endpoint("POST", "/api/operations", operations.start),
-        Endpoint("GET", "/api/operations/{operation_id}", operations.show),
-        Endpoint("DELETE", "/api/operations/{operation_id}", operations.cancel),
-        Endpoint("GET", "/api/operations/{operation_id}/progress", operations.follow),
+        Endpoint("GET", "/api/models", READ, fleet.models),
+        Endpoint("GET", "/api/operations", FOLLOW, operations.overview),
+        Endpoint("POST", "/api/operations", MANAGE, operations.start),
+        Endpoint("GET", "/api/operations/{operation_id}", FOLLOW, operations.show),
+        Endpoint("DELETE", "/api/operations/{operation_id}", MANAGE, operations.cancel),
+        Endpoint("GET", "/api/operations/{operation_id}/progress", FOLLOW, operations.follow),
         # requests, live and finished
-        Endpoint("GET", "/api/requests", requests.list),
-        Endpoint("GET", "/api/requests/{request_id}", requests.show),
-        Endpoint("DELETE", "/api/requests/{request_id}", requests.cancel),
-        Endpoint("GET", "/api/queue", requests.queue),
-        Endpoint("POST", "/api/explain", requests.explain),
-        Endpoint("GET", "/api/estimates", requests.estimates),
-        Endpoint("GET", "/api/history", history.list),
-        Endpoint("GET", "/api/history/choices", history.choices),
-        Endpoint("GET", "/api/history/export", history.export),
-        Endpoint("GET", "/api/statistics", history.statistics),
+        Endpoint("GET", "/api/requests", WATCH, requests.list),
+        Endpoint("GET", "/api/requests/{request_id}", WATCH, requests.show),
+        Endpoint("DELETE", "/api/requests/{request_id}", OPERATE, requests.cancel),
+        Endpoint("GET", "/api/queue", WATCH, requests.queue),
+        Endpoint("POST", "/api/explain", WATCH, requests.explain),
+        Endpoint("GET", "/api/estimates", WATCH, requests.estimates),
+        Endpoint("GET", "/api/history", WATCH, history.list),
+        Endpoint("GET", "/api/history/choices", WATCH, history.choices),
+        Endpoint("GET", "/api/history/export", WATCH, history.export),
+        Endpoint("GET", "/api/statistics", WATCH, history.statistics),
+        # who may come in
+        Endpoint("GET", "/api/keys", OPERATE, keys.list),
+        Endpoint("POST", "/api/keys", OPERATE, keys.create),
+        Endpoint("GET", "/api/keys/{name}", OPERATE, keys.show),
+        Endpoint("DELETE", "/api/keys/{name}", OPERATE, keys.revoke),
         # the coordinator itself
-        Endpoint("GET", "/healthz", health.healthz),
-        Endpoint("GET", "/readyz", health.readyz),
-        Endpoint("GET", "/metrics", health.metrics),
-        Endpoint("GET", "/api/attention", health.attention),
-        Endpoint("GET", "/api/events", health.events),
-        Endpoint("GET", "/api/settings", settings.list),
-        Endpoint("PATCH", "/api/settings", settings.change),
-        Endpoint("GET", "/", dashboard.root),
-        Endpoint("GET", "/dashboard", dashboard.page),
-        Endpoint("GET", "/dashboard/events", events),
-        Endpoint("GET", "/dashboard/{path:path}", dashboard.page),
+        Endpoint("GET", "/healthz", FREE, health.healthz),
+        Endpoint("GET", "/readyz", FREE, health.readyz),
+        Endpoint("GET", "/metrics", WATCH, health.metrics),
+        Endpoint("GET", "/api/attention", WATCH, health.attention),
+        Endpoint("GET", "/api/events", WATCH, health.events),
+        Endpoint("GET", "/api/settings", OPERATE, settings.list),
+        Endpoint("PATCH", "/api/settings", OPERATE, settings.change),
+        Endpoint("GET", "/", FREE, dashboard.root),
+        Endpoint("GET", "/dashboard", WATCH, dashboard.page),
+        Endpoint("GET", "/dashboard/events", WATCH, events),
+        Endpoint("GET", "/dashboard/{path:path}", WATCH, dashboard.page),
     ]

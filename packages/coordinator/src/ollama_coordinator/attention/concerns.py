@@ -9,6 +9,7 @@ from enum import Enum
 
 from msgspec import Struct
 
+from ollama_coordinator.access import Access
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, short_name
 from ollama_coordinator.registry import AgentState
@@ -60,7 +61,8 @@ GRACE_SECONDS = {
 class Concerns:
     """Looks for concerns; remembers of each agent what it had at its best."""
 
-    def __init__(self, dispatch: Dispatch, observation: Observation) -> None:
+    def __init__(self, dispatch: Dispatch, observation: Observation, access: Access) -> None:
+        self._access = access
         self._dispatch = dispatch
         self._registry = dispatch.registry
         self._journal = observation.journal
@@ -75,6 +77,9 @@ class Concerns:
         if self._store.problem:
             text = f"{self._store.problem}. What is new is kept in memory until it works again."
             yield Concern("database", "database", Severity.CRITICAL, "Database", text)
+        if self._access.notice:
+            severity = Severity.WARNING if self._access.mode == "open" else Severity.NOTE
+            yield Concern("access", "access", severity, "Access", self._access.notice)
         if agents and not any(self._registry.is_routable(agent, now) for agent in agents):
             text = "No machine gets requests. Start one, or see below why each is out."
             yield Concern("fleet", "fleet", Severity.CRITICAL, "Fleet", text)

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from ollama_coordinator.access import Access
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation
 from ollama_coordinator.settings import Settings
@@ -73,11 +74,13 @@ class _Watched(Struct):
 class Attention:
     """`run` is its loop; `open` is the list, the worst first."""
 
-    def __init__(self, dispatch: Dispatch, observation: Observation, settings: Settings) -> None:
+    def __init__(
+        self, dispatch: Dispatch, observation: Observation, settings: Settings, access: Access
+    ) -> None:
         self._clock = dispatch.clock
         self._sampler = observation.sampler
         self._settings = settings
-        self._concerns = Concerns(dispatch, observation)
+        self._concerns = Concerns(dispatch, observation, access)
         self._watched: dict[str, _Watched] = {}
         self._over: dict[str, Concern] = {}
         self._looked_at = 0.0

@@ -5,17 +5,25 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 import typer
 
-from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator.access import key_in, secret_path
+from ollama_coordinator.db import database_path
+from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
+from ollama_coordinator_common.network import is_loopback
 from ollama_coordinator_common.printable import all_printable, printable
+from ollama_coordinator_common.settings import CoordinatorConfig
 
 CONNECT_SECONDS = 5.0
 """How long a coordinator may take to accept; an answer may take any time."""
+
+DATABASE = CoordinatorConfig().database_url
 
 DEFAULT = "http://localhost:8080"
 """The coordinator of this machine on its default port."""
@@ -30,6 +38,19 @@ CoordinatorUrl = Annotated[
         show_envvar=True,
     ),
 ]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        envvar="COORDINATOR_KEY_FILE",
+        metavar="FILE",
+        help="A file with the key to send.",
+        show_envvar=True,
+    ),
+]
+DatabaseUrl = Annotated[str, typer.Option("--database-url", envvar="DATABASE_URL", hidden=True)]
+"""The coordinator's own setting: beside its database is the proof of being on its machine."""
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")]
 
 
@@ -38,11 +59,12 @@ class NoAnswer(OllamaCoordinatorError):
 
 
 class Client:
-    """Requests to one coordinator."""
+    """Requests to the coordinator at `url`; `key` is sent with each, where there is one."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, session: aiohttp.ClientSession, key: str = "") -> None:
+        self.url = url.rstrip("/")
         self._session = session
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def json(self, method: str, path: str, body: object = None) -> Any:
         """The JSON of an answer; `None` where it has no body.
@@ -76,13 +98,20 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         data = None if body is None else msgspec.json.encode(body)
         try:
-            response = await self._session.request(method, self._url + path, data=data)
+            response = await self._session.request(
+                method, self.url + path, data=data, headers=self._headers
+            )
         except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             raise NoAnswer(
-                f"no coordinator answers at {self._url} ({exc}); "
+                f"no coordinator answers at {self.url} ({exc}); "
                 "start one, or give its address with --coordinator or COORDINATOR_URL"
             ) from exc
         async with response:
+            if response.status == 401:
+                raise NoAnswer(
+                    "the coordinator asks for a key: give a file that has one with --key-file or "
+                    "COORDINATOR_KEY_FILE, or run this on its machine with its DATABASE_URL"
+                )
             if response.status >= 400:
                 raise NoAnswer(_error_of(await response.read()) or f"status {response.status}")
             yield response
@@ -97,25 +126,53 @@ def _error_of(body: bytes) -> str:
 
 
 def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Make a coroutine a command: `--coordinator` replaces its first parameter, a `Client`."""
+    """Make a coroutine a command: options that all have replace its first parameter, a `Client`."""
     own = list(inspect.signature(command).parameters.values())[1:]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    url = inspect.Parameter("coordinator", kind, default=DEFAULT, annotation=CoordinatorUrl)
+    options = [
+        inspect.Parameter("coordinator", kind, default=DEFAULT, annotation=CoordinatorUrl),
+        inspect.Parameter("key_file", kind, default=None, annotation=KeyFile),
+        inspect.Parameter("database_url", kind, default=DATABASE, annotation=DatabaseUrl),
+    ]
 
     @wraps(command)
-    def run(coordinator: str, **values: Any) -> None:
+    def run(coordinator: str, key_file: Path | None, database_url: str, **values: Any) -> None:
         async def work() -> None:
+            key = _key(coordinator, key_file, database_url)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
             async with aiohttp.ClientSession(timeout=timeout) as session:
-                await command(Client(coordinator, session), **values)
+                await command(Client(coordinator, session, key), **values)
 
         finished(work())
 
     # Typer reads a command's options from its signature.
-    signature = inspect.Signature([*own, url])
+    signature = inspect.Signature([*own, *options])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return run
+
+
+def _key(url: str, key_file: Path | None, database_url: str) -> str:
+    """The key to send: that of the file, or the secret of a coordinator on this machine.
+
+    Raises:
+        NoAnswer: the file cannot be read.
+    """
+    if key_file is not None:
+        try:
+            return key_in(key_file)
+        except ConfigError as exc:
+            raise NoAnswer(str(exc)) from exc
+    try:
+        secret = secret_path(database_path(database_url))
+    except ConfigError:
+        return ""
+    if secret is None or not is_loopback(urlsplit(url).hostname or ""):
+        return ""  # the secret is for this machine's eyes alone
+    try:
+        return secret.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def finished(work: Coroutine[Any, Any, None]) -> None:

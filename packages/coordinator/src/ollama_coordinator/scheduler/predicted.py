@@ -4,7 +4,7 @@ An agent gets at most what it runs at once; all other requests wait here and are
 every event. `DESIGN.md` has the state, the order of events and the cost formula.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from operator import attrgetter, itemgetter
 
 from ollama_coordinator.registry import Registry
@@ -47,8 +47,7 @@ QUEUES_LOOKED_AT_PER_SECOND = 40  # A tick looks at so many a second: each may c
 class PredictedScheduler(Scheduler):
     """The scheduler that predicts; its methods are those of `Scheduler`.
 
-    `weights`: a client's share of a contended model where it is not 1. `lengths` predict how long
-    answers get.
+    `lengths` predict how long answers get.
     """
 
     policy = "predicted"
@@ -58,7 +57,6 @@ class PredictedScheduler(Scheduler):
         registry: Registry,
         *,
         max_queue: int,
-        weights: Mapping[str, float] | None = None,
         lengths: OutputLengths | None = None,
     ) -> None:
         self._registry = registry
@@ -66,7 +64,7 @@ class PredictedScheduler(Scheduler):
         self._rates, self._caches = Rates(), PromptCaches()
         self._lengths = lengths or OutputLengths()
         self._machines = Machines(registry, self._rates, self._caches)
-        self._queues = Queues(registry, self._machines, self._lengths, weights or {})
+        self._queues = Queues(registry, self._machines, self._lengths)
         evictions = Evictions(self._queues.demands, self._machines.replicas, self._queues.backlog)
         self._plans = SlotPlans(self._caches)
         self._chooser = Chooser(self._plans, evictions)

@@ -1,7 +1,7 @@
 """The queues of all models, and the entries that requests become in them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from heapq import nsmallest
 from operator import attrgetter
 
@@ -28,19 +28,17 @@ DEMAND_MEMORY_SECONDS = 120.0  # arrivals fade by this time constant: a pause in
 
 
 class Queues:
-    """Queues by model and options. `weights`: a client's share where it is not 1."""
+    """Queues by model and options."""
 
     def __init__(
         self,
         registry: Registry,
         machines: Machines,
         lengths: OutputLengths,
-        weights: Mapping[str, float],
     ) -> None:
         self._registry = registry
         self._machines = machines
         self._lengths = lengths
-        self._weights = weights
         self._last_number = 0
         self._queues: dict[tuple[str, RunnerOptions, bool], Queue] = {}
         self._of_model: defaultdict[str, list[Queue]] = defaultdict(list)
@@ -96,7 +94,7 @@ class Queues:
         """
         output = self.expected_output(request)
         work = request.prompt_tokens / TOKENS_READ_PER_WRITTEN + output + LEAST_WORK
-        weight = self._weights.get(request.client, 1.0)
+        weight = request.weight
         clock, retry = queue.clock, request.is_retry
         start = clock.virtual if retry else clock.start(request.client, work, weight)
         self._last_number += 1

@@ -77,6 +77,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     `model` is the routing key, `name` what the client wrote. `prompt_tokens` is an estimate.
     `prefix` are hashes of the conversation's messages, oldest first, each over all before it.
+    `weight` is its client's share of a contended model, `key` the name of its key, for the history.
     `output_limit` is the client's own bound on the answer in tokens, `pace` the tokens a second at
     which a stream is read along, `lane_reason` why it is in a lane that it did not ask for.
     `larger`: a runner with a larger context than `options` ask for may serve it. `admitted`: it
@@ -95,6 +96,8 @@ class Request(Struct, frozen=True, kw_only=True):
     form: Form = Form.STREAM
     pace: float = PACE_TOKENS_PER_SECOND
     client: str = ""
+    weight: float = 1.0
+    key: str = ""
     prompt_tokens: int = 0
     prefix: tuple[int, ...] = ()
     output_limit: int | None = None

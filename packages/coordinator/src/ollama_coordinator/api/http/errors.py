@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Send
 
+from ollama_coordinator.access import Denied, UnknownKey, WrongKey
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.operations import (
@@ -69,6 +70,8 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     # As Ollama answers a cancelled request; clients do not repeat it.
     RequestCancelled: 499,
     NotEditable: 409,
+    WrongKey: 400,
+    UnknownKey: 404,
     TwoMachines: 409,
     DatabaseError: 503,
     ClientLeft: 499,
@@ -117,7 +120,7 @@ RETRY_SECONDS = 5
 
 def status_of(error: OllamaCoordinatorError) -> int:
     """The HTTP status of an error; that of its nearest listed ancestor."""
-    if isinstance(error, HttpError | Refused | UploadError):
+    if isinstance(error, HttpError | Denied | Refused | UploadError):
         return error.status
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
@@ -128,6 +131,10 @@ def headers_of(error: OllamaCoordinatorError) -> dict[str, str]:
         return {"retry-after": str(RETRY_SECONDS)}
     if isinstance(error, QueueFull):
         return {"retry-after": str(max(1, round(error.retry_after_seconds)))}
+    if isinstance(error, Denied) and error.status == 401:
+        return {"www-authenticate": 'Bearer realm="Ollama Coordinator"'}
+    if isinstance(error, Denied) and error.status == 429:
+        return {"retry-after": str(max(1, round(error.retry_after)))}
     return {}
 
 

@@ -103,6 +103,8 @@ ABOUT = (
 )
 MEANING = {
     400: "The request is wrong; `error` says where.",
+    401: "A key is needed that has the right of this route.",
+    403: "The caller may not do this.",
     404: "There is no such thing.",
     408: "Nothing came of the body for too long.",
     409: "Not as things are; `error` says what is in the way and what to do.",

@@ -3,7 +3,7 @@
 And what it never meets: a request that goes in a circle.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ollama_coordinator.access import Access, Denied, Right
 from ollama_coordinator.upstream import VIA_HEADER, passed
 
+from .dialects import INFERENCE_ROUTES, Dialect
 from .errors import HttpError, error_reply
 from .headers import first
 
@@ -64,41 +66,88 @@ def _text(text: str, status: int, headers: Mapping[str, str] | None = None) -> R
 
 
 class Endpoint(NamedTuple):
-    """One method of one path, and its handler: a function of a request, or an ASGI application."""
+    """One method of one path, and its handler: a function of a request, or an ASGI application.
+
+    `right`: what a caller must have of it; several joined mean any of them.
+    """
 
     method: str
     path: str
+    right: Right
     handler: Callable[..., Any]
 
 
-class Methods:
-    """The ASGI application of one path: each method's own, and 405 naming them all."""
+class Guarded(NamedTuple):
+    """The handler of one method, and the right that it needs."""
 
-    def __init__(self, by_method: Mapping[str, ASGIApp]) -> None:
+    right: Right
+    app: ASGIApp
+
+
+class Methods:
+    """The ASGI application of one path: each method's own, and 405 naming them all.
+
+    `access` lets a request in to its handler, or says why not.
+    """
+
+    def __init__(self, access: Access, by_method: Mapping[str, Guarded]) -> None:
+        self._access = access
         self.by_method = by_method
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        app = self.by_method.get(scope["method"])
-        if app is None:
+        guarded = self.by_method.get(scope["method"])
+        if guarded is None:
             headers = {"allow": ", ".join(sorted(self.by_method))}
-            app = _text("405 method not allowed", 405, headers)
-        await app(scope, receive, send)
+            await _text("405 method not allowed", 405, headers)(scope, receive, send)
+            return
+        try:
+            self._access.admit(scope, guarded.right)
+        except Denied as denied:
+            await refusal(scope, denied)(scope, receive, send)
+            return
+        await guarded.app(scope, receive, send)
 
 
-def gathered(endpoints: Iterable[Endpoint]) -> list[Route]:
+_DIALECTS = {route.path: route.dialect for route in INFERENCE_ROUTES}
+
+
+def refusal(scope: Scope, denied: Denied) -> Response:
+    """The answer to a request that may not come in, in the dialect of its route."""
+    path: str = scope["path"]
+    dialect = _DIALECTS.get(path)
+    if dialect is None:
+        dialect = Dialect.OPENAI if path.startswith("/v1/") else Dialect.NATIVE
+    return error_reply(denied, dialect)
+
+
+class Gate:
+    """ASGI middleware: who sends a request is known to all that comes after it."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._identify = access.identify
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request; no coroutine of its own, which each step of an answer would pass."""
+        if scope["type"] == "http":
+            self._identify(scope)
+        return self._app(scope, receive, send)
+
+
+def gathered(access: Access, endpoints: Iterable[Endpoint]) -> list[Route]:
     """The endpoints as routes, one a path, so that a 405 names all the methods of its path.
 
     Left to itself the router stops at the first route of a path.
     """
-    by_path: dict[str, dict[str, ASGIApp]] = {}
+    by_path: dict[str, dict[str, Guarded]] = {}
     for endpoint in endpoints:
         route = Route(endpoint.path, endpoint.handler, methods=[endpoint.method])
         methods = by_path.setdefault(endpoint.path, {})
         for method in route.methods or ():
             if method != "HEAD" or endpoint.path not in WITHOUT_HEAD:
-                methods.setdefault(method, route.app)
-    return [Route(path, Methods(methods)) for path, methods in by_path.items()]
+                methods.setdefault(method, Guarded(endpoint.right, route.app))
+    return [Route(path, Methods(access, methods)) for path, methods in by_path.items()]
 
 
 class Shortcut:

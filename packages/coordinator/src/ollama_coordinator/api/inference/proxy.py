@@ -12,6 +12,7 @@ from secrets import token_hex
 from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.access import Right, caller_of
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
@@ -95,6 +96,9 @@ class Proxy:
                 with self._watched(request, routing, headers) as request:
                     call = await self._prepare(request, routing, scope, body, send)
                     if call.unloads:
+                        caller = caller_of(scope)
+                        if not caller.rights & Right.MANAGE:
+                            raise caller.needs(Right.MANAGE)
                         await unload_everywhere(self._parts, call)
                         return
                     with self._journal.follow(call.request, self._route.path) as entry:

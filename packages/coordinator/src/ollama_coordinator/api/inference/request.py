@@ -21,6 +21,7 @@ import zstandard
 from msgspec import Raw, Struct
 from starlette.types import Message, Receive, Scope
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.body_timeout import LENGTH_DIGITS
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import (
@@ -519,7 +520,7 @@ KEPT_NAME_CHARACTERS = 200
 def schedulable(
     route: InferenceRoute, routing: Routing, scope: Scope, now: float, *, pace: float
 ) -> Request:
-    """The request as the scheduler takes it; the address of its client is for fairness.
+    """The request as the scheduler takes it; the name of its client is for fairness.
 
     Embeddings have a lane of their own; other requests name theirs, and how long they wait for a
     place, in headers, as well as the pace at which a stream is read, where it is not `pace`.
@@ -527,22 +528,29 @@ def schedulable(
     Raises:
         InvalidModelName: the model's name cannot be one.
         HttpError: a header that is wrong.
+        Denied: its client's key may not use the model.
     """
-    headers, client = dict(scope["headers"]), scope.get("client")
+    headers, caller = dict(scope["headers"]), caller_of(scope)
     lane = Lane.EMBEDDING if route.kind is Kind.EMBED else LANES.get(headers.get(LANE, b""))
     if lane is None:
         raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
     short = len(routing.name) <= KEPT_NAME_CHARACTERS
+    model = (_kept_key if short else model_key)(routing.name)
+    key = caller.key
+    if key is not None:
+        caller.check_model(model)
     return Request(
         id=RequestId(token_hex(8)),
-        model=(_kept_key if short else model_key)(routing.name),
+        model=model,
         name=routing.name,
         arrived_at=now,
         kind=route.kind,
         lane=lane,
         form=routing.form,
         pace=_pace(headers[PACE]) if PACE in headers else pace,
-        client=str(client[0]) if client else "",
+        client=caller.name,
+        weight=1.0 if key is None else key.weight,
+        key="" if key is None else key.name,
         prompt_tokens=routing.prompt_tokens,
         prefix=routing.prefix,
         output_limit=routing.output_limit,

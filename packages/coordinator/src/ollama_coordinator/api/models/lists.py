@@ -17,6 +17,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import Caller, Denied, caller_of
 from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import JSON, HttpError, error_reply, reply
@@ -65,15 +66,18 @@ class KeptList(Generic[Row]):
         self._changes = -1
         self._making = asyncio.Lock()
 
-    async def bodies(self) -> tuple[bytes, ...]:
-        """The body of the list in each of its forms."""
+    async def bodies(self, caller: Caller) -> tuple[bytes, ...]:
+        """The body of the list in each of its forms, with what the caller's key may use."""
         async with self._making:
             changes = self._registry.changes
             if changes != self._changes:
                 await self._remake()
                 # A change meanwhile is left for the next call.
                 self._changes = changes
-        return self._bodies
+        key = caller.key
+        if key is None or not key.models:
+            return self._bodies
+        return self._write(row for name, (_, row) in self._rows.items() if key.may_use(name))
 
     async def _remake(self) -> None:
         slices = Slices()
@@ -180,20 +184,20 @@ class ListsApi:
 
     async def tags(self, request: Request) -> Response:
         """`GET /api/tags`: the union, one row a name, newest first; offline holders count too."""
-        tags, _ = await self._lists.bodies()
+        tags, _ = await self._lists.bodies(caller_of(request.scope))
         return Response(tags, media_type=JSON)
 
     async def ps(self, request: Request) -> Response:
         """`GET /api/ps`: one row per model in memory anywhere, latest expiry first."""
         slices = Slices()
         await self._monitor.refresh(self._registry, older_than=1.0, seconds=1.0)
-        now = self._clock.now()
+        now, key = self._clock.now(), caller_of(request.scope).key
         rows: defaultdict[tuple[str, str], list[LoadedRow]] = defaultdict(list)
         for agent in list(self._registry):
             await slices.pause()
             if self._registry.is_online(agent, now):
                 for row in agent.inventory.loaded.values():
-                    if row.raw is not None:
+                    if row.raw is not None and (key is None or key.may_use(row.key)):
                         rows[row.key, row.model.digest].append(row)
         merged = []
         for same in rows.values():
@@ -205,7 +209,7 @@ class ListsApi:
 
     async def v1_list(self, request: Request) -> Response:
         """`GET /v1/models`: the same as OpenAI lists them; Ollama says null where there is none."""
-        _, openai = await self._lists.bodies()
+        _, openai = await self._lists.bodies(caller_of(request.scope))
         return _v1(openai)
 
     async def v1_show(self, request: Request) -> Response:
@@ -213,7 +217,8 @@ class ListsApi:
         name = request.path_params["model"]
         try:
             key = model_key(name)
-        except InvalidModelName as exc:
+            caller_of(request.scope).check_model(key)
+        except (InvalidModelName, Denied) as exc:
             return error_reply(exc, Dialect.OPENAI)
         row = _preferred_row(self._registry, key)
         if row is None and ModelName.parse(name).runs_in_the_cloud:
@@ -235,7 +240,7 @@ class FleetApi:
     @operation(gives={200: FleetModels})
     async def models(self, request: Request) -> Response:
         """Every model of the fleet, and who has it."""
-        (body,) = await self._list.bodies()
+        (body,) = await self._list.bodies(caller_of(request.scope))
         return Response(body, media_type=JSON)
 
 

@@ -3,6 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import JSON, HttpError, own_body
 from ollama_coordinator.api.http.json_edit import fields_of
 from ollama_coordinator.parts import Parts
@@ -29,6 +30,7 @@ class ShowApi:
         if not name.strip():
             raise HttpError(400, "model is required")
         parsed = ModelName.parse(name)
+        caller_of(request.scope).check_model(name)
         try:
             status, answer = await self._model_info.show(name, body)
         except ModelNotFound as exc:

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, error_reply, own_body
 from ollama_coordinator.api.http.gojson import Fields
 from ollama_coordinator.api.http.json_edit import edited, fields_of
@@ -54,6 +55,7 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         if not is_name(name):
             raise HttpError(400, "invalid model name")
+        caller_of(request.scope).check_model(name)
         command = AgentCommand.pull(name, insecure=insecure)
         placement = placement_of(request, self._targets.default)
         found = self._targets.for_pull(name, placement)
@@ -66,6 +68,7 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         if not name:
             raise HttpError(400, "model is required")
+        caller_of(request.scope).check_model(name)
         command = AgentCommand.push(name, insecure=insecure)
         agent = await self._targets.for_push(name)
         found = Chosen([agent])
@@ -80,6 +83,8 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         if not is_name(name):
             raise HttpError(400, "invalid model name")
+        for wanted in filter(None, (name, source)):
+            caller_of(request.scope).check_model(wanted)
         if any(part in ("", ".", "..") for part in parts):
             raise HttpError(400, "file path must be relative")
         streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
@@ -98,6 +103,7 @@ class TransferApi:
         for role, name in (("source", source), ("destination", destination)):
             if not is_name(name):
                 raise HttpError(400, f'{role} "{name}" is invalid')
+            caller_of(request.scope).check_model(name)
         try:
             await self._parts.queries.holders(source)
         except ModelNotFound as exc:
@@ -118,6 +124,7 @@ class TransferApi:
             raise
         except InvalidModelName as exc:
             raise HttpError(400, f'name "{name}" is invalid') from exc
+        caller_of(request.scope).check_model(name)
         await delete_everywhere(self._parts, name)
         return Response()
 

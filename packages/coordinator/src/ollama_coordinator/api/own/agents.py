@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import Caller, caller_of, check_address
 from ollama_coordinator.agent_logs import LogView
 from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.errors import JSON, HttpError, decode, log_event, reply
@@ -20,7 +21,7 @@ from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentSettings, AgentState, url_of
 from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator.upstream import Unreachable
-from ollama_coordinator_common.network import machine_of
+from ollama_coordinator_common.network import machine_of, parse_address
 from ollama_coordinator_common.printable import check_printable
 from ollama_coordinator_common.protocol import (
     AgentView,
@@ -80,15 +81,15 @@ class AgentDetails(Struct, frozen=True):
     events: list[AgentEvent]
 
 
-async def _machine_of(host: str) -> str:
-    """The machine of an agent's address; a name that cannot be looked up is its own."""
+async def _addresses_of(host: str) -> list[str]:
+    """What the address of a registration is looked up as, IPv4 first; none where that fails."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(LOOKUP_SECONDS):
             found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # a TimeoutError is one
-        return machine_of(host)
-    return machine_of(min((str(address[0]) for *_, address in found), key=lambda text: ":" in text))
+        return []
+    return sorted((str(address[0]) for *_, address in found), key=lambda text: ":" in text)
 
 
 class AgentsApi:
@@ -104,9 +105,12 @@ class AgentsApi:
         self._snapshots = parts.snapshots
         self._logs = parts.agent_logs
         self._clock = parts.clock
+        self._machines = parts.machines
 
     @operation(
-        takes=RegisterRequest, gives={200: RegisterReply, 201: RegisterReply}, errors=(409, 503)
+        takes=RegisterRequest,
+        gives={200: RegisterReply, 201: RegisterReply},
+        errors=(403, 409, 503),
     )
     async def register(self, request: Request) -> Response:
         """Register a machine, or renew its registration.
@@ -114,7 +118,7 @@ class AgentsApi:
         201 `registered`, or 200 `updated` for a machine that is known already.
         """
         wanted = await decode(RegisterRequest, request)
-        host = await _machine_of(wanted.ip_address)
+        host = await self._host_of(wanted.ip_address, caller_of(request.scope))
         now = self._clock.now()
         away = self._registry.doubtful(wanted, now, host=host)
         answering = [away.id] if away is not None and await self._monitor.answers(away) else []
@@ -135,12 +139,25 @@ class AgentsApi:
             log_event("agent's Ollama is another agent's now", other, by=agent.name)
             self._agent_store.keep(other)
         await self._agent_store.keep_now(agent)
+        self._machines.note(agent.id, caller_of(request.scope).client.address)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
         self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
         if agent.inventory.sampled_at is None or not agent.brings_inventory:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
         status = "registered" if done.created else "updated"
         return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
+
+    async def _host_of(self, host: str, caller: Caller) -> str:
+        """The machine of an agent's address; a name that cannot be looked up is its own.
+
+        Raises:
+            Denied: the caller may not register it.
+        """
+        check_address(host, [], caller)  # a name of clouds' metadata is not even looked up
+        found = await _addresses_of(host)
+        parsed = [address for address in map(parse_address, found or [host]) if address is not None]
+        check_address(host, parsed, caller)
+        return machine_of(found[0] if found else host)
 
     async def _version_of(self, wanted: RegisterRequest) -> VersionReply | None:
         """What the Ollama of a registration says of itself; `None`: it does not answer now.

@@ -5,6 +5,7 @@ from msgspec import UNSET, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import HttpError, decode, log_event, reply
 from ollama_coordinator.api.http.openapi import Media, operation
 from ollama_coordinator.attention import OpenConcern
@@ -64,6 +65,7 @@ class HealthApi:
         except msgspec.DecodeError as exc:
             self._dispatch.take_out(before, f"reports models that cannot be read: {exc}")
             raise HttpError(400, f"tags or ps is not what Ollama lists: {exc}") from exc
+        self._parts.machines.note(agent.id, caller_of(request.scope).client.address)
         if agent.left:
             log_event("agent says goodbye", agent)
         elif was_running and not agent.ollama_running:

@@ -7,6 +7,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.api.http.progress_response import ProgressResponse
@@ -70,6 +71,8 @@ class OperationsApi:
         """
         wanted = await decode(NewOperation, request)
         ModelName.parse(wanted.model)
+        for name in filter(None, (wanted.model, wanted.destination)):
+            caller_of(request.scope).check_model(name)
         return reply((await self._start(wanted)).view(), 202)
 
     @operation(

@@ -1,0 +1,51 @@
+"""Who may come in: zones, keys, sessions, and the gate that every request passes."""
+
+from .caller import Caller, Denied, caller_of, granted
+from .gate import Access
+from .keys import (
+    EVERYTHING,
+    FREE,
+    INCLUDED,
+    KEY_TEXT,
+    Key,
+    KeyLimits,
+    KeyRing,
+    NewKey,
+    Right,
+    UnknownKey,
+    WrongKey,
+    key_in,
+)
+from .machines import KnownMachines, check_address
+from .sessions import COOKIE, SESSION_SECONDS, SecretFile, Sessions, secret_path
+from .zones import Zone, Zones, networks
+
+__all__ = [
+    "COOKIE",
+    "EVERYTHING",
+    "FREE",
+    "INCLUDED",
+    "KEY_TEXT",
+    "SESSION_SECONDS",
+    "Access",
+    "Caller",
+    "Denied",
+    "Key",
+    "KeyLimits",
+    "KeyRing",
+    "KnownMachines",
+    "NewKey",
+    "Right",
+    "SecretFile",
+    "Sessions",
+    "UnknownKey",
+    "WrongKey",
+    "Zone",
+    "Zones",
+    "caller_of",
+    "check_address",
+    "granted",
+    "key_in",
+    "networks",
+    "secret_path",
+]

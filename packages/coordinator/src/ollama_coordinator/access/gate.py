@@ -1,0 +1,371 @@
+"""Who sends a request, and whether it may: every request passes here, once.
+
+`identify` looks at a request before its route is known: its client's zone, its key. `admit` is
+asked by the route, which names the right that it needs. What zones allow is one table,
+`granted`.
+"""
+
+import base64
+import binascii
+import logging
+import re
+import socket
+import time
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+from starlette.types import Scope
+
+from ollama_coordinator_common.network import parse_address
+from ollama_coordinator_common.settings import CoordinatorConfig
+
+from .caller import Caller, Denied, caller_of, granted
+from .keys import EVERYTHING, FREE, Key, KeyRing, Right, key_in
+from .machines import KnownMachines
+from .sessions import SecretFile, Sessions, cookie_of
+from .zones import FORWARDING, ClientAddress, Zone, Zones
+
+log = logging.getLogger(__name__)
+
+PATH_KEY = "/k/"
+"""How a path begins that has a key in it."""
+
+OPENWEBUI_USERS = (b"x-openwebui-user-email", b"x-openwebui-user-name", b"x-openwebui-user-id")
+"""What Open WebUI sends with ENABLE_FORWARD_USER_INFO_HEADERS, the most telling first."""
+
+NAME_CHARACTERS = 128
+"""Of a user's name that a header gives."""
+
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"cookie"})
+SIGNS_OF_A_BROWSER = frozenset(
+    {b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"}
+)
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+LOCAL_ENDS = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
+"""Names below these are of no public domain (RFC 6761, 6762, 8375; ICANN's .internal)."""
+
+LOG_SECONDS = 60.0
+"""Between two lines on refused requests of one kind."""
+
+NOTICE_SECONDS = 86_400.0
+"""How long the dashboard shows what strangers did."""
+
+WRONG_KEYS_A_MINUTE = 30
+"""Of one address; the right key is taken also after more. A browser page with a wrong key asks
+some ten times a minute."""
+
+MOST_GUESSERS = 4096
+"""Addresses whose wrong keys are counted; the counts begin anew where there are more."""
+
+_HOST = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?")
+
+
+class Access:
+    """The gate of one coordinator.
+
+    Raises:
+        ConfigError: a setting names no network.
+    """
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        keys: KeyRing,
+        sessions: Sessions,
+        secret: SecretFile,
+        machines: KnownMachines,
+    ) -> None:
+        self.mode = config.access
+        self.keys = keys
+        self.sessions = sessions
+        self.secret = secret
+        self._machines = machines
+        self._zones = Zones(config.trusted_proxies, config.trusted_networks)
+        self._hosts = frozenset(name.lower() for name in (*config.hosts, *_own_names()))
+        self._user_headers = tuple(name.lower().encode() for name in config.user_header)
+        self._read = (
+            FORWARDING
+            | CREDENTIALS
+            | SIGNS_OF_A_BROWSER
+            | {b"user-agent", *OPENWEBUI_USERS, *self._user_headers}
+        )
+        self._guesses: dict[str, int] = {}
+        self._guesses_since = 0.0
+        self._log_again: dict[str, float] = {}
+        self._strangers = 0
+        self._notice, self._noticed_at = "", 0.0
+
+    @property
+    def notice(self) -> str:
+        """What the operator should know of who came in, or did not, within the last day."""
+        return self._notice if time.monotonic() - self._noticed_at < NOTICE_SECONDS else ""
+
+    async def restore(self, key_file: Path | None) -> None:
+        """Take keys and sessions over from the database, and the first key from a file.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+            ConfigError: the file has no key.
+        """
+        await self.keys.restore()
+        await self.sessions.restore()
+        if key_file is not None:
+            self.keys.adopt(key_in(key_file))
+        self.secret.write()
+
+    # ── who ───────────────────────────────────────────────────────────────────────────────────
+
+    def identify(self, scope: Scope) -> None:
+        """Find out who sends a request: `scope["caller"]`. A key leaves the path here."""
+        read = self._read
+        headers = {name: value for name, value in scope["headers"] if name in read}
+        peer = scope["client"]
+        address = str(peer[0]) if peer else ""
+        if FORWARDING.isdisjoint(headers):
+            client = self._zones.direct(address)
+        else:
+            client = self._zones.forwarded(address, scope["headers"])
+        in_path = scope["path"].startswith(PATH_KEY)
+        if in_path or not CREDENTIALS.isdisjoint(headers):
+            scope["caller"] = self._with_proof(scope, headers, client, in_path=in_path)
+        else:
+            scope["caller"] = self._without(headers, client)
+
+    def _without(
+        self, headers: dict[bytes, bytes], client: ClientAddress, *, was_wrong: bool = False
+    ) -> Caller:
+        agent = headers.get(b"user-agent", b"")
+        name = client.address
+        if client.by_proxy:
+            name = self._user(headers, self._user_headers) or name
+        return Caller(
+            client=client,
+            name=name,
+            rights=granted(self.mode, client, any_key=self.keys.any_made),
+            is_browser=agent.startswith(b"Mozilla/") or not SIGNS_OF_A_BROWSER.isdisjoint(headers),
+            was_wrong=was_wrong,
+            crosses_sites=_crosses_sites(headers),
+        )
+
+    def _with_proof(
+        self,
+        scope: Scope,
+        headers: dict[bytes, bytes],
+        client: ClientAddress,
+        *,
+        in_path: bool,
+    ) -> Caller:
+        at = time.time()
+        tried = False
+        if in_path:
+            text = _taken_from_path(scope)
+            key = self.keys.by_secret(text, at)
+            if key is not None and key.in_path:
+                return self._of_key(key, headers, client)
+            tried = True
+        authorization = headers.get(b"authorization", b"")
+        for text in (_secret_of(authorization), headers.get(b"x-api-key", b"")):
+            if not text:
+                continue
+            tried = True
+            key = self.keys.by_secret(text, at)
+            if key is not None:
+                return self._of_key(key, headers, client)
+            if client.zone is Zone.LOOPBACK and self.secret.is_secret(text):
+                return Caller(client=client, name=client.address, rights=EVERYTHING, is_proven=True)
+        cookie = cookie_of(headers.get(b"cookie", b""))
+        if cookie:
+            key = None if _is_foreign(scope, headers) else self.sessions.find(cookie, at)
+            if key is not None:
+                return self._of_key(key, headers, client)
+        return self._without(headers, client, was_wrong=tried)
+
+    def _of_key(self, key: Key, headers: dict[bytes, bytes], client: ClientAddress) -> Caller:
+        name = key.name
+        if key.names_users:
+            name = self._user(headers, self._user_headers or OPENWEBUI_USERS) or name
+        elif client.by_proxy:
+            name = self._user(headers, self._user_headers) or name
+        return Caller(
+            client=client,
+            name=name,
+            rights=key.allowed,
+            key=key,
+            is_proven=True,
+            crosses_sites=_crosses_sites(headers),
+        )
+
+    def _user(self, headers: dict[bytes, bytes], names: tuple[bytes, ...]) -> str:
+        """The user whom one of these headers names; empty where none does."""
+        for name in names:
+            user = unquote(headers.get(name, b"").decode("utf-8", "replace")).strip()
+            if user and user.isprintable():
+                return user[:NAME_CHARACTERS]
+        return ""
+
+    # ── whether it may ────────────────────────────────────────────────────────────────────────
+
+    def admit(self, scope: Scope, right: Right) -> None:
+        """Let a request in to a route that needs a right.
+
+        Raises:
+            Denied: with a sentence that says what to do.
+        """
+        caller = caller_of(scope)
+        if caller.crosses_sites and scope["method"] not in SAFE_METHODS:
+            raise Denied(403, "a page of another site may not change anything here")
+        if right == FREE:
+            return
+        if not caller.rights & right and not (
+            # Who is in the fleet stays in it when the first key is made.
+            right & Right.JOIN
+            and not caller.is_proven
+            and self._machines.knows(caller.client.address)
+        ):
+            raise self._denied(scope, caller, right)
+        if caller.is_browser and not caller.is_proven:
+            self._check_host(scope)
+        if caller.client.zone is Zone.PUBLIC and not caller.is_proven and self.mode == "open":
+            self._note(
+                f"Anyone may use, manage and operate this fleet: {caller.client.address}, which is "
+                "no address of a private network, was served without a key "
+                "(COORDINATOR_ACCESS=open)."
+            )
+
+    def _note(self, text: str) -> None:
+        self._notice, self._noticed_at = text, time.monotonic()
+
+    def forget_guesses(self) -> None:
+        """Count wrong keys anew."""
+        self._guesses = {}
+
+    def _check_host(self, scope: Scope) -> None:
+        """A page of another site may reach this machine under a name of its own (DNS rebinding)."""
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        if not self._is_own_name(host.decode("latin-1")):
+            raise Denied(
+                403,
+                "a browser may not use this coordinator by the name "
+                f"{_shown(host)}: open it by its address or by this machine's name, add the name "
+                "to COORDINATOR_HOSTS, or log in with a key",
+            )
+
+    def _is_own_name(self, host: str) -> bool:
+        match = _HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = (match[1] or match[2] or "").lower().removesuffix(".")
+        if not name:
+            return False
+        if "." not in name or parse_address(name) is not None:
+            return True
+        return name.endswith(LOCAL_ENDS) or name in self._hosts
+
+    def _denied(self, scope: Scope, caller: Caller, right: Right) -> Denied:
+        if caller.key is not None:
+            return caller.needs(right)
+        if caller.was_wrong and (self.keys.any_made or self.mode == "keys"):
+            return self._wrong_key(scope, caller)
+        if self.mode == "auto" and not self.keys.any_made:
+            return self._closed(caller.client)
+        denied = caller.needs(right)
+        return Denied(self._status(scope), str(denied))
+
+    def _wrong_key(self, scope: Scope, caller: Caller) -> Denied:
+        address, now = caller.client.address, time.monotonic()
+        if now - self._guesses_since >= LOG_SECONDS or len(self._guesses) >= MOST_GUESSERS:
+            self._guesses, self._guesses_since = {}, now
+        count = self._guesses[address] = self._guesses.get(address, 0) + 1
+        if count > WRONG_KEYS_A_MINUTE:
+            self._log("guess", "wrong keys, many of one address", client=address, count=count)
+            text = "too many wrong keys from this address; try again in a minute"
+            return Denied(429, text, retry_after=LOG_SECONDS)
+        self._log("wrong", "a wrong key", client=address)
+        return Denied(
+            self._status(scope),
+            "this key is none that is in force here: it may be mistyped, expired or revoked",
+        )
+
+    def _closed(self, client: ClientAddress) -> Denied:
+        self._strangers += 1
+        if client.forwarded:
+            why = f"{client.address} passed it on, which is no trusted proxy"
+            what = f"set COORDINATOR_TRUSTED_PROXIES={client.address} where that is your proxy, "
+        else:
+            why, what = f"it comes from {client.address}", ""
+        what += "make a key (`ollama-coordinator keys create NAME` on the coordinator's machine), "
+        text = (
+            f"without keys this coordinator serves its private network alone, and {why}: {what}"
+            "or set COORDINATOR_ACCESS=open"
+        )
+        self._log("stranger", text, requests=self._strangers)
+        self._note(
+            f"{self._strangers} requests from outside the private network were refused, the last "
+            f"one from {client.address}. To let them in, make a key or name your proxy: see "
+            "COORDINATOR_TRUSTED_PROXIES."
+        )
+        return Denied(403, text)
+
+    def _status(self, scope: Scope) -> int:
+        """401, but 403 for the `ollama` program: it shows a sentence of its own for 401."""
+        agent = next((value for name, value in scope["headers"] if name == b"user-agent"), b"")
+        return 403 if agent.startswith(b"ollama/") else 401
+
+    def _log(self, kind: str, text: str, **facts: object) -> None:
+        """One line a minute at most of each kind."""
+        now = time.monotonic()
+        if now >= self._log_again.get(kind, 0.0):
+            self._log_again[kind] = now + LOG_SECONDS
+            log.warning(text, extra=facts)
+
+
+def _own_names() -> tuple[str, ...]:
+    try:
+        name = socket.gethostname().lower()
+    except OSError:
+        return ()
+    return (name, name.partition(".")[0])
+
+
+def _shown(host: bytes) -> str:
+    text = host.decode("latin-1")[:100]
+    return f"'{text}'" if text.isprintable() else "that it gave"
+
+
+def _crosses_sites(headers: dict[bytes, bytes]) -> bool:
+    """Whether a browser sends it for another site; one that names its origin is judged by that."""
+    return headers.get(b"sec-fetch-site") == b"cross-site" and b"origin" not in headers
+
+
+def _is_foreign(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another origin sends it, perhaps of another port of this machine."""
+    origin = headers.get(b"origin")
+    if origin is None:
+        return False
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    return origin not in (b"http://" + host, b"https://" + host)
+
+
+def _secret_of(authorization: bytes) -> bytes:
+    """The key in an `Authorization` header: as Bearer, or as the password of Basic."""
+    scheme, _, rest = authorization.partition(b" ")
+    rest = rest.strip()
+    if scheme.lower() == b"bearer":
+        return rest
+    if scheme.lower() == b"basic":
+        try:
+            user, _, password = base64.b64decode(rest, validate=True).partition(b":")
+        except (binascii.Error, ValueError):
+            return rest
+        return password or user
+    return authorization
+
+
+def _taken_from_path(scope: Scope) -> bytes:
+    """The key in a path; the path is without it from now on, wherever it is read."""
+    raw: bytes = scope["raw_path"]
+    text, _, rest = raw.removeprefix(PATH_KEY.encode()).partition(b"/")
+    raw = b"/" + rest.lstrip(b"/")
+    scope["raw_path"], scope["path"] = raw, unquote(raw.decode("latin-1"))
+    return unquote_to_bytes(text)

@@ -1,0 +1,112 @@
+"""`/api/keys`: who has a key, and what each key allows."""
+
+import logging
+from datetime import datetime
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_coordinator.access import Key, KeyLimits, NewKey, caller_of
+from ollama_coordinator.access.sessions import utc
+from ollama_coordinator.api.http.errors import decode, reply
+from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.parts import Parts
+
+log = logging.getLogger(__name__)
+
+
+class KeyView(Struct, frozen=True, kw_only=True):
+    """One key, without its text. `hint` is how it begins; `sessions` are log-ins with it."""
+
+    id: str
+    name: str
+    hint: str
+    rights: tuple[str, ...]
+    models: tuple[str, ...]
+    weight: float
+    in_path: bool
+    names_users: bool
+    limits: KeyLimits
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+    sessions: int
+
+
+class MadeKey(KeyView, frozen=True, kw_only=True):
+    """A key that was made just now: `key` is its text, shown this once; empty for a public key."""
+
+    key: str
+
+
+class KeysView(Struct, frozen=True):
+    """`GET /api/keys`."""
+
+    keys: list[KeyView]
+
+
+class KeysApi:
+    """The handlers of keys."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._access = parts.access
+        self._keys = parts.access.keys
+        self._store = parts.store
+
+    @operation(gives={200: KeysView})
+    async def list(self, request: Request) -> Response:
+        """Every key, also those that were revoked or have expired; never their texts."""
+        return reply(KeysView([self._view(key) for key in self._keys]))
+
+    @operation(takes=NewKey, gives={201: MadeKey}, errors=(403,))
+    async def create(self, request: Request) -> Response:
+        """Make a key; its text is in this answer and nowhere else."""
+        key, text = self._keys.create(await decode(NewKey, request))
+        await self._store.flush()
+        self._log("key made", key, request)
+        shown = {**msgspec.structs.asdict(self._view(key)), "key": text}
+        answer = reply(MadeKey(**shown), 201)
+        answer.headers["cache-control"] = "no-store"
+        return answer
+
+    @operation(gives={200: KeyView}, errors=(404,))
+    async def show(self, request: Request) -> Response:
+        """One key, by its name or id."""
+        return reply(self._view(self._keys.find(request.path_params["name"])))
+
+    @operation(gives={200: KeyView}, errors=(404,))
+    async def revoke(self, request: Request) -> Response:
+        """End a key, by its name or id, and the sessions that were begun with it.
+
+        Keys are asked for from then on as before, also when none is left.
+        """
+        key = self._keys.revoke(request.path_params["name"])
+        self._access.sessions.end_all(key)
+        await self._store.flush()
+        self._log("key revoked", key, request)
+        return reply(self._view(key))
+
+    def _log(self, event: str, key: Key, request: Request) -> None:
+        by = caller_of(request.scope).name
+        log.info(event, extra={"key": key.name, "rights": ",".join(key.rights), "by": by})
+
+    def _view(self, key: Key) -> KeyView:
+        return KeyView(
+            id=key.id,
+            name=key.name,
+            hint=key.hint,
+            rights=key.rights,
+            models=key.models,
+            weight=key.weight,
+            in_path=key.in_path,
+            names_users=key.names_users,
+            limits=key.limits,
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            revoked_at=key.revoked_at,
+            last_used_at=utc(key.last_used),
+            sessions=self._access.sessions.of(key),
+        )

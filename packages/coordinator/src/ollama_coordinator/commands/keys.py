@@ -1,0 +1,182 @@
+"""`keys …`: who may come in, from the command line."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .client import Client, NoAnswer, asks
+
+keys = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Who may come in: make, list, show and revoke keys.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]
+Rights = Annotated[
+    str,
+    typer.Option(
+        "--rights",
+        metavar="RIGHT,...",
+        help="use, manage (models too), operate (all); join (agents), watch (look on).",
+    ),
+]
+Models = Annotated[
+    str, typer.Option("--models", metavar="PATTERN,...", help="Only these models; * is any text.")
+]
+Weight = Annotated[
+    float, typer.Option("--weight", help="Its share among clients that wait for one model.")
+]
+Expires = Annotated[
+    str, typer.Option("--expires", metavar="DURATION|TIME", help="Such as 30d, 12h, 2030-01-31.")
+]
+NamesUsers = Annotated[
+    bool,
+    typer.Option("--names-users", help="Its requests say for which user they are (Open WebUI)."),
+]
+InPath = Annotated[
+    bool, typer.Option("--in-path", help="It may stand in an address: http://HOST:PORT/k/KEY.")
+]
+
+_DURATION = re.compile(r"(\d+)([mhdw])")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@keys.command()
+@asks
+async def create(
+    client: Client,
+    name: Name,
+    rights: Rights = "use",
+    models: Models = "",
+    weight: Weight = 1.0,
+    expires: Expires = "",
+    in_path: InPath = False,
+    names_users: NamesUsers = False,
+) -> None:
+    """Make a key and show it, this once."""
+    wanted = _wanted(name, rights, models, weight, expires, names_users=names_users)
+    made = await client.json("POST", "/api/keys", {**wanted, "in_path": in_path})
+    # Nothing but the key on the standard output, so that a script can take it.
+    typer.echo(made["key"])
+    hints = Console(stderr=True, soft_wrap=True)
+    hints.print("It is shown this once. For clients:", highlight=False)
+    for line in _lines(client.url, made["key"], in_path=in_path):
+        hints.print(f"  {line}", highlight=False, markup=False)
+
+
+@keys.command("list")
+@asks
+async def list_keys(client: Client) -> None:
+    """List every key, and when it was last used."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("NAME", "KEY", "RIGHTS", "MODELS", "STATE", "LAST USED"):
+        table.add_column(column)
+    for key in (await client.json("GET", "/api/keys"))["keys"]:
+        table.add_row(
+            key["name"],
+            f"{key['hint']}…",
+            ",".join(key["rights"]),
+            ",".join(key["models"]) or "all",
+            _state(key),
+            _time(key["last_used_at"]) or "never",
+        )
+    Console().print(table)
+
+
+@keys.command()
+@asks
+async def show(client: Client, name: Name) -> None:
+    """Show what a key allows; its text is not kept."""
+    key = await client.json("GET", f"/api/keys/{quote(name, safe='')}")
+    console = Console()
+    limits = ", ".join(f"{what.replace('_', ' ')} {most:g}" for what, most in key["limits"].items())
+    rows = {
+        "name": key["name"],
+        "id": key["id"],
+        "key": f"{key['hint']}…",
+        "state": _state(key),
+        "rights": ", ".join(key["rights"]),
+        "models": ", ".join(key["models"]) or "all",
+        "weight": f"{key['weight']:g}",
+        "limits": limits or "none",
+        "in a path": "yes" if key["in_path"] else "no",
+        "names users": "yes" if key["names_users"] else "no",
+        "made": _time(key["created_at"]),
+        "last used": _time(key["last_used_at"]) or "never",
+        "sessions": str(key["sessions"]),
+    }
+    for title, text in rows.items():
+        console.print(f"{title:<12} {text}", highlight=False, markup=False)
+
+
+@keys.command()
+@asks
+async def revoke(client: Client, name: Name) -> None:
+    """End a key at once, and the log-ins with it."""
+    await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
+    typer.echo(f"'{name}' is revoked")
+
+
+def _wanted(
+    name: str, rights: str, models: str, weight: float, expires: str, *, names_users: bool
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "rights": _parts(rights),
+        "models": _parts(models),
+        "weight": weight,
+        "names_users": names_users,
+        "expires_at": _expiry(expires),
+    }
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _expiry(text: str) -> str | None:
+    if not text:
+        return None
+    if match := _DURATION.fullmatch(text):
+        return (datetime.now(UTC) + timedelta(**{_UNITS[match[2]]: int(match[1])})).isoformat()
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise NoAnswer(f"--expires {text}: give such as 30d, 12h or 2030-01-31") from exc
+    return (at if at.tzinfo else at.astimezone()).isoformat()
+
+
+def _state(key: dict[str, Any]) -> str:
+    if key["revoked_at"]:
+        return f"revoked {_time(key['revoked_at'])}"
+    expiry = key["expires_at"]
+    if not expiry:
+        return "in force"
+    ended = datetime.fromisoformat(expiry) <= datetime.now(UTC)
+    return f"{'expired' if ended else 'until'} {_time(expiry)}"
+
+
+def _time(text: str | None) -> str:
+    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M") if text else ""
+
+
+def _lines(url: str, key: str, *, in_path: bool) -> list[str]:
+    """What a person sets for the usual clients."""
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+    lines = [
+        f"OPENAI_BASE_URL={shown}/v1 OPENAI_API_KEY={key}",
+        f"ANTHROPIC_BASE_URL={shown} ANTHROPIC_API_KEY={key}",
+        f"ollama-python: OLLAMA_HOST={shown} OLLAMA_API_KEY={key}",
+        f"Open WebUI: connection {shown}, key {key}",
+    ]
+    if in_path:
+        lines.insert(0, f"ollama: OLLAMA_HOST={shown}/k/{key}")
+    return lines
