@@ -115,7 +115,7 @@ async def test_what_its_machine_lacks(coordinator: Running) -> None:
         assert "a file is missing" in found["broken"].text
         assert found["left"].text == "a killed Ollama left a model runner: end process 7."
         (row,) = [row for row in await coordinator.get("/api/agents") if row["id"] == first]
-        assert "left a model runner" in str(agents_table([row]).columns[1]._cells[0])
+        assert "left a model runner" in str(agents_table([row], 200).columns[1]._cells[0])
         assert found["version"].text == "Its Ollama is 0.5.7, others have 0.24.0."
         assert found["version"].severity is concerns.Severity.NOTE
 

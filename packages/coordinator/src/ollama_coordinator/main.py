@@ -17,7 +17,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import server
 from .aio import loop_of
-from .commands import fleet, scheduling
+from .commands import fleet, operate, scheduling
 from .commands.keys import keys
 from .commands.top import top
 from .settings import read
@@ -56,7 +56,10 @@ def default(
 
 app.add_typer(fleet.models, name="models")
 app.add_typer(keys, name="keys")
-app.command()(fleet.agents)
+app.add_typer(operate.agents, name="agents")
+app.add_typer(operate.requests, name="requests")
+app.add_typer(operate.settings, name="settings")
+app.command()(operate.history)
 app.command()(fleet.attention)
 app.command()(scheduling.explain)
 app.command()(scheduling.replay)

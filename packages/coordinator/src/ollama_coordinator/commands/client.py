@@ -31,6 +31,7 @@ DEFAULT = "http://localhost:8080"
 CoordinatorUrl = Annotated[
     str,
     typer.Option(
+        "--url",
         "--coordinator",
         envvar="COORDINATOR_URL",
         metavar="URL",

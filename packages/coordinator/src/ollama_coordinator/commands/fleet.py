@@ -1,22 +1,22 @@
-"""`agents`, `models …`, `ps` and `attention`: the fleet from the command line."""
+"""`models …`, `ps` and `attention`: the fleet from the command line."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
 import typer
-from rich.console import Console
 
 from ollama_coordinator_common.names import ModelName
 
 from .client import Client, Model, NoAnswer, asks
 from .tables import (
     Bars,
-    agents_table,
     attention_table,
+    console,
     holders_table,
     loaded_table,
     models_table,
+    readable,
+    shown_json,
     targets_table,
 )
 
@@ -42,12 +42,6 @@ On = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
 
 
-@asks
-async def agents(client: Client) -> None:
-    """List every agent, how it is, and what it does."""
-    Console().print(agents_table(await client.json("GET", "/api/agents")))
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
 
 
@@ -56,9 +50,9 @@ async def attention(client: Client, json: Json = False) -> None:
     """List what needs a person, the worst first; the exit code is 1 if there is anything."""
     listed = (await client.json("GET", "/api/attention"))["attention"]
     if json:
-        typer.echo(msgspec.json.encode(listed))
+        shown_json(listed)
     elif listed:
-        Console().print(attention_table(listed))
+        console().print(attention_table(listed))
     else:
         typer.echo("Nothing needs attention.")
     if listed:
@@ -70,7 +64,7 @@ async def attention(client: Client, json: Json = False) -> None:
 async def list_models(client: Client) -> None:
     """List every model, the agents that have it, and where it is in memory."""
     listed = (await client.json("GET", "/api/models"))["models"]
-    Console().print(models_table(listed, await _names(client)))
+    console().print(models_table(listed, await _names(client)))
 
 
 @models.command()
@@ -130,7 +124,7 @@ async def rm(
     """Delete models on every agent; those that are away do it when they return."""
     for model in models:
         wanted = {"kind": "delete", "model": model}
-        Console().print(targets_table(await client.json("POST", "/api/operations", wanted)))
+        console().print(targets_table(await client.json("POST", "/api/operations", wanted)))
 
 
 @models.command()
@@ -138,16 +132,16 @@ async def rm(
 async def show(client: Client, model: Model) -> None:
     """Show what a model is and which agents have it."""
     shown = await client.json("POST", "/api/show", {"model": model})
-    console = Console()
+    screen = console()
     for name, value in shown.get("details", {}).items():
-        console.print(f"{name:<20} {value}", highlight=False, markup=False)
+        screen.print(f"{name:<20} {readable(value)}", highlight=False, markup=False)
     capabilities = ", ".join(shown.get("capabilities") or ())
-    console.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
-    console.print(shown.get("parameters", ""), highlight=False, markup=False)
+    screen.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
+    screen.print(shown.get("parameters", ""), highlight=False, markup=False)
     listed = (await client.json("GET", "/api/models"))["models"]
     key = ModelName.parse(model).key
     same = [one for one in listed if ModelName.parse(one["name"]).key == key]
-    console.print(holders_table(same, await _names(client)))
+    screen.print(holders_table(same, await _names(client)))
 
 
 @asks
@@ -156,7 +150,7 @@ async def ps(client: Client) -> None:
     rows = (await client.json("GET", "/api/ps"))["models"] or ()
     listed = (await client.json("GET", "/api/models"))["models"]
     where = {model["name"]: model["loaded_on"] for model in listed}
-    Console().print(loaded_table(rows, where, await _names(client)))
+    console().print(loaded_table(rows, where, await _names(client)))
 
 
 def _placement(replicas: int | None, on: str | None) -> dict[str, str]:
@@ -172,13 +166,13 @@ async def _names(client: Client) -> dict[str, str]:
 
 async def _operation(client: Client, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
     """Start an operation, show its progress until its end, then the outcome on every agent."""
-    console = Console()
+    screen = console()
     operation = await client.json("POST", "/api/operations", wanted)
     path = f"/api/operations/{operation['id']}"
     if detach:
-        console.print(f"operation {operation['id']} goes on by itself", highlight=False)
+        screen.print(f"operation {operation['id']} goes on by itself", highlight=False)
         return
-    bars = Bars(console)
+    bars = Bars(screen)
     failure: NoAnswer | None = None
     try:
         with bars.progress:
@@ -186,6 +180,6 @@ async def _operation(client: Client, wanted: Mapping[str, Any], *, detach: bool 
                 bars.show(line)
     except NoAnswer as exc:
         failure = exc
-    console.print(targets_table(await client.json("GET", path)))
+    screen.print(targets_table(await client.json("GET", path)))
     if failure is not None:
         raise failure

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import typer
 from msgspec import Struct, structs
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +30,7 @@ from ollama_coordinator.simulation.machine import GIB
 from ollama_coordinator_common.names import model_key
 
 from .client import Client, Model, NoAnswer, asks
-from .tables import table
+from .tables import WIDE, console, shown_json, table
 
 TERMS = ("wait", "load", "evict", "prefill", "decode", "crowding", "failure")
 """The terms of an estimate, in the order of its table."""
@@ -59,31 +58,37 @@ async def explain(
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", metavar="TOKENS", help="The context to ask for.")
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the API's own answer.")] = False,
 ) -> None:
     """Show where a request would go, and why; it is not sent. Times are in seconds."""
     body: dict[str, Any] = {"model": model, "prompt": prompt}
     if num_ctx is not None:
         body["options"] = {"num_ctx": num_ctx}
     decision = await client.json("POST", "/api/explain", body)
-    console = Console()
-    console.print(_candidates(decision))
-    console.print(_sentence(decision))
+    if json:
+        shown_json(decision)
+        return
+    screen = console()
+    screen.print(decided(decision, screen.width))
+    screen.print(_sentence(decision))
 
 
-def _candidates(decision: Mapping[str, Any]) -> Table:
-    numbers = ("COST", *(term.upper() for term in TERMS), "CACHED")
-    made = table("AGENT", "WOULD", *numbers, "", right=numbers)
+def decided(decision: Mapping[str, Any], width: int) -> Table:
+    """The candidates of a decision; where `width` is small, only terms that differ from zero."""
     known = [one for one in decision["candidates"] if one["cost"] is not None]
+    terms = [t for t in TERMS if width >= WIDE or any(one[f"{t}_seconds"] for one in known)]
+    numbers = ("COST", *(term.upper() for term in terms), "CACHED")
+    made = table("AGENT", "WOULD", *numbers, "", right=numbers)
     refused = [one for one in decision["candidates"] if one["cost"] is None]
     for one in (*sorted(known, key=lambda one: float(one["cost"])), *refused):
-        seconds = [f"{one[f'{term}_seconds']:.2f}" for term in TERMS]
+        seconds = [f"{one[f'{term}_seconds']:.2f}" for term in terms]
         is_chosen = one["agent_id"] == decision["chosen"]
         cost = "" if one["cost"] is None else f"{one['cost']:.2f}"
         made.add_row(
             Text(one["agent"]),
             one["action"],
             cost,
-            *(seconds if cost else [""] * len(TERMS)),
+            *(seconds if cost else [""] * len(terms)),
             str(one["cached_tokens"] or ""),
             Text(one["refused"] or ("← chosen" if is_chosen else "")),
             style="bold" if is_chosen else "dim" if not cost else "",
@@ -134,14 +139,14 @@ async def replay(
     played = [request for request in played if request.model in held]
     if not played:
         raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
-    console = Console()
-    console.print(f"{len(played)} requests over {played[-1].at:.0f} s")
+    screen = console()
+    screen.print(f"{len(played)} requests over {played[-1].at:.0f} s")
     figures = ("MEAN", "P50", "P95", "P99", "WITHIN 10 s", "LOADS/h", "FAILED")
     made = table("POLICY", *figures, right=figures)
     for name in policies:
         simulation = Simulation(fleet, partial(_create, name))
         _add_summary(made, name, summarise(simulation.run(played), fleet))
-    console.print(made)
+    screen.print(made)
 
 
 def _create(policy: str, registry: Registry) -> Scheduler:

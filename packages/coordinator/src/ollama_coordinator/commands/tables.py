@@ -1,17 +1,37 @@
 """How agents, models and operations look in a terminal."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
+from shutil import get_terminal_size
 from typing import Any
 
+import msgspec
+import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+WIDE = 120
+"""Columns of a terminal that has room for everything."""
+
+PIPED_WIDTH = 10_000
+"""No row is so long."""
+
 STATUS_COLOURS = {"online": "green", "offline": "red", "draining": "yellow"}
 TARGET_COLOURS = {"done": "green", "failed": "red", "pending": "yellow", "cancelled": "red"}
+
+
+def console() -> Console:
+    """The terminal. Where there is none, each row is one line, for `grep` and `awk`."""
+    return Console(width=get_terminal_size((PIPED_WIDTH, 0)).columns)
+
+
+def shown_json(answer: object) -> None:
+    """Print an answer of the API as it is."""
+    typer.echo(msgspec.json.encode(answer))
 
 
 def table(*columns: str, right: Collection[str] = (), is_cut: bool = False) -> Table:
@@ -30,9 +50,10 @@ def table(*columns: str, right: Collection[str] = (), is_cut: bool = False) -> T
     return made
 
 
-def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
-    """Every agent, how it is, and what it does."""
-    made = table("NAME", "STATUS", "IN FLIGHT", "LOADED", "ON DISK", "OLLAMA", "URL", "ID")
+def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Table:
+    """Every agent, how it is, and what it does; its URL and id where `width` has room for them."""
+    wide = ("URL", "ID") if width >= WIDE else ()
+    made = table("NAME", "STATUS", "IN FLIGHT", "LOADED", "ON DISK", "OLLAMA", *wide)
     for agent in agents:
         # As texts, not as markup: a machine may be called anything.
         made.add_row(
@@ -42,9 +63,52 @@ def agents_table(agents: Iterable[Mapping[str, Any]]) -> Table:
             Text(", ".join(agent["loaded_models"]) or "-"),
             Text(str(len(agent["models"]))),
             Text(agent["ollama_version"]),
-            Text(agent["url"]),
-            Text(agent["id"]),
+            *(Text(agent[name.lower()]) for name in wide),
         )
+    return made
+
+
+def facts(row: Mapping[str, Any]) -> Table:
+    """One row of the API as names and values; what is not known is left out."""
+    made = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in row.items():
+        if value in (None, "", [], {}):
+            continue
+        made.add_row(Text(name, "bold"), Text(readable(value), overflow="fold"))
+    return made
+
+
+def readable(value: object) -> str:
+    """A value of JSON for people: a list by its parts."""
+    if isinstance(value, list):
+        return ", ".join(map(readable, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {readable(part)}" for name, part in value.items() if part)
+    return str(value)
+
+
+def requests_table(requests: Iterable[Mapping[str, Any]]) -> Table:
+    """The requests in progress."""
+    made = table("ID", "STATE", "MODEL", "AGENT", "TOKENS", "SINCE", right=("TOKENS", "SINCE"))
+    for one in requests:
+        position = f" {one['position']}" if one.get("position") else ""
+        made.add_row(
+            Text(one["id"]),
+            Text(one["state"] + position),
+            Text(one["model"]),
+            Text(one["agent"] or "-"),
+            str(one["tokens"]),
+            f"{one['elapsed_seconds']:.0f} s",
+        )
+    return made
+
+
+def settings_table(settings: Iterable[Mapping[str, Any]]) -> Table:
+    """Settings, and where each comes from."""
+    made = table("NAME", "VALUE", "FROM", "VARIABLE")
+    for one in settings:
+        value = readable(one["value"]) if one["value"] != "" else "-"
+        made.add_row(one["name"], Text(value), one["source"], one["variable"])
     return made
 
 
@@ -118,10 +182,19 @@ def loaded_table(
             row["digest"][:12],
             decimal(row["size"]),
             str(row.get("context_length", "")),
-            str(row["expires_at"])[:19].replace("T", " "),
+            _until(row["expires_at"]),
             _named(where.get(row["name"], ()), names),
         )
     return made
+
+
+def _until(text: str) -> str:
+    """A time of Ollama's in this machine's zone, without the nanoseconds that Go writes."""
+    try:
+        at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text)).astimezone()
+    except ValueError:
+        return text
+    return f"{at:%d %b %H:%M %Z}"
 
 
 def targets_table(operation: Mapping[str, Any]) -> Table:

@@ -1,0 +1,348 @@
+"""`agents …`, `requests …`, `history` and `settings …`: what an operator does from a terminal."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+import msgspec
+import typer
+from rich.text import Text
+
+from .client import Client, NoAnswer, asks
+from .scheduling import decided
+from .tables import (
+    agents_table,
+    console,
+    facts,
+    requests_table,
+    settings_table,
+    shown_json,
+    table,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
+Agent = Annotated[str, typer.Argument(metavar="AGENT", help="An agent's name or id.")]
+RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id.")]
+
+agents = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="The fleet's agents: list, show, add, drain, resume, label, rename, prefer, rm.",
+)
+requests = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Requests: list, cancel, why.",
+)
+settings = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The coordinator's settings: get, set.",
+)
+
+
+# ── agents ────────────────────────────────────────────────────────────────────────────────────
+
+
+@agents.callback(invoke_without_command=True)
+@asks
+async def default(client: Client, context: typer.Context, json: Json = False) -> None:
+    """The fleet's agents; without a command they are listed."""
+    if context.invoked_subcommand is None:
+        await _list(client, json=json)
+
+
+@agents.command("list")
+@asks
+async def list_agents(client: Client, json: Json = False) -> None:
+    """List every agent, how it is, and what it does."""
+    await _list(client, json=json)
+
+
+async def _list(client: Client, *, json: bool) -> None:
+    listed = await client.json("GET", "/api/agents")
+    if json:
+        shown_json(listed)
+    else:
+        screen = console()
+        screen.print(agents_table(listed, screen.width))
+
+
+@agents.command("show")
+@asks
+async def show_agent(client: Client, agent: Agent, json: Json = False) -> None:
+    """Show all facts of one agent."""
+    row = await _agent(client, agent)
+    if json:
+        shown_json(row)
+    else:
+        console().print(facts(row))
+
+
+@agents.command("add")
+@asks
+async def add(
+    client: Client,
+    address: Annotated[
+        str, typer.Argument(metavar="HOST[:PORT]", help="Where an Ollama without agent answers.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="What people call it.")] = "",
+) -> None:
+    """Add an Ollama that runs without an agent; it must be reachable from the coordinator."""
+    host, _, port = address.rpartition(":") if address.count(":") == 1 else (address, "", "11434")
+    if not port.isdigit():
+        raise NoAnswer(f"{address} is no address: give HOST or HOST:PORT")
+    facts = {"machine_name": name or host, "ip_address": host, "ollama_port": int(port)}
+    answer = await client.json("POST", "/api/agents", {**facts, "ollama_version": "unknown"})
+    row = await client.json("GET", f"/api/agents/{answer['agent_id']}")
+    console().print(Text(f"{answer['status']}: {name or host}, {_state(row)}"))
+
+
+@agents.command("drain")
+@asks
+async def drain(client: Client, agent: Agent) -> None:
+    """Let an agent finish what it has, and give it nothing new."""
+    await _change(client, agent, draining=True)
+
+
+@agents.command("resume")
+@asks
+async def resume(client: Client, agent: Agent) -> None:
+    """Give a drained agent requests again."""
+    await _change(client, agent, draining=False)
+
+
+@agents.command("label")
+@asks
+async def label(
+    client: Client,
+    agent: Agent,
+    labels: Annotated[
+        list[str] | None, typer.Argument(metavar="[LABEL...]", help="All of its labels.")
+    ] = None,
+) -> None:
+    """Set an agent's labels; none takes them away."""
+    await _change(client, agent, labels=list(labels or ()))
+
+
+@agents.command("rename")
+@asks
+async def rename(
+    client: Client,
+    agent: Agent,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new name; '' for its own.")],
+) -> None:
+    """Give an agent another name."""
+    await _change(client, agent, display_name=name or None)
+
+
+@agents.command("prefer")
+@asks
+async def prefer(
+    client: Client,
+    agent: Agent,
+    preference: Annotated[
+        float, typer.Argument(metavar="NUMBER", help="It counts as so many times as fast.")
+    ] = 1.0,
+    backup: Annotated[
+        float,
+        typer.Option(
+            "--backup", metavar="SECONDS", help="Only if others would take so much longer."
+        ),
+    ] = 0.0,
+) -> None:
+    """Set how an agent is preferred, or keep it as a backup."""
+    await _change(client, agent, preference=preference, backup_seconds=backup)
+
+
+@agents.command("rm")
+@asks
+async def remove(client: Client, agent: Agent) -> None:
+    """Forget an agent; one that still runs registers again."""
+    row = await _agent(client, agent)
+    await client.json("DELETE", f"/api/agents/{row['id']}")
+    console().print(Text(f"removed {_name(row)}"))
+
+
+async def _agent(client: Client, wanted: str) -> Mapping[str, Any]:
+    """The agent of this id or name.
+
+    Raises:
+        NoAnswer: there is none, or several have the name.
+    """
+    listed: Sequence[Mapping[str, Any]] = await client.json("GET", "/api/agents")
+    ids = [row for row in listed if row["id"] == wanted]
+    named = [row for row in listed if wanted in (row["display_name"], row["machine_name"])]
+    found = ids or named
+    if len(found) == 1:
+        return found[0]
+    if found:
+        same = ", ".join(f"{row['id']} at {row['url']}" for row in found)
+        raise NoAnswer(f"several agents are called {wanted}; give an id: {same}")
+    names = ", ".join(sorted(_name(row) for row in listed)) or "none"
+    raise NoAnswer(f"no agent is called {wanted}; there are: {names}")
+
+
+async def _change(client: Client, wanted: str, **changes: object) -> None:
+    row = await _agent(client, wanted)
+    row = await client.json("PATCH", f"/api/agents/{row['id']}", changes)
+    console().print(Text(f"{_name(row)}: {_state(row)}"))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(row["display_name"] or row["machine_name"])
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    reason = row["out_of_rotation"]
+    return f"{row['status']}, gets no requests: {reason}" if reason else str(row["status"])
+
+
+# ── requests ──────────────────────────────────────────────────────────────────────────────────
+
+
+@requests.command("list")
+@asks
+async def list_requests(client: Client, json: Json = False) -> None:
+    """List the requests in progress, the oldest first."""
+    listed = await client.json("GET", "/api/requests")
+    if json:
+        shown_json(listed)
+    elif listed:
+        console().print(requests_table(listed))
+    else:
+        typer.echo("Nothing runs and nothing waits.")
+
+
+@requests.command("cancel")
+@asks
+async def cancel(client: Client, request: RequestId) -> None:
+    """End a request: its client gets an error, its agent stops working on it."""
+    await client.json("DELETE", f"/api/requests/{quote(request, safe='')}")
+    typer.echo(f"cancelled {request}")
+
+
+@requests.command("why")
+@asks
+async def why(client: Client, request: RequestId, json: Json = False) -> None:
+    """Show why a request went where it went, live or finished. Times are in seconds."""
+    row = await client.json("GET", f"/api/requests/{quote(request, safe='')}")
+    if json:
+        shown_json(row)
+        return
+    screen = console()
+    for number, attempt in enumerate(row["attempts"], 1):
+        ended = attempt.get("result") or "in progress"
+        reason = f": {attempt['reason']}" if attempt.get("reason") else ""
+        screen.print(Text(f"{number}. {attempt['agent']}: {ended}{reason}"))
+        for name, refused in attempt.get("refused", {}).items():
+            screen.print(Text(f"   not {name}: {refused}"))
+        if attempt.get("decision"):
+            screen.print(decided(attempt["decision"], screen.width))
+    if row.get("now") and not row["attempts"]:
+        screen.print(decided(row["now"], screen.width))
+
+
+@asks
+async def history(
+    client: Client,
+    model: Annotated[str, typer.Option("--model", metavar="MODEL")] = "",
+    agent: Annotated[str, typer.Option("--agent", metavar="AGENT")] = "",
+    of_client: Annotated[str, typer.Option("--client", metavar="CLIENT")] = "",
+    status: Annotated[
+        str, typer.Option("--status", metavar="served|refused|failed|cancelled")
+    ] = "",
+    since: Annotated[str, typer.Option("--since", metavar="TIME", help="2026-01-31T08:00Z")] = "",
+    limit: Annotated[int, typer.Option("--limit", metavar="NUMBER", min=1, max=500)] = 20,
+    json: Json = False,
+) -> None:
+    """List the requests that ended last, the newest first."""
+    wanted = {"model": model, "agent": agent, "client": of_client, "status": status}
+    wanted |= {"since": since, "limit": str(limit)}
+    query = urlencode({name: value for name, value in wanted.items() if value})
+    listed = (await client.json("GET", f"/api/history?{query}"))["requests"]
+    if json:
+        shown_json(listed)
+        return
+    made = table("ENDED", "MODEL", "RESULT", "AGENT", "WAITED", "TOOK", right=("WAITED", "TOOK"))
+    for row in listed:
+        ended = datetime.fromisoformat(row["finished_at"]).astimezone()
+        made.add_row(
+            f"{ended:%d %b %H:%M:%S}",
+            Text(row["model"]),
+            Text(_result(row)),
+            Text(row["agent"] or "-"),
+            f"{row['waited_seconds']:.1f} s",
+            f"{row['total_seconds']:.1f} s",
+        )
+    console().print(made)
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    status, code = str(row["status"]), row["http_status"]
+    return status if code == 200 else f"{status} {code}"
+
+
+# ── settings ──────────────────────────────────────────────────────────────────────────────────
+
+
+@settings.command("get")
+@asks
+async def get(
+    client: Client,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="All of them if not given.")] = "",
+    json: Json = False,
+) -> None:
+    """Show settings, and where each comes from."""
+    listed = (await client.json("GET", "/api/settings"))["settings"]
+    if name:
+        listed = [_setting(listed, name)]
+    if json:
+        shown_json(listed[0] if name else listed)
+    elif name:
+        typer.echo(_text(listed[0]["value"]))
+    else:
+        console().print(settings_table(listed))
+
+
+@settings.command("set")
+@asks
+async def change(
+    client: Client,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    value: Annotated[
+        str | None, typer.Argument(metavar="[VALUE]", help="The default if not given.")
+    ] = None,
+) -> None:
+    """Change a setting, at once and for later starts."""
+    listed = (await client.json("GET", "/api/settings"))["settings"]
+    known = _setting(listed, name)
+    taken = _value(known, value) if value is not None else None
+    listed = (await client.json("PATCH", "/api/settings", {known["name"]: taken}))["settings"]
+    typer.echo(f"{known['name']} = {_text(_setting(listed, known['name'])['value'])}")
+
+
+def _setting(listed: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The setting of this name or variable."""
+    for setting in listed:
+        if name in (setting["name"], setting["variable"]):
+            return setting
+    names = ", ".join(setting["name"] for setting in listed)
+    raise NoAnswer(f"there is no setting {name}; there are: {names}")
+
+
+def _value(setting: Mapping[str, Any], text: str) -> object:
+    """A text as the JSON that the setting takes; one that is none is sent, and refused."""
+    if isinstance(setting["default"], str | None):
+        return text
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

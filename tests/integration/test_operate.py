@@ -1,0 +1,163 @@
+"""What an operator does from a terminal: agents, requests, history, settings."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ollama_coordinator.main import app
+from support.coordinator import Running
+from support.ollama import StandIn
+
+
+async def run(coordinator: Running, *arguments: str, width: int = 80) -> tuple[int, str]:
+    """The exit code and all output of a command, in a terminal of 80 columns."""
+    runner = CliRunner(env={"COORDINATOR_URL": coordinator.url, "COLUMNS": str(width)})
+    done = await asyncio.to_thread(runner.invoke, app, list(arguments))
+    return done.exit_code, done.output
+
+
+async def answer(coordinator: Running, *arguments: str) -> Any:
+    code, output = await run(coordinator, *arguments, "--json")
+    assert code == 0, output
+    return json.loads(output)
+
+
+def widest(output: str) -> int:
+    return max(map(len, output.splitlines()))
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_agents_are_listed_shown_and_changed(coordinator: Running) -> None:
+    async with StandIn() as one, StandIn() as two:
+        agent_id = await coordinator.register(one, "gpu-1")
+        await coordinator.register(two, "a-machine-with-a-long-name")
+        for listed in (("agents",), ("agents", "list")):
+            code, output = await run(coordinator, *listed)
+            assert code == 0
+            assert "gpu-1" in output
+            assert widest(output) <= 80
+        assert agent_id in (await run(coordinator, "agents", width=200))[1]
+        assert {row["machine_name"] for row in await answer(coordinator, "agents", "list")} == {
+            "gpu-1", "a-machine-with-a-long-name",
+        }  # fmt: skip
+        assert await run(coordinator, "agents", "drain", "gpu-1") == (0, "gpu-1: draining\n")
+        assert await run(coordinator, "agents", "resume", agent_id) == (0, "gpu-1: online\n")
+        for command in (
+            ("label", "gpu-1", "fast", "new"),
+            ("rename", "gpu-1", "quick"),
+            ("prefer", "quick", "2", "--backup", "5"),
+        ):
+            assert (await run(coordinator, "agents", *command))[0] == 0
+        settings = coordinator.agent(agent_id).settings
+        assert (settings.labels, settings.display_name) == (["fast", "new"], "quick")
+        assert (settings.preference, settings.backup_seconds) == (2.0, 5.0)
+        code, output = await run(coordinator, "agents", "show", "quick")
+        assert "fast, new" in output
+        assert widest(output) <= 80
+        assert (await answer(coordinator, "agents", "show", "quick"))["id"] == agent_id
+        assert (await run(coordinator, "agents", "label", "quick"))[0] == 0
+        assert coordinator.agent(agent_id).settings.labels == []
+        assert await run(coordinator, "agents", "rm", "quick") == (0, "removed quick\n")
+        assert len(await answer(coordinator, "agents")) == 1
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_a_name_that_is_nobodys_or_several_agents_says_so(coordinator: Running) -> None:
+    async with StandIn() as one, StandIn() as two:
+        ids = [await coordinator.register(node) for node in (one, two)]
+        for agent_id in ids:
+            await run(coordinator, "agents", "rename", agent_id, "same")
+        code, output = await run(coordinator, "agents", "drain", "same")
+        assert code == 1
+        assert all(agent_id in output for agent_id in ids)
+        code, output = await run(coordinator, "agents", "drain", "nobody")
+        assert (code, "there are: same, same" in output) == (1, True)
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_an_ollama_without_agent_is_added(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        address = f"127.0.0.1:{ollama.port}"
+        code, output = await run(coordinator, "agents", "add", address, "--name", "bare")
+        assert (code, output) == (0, "registered: bare, online\n")
+        assert (await coordinator.chat())[0] == 200
+        assert (await run(coordinator, "agents", "add", "gpu:x"))[0] == 1
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_requests_are_listed_explained_and_cancelled(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "gpu-1")
+        assert await run(coordinator, "requests", "list") == (
+            0, "Nothing runs and nothing waits.\n",
+        )  # fmt: skip
+        assert (await coordinator.chat())[0] == 200
+        ollama.hold()
+        chat = asyncio.create_task(coordinator.chat())
+        await ollama.seen.wait_for(lambda seen: seen.active == 1)
+        (row,) = await answer(coordinator, "requests", "list")
+        code, output = await run(coordinator, "requests", "list")
+        assert row["id"] in output
+        assert widest(output) <= 80
+        code, output = await run(coordinator, "requests", "why", row["id"])
+        assert code == 0
+        assert "1. gpu-1: in progress" in output
+        assert "chosen" in output
+        assert widest(output) <= 80
+        assert await run(coordinator, "requests", "cancel", row["id"]) == (
+            0, f"cancelled {row['id']}\n",
+        )  # fmt: skip
+        assert (await chat)[0] == 499
+        ollama.release()
+        code, output = await run(coordinator, "requests", "why", row["id"])
+        assert "1. gpu-1: cancelled: cancelled by the operator" in " ".join(output.split())
+        assert (await run(coordinator, "requests", "cancel", row["id"]))[0] == 1
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_the_history_is_filtered_and_fits(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "gpu-1")
+        await coordinator.chat()
+        await coordinator.chat("unknown")
+        code, output = await run(coordinator, "history")
+        assert code == 0
+        assert "refused 404" in output
+        assert widest(output) <= 80
+        assert [row["status"] for row in await answer(coordinator, "history")] == [
+            "refused", "served",
+        ]  # fmt: skip
+        served = await answer(coordinator, "history", "--status", "served", "--agent", "gpu-1")
+        assert [row["model"] for row in served] == ["llama3.2:latest"]
+        assert (await run(coordinator, "history", "--status", "lost"))[0] == 1
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_settings_are_read_and_set(coordinator: Running) -> None:
+    code, output = await run(coordinator, "settings", "get")
+    assert code == 0
+    assert widest(output) <= 80
+    assert await run(coordinator, "settings", "get", "max_queue") == (0, "512\n")
+    for arguments, shown in (
+        (("COORDINATOR_MAX_QUEUE", "7"), "max_queue = 7\n"),
+        (("larger_context", "false"), "larger_context = false\n"),
+        (("pull_placement", "2"), "pull_placement = 2\n"),
+        (("max_queue",), "max_queue = 512\n"),
+    ):
+        assert await run(coordinator, "settings", "set", *arguments) == (0, shown)
+    assert (await answer(coordinator, "settings", "get", "larger_context"))["value"] is False
+    for wrong in (("max_queue", "1.5"), ("max_queue", "many"), ("policy", "random"), ("no", "1")):
+        assert (await run(coordinator, "settings", "set", *wrong))[0] == 1
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_each_row_is_one_line_where_nobody_looks(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "a-machine-with-a-name-of-some-length")
+        runner = CliRunner(env={"COORDINATOR_URL": coordinator.url, "COLUMNS": None})
+        done = await asyncio.to_thread(runner.invoke, app, ["agents"])
+        assert len(done.stdout.splitlines()) == 2
+        assert "127.0.0.1" in done.stdout
