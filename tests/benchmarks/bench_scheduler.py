@@ -37,7 +37,7 @@ class Case(Struct, frozen=True):
     budget: float
 
 
-CASES = (Case(50, 100, 1000, 8000, 50.0), Case(1000, 100, 1000, 2000, 1000.0))
+CASES = (Case(50, 100, 1000, 8000, 50.0), Case(1000, 100, 1000, 2000, 300.0))
 
 
 class Bench:

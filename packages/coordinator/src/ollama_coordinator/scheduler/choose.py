@@ -7,7 +7,7 @@ from .eviction import Evictions
 from .prompt_cache import CacheHits
 from .queue import Queue, QueueEntry, load_seconds
 from .rates import UNLOAD_SECONDS
-from .slot_plan import Slot, SlotPlans, cheapest_slot, slots_to_come
+from .slot_plan import Slot, SlotPlans, cheapest_slot, next_slot
 from .state import Action, Choice, Eviction, Place
 
 # A search costs some 100 us; it is repeated for a wait so much longer, or after a while:
@@ -27,12 +27,25 @@ class Chooser:
     def choose(self, queue: Queue, entry: QueueEntry, ahead: int, now: float) -> Choice:
         """The cheapest possibility of a request that has `ahead` others before it."""
         hits = self._plans.hits(entry)
-        go = self._go(queue.with_free_slot(), entry, hits, now)
         wait = (
             self._plans.wait(queue, entry, ahead, now)
             if ahead
-            else cheapest_slot(slots_to_come(queue, now), queue, entry, hits, now)
+            else next_slot(queue, entry, hits, now)
         )
+        return self._compare(queue, entry, hits, wait, now)
+
+    def choose_last(
+        self, queue: Queue, entry: QueueEntry, slots: Iterable[Slot], now: float
+    ) -> Choice:
+        """The same for a request that is not queued, to which all others leave these slots."""
+        hits = self._plans.hits(entry)
+        wait = cheapest_slot(slots, queue, entry, hits, now)
+        return self._compare(queue, entry, hits, wait, now)
+
+    def _compare(
+        self, queue: Queue, entry: QueueEntry, hits: CacheHits, wait: Choice, now: float
+    ) -> Choice:
+        go = self._go(queue.to_compare(), entry, hits, now)
         best, other = (go, wait) if go.cost <= wait.cost else (wait, go)
         if queue.cold and queue.quickest_load < best.cost:
             load = self._load(queue, entry, best.cost, now)
@@ -46,13 +59,13 @@ class Chooser:
         """The prompt tokens that each place is expected to have in its cache."""
         return self._plans.hits(entry)
 
-    def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
+    def slots_left(self, queue: Queue, now: float) -> Sequence[Slot]:
         """The slots that the waiting requests of a queue leave to one more, soonest first."""
         return self._plans.slots_left(queue, now)
 
     def keep_slots(self, choice: Choice, queue: Queue, now: float) -> None:
         """Remember what was left to a request that goes before others, to explain it later."""
-        choice.slots_left = self._plans.slots_left(queue, now)
+        choice.slots_left = self._plans.known_slots_left(queue, now)
 
     def choose_at(
         self, place: Place, entry: QueueEntry, hits: CacheHits, slot: Slot | None, now: float
@@ -72,8 +85,8 @@ class Chooser:
         """The best of these places, which have the model in memory and a free slot."""
         excluded, receiver = entry.request.excluded, entry.receiver
         tokens = entry.request.prompt_tokens
-        best: Place | None = None
-        best_cost = floor = NO_PLACE
+        cheap: list[tuple[float, Place]] = []
+        floor = NO_PLACE
         for place in places:
             machine = place.machine
             if excluded and machine.id in excluded:
@@ -91,9 +104,12 @@ class Chooser:
                 place.draining_until > now and not _ends_in_time(place, new, receiver.output, now)
             ):
                 continue
-            if best is None or cost < floor - TIE_SECONDS or _before(place, best):
-                best, best_cost = place, cost
+            cheap.append((cost, place))
             floor = min(cost, floor)
+        best, best_cost = None, floor + TIE_SECONDS
+        for cost, place in cheap:
+            if cost <= floor + TIE_SECONDS and (best is None or _before(place, best)):
+                best, best_cost = place, cost
         if best is None:
             return Choice(Action.GO, None, NO_PLACE)
         cached = hits.get(best, 0) if hits else 0
@@ -106,11 +122,13 @@ class Chooser:
     def _load(self, queue: Queue, entry: QueueEntry, below: float, now: float) -> Choice:
         """The best machine to load the model, if one costs less than `below`.
 
-        When there was none a moment ago it is not searched again: what changes meanwhile is a
-        machine with something idle, and such are offered to the queues.
+        When there was none of many a moment ago it is not searched again: what changes meanwhile is
+        a machine with something idle, and such are offered to the queues.
         """
         best = Choice(Action.LOAD, None, below)
-        usual = entry.receiver.courtesy == 1.0 and not entry.request.excluded
+        usual = (
+            entry.receiver.courtesy == 1.0 and not entry.request.excluded and queue.is_widespread
+        )
         if usual and now < queue.futile.until and below <= queue.futile.below:
             return best
         for place in queue.to_load():

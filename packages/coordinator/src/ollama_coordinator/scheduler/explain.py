@@ -119,10 +119,14 @@ class Accounts:
             entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
             slots = soonest_slots(choice.slots_left or slots_to_come(queue, now), unknown)
             hits = self._chooser.hits(entry)
-            others = [_evaluate(self._chooser, entry, one, hits, slots, now) for one in unknown]
+            others = [
+                _evaluate(self._chooser, entry, one, hits, slots, now)
+                for one in unknown
+                if one in slots or not (choice.slots_left and one.running)  # the plan has it
+            ]
             others.sort(key=_dearest_last)
             candidates += others
-        unevaluated = max(len(holders) - len(known) - len(unknown), 0)
+        unevaluated = max(len(holders) - len({one.agent_id for one in candidates}), 0)
         return _decision(request, choice, run.output, candidates, unevaluated=unevaluated)
 
     def _afford(self, wanted: int, now: float) -> int:
@@ -145,7 +149,8 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
     found = eligible(registry, request, now)
     if not found.agents and not found.recovering:
         raise unavailable(registry, request, found, now)
-    choice = chooser.choose(queue, entry, queue.size, now)
+    left = chooser.slots_left(queue, now)
+    choice = chooser.choose_last(queue, entry, left, now)
     candidates = [
         _refused(agent, found.refused[agent.name])
         for agent in registry.servers(request.model)
@@ -156,7 +161,7 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
         for place in (*queue.hot, *queue.loading, *queue.cold)
         if place.machine.id not in request.excluded
     ]
-    slots = soonest_slots(chooser.slots_left(queue, now), places)
+    slots = soonest_slots(left, places)
     hits = chooser.hits(entry)
     candidates += [_evaluate(chooser, entry, place, hits, slots, now) for place in places]
     candidates.sort(key=_dearest_last)

@@ -1,5 +1,7 @@
 """Leases and what follows from them: what runs where, what is in memory, what is being loaded."""
 
+from bisect import insort
+
 from ollama_coordinator_common.types import AgentId
 
 from .cost import service_seconds
@@ -26,6 +28,7 @@ class Leases:
         self._disturbed: dict[Machine, None] = {}
         """Machines where a lease began or ended since the ends were predicted."""
         self.loads: list[Place] = []
+        """The loads under way, the one that ends soonest first."""
         self.running: dict[LeaseId, tuple[Running, Queue]] = {}
         self.by_agent: dict[AgentId, int] = {}
 
@@ -92,7 +95,7 @@ class Leases:
             self._machines.vacate(place)
         place.begin_load(queue.options, choice.wait * LATE_LOAD, now)
         self._machines.occupy(place)
-        self.loads.append(place)
+        insort(self.loads, place, key=_load_ends)
         self._queues.moved(place)
 
     def _begin(self, run: Running, queue: Queue, now: float) -> None:
@@ -170,7 +173,9 @@ class Leases:
 
     def assume_loaded(self, now: float) -> list[Place]:
         """End the loads that should be over by now, and return their places."""
-        due = [place for place in self.loads if (place.loading_until or 0.0) <= now]
+        if not self.loads or _load_ends(self.loads[0]) > now:
+            return []
+        due = [place for place in self.loads if _load_ends(place) <= now]
         over = [place for place in due if not place.blocked or _is_listed(place)]
         for place in due:
             if place in over:
@@ -179,6 +184,7 @@ class Leases:
                 self.unconfirmed[place] = due_at
             else:
                 place.delay_load(now)
+                self.loads.sort(key=_load_ends)
         return over
 
     def answered(self, place: Place) -> None:
@@ -200,7 +206,7 @@ class Leases:
                 del self.unconfirmed[place]
                 if not _is_listed(place):
                     place.block_load(now)
-                    self.loads.append(place)
+                    insort(self.loads, place, key=_load_ends)
                     self._queues.moved(place)
                     found.append(place)
         return found
@@ -209,6 +215,10 @@ class Leases:
         """The agent is offline: what it was loading is not being loaded any more."""
         for place in [one for one in self.loads if one.machine is machine]:
             self.load_failed(place)
+
+
+def _load_ends(place: Place) -> float:
+    return place.loading_until or 0.0
 
 
 def _is_listed(place: Place) -> bool:

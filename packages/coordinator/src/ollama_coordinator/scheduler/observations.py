@@ -96,12 +96,16 @@ class Observer:
         place.take_rate(quantity, rate)
 
     def _take_factors(self, place: Place) -> None:
-        """The agent's places that lean on its factors take these anew, ever more rarely."""
+        """The agent's places that lean on its factors take these anew, ever more rarely.
+
+        Those in memory at once, others when they are looked at the next time.
+        """
         agent = place.machine.id
         answers = self._answers[agent] = self._answers.get(agent, 0) + 1
         often = answers <= TAKE_OFTEN and answers & (answers - 1) == 0
         if often or answers % TAKE_EVERY == 0:
-            for other in place.machine.places.values():
+            place.machine.factors_changed()
+            for other in place.machine.residents:
                 if self._rates.leans(agent, other.model):
                     other.take_rates(self._rates)
 

@@ -232,8 +232,8 @@ class PredictedScheduler(Scheduler):
         if not self._serving.entries:
             return None
         wake_at = self._tick_at
-        for place in self._leases.loads:
-            wake_at = min(wake_at, place.loading_until or now)
+        if self._leases.loads:
+            wake_at = min(wake_at, self._leases.loads[0].loading_until or now)
         if self._serving.deadlines:
             wake_at = min(wake_at, self._serving.deadlines[0].at)
         return max(wake_at, now)

@@ -5,7 +5,7 @@ head is late first goes first. `Queue` alone writes its fields, as `state` does 
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from math import exp
@@ -39,6 +39,11 @@ WAITING_STEP = 256  # shares are multiples of a 256th, which floats add and subt
 # Places where one search evaluates a load: the fastest, and others in turn; 100 us in all:
 FASTEST_LOOKED_AT = 12
 OTHERS_LOOKED_AT = 8
+# Of many places with a free slot a choice compares the fastest, those freed last, and others in
+# turn; 1 us each:
+FASTEST_COMPARED = 24
+FREED_COMPARED = 24
+OTHERS_COMPARED = 16
 
 
 class Tag(NamedTuple):
@@ -172,7 +177,8 @@ class Queue:
     the others, the fastest to load first. `ends` are the predicted ends of what runs, the soonest
     first. `guesses`: some place has slots that were not reported. `most_preferred` is the highest
     preference of its places. `avoided` are places where the model failed, for requests that nobody
-    else may serve. `version` grows with every change of what waits, runs, or may serve.
+    else may serve. `version` grows with every change of what runs, or may serve, and with every
+    request that leaves.
     """
 
     def __init__(
@@ -220,7 +226,6 @@ class Queue:
         insort(lane, (entry.tag, entry))
         self._wholes += entry.receiver.write_weight == WHOLE_WEIGHT
         self.size += 1
-        self.version += 1
         if lane[0][1] is entry:
             self._sort_lanes()
         self.retried += bool(entry.request.excluded)
@@ -356,7 +361,7 @@ class Queue:
     def rearranged(self) -> None:
         """Which places may serve has changed, or what is known of their slots."""
         self._places_changed = True
-        self._open = list(self.hot)
+        self._open = sorted(self.hot, key=attrgetter("decode"))
         self.version += 1
 
     def draining(self, place: Place) -> None:
@@ -376,10 +381,27 @@ class Queue:
             self._open = found
         return found
 
+    def to_compare(self) -> Collection[Place]:
+        """Those of them that a choice compares: all, unless there are more than 64."""
+        found = self.with_free_slot()
+        if len(found) <= FASTEST_COMPARED + FREED_COMPARED + OTHERS_COMPARED:
+            return found
+        self._turn += OTHERS_COMPARED
+        start = self._turn % len(found)
+        compared = dict.fromkeys(found[-FREED_COMPARED:])
+        compared.update(dict.fromkeys(found[start : start + OTHERS_COMPARED]))
+        compared.update(dict.fromkeys(found[:FASTEST_COMPARED]))
+        return compared
+
+    @property
+    def is_widespread(self) -> bool:
+        """Whether the model is on more disks than are looked at for one request."""
+        return len(self.cold) > FASTEST_LOOKED_AT + OTHERS_LOOKED_AT
+
     def to_load(self) -> list[Place]:
         """Places on disk only: all of a small fleet; of a large one the fastest, others in turn."""
         cold = self.cold
-        if len(cold) <= FASTEST_LOOKED_AT + OTHERS_LOOKED_AT:
+        if not self.is_widespread:
             return cold
         start = max(self._turn % len(cold), FASTEST_LOOKED_AT)
         self._turn = start + OTHERS_LOOKED_AT

@@ -5,6 +5,7 @@ never seen, each agent and each model keeps a factor: the logarithm of its ratio
 """
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from enum import IntEnum
 from math import exp, log
 
@@ -114,9 +115,16 @@ class Rates:
         of_model = self.models.get(model, UNSEEN)[quantity]
         return _rate(own, of_agent, of_model, prior)
 
+    def all(self, agent: AgentId, model: str, priors: Iterable[float]) -> list[float]:
+        """The rates of every quantity, given the prior of each."""
+        own = self.pairs.get((agent, model), UNSEEN)
+        of_agent, of_model = self.agents.get(agent, UNSEEN), self.models.get(model, UNSEEN)
+        return list(map(_rate, own, of_agent, of_model, priors))
+
     def leans(self, agent: AgentId, model: str) -> bool:
         """Whether the factors change the rates of this pair."""
-        return any(own.samples < ENOUGH_SAMPLES for own in self.pairs.get((agent, model), UNSEEN))
+        own = self.pairs.get((agent, model))
+        return own is None or any(mean.samples < ENOUGH_SAMPLES for mean in own)
 
     def observe(
         self, quantity: Quantity, agent: AgentId, model: str, seen: float, prior: float

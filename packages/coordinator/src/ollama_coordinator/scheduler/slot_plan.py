@@ -7,7 +7,7 @@ which for the slow one follows from the same costs as every other choice.
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from heapq import merge
+from operator import itemgetter
 from typing import NamedTuple
 
 from .cost import NO_PLACE, LaterRates, later_rates, service_seconds
@@ -17,8 +17,9 @@ from .state import Action, Choice, Place
 
 PLANNED_ANEW = 8
 SECONDS_PER_ENTRY = 0.1
-"""A plan costs some 3 us for each request. A queue of up to 8 is planned anew at every change, a
-longer one after 0.1 s for each request: its waits are long, and hardly change in that time."""
+"""A plan costs some 3 us for each request, and holds for 0.1 s for each: a request that comes is
+added to it. That of up to 8 requests is made anew sooner, when one of them or of those before them
+begins or ends."""
 
 MOST_PLANS = 64  # beyond, the plans of queues in which nothing waits any more are dropped
 
@@ -64,7 +65,7 @@ class SlotPlans:
     def wait(self, queue: Queue, entry: QueueEntry, ahead: int, now: float) -> Choice:
         """The slot that a waiting request is expected to take, by a plan that may be a bit old."""
         if not ahead:
-            return cheapest_slot(slots_to_come(queue, now), queue, entry, self.hits(entry), now)
+            return next_slot(queue, entry, self.hits(entry), now)
         plan = self._current(queue, now)
         if entry not in plan.planned:
             plan.planned[entry] = self._squeeze_in(plan, queue, entry, ahead, now)
@@ -83,10 +84,8 @@ class SlotPlans:
     def _current(self, queue: Queue, now: float) -> SlotPlan:
         plan = self._plans.get(queue)
         if plan is not None:
-            age = now - plan.made_at
-            if plan.version == queue.version and not age:
-                return plan
-            if queue.size > PLANNED_ANEW and age < queue.size * SECONDS_PER_ENTRY:
+            holds = plan.version == queue.version or queue.size > PLANNED_ANEW
+            if holds and now - plan.made_at < queue.size * SECONDS_PER_ENTRY:
                 return plan
         elif len(self._plans) > MOST_PLANS:
             self._plans = {one: kept for one, kept in self._plans.items() if one.size > 1}
@@ -94,7 +93,7 @@ class SlotPlans:
         return plan
 
     def _make(self, queue: Queue, now: float) -> SlotPlan:
-        plan = SlotPlan(queue.version, now, sorted(slots_to_come(queue, now), key=_at))
+        plan = SlotPlan(queue.version, now, slots_to_come(queue, now))
         for entry in queue.entries():
             plan.planned[entry] = self._take(plan, queue, entry, now)
         return plan
@@ -111,27 +110,29 @@ class SlotPlans:
         insort(slots, later, lo=index, key=_at)
         return planned
 
-    def slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
-        """The slots that are left by all waiting requests, soonest first."""
-        return tuple(self._make(queue, now).slots)
+    def slots_left(self, queue: Queue, now: float) -> list[Slot]:
+        """The slots that are left by all waiting requests, soonest first, planned anew."""
+        return self._make(queue, now).slots
+
+    def known_slots_left(self, queue: Queue, now: float) -> tuple[Slot, ...]:
+        """The same by the plan that `wait` follows."""
+        return tuple(self._current(queue, now).slots)
 
 
-def slots_to_come(queue: Queue, now: float) -> Iterator[Slot]:
-    """Every slot that is taken now, or comes with a load under way; nearly soonest first.
+def slots_to_come(queue: Queue, now: float) -> list[Slot]:
+    """Every slot that is taken now, or comes with a load under way, soonest first.
 
     What gets free on an agent out of rotation, or where the model drains or failed, is not for this
     queue.
     """
-    taken = _taken(queue, now)
-    if not queue.loading:
-        return taken
-    loads = [
-        (max(place.loading_until or now, now), -1 - number, place)
+    slots = [
+        (_loaded_at(place, now), -1 - number, place)
         for place in queue.loading
         for number in range(place.slots.limit - len(place.running))
     ]
-    loads.sort(key=_at)
-    return merge(loads, taken, key=_at)
+    slots += _taken(queue, now)
+    slots.sort(key=_at)
+    return slots
 
 
 def soonest_slots(slots: Iterable[Slot], places: Iterable[Place]) -> dict[Place, Slot]:
@@ -156,6 +157,28 @@ def _taken(queue: Queue, now: float) -> Iterator[Slot]:
         ):
             continue
         yield now + run.remaining(now), number, place
+
+
+def next_slot(queue: Queue, entry: QueueEntry, hits: CacheHits, now: float) -> Choice:
+    """The slot to come in which the next request costs least."""
+    choice = cheapest_slot(_taken(queue, now), queue, entry, hits, now)
+    if not queue.loading:
+        return choice
+    latest = choice.cost * queue.most_preferred
+    loads = [
+        (at, -1, place)
+        for place in queue.loading
+        if (at := _loaded_at(place, now)) - now < latest and len(place.running) < place.slots.limit
+    ]
+    if not loads:
+        return choice
+    loads.sort(key=_at)
+    load = cheapest_slot(loads, queue, entry, hits, now)
+    return load if load.cost < choice.cost else choice
+
+
+def _loaded_at(place: Place, now: float) -> float:
+    return max(place.loading_until or now, now)
 
 
 def cheapest_slot(
@@ -238,5 +261,5 @@ def _loading_left(place: Place, now: float) -> float:
     return max((loading.loading_until or now) - now, 0.0) if loading is not None else 0.0
 
 
-def _at(slot: Slot) -> tuple[float, int]:
-    return slot[:2]
+_at = itemgetter(0, 1)
+"""When a slot gets free, and its number."""

@@ -83,7 +83,7 @@ class Place:
     its leases, so that the time left is known without a loop, and `slow_down` the factor by which
     they were predicted to be slower than alone. `waiting_load` is its share of the interactive
     requests that wait, `failing` the share of its requests that failed. `prefill` and `decode` are
-    seconds per token, `load` the seconds of a load.
+    seconds per token, `load` the seconds of a load; `factors` are the machine's that they lean on.
     """
 
     machine: "Machine"
@@ -112,6 +112,7 @@ class Place:
     prefill: float = 0.0
     decode: float = 0.0
     load: float = 0.0
+    factors: int = 0
     solo: int = 0
     mean_service: float | None = None
     failing: float = 0.0
@@ -138,9 +139,11 @@ class Place:
 
     def take_rates(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
-        for quantity in Quantity:
-            assumed = self.prior(quantity)
-            self.take_rate(quantity, rates.rate(quantity, self.machine.id, self.model, assumed))
+        self.factors = self.machine.factors
+        prefill, decode, self.load = rates.all(
+            self.machine.id, self.model, map(self.prior, Quantity)
+        )
+        self.prefill, self.decode = 1 / prefill, 1 / decode
 
     def take_rate(self, quantity: Quantity, rate: float) -> None:
         """The newest rate of one quantity: tokens per second, or seconds of a load."""
@@ -348,6 +351,7 @@ class Machine:
     is assumed until a report says otherwise; `used_gpu`: a model was seen in a GPU's memory.
     `unsettled` is the time of a list of loaded models that contradicts what happened a moment
     before; a later one decides. `batch` is how much one more request in a runner slows each other.
+    `factors` grows when what is learned of the machine changes the rates of all its places.
     """
 
     id: AgentId
@@ -368,6 +372,7 @@ class Machine:
     sized: bool = False
     unsettled: float | None = None
     batch: float = BATCH_FACTOR
+    factors: int = 0
     epoch: int = 0
     full: Full = NOT_FULL
     offered_at: float = NEVER
@@ -401,6 +406,10 @@ class Machine:
 
     def _trouble(self, now: float) -> float:
         return self.trouble * exp((self.trouble_at - now) * 0.693 / TROUBLE_HALF_LIFE_SECONDS)
+
+    def factors_changed(self) -> None:
+        """The rates of its places that lean on its factors are to be taken anew before use."""
+        self.factors += 1
 
     # ── what the registry says ────────────────────────────────────────────────────────────────
 

@@ -214,6 +214,8 @@ class Machines:
         for agent in self._registry.servers(model):
             machine = self.by_agent.get(agent.id)
             if machine is not None and (place := machine.places.get(model)) is not None:
+                if place.factors != machine.factors:
+                    place.take_rates(self._rates)
                 yield place
 
     # ── what was learned ──────────────────────────────────────────────────────────────────────
