@@ -15,9 +15,10 @@ pytest.importorskip("playwright")
 
 from playwright.async_api import Route, expect
 
+from ollama_coordinator.access import NewKey
 from ollama_coordinator_common.network import public_address
 from support.browser import Visit, chromium, visiting
-from support.coordinator import Running
+from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.demo import free_port
 from support.ollama import Hardware, Model, StandIn
@@ -467,3 +468,49 @@ async def test_what_needs_attention_is_on_every_page_and_in_the_tabs_title(
     await coordinator.heartbeat(agent.id, disk_free_bytes=10**12)
     await expect(badge).to_have_text("")
     await expect(visit.page).to_have_title("first · Ollama Coordinator")
+
+
+async def test_keys_are_made_shown_once_and_revoked(coordinator: Running, visit: Visit) -> None:
+    page = visit.page
+    await visit.open("access")
+    await expect(page.locator("main")).to_contain_text("No key was made yet")
+    await page.get_by_role("button", name="Make a key").click()
+    await page.get_by_label("Name").fill("anna")
+    await expect(page.get_by_label("operate: everything")).to_be_checked()
+    await page.get_by_role("textbox", name="Models").fill("llama3*, qwen*")
+    await page.get_by_role("button", name="Make", exact=True).click()
+    key = await page.locator("[data-key]").inner_text()
+    assert key.startswith("oc_")
+    assert len(key) == 46
+    await page.keyboard.press("Escape")
+    row = page.locator("tr[data-name=anna]")
+    await expect(row).to_contain_text("llama3*, qwen*")
+    assert key not in await page.content()
+    await row.get_by_role("button", name="Revoke").click()
+    await page.locator("dialog").get_by_role("button", name="Revoke").click()
+    await expect(row).to_contain_text("revoked")
+
+
+async def test_a_browser_logs_in_with_a_key_and_out() -> None:
+    async with running(access="keys") as coordinator:
+        _, key = coordinator.parts.access.keys.create(NewKey(name="anna", rights=("operate",)))
+        async with visiting(coordinator.url) as visit:
+            page = visit.page
+            await page.goto(f"{coordinator.url}/dashboard")
+            await page.get_by_label("Key").fill("oc_wrong")
+            await page.get_by_role("button", name="Log in").click()
+            await expect(page.get_by_role("status")).to_contain_text("mistyped")
+            await page.get_by_label("Key").fill(key)
+            await page.get_by_role("button", name="Log in").click()
+            await expect(page).to_have_url(f"{coordinator.url}/dashboard")
+            await expect(page.locator(".link-state")).to_contain_text("Live")
+            await page.get_by_role("button", name="Log out").click()
+            await expect(page.get_by_label("Key")).to_be_visible()
+            # A session that ends elsewhere leads to the page that takes a key.
+            await page.get_by_label("Key").fill(key)
+            await page.get_by_role("button", name="Log in").click()
+            await expect(page.locator(".link-state")).to_contain_text("Live")
+            coordinator.parts.access.sessions.end_all(coordinator.parts.access.keys.find("anna"))
+            await page.goto(f"{coordinator.url}/dashboard#/access")
+            await page.reload()
+            await expect(page.get_by_label("Key")).to_be_visible()

@@ -52,7 +52,11 @@ ENDED = ("wrong", "dummy", "expired", "revoked", "session of a revoked key", "an
 PASSED = 299
 """The status of a handler that was reached."""
 
-FREE_ROUTES = {("GET", "/"), ("GET", "/healthz"), ("GET", "/readyz")}
+FREE_ROUTES = {
+    *(("GET", "/"), ("GET", "/healthz"), ("GET", "/readyz")),
+    # The log-in itself, and its end.
+    *(("POST", "/dashboard/session"), ("DELETE", "/dashboard/session")),
+}
 
 
 async def _reached(scope: Scope, receive: Receive, send: Send) -> None:

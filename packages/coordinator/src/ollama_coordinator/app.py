@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
-from .access import Access, KeyRing, KnownMachines, SecretFile, Sessions, secret_path
+from .access import Access, KeyRing, KeyUsage, KnownMachines, SecretFile, Sessions, secret_path
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
@@ -62,7 +62,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
     registry = Registry(config.agent_timeout)
     keys, machines = KeyRing(store), KnownMachines(registry, store)
     secret = SecretFile(secret_path(database_path(config.database_url)))
-    access = Access(config, keys, Sessions(store, keys), secret, machines)
+    access = Access(config, keys, Sessions(store, keys), secret, machines, KeyUsage(store))
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
     upstreams = Upstreams(clock)

@@ -16,8 +16,9 @@ from .keys import (
     WrongKey,
     key_in,
 )
+from .limits import Account, KeyUsage
 from .machines import KnownMachines, check_address
-from .sessions import COOKIE, SESSION_SECONDS, SecretFile, Sessions, secret_path
+from .sessions import COOKIE, SESSION_SECONDS, SecretFile, Sessions, cookie_of, secret_path
 from .zones import Zone, Zones, networks
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "KEY_TEXT",
     "SESSION_SECONDS",
     "Access",
+    "Account",
     "Caller",
     "Denied",
     "Key",
     "KeyLimits",
     "KeyRing",
+    "KeyUsage",
     "KnownMachines",
     "NewKey",
     "Right",
@@ -44,6 +47,7 @@ __all__ = [
     "Zones",
     "caller_of",
     "check_address",
+    "cookie_of",
     "granted",
     "key_in",
     "networks",

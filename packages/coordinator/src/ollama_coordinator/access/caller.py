@@ -22,8 +22,8 @@ class Caller(Struct, frozen=True, kw_only=True):
     """Who sends a request. `name` is the client of the history and of the fair queue.
 
     `rights` are what it may do. `is_proven`: by a key, a session or the secret file, and not by
-    where it comes from alone. `was_wrong`: it gave a key that is none. `crosses_sites`: a browser
-    sends it for a page of another site that it does not name.
+    where it comes from alone. `by_session`: by a session. `was_wrong`: it gave a key that is none.
+    `crosses_sites`: a browser sends it for a page of another site that it does not name.
     """
 
     client: ClientAddress
@@ -31,6 +31,7 @@ class Caller(Struct, frozen=True, kw_only=True):
     rights: Right = NOTHING
     key: Key | None = None
     is_proven: bool = False
+    by_session: bool = False
     is_browser: bool = False
     was_wrong: bool = False
     crosses_sites: bool = False

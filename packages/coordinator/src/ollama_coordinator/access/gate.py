@@ -19,8 +19,10 @@ from starlette.types import Scope
 from ollama_coordinator_common.network import parse_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
+from . import signature
 from .caller import Caller, Denied, caller_of, granted
 from .keys import EVERYTHING, FREE, Key, KeyRing, Right, key_in
+from .limits import KeyUsage
 from .machines import KnownMachines
 from .sessions import SecretFile, Sessions, cookie_of
 from .zones import FORWARDING, ClientAddress, Zone, Zones
@@ -75,11 +77,13 @@ class Access:
         sessions: Sessions,
         secret: SecretFile,
         machines: KnownMachines,
+        usage: KeyUsage,
     ) -> None:
         self.mode = config.access
         self.keys = keys
         self.sessions = sessions
         self.secret = secret
+        self.usage = usage
         self._machines = machines
         self._zones = Zones(config.trusted_proxies, config.trusted_networks)
         self._hosts = frozenset(name.lower() for name in (*config.hosts, *_own_names()))
@@ -110,6 +114,7 @@ class Access:
         """
         await self.keys.restore()
         await self.sessions.restore()
+        await self.usage.restore()
         if key_file is not None:
             self.keys.adopt(key_in(key_file))
         self.secret.write()
@@ -156,32 +161,41 @@ class Access:
         *,
         in_path: bool,
     ) -> Caller:
-        at = time.time()
-        tried = False
+        at, authorization = time.time(), headers.get(b"authorization", b"")
+        given = [_secret_of(authorization), headers.get(b"x-api-key", b"")]
+        texts = [text for text in given if text]
+        key = None
         if in_path:
-            text = _taken_from_path(scope)
-            key = self.keys.by_secret(text, at)
-            if key is not None and key.in_path:
-                return self._of_key(key, headers, client)
-            tried = True
-        authorization = headers.get(b"authorization", b"")
-        for text in (_secret_of(authorization), headers.get(b"x-api-key", b"")):
-            if not text:
-                continue
-            tried = True
-            key = self.keys.by_secret(text, at)
-            if key is not None:
-                return self._of_key(key, headers, client)
-            if client.zone is Zone.LOOPBACK and self.secret.is_secret(text):
-                return Caller(client=client, name=client.address, rights=EVERYTHING, is_proven=True)
+            key = self.keys.by_secret(_taken_from_path(scope), at)
+            key = key if key is not None and key.in_path else None
+        for text in texts:
+            key = key or self.keys.by_secret(text, at)
+        key = key or self._signed(scope, authorization, at)
+        if key is not None:
+            return self._of_key(key, headers, client)
+        if client.zone is Zone.LOOPBACK and any(map(self.secret.is_secret, texts)):
+            return Caller(client=client, name=client.address, rights=EVERYTHING, is_proven=True)
         cookie = cookie_of(headers.get(b"cookie", b""))
-        if cookie:
-            key = None if _is_foreign(scope, headers) else self.sessions.find(cookie, at)
+        if cookie and not _is_foreign(scope, headers):
+            key = self.sessions.find(cookie, at)
             if key is not None:
-                return self._of_key(key, headers, client)
-        return self._without(headers, client, was_wrong=tried)
+                return self._of_key(key, headers, client, by_session=True)
+        return self._without(headers, client, was_wrong=in_path or bool(texts))
 
-    def _of_key(self, key: Key, headers: dict[bytes, bytes], client: ClientAddress) -> Caller:
+    def _signed(self, scope: Scope, authorization: bytes, at: float) -> Key | None:
+        """The key of an `ollama` program that has signed the request."""
+        given = signature.split(authorization)
+        key = None if given is None else self.keys.by_public_key(given[0], at)
+        return key if given is not None and key and signature.is_true(*given, scope, at) else None
+
+    def _of_key(
+        self,
+        key: Key,
+        headers: dict[bytes, bytes],
+        client: ClientAddress,
+        *,
+        by_session: bool = False,
+    ) -> Caller:
         name = key.name
         if key.names_users:
             name = self._user(headers, self._user_headers or OPENWEBUI_USERS) or name
@@ -193,6 +207,7 @@ class Access:
             rights=key.allowed,
             key=key,
             is_proven=True,
+            by_session=by_session,
             crosses_sites=_crosses_sites(headers),
         )
 
@@ -265,14 +280,21 @@ class Access:
     def _denied(self, scope: Scope, caller: Caller, right: Right) -> Denied:
         if caller.key is not None:
             return caller.needs(right)
-        if caller.was_wrong and (self.keys.any_made or self.mode == "keys"):
-            return self._wrong_key(scope, caller)
-        if self.mode == "auto" and not self.keys.any_made:
-            return self._closed(caller.client)
+        if caller.was_wrong or self._is_closed_to(caller.client):
+            return self.wrong_key(scope)
         denied = caller.needs(right)
         return Denied(self._status(scope), str(denied))
 
-    def _wrong_key(self, scope: Scope, caller: Caller) -> Denied:
+    def _is_closed_to(self, client: ClientAddress) -> bool:
+        """Whether nobody could come in from there, with no key at all being made yet."""
+        any_key = self.keys.any_made
+        return self.mode == "auto" and not any_key and not granted("auto", client, any_key=False)
+
+    def wrong_key(self, scope: Scope) -> Denied:
+        """The refusal of a caller whose key is none, which is counted."""
+        caller = caller_of(scope)
+        if self._is_closed_to(caller.client):
+            return self._closed(caller.client)
         address, now = caller.client.address, time.monotonic()
         if now - self._guesses_since >= LOG_SECONDS or len(self._guesses) >= MOST_GUESSERS:
             self._guesses, self._guesses_since = {}, now

@@ -23,6 +23,8 @@ from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.network import parse_address
 
+from . import signature
+
 PREFIX = "oc_"
 KEY_BYTES = 32
 """256 bits, 43 characters."""
@@ -253,6 +255,8 @@ class KeyRing:
         """
         self._check(wanted)
         if wanted.ssh:
+            if not signature.CAN_VERIFY:
+                raise WrongKey(signature.MISSING)
             text, hashed = "", f"ssh {public_key_of(wanted.ssh)}"
             hint = hashed[-HINT_CHARACTERS:]
         else:
@@ -288,8 +292,6 @@ class KeyRing:
             raise WrongKey(f"there is a key '{wanted.name}' already; revoke it first")
         if not wanted.rights or any(name not in INCLUDED for name in wanted.rights):
             raise WrongKey(f"rights: give one or more of {', '.join(INCLUDED)}")
-        if wanted.ssh or wanted.limits != NO_LIMITS:
-            raise WrongKey("limits and keys of ollama programs are not served by this version")
         if wanted.in_path and set(wanted.rights) != {"use"}:
             text = "addresses are written down in many places"
             raise WrongKey(f"a key in a path may have the right 'use' alone: {text}")

@@ -14,7 +14,7 @@ from .models.cloud import CloudApi
 from .models.lists import FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
-from .own.access import KeysApi
+from .own.access import KeysApi, SessionsApi
 from .own.agents import AgentsApi
 from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
@@ -71,7 +71,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
-    keys = KeysApi(parts)
+    keys, sessions = KeysApi(parts), SessionsApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
@@ -106,6 +106,9 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("POST", "/api/keys", OPERATE, keys.create),
         Endpoint("GET", "/api/keys/{name}", OPERATE, keys.show),
         Endpoint("DELETE", "/api/keys/{name}", OPERATE, keys.revoke),
+        Endpoint("GET", "/api/session", READ | MANAGE | JOIN, sessions.show),
+        Endpoint("POST", "/dashboard/session", FREE, sessions.begin),
+        Endpoint("DELETE", "/dashboard/session", FREE, sessions.end),
         # the coordinator itself
         Endpoint("GET", "/healthz", FREE, health.healthz),
         Endpoint("GET", "/readyz", FREE, health.readyz),

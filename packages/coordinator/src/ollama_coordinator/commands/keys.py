@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
@@ -44,6 +45,19 @@ InPath = Annotated[
     bool, typer.Option("--in-path", help="It may stand in an address: http://HOST:PORT/k/KEY.")
 ]
 
+PerMinute = Annotated[
+    int, typer.Option("--requests-per-minute", metavar="NUMBER", min=0, help="0: any number.")
+]
+Concurrent = Annotated[
+    int, typer.Option("--concurrent", metavar="NUMBER", min=0, help="At a time; 0: any number.")
+]
+TokensPerDay = Annotated[
+    int, typer.Option("--tokens-per-day", metavar="NUMBER", min=0, help="0: any number.")
+]
+GpuSeconds = Annotated[
+    float, typer.Option("--gpu-seconds-per-day", metavar="SECONDS", min=0, help="0: any number.")
+]
+
 _DURATION = re.compile(r"(\d+)([mhdw])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -59,16 +73,49 @@ async def create(
     expires: Expires = "",
     in_path: InPath = False,
     names_users: NamesUsers = False,
+    requests_per_minute: PerMinute = 0,
+    concurrent: Concurrent = 0,
+    tokens_per_day: TokensPerDay = 0,
+    gpu_seconds_per_day: GpuSeconds = 0.0,
 ) -> None:
     """Make a key and show it, this once."""
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "concurrent": concurrent,
+        "tokens_per_day": tokens_per_day,
+        "gpu_seconds_per_day": gpu_seconds_per_day,
+    }
     wanted = _wanted(name, rights, models, weight, expires, names_users=names_users)
-    made = await client.json("POST", "/api/keys", {**wanted, "in_path": in_path})
+    made = await client.json("POST", "/api/keys", {**wanted, "in_path": in_path, "limits": limits})
     # Nothing but the key on the standard output, so that a script can take it.
     typer.echo(made["key"])
     hints = Console(stderr=True, soft_wrap=True)
     hints.print("It is shown this once. For clients:", highlight=False)
     for line in _lines(client.url, made["key"], in_path=in_path):
         hints.print(f"  {line}", highlight=False, markup=False)
+
+
+@keys.command("add-ssh")
+@asks
+async def add_ssh(
+    client: Client,
+    name: Name,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The user's ~/.ollama/id_ed25519.pub.")
+    ],
+    rights: Rights = "use",
+    models: Models = "",
+    weight: Weight = 1.0,
+    expires: Expires = "",
+) -> None:
+    """Let in an `ollama` program by its own public key: it signs with OLLAMA_AUTH=1."""
+    try:
+        public = file.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise NoAnswer(f"{file} cannot be read: {exc}") from exc
+    wanted = _wanted(name, rights, models, weight, expires, names_users=False)
+    await client.json("POST", "/api/keys", {**wanted, "ssh": public})
+    typer.echo(f"OLLAMA_AUTH=1 OLLAMA_HOST={client.url} ollama list")
 
 
 @keys.command("list")

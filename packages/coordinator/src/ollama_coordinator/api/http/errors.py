@@ -3,8 +3,11 @@
 The core raises errors; only the table here knows their status, only the dialect their shape.
 """
 
+import base64
 import logging
 from collections.abc import Iterable
+from hashlib import sha256
+from html import escape
 from typing import Any, TypeVar
 
 import msgspec
@@ -220,3 +223,62 @@ async def send_error(
 def log_event(event: str, agent: AgentState, **facts: object) -> None:
     """Log an event of an agent that came through the API."""
     log.info(event, extra={"agent_id": agent.id, "agent": agent.name, **facts})
+
+
+# ── the page that takes a key ──
+
+SECURITY = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data: blob:; font-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+_STYLE = """
+:root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}
+body{display:grid;min-height:90vh;place-items:center;margin:1rem}
+form{display:grid;gap:.75rem;width:min(26rem,100%)}
+h1{font-size:1.25rem;margin:0}p{margin:0}
+input,button{font:inherit;padding:.5rem .75rem}
+"""
+_LOGIN = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Log in · Ollama Coordinator</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>@STYLE</style></head><body>
+<form method="post" action="@ACTION">
+<h1>Ollama Coordinator</h1><p role="status">@TEXT</p>
+<label for="key">Key</label>
+<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
+<button>Log in</button>
+</form></body></html>
+""".replace("@STYLE", _STYLE)
+"""It needs no script."""
+
+_STYLE_HASH = base64.b64encode(sha256(_STYLE.encode()).digest()).decode()
+
+
+def login_page(text: str, status: int, action: str = "dashboard/session") -> Response:
+    """The page that takes a key, with a sentence on why it is shown.
+
+    `action` is relative to the page: a proxy may serve us below another path.
+    """
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        **SECURITY,
+        "content-security-policy": policy,
+        "cache-control": "no-store",
+        # With none at all, a form's Origin is "null".
+        "referrer-policy": "same-origin",
+    }
+    page = _LOGIN.replace("@ACTION", action).replace("@TEXT", escape(text))
+    return Response(page, status, headers, "text/html; charset=utf-8")

@@ -109,6 +109,7 @@ MEANING = {
     408: "Nothing came of the body for too long.",
     409: "Not as things are; `error` says what is in the way and what to do.",
     413: "The body is too long.",
+    429: "Too many; `Retry-After` says when to try again.",
     503: "Not now: the database or the agents that are needed cannot be reached.",
 }
 

@@ -11,11 +11,11 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ollama_coordinator.access import Access, Denied, Right
+from ollama_coordinator.access import Access, Denied, Right, caller_of
 from ollama_coordinator.upstream import VIA_HEADER, passed
 
 from .dialects import INFERENCE_ROUTES, Dialect
-from .errors import HttpError, error_reply
+from .errors import HttpError, error_reply, login_page
 from .headers import first
 
 VIA = VIA_HEADER.lower().encode()
@@ -115,10 +115,17 @@ _DIALECTS = {route.path: route.dialect for route in INFERENCE_ROUTES}
 def refusal(scope: Scope, denied: Denied) -> Response:
     """The answer to a request that may not come in, in the dialect of its route."""
     path: str = scope["path"]
+    takes_key = denied.status == 401 or caller_of(scope).key is not None
+    if path == "/dashboard" and takes_key and _wants_html(scope):
+        return login_page(str(denied), denied.status)
     dialect = _DIALECTS.get(path)
     if dialect is None:
         dialect = Dialect.OPENAI if path.startswith("/v1/") else Dialect.NATIVE
     return error_reply(denied, dialect)
+
+
+def _wants_html(scope: Scope) -> bool:
+    return "text/html" in (first(scope["headers"], b"accept") or "")
 
 
 class Gate:

@@ -12,7 +12,7 @@ from secrets import token_hex
 from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
-from ollama_coordinator.access import Right, caller_of
+from ollama_coordinator.access import Account, Right, caller_of
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
@@ -83,6 +83,7 @@ class Proxy:
         self._batches = batches
         self._settings = parts.settings
         self._turn = parts.reading
+        self._usage = parts.access.usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -101,8 +102,13 @@ class Proxy:
                             raise caller.needs(Right.MANAGE)
                         await unload_everywhere(self._parts, call)
                         return
-                    with self._journal.follow(call.request, self._route.path) as entry:
-                        await self._serve(call, entry)
+                    with (
+                        self._journal.follow(call.request, self._route.path) as entry,
+                        self._usage.admitted(
+                            caller_of(scope).key, request.prompt_tokens, request.output_limit
+                        ) as account,
+                    ):
+                        await self._serve(call, entry, account)
         except ClientLeft:
             return
         except (NotDecompressed, CloudDisabled) as error:
@@ -204,7 +210,7 @@ class Proxy:
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
-    async def _serve(self, call: Call, entry: JournalEntry) -> None:
+    async def _serve(self, call: Call, entry: JournalEntry, account: Account) -> None:
         request = call.request
         failures: list[Failure] = []
         stopped = False
@@ -212,7 +218,10 @@ class Proxy:
             try:
                 async with self._dispatch.lease(request) as held:
                     self._journal.leased(entry, held)
-                    failure = await self._attempt(call, held)
+                    try:
+                        failure = await self._attempt(call, held)
+                    finally:
+                        account.add(_tokens_of(held), self._clock.now() - held.lease.granted_at)
                     stopped = self._poison.stops(request, call.body, held, self._clock.now())
             except ModelNotFound as exc:
                 if not failures:
@@ -278,3 +287,11 @@ class Proxy:
                 return
         reason = failures[-1].outcome.reason
         raise HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")
+
+
+def _tokens_of(held: Held) -> int:
+    """What an attempt has read and written: as Ollama counted it, else as far as it was seen."""
+    timings = held.outcome.timings
+    if timings is not None:
+        return timings.prompt_tokens + timings.output_tokens
+    return 0 if held.began_at is None else held.lease.request.prompt_tokens + held.records

@@ -1,17 +1,28 @@
-"""`/api/keys`: who has a key, and what each key allows."""
+"""`/api/keys`: who has a key, and what each key allows; `/dashboard/session`: the log-in."""
 
 import logging
+import time
 from datetime import datetime
+from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.access import Key, KeyLimits, NewKey, caller_of
+from ollama_coordinator.access import (
+    COOKIE,
+    SESSION_SECONDS,
+    Key,
+    KeyLimits,
+    NewKey,
+    Right,
+    caller_of,
+    cookie_of,
+)
 from ollama_coordinator.access.sessions import utc
-from ollama_coordinator.api.http.errors import decode, reply
-from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.errors import decode, login_page, own_body, reply
+from ollama_coordinator.api.http.openapi import Media, operation
 from ollama_coordinator.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -110,3 +121,70 @@ class KeysApi:
             last_used_at=utc(key.last_used),
             sessions=self._access.sessions.of(key),
         )
+
+
+class SessionView(Struct, frozen=True):
+    """Who is looking: the name and the rights, and whether a log-in can be ended."""
+
+    name: str
+    rights: list[str]
+    session: bool
+
+
+PAGE = Media("text/html")
+"""The page that takes a key, again."""
+
+
+class SessionsApi:
+    """The handlers of the dashboard's log-in."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._access = parts.access
+        self._store = parts.store
+
+    @operation(gives={200: SessionView})
+    async def show(self, request: Request) -> Response:
+        """Who asks, and what it may do."""
+        caller = caller_of(request.scope)
+        rights = [right.name.lower() for right in Right if caller.rights & right and right.name]
+        return reply(SessionView(caller.name, rights, caller.by_session))
+
+    @operation(gives={303: None, 401: PAGE, 403: PAGE, 429: PAGE}, errors=(408, 413))
+    async def begin(self, request: Request) -> Response:
+        """Log a browser in with a key, which a form sends as `key`."""
+        form = parse_qs((await own_body(request)).decode("latin-1"))
+        text = "".join(form.get("key", [])).strip().encode("latin-1", "replace")
+        at = time.time()
+        key = self._access.keys.by_secret(text, at)
+        if key is None:
+            denied = self._access.wrong_key(request.scope)
+            return login_page(str(denied), denied.status, action="session")
+        value = self._access.sessions.begin(key, at)
+        await self._store.flush()
+        log.info("log-in to the dashboard", extra={"key": key.name})
+        # Relative: a proxy may serve us below another path.
+        response = Response(status_code=303, headers={"location": "../dashboard"})
+        _set_cookie(response, request, value, SESSION_SECONDS)
+        return response
+
+    @operation(gives={204: None})
+    async def end(self, request: Request) -> Response:
+        """Log a browser out."""
+        value = cookie_of(request.headers.get("cookie", "").encode("latin-1"))
+        if value:
+            self._access.sessions.end(value)
+            await self._store.flush()
+        response = Response(status_code=204)
+        _set_cookie(response, request, "", 0)
+        return response
+
+
+def _set_cookie(response: Response, request: Request, value: str, seconds: int) -> None:
+    """For this site's own pages alone, and out of the reach of their scripts."""
+    caller = caller_of(request.scope)
+    secure = request.url.scheme == "https" or (
+        caller.client.by_proxy and request.headers.get("x-forwarded-proto") == "https"
+    )
+    response.set_cookie(
+        COOKIE, value, max_age=seconds, path="/", secure=secure, httponly=True, samesite="strict"
+    )

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.api.http.body_timeout import until_disconnect
-from ollama_coordinator.api.http.errors import ClientLeft
+from ollama_coordinator.api.http.errors import SECURITY, ClientLeft
 from ollama_coordinator.api.http.openapi import Media, RouteDescription, operation
 from ollama_coordinator.parts import Parts
 
@@ -37,19 +37,6 @@ KINDS = {
 }
 WORTH_COMPRESSING_BYTES = 500
 """A shorter file hardly becomes shorter."""
-
-SECURITY = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' data: blob:; font-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'"
-    ),
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-}
 
 
 RUNNING = "Ollama is running"

@@ -20,6 +20,8 @@ export async function call(method, path, body) {
   } catch {
     throw new Error("the coordinator does not answer");
   }
+  // The session has ended: the page that takes a key is at this page's address.
+  if (response.status === 401) location.reload();
   if (!response.ok) throw new Error(await errorText(response));
   if (response.status === 204) return null;
   const text = await response.text();

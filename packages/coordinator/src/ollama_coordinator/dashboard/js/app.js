@@ -13,6 +13,7 @@ const VIEWS = {
   models: ["models-view", () => import("./views/models.js"), "Models"],
   history: ["history-view", () => import("./views/history.js"), "History"],
   try: ["try-view", () => import("./views/try.js"), "Try it"],
+  access: ["access-view", () => import("./views/access.js"), "Keys"],
   settings: ["settings-view", () => import("./views/settings.js"), "Settings"],
 };
 

@@ -56,6 +56,7 @@ const PATHS = {
   models: "M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9",
   history: "M3 12a9 9 0 1 0 3-6.7L3 8M3 3v5h5M12 7v5l3.5 2",
   try: "M4 5h16v11H9l-5 4z",
+  access: "M15 4a5 5 0 1 0 0 10 5 5 0 0 0 0-10zM11.5 12.5 4 20v1h3v-2h2v-2l3-3M16 8h.01",
   settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
   online: "M12 2a10 10 0 1 0 0 20 10 10 0 0 0 0-20z",
   offline: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18z",

@@ -1,6 +1,7 @@
 /** The event stream: connected, lost and found again by itself. */
 
 import { takeOver } from "./early.js";
+import { get } from "./api.js";
 import { store } from "./store.js";
 
 const SILENCE_MS = 40_000;
@@ -43,8 +44,14 @@ function open() {
   source.addEventListener("error", () => {
     become("lost");
     // The browser comes back by itself after a cut line, not after an answer it did not like.
-    if (source.readyState === EventSource.CLOSED) setTimeout(open, AGAIN_MS);
+    if (source.readyState === EventSource.CLOSED) setTimeout(again, AGAIN_MS);
   });
+}
+
+/** Open the stream anew, once it is known that this page may still look on. */
+async function again() {
+  await get("api/session").catch(() => null);
+  open();
 }
 
 /** Start listening. */

@@ -1,5 +1,6 @@
 /** The frame around the views: navigation, the fleet in five numbers, the state of the line. */
 
+import { call, get } from "./api.js";
 import { h, icon, setAttr, setText } from "./dom.js";
 import { count, rate } from "./format.js";
 import { live } from "./live.js";
@@ -9,7 +10,7 @@ import "./parts/spark.js";
 import "./parts/clock.js";
 
 const ENTRIES = [
-  ["fleet", "Fleet"], ["now", "Now"], ["attention", "Attention"], ["models", "Models"], ["history", "History"], ["try", "Try it"], ["settings", "Settings"],
+  ["fleet", "Fleet"], ["now", "Now"], ["attention", "Attention"], ["models", "Models"], ["history", "History"], ["try", "Try it"], ["access", "Keys"], ["settings", "Settings"],
 ];
 
 /** The viewer's choice, or what the system prefers. */
@@ -27,14 +28,21 @@ function toggleTheme() {
   dispatchEvent(new Event("themechange"));
 }
 
+async function logOut() {
+  await call("DELETE", "dashboard/session");
+  location.reload();
+}
+
 export function buildShell() {
   const links = ENTRIES.map(([name, label]) =>
     h("a", { href: `#/${name}`, "data-view": name }, icon(name), h("span", null, label), h("span.count", { "data-count": name })));
   const version = h("span");
+  const leave = h("button.ghost.small", { onclick: logOut, hidden: true }, "Log out");
+  get("api/session").then(({ name, session }) => { leave.hidden = !session; leave.title = `Logged in with the key '${name}'`; }, () => null);
   const side = h("div.side", null,
     h("a.brand", { href: "#/fleet" }, icon("fleet"), h("span", null, "Ollama Coordinator")),
     h("nav.nav", { "aria-label": "Views" }, links),
-    h("footer", null, version,
+    h("footer", null, version, leave,
       h("button.ghost.small.end", { onclick: toggleTheme, "aria-label": "Switch between dark and light", title: "Dark or light" }, icon("theme")),
       h("button.ghost.small", { onclick: () => help(), "aria-label": "Keyboard help", title: "Keyboard (?)" }, icon("help"))));
   const strip = buildStrip();
