@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from msgspec import structs
 
 from ollama_coordinator.registry import AgentState
 from support.coordinator import Running, running
-from support.ollama import Injected, StandIn
+from support.ollama import Hardware, Injected, StandIn
 
 CHAT = ("/api/chat", "/v1/chat/completions")
 
@@ -264,12 +265,17 @@ async def count(coordinator: Running, nodes: list[StandIn], deaths: str) -> list
     return [asked(node) - then for node, then in zip(nodes, before, strict=True)]
 
 
+def all_have_answered(coordinator: Running) -> None:
+    """Every machine has served a request well."""
+    for agent in coordinator.parts.registry:
+        coordinator.parts.registry.succeeded(agent, "llama3.2:latest")
+
+
 @pytest.mark.spec("PROXY-28")
 @pytest.mark.parametrize("deaths", DEATHS)
 async def test_a_request_that_kills_touches_two_machines(deaths: str) -> None:
     async with running() as coordinator, fleet(coordinator, 5) as nodes:
-        for agent in coordinator.parts.registry:
-            agent.report = None
+        all_have_answered(coordinator)
         killed = await count(coordinator, nodes, deaths)
         assert sum(number > 0 for number in killed) == 2
         # Again: it gets one try.
@@ -291,6 +297,30 @@ async def test_machines_that_failed_before_are_no_evidence_against_a_request() -
             node.faults.clear()
             DEATHS["stopped"](node)
         assert (await coordinator.chat())[0] == 200
+
+
+@pytest.mark.spec("PROXY-28")
+@pytest.mark.parametrize("deaths", DEATHS)
+async def test_machines_that_never_answered_are_no_evidence_against_a_request(deaths: str) -> None:
+    async with running() as coordinator, fleet(coordinator, 4) as nodes:
+        for node in nodes[:3]:
+            DEATHS[deaths](node)
+        assert (await coordinator.chat())[0] == 200
+
+
+@pytest.mark.spec("PROXY-28")
+async def test_a_machine_that_answered_before_a_restart_is_evidence(tmp_path: Path) -> None:
+    database = f"sqlite:///{(tmp_path / 'c.db').as_posix()}"
+    async with StandIn(hardware=Hardware(decode_tokens_per_second=100)) as ollama:
+        async with running(database_url=database) as coordinator:
+            await coordinator.register(ollama)
+            for _ in range(3):
+                assert (await coordinator.chat())[0] == 200
+        async with running(database_url=database) as coordinator:
+            assert all(agent.proven for agent in coordinator.parts.registry)
+            async with StandIn() as other:
+                agent_id = await coordinator.register(other)
+                assert not coordinator.agent(agent_id).proven
 
 
 @pytest.mark.spec("PROXY-45")
@@ -334,11 +364,11 @@ async def test_copies_of_a_request_on_one_machine_are_one_death() -> None:
 @pytest.mark.spec("PROXY-28")
 async def test_an_answer_clears_a_request_that_was_suspected() -> None:
     async with running() as coordinator, fleet(coordinator, 2) as nodes:
+        all_have_answered(coordinator)
         await count(coordinator, nodes, "stopped")
         messages = [{"role": "user", "content": "poison"}]
         async with coordinator.stream(messages=messages) as response:
             assert b'"done":true' in await response.read()
-        for agent in coordinator.parts.registry:
-            agent.bad_since = None
+        all_have_answered(coordinator)
         killed = await count(coordinator, nodes, "stopped")
         assert sum(number > 0 for number in killed) == 2

@@ -58,8 +58,9 @@ async def reply_to_heartbeat(coordinator: Running, agent: AgentState, **more: An
 
 
 @pytest.mark.spec("FLEET-50")
-async def test_clients_that_leave_hang_on_a_machine_twice_at_most() -> None:
-    async with running() as coordinator, fleet(coordinator) as (first, spare, agent):
+@pytest.mark.parametrize("policy", ["predicted", "loaded-first"])
+async def test_clients_that_leave_hang_on_a_machine_twice_at_most(policy: str) -> None:
+    async with running(policy=policy) as coordinator, fleet(coordinator) as (first, spare, agent):
         first.faults.hang(paths=CHAT)
         before = first.seen.count("/api/chat")
         statuses = [await patient(coordinator, 1.5) for _ in range(8)]

@@ -134,6 +134,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())
         parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it
+        parts.registry.prove(row.agent_id for row in parts.scheduler.export_state().pairs)
         await stack.enter_async_context(parts.observation.running())
         await stack.enter_async_context(beside(parts.feed.run(), parts.attention.run()))
         stack.callback(parts.feed.close)

@@ -1,5 +1,6 @@
 """Failures, agents that are away, and requests that no agent may serve."""
 
+import msgspec
 import pytest
 
 from ollama_coordinator.scheduler import (
@@ -10,6 +11,7 @@ from ollama_coordinator.scheduler import (
     Timings,
 )
 from ollama_coordinator.scheduler.eligibility import RECOVERY_SECONDS
+from ollama_coordinator.scheduler.export import Learned
 from ollama_coordinator_common.types import AgentId
 from unit.coordinator.scheduler.world import M, World
 
@@ -134,6 +136,49 @@ def test_the_model_is_asked_for_where_it_failed_if_nobody_else_is_left() -> None
     world.scheduler.submit(lease.request.without([B]), world.now)
     (again,) = world.plan()
     assert again.agent_id == A
+
+
+@pytest.mark.spec("SCHED-65")
+def test_the_share_of_failures_survives_a_restart() -> None:
+    world = World()
+    for name in "ab":
+        world.agent(name, loaded=["m"], slots=4)
+    for _ in range(10):
+        world.end(world.send(excluded=frozenset({B})), Result.MODEL_FAILED)
+    stored = msgspec.json.encode(world.scheduler.export_state())
+    fresh = World()
+    fresh.now = 5000.0
+    fresh.scheduler.import_state(msgspec.json.decode(stored, type=Learned))
+    for name in "ab":
+        fresh.agent(name, loaded=["m"], slots=4)
+    for _ in range(4):
+        lease = fresh.send()
+        assert lease.agent_id == B
+        fresh.end(lease, Result.CANCELLED)
+    again = fresh.scheduler.export_state().failing
+    assert [one.share for one in again] == pytest.approx(
+        [one.share for one in world.scheduler.export_state().failing]
+    )
+    fresh.now += 3600.0
+    assert {fresh.send().agent_id for _ in range(6)} == {A, B}
+    assert fresh.scheduler.export_state().failing == []
+
+
+@pytest.mark.spec("FLEET-18")
+@pytest.mark.parametrize("policy", ["predicted", "least-connections", "round-robin", "random"])
+def test_one_request_at_a_time_tries_a_place_whose_time_is_over(policy: str) -> None:
+    world = World(policy=policy)
+    agent = world.agent("a", loaded=["m"], slots=16)
+    world.agent("b", loaded=["m"], slots=16)
+    world.registry.fail_model(agent, M, "CUDA error", world.now)
+    world.now += 60.0
+    world.registry.changes += 1
+    leases = [world.send() for _ in range(8)]
+    tried = [lease for lease in leases if lease.agent_id == A]
+    assert len(tried) <= 1
+    for lease in tried:
+        world.end(lease, Result.CANCELLED)
+        assert sum(world.send().agent_id == A for _ in range(6)) <= 1
 
 
 @pytest.mark.spec("SCHED-65")

@@ -57,9 +57,9 @@ class Cooldown(Struct, frozen=True):
     reason: str
     stuck: bool = False
 
-    def avoids(self, now: float) -> bool:
-        """Whether others are asked first."""
-        return self.stuck or now < self.until
+    def avoids(self, now: float, *, tried: bool) -> bool:
+        """Whether others are asked first; once its time is over, while one request tries it."""
+        return self.stuck or now < self.until or tried
 
 
 FIRST_AVOIDED_SECONDS = 10.0
@@ -107,9 +107,10 @@ class AgentState:
     `resting`: out of rotation after a failure. `cooldown` keeps its count of failures after that,
     until a request succeeds: an agent whose probes succeed while its requests fail is tried less
     and less often. `replaced` are the instance ids of processes that later ones have replaced.
-    `model_cooldowns`: by routing key, models that are asked for here only after others. `bad_since`
-    is when the first request failed after the last good answer. `passes` are the ids of the
-    coordinators that a request to it passes, where it is one itself.
+    `model_cooldowns`: by routing key, models that are asked for here only after others. `proven`:
+    it has answered a request well; `bad_since` is when the first one failed after its last good
+    answer. `passes` are the ids of the coordinators that a request to it passes, where it is one
+    itself.
     """
 
     id: AgentId
@@ -125,6 +126,7 @@ class AgentState:
     resting: bool = False
     replaced: tuple[str, ...] = ()
     model_cooldowns: dict[str, Cooldown] = field(default_factory=dict)
+    proven: bool = False
     bad_since: float | None = None
     passes: frozenset[str] = frozenset()
     late: dict[str, int] = field(default_factory=dict)
@@ -172,10 +174,10 @@ class AgentState:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
 
-    def avoids(self, key: str, now: float) -> bool:
-        """Whether others are asked for this model first."""
+    def avoids(self, key: str, now: float, *, tried: bool = False) -> bool:
+        """Whether others are asked for this model first; `tried`: requests for it run here."""
         cooldown = self.model_cooldowns.get(key)
-        return cooldown is not None and cooldown.avoids(now)
+        return cooldown is not None and cooldown.avoids(now, tried=tried)
 
     def is_stuck(self, key: str) -> bool:
         """Whether this model is taken to hang here, until a probe succeeds."""
@@ -183,8 +185,8 @@ class AgentState:
         return cooldown is not None and cooldown.stuck
 
     def was_good_at(self, now: float) -> bool:
-        """Whether its last answer before this time was good, or none was bad."""
-        return self.bad_since is None or self.bad_since > now
+        """Whether its last answer to a request before this time was good."""
+        return self.proven and (self.bad_since is None or self.bad_since > now)
 
     def out_of_rotation(self) -> str | None:
         """Why an online agent gets no requests; `None` if it may get some."""

@@ -448,13 +448,19 @@ class Registry:
         `context_length` is what the request asked for, if anything.
         """
         self.answered(agent)
-        agent.bad_since = None
+        agent.proven, agent.bad_since = True, None
         agent.late.pop(key, None)
         agent.wants_restart = False
         if agent.model_cooldowns.pop(key, None) is not None:
             self.changes += 1
         if agent.inventory.note_loaded(key, context_length):
             self._loaded_changed(agent, [key])
+
+    def prove(self, agents: Iterable[AgentId]) -> None:
+        """These agents have answered requests well before the coordinator's last start."""
+        for agent_id in agents:
+            if (agent := self.find(agent_id)) is not None:
+                agent.proven = True
 
     # ── which models ──────────────────────────────────────────────────────────────────────────
 

@@ -7,6 +7,7 @@ eligible agent has as many leases of its model as it reported to run at once.
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from math import exp, log
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
@@ -15,9 +16,12 @@ from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
 from .export import Learned
 from .protocol import Plan, Scheduler, Waiting
-from .types import Lease, LeaseId, Outcome, Request, RequestId
+from .rates import Mean
+from .types import Form, Lease, LeaseId, Outcome, Request, RequestId
 
 RETRY_AFTER_SECONDS = 1.0  # without a prediction: the least that `Retry-After` can say
+
+SHORT_PROMPT_TOKENS = 200  # reading fewer takes as long as the overhead around it
 
 InFlight = Callable[[AgentId], int]
 Choose = Callable[[Sequence[AgentState], Request, InFlight], AgentState]
@@ -68,6 +72,22 @@ def _used_percent(agent: AgentState) -> float:
     return 0.0 if report is None else report.cpu_usage + report.memory_usage
 
 
+FirstByteKey = tuple[AgentId, str, Form]
+
+SHORTEST_FIRST_BYTE = 0.01
+"""Seconds; a clock that did not move between two reads has no logarithm."""
+
+
+def _kind(lease: Lease) -> FirstByteKey:
+    """What has first bytes alike: an answer in one piece has its first byte at its end."""
+    return lease.agent_id, lease.request.model, lease.request.form
+
+
+def _work(lease: Lease) -> float:
+    """First bytes of longer prompts come later; those of short ones take as long as any."""
+    return max(lease.request.prompt_tokens, SHORT_PROMPT_TOKENS)
+
+
 class CountingScheduler(Scheduler):
     """The scheduler of the policies that count; its methods are those of `Scheduler`."""
 
@@ -80,11 +100,13 @@ class CountingScheduler(Scheduler):
         self._leases: dict[LeaseId, Lease] = {}
         self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
         self._last_id = 0
+        self._warm: set[LeaseId] = set()
+        self._first_bytes: dict[FirstByteKey, Mean] = {}
         self._learned = Learned()
         self._last_chosen: dict[AgentId, int] = {}
 
     def submit(self, request: Request, now: float) -> None:
-        found = eligible(self._registry, request, now)
+        found = eligible(self._registry, request, now, runs=self._runs)
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
         can_start = any(self._has_slot(agent, request) for agent in found.agents)
@@ -95,8 +117,15 @@ class CountingScheduler(Scheduler):
     def withdraw(self, request_id: RequestId, now: float) -> None:
         self._waiting.pop(request_id, None)
 
+    def began(self, lease_id: LeaseId, now: float) -> None:
+        lease = self._leases.get(lease_id)
+        if lease is not None and lease_id in self._warm:
+            seen = self._first_bytes.setdefault(_kind(lease), Mean())
+            seen.learn(log(max(now - lease.granted_at, SHORTEST_FIRST_BYTE) / _work(lease)))
+
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
         lease = self._leases.pop(lease_id)
+        self._warm.discard(lease_id)
         self._by_agent[lease.agent_id].discard(lease_id)
 
     def plan(self, now: float) -> Plan:
@@ -119,7 +148,7 @@ class CountingScheduler(Scheduler):
         return Plan(granted, refused)
 
     def _decide(self, request: Request, now: float) -> Lease | SchedulerError | None:
-        found = eligible(self._registry, request, now)
+        found = eligible(self._registry, request, now, runs=self._runs)
         free = [agent for agent in found.agents if self._has_slot(agent, request)]
         if free:
             free.sort(key=lambda agent: self._last_chosen.get(agent.id, 0))
@@ -137,13 +166,21 @@ class CountingScheduler(Scheduler):
         runner = agent.report.runner if agent.report else None
         if runner is None or runner.num_parallel is None:
             return True
-        mine = [self._leases[lease].request.model for lease in self._by_agent[agent.id]]
-        return mine.count(request.model) < runner.num_parallel
+        return self._running(agent.id, request.model) < runner.num_parallel
+
+    def _running(self, agent_id: AgentId, model: str) -> int:
+        leases = self._by_agent.get(agent_id, ())
+        return sum(self._leases[lease].request.model == model for lease in leases)
+
+    def _runs(self, agent_id: AgentId, model: str) -> bool:
+        return self._running(agent_id, model) > 0
 
     def _grant(self, request: Request, agent: AgentState, now: float) -> Lease:
         lease_id = LeaseId(self._last_id + 1)
         lease = Lease(id=lease_id, request=request, agent_id=agent.id, granted_at=now)
         self._count(lease)
+        if agent.inventory.is_loaded(request.model):
+            self._warm.add(lease_id)
         return lease
 
     def adopt(self, lease: Lease, now: float) -> bool:
@@ -165,6 +202,13 @@ class CountingScheduler(Scheduler):
         ]
         later = [time for time in times if time > now]
         return min(later, default=None)
+
+    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+        lease = self._leases.get(lease_id)
+        seen = self._first_bytes.get(_kind(lease)) if lease is not None else None
+        if lease is None or seen is None:
+            return None
+        return lease.granted_at + exp(seen.value) * _work(lease)
 
     def leases(self) -> Iterable[Lease]:
         return self._leases.values()

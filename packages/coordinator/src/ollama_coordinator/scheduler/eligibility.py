@@ -1,11 +1,11 @@
 """Which agents may serve a request at all; every policy chooses among these only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
 from ollama_coordinator.registry import AgentState, Registry
-from ollama_coordinator_common.types import AgentStatus
+from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .error import HoldersUnavailable, ModelNotFound, NoAgentRegistered, SchedulerError
 from .types import Request
@@ -25,10 +25,17 @@ class Eligible(Struct, frozen=True):
     recovering: bool
 
 
-def eligible(registry: Registry, request: Request, now: float) -> Eligible:
+def eligible(
+    registry: Registry,
+    request: Request,
+    now: float,
+    *,
+    runs: Callable[[AgentId, str], bool] = lambda _agent, _model: False,
+) -> Eligible:
     """Sort the holders of the request's model into those that may serve it and the others.
 
-    An agent on which this model failed a moment ago may serve it only when no other may.
+    An agent on which this model failed a moment ago, or which it failed on when it last ran and
+    now `runs` again, may serve it only when no other may.
     """
     agents: list[AgentState] = []
     resting_model: list[AgentState] = []
@@ -41,7 +48,9 @@ def eligible(registry: Registry, request: Request, now: float) -> Eligible:
             if agent.id not in request.excluded and registry.is_online(agent, now):
                 recovering = recovering or agent.out_of_rotation() is not None
             continue
-        (resting_model if agent.avoids(request.model, now) else agents).append(agent)
+        tried = request.model in agent.model_cooldowns and runs(agent.id, request.model)
+        avoided = agent.avoids(request.model, now, tried=tried)
+        (resting_model if avoided else agents).append(agent)
     return Eligible(agents or resting_model, refused, recovering)
 
 

@@ -10,6 +10,8 @@ from .state import Place
 from .sync import Machines
 from .types import Form
 
+LEAST_FAILING = 0.005  # one failure of ten minutes ago; less changes no choice
+
 
 class LearnedMeans(Struct, frozen=True):
     """An agent and a model: logarithms of tokens/s read and written, and of a load's seconds.
@@ -41,6 +43,14 @@ class LearnedLength(Struct, frozen=True):
     form: Form = Form.STREAM
 
 
+class LearnedFailing(Struct, frozen=True):
+    """The share of a model's requests that failed on an agent."""
+
+    agent_id: AgentId
+    model: str
+    share: float
+
+
 class Estimate(Struct, frozen=True):
     """What is predicted of a model on an agent, for people.
 
@@ -65,6 +75,7 @@ class Learned(Struct, frozen=True):
     batch: list[LearnedBatch] = []
     lengths: list[LearnedLength] = []
     slots: list[LearnedSlots] = []
+    failing: list[LearnedFailing] = []
 
 
 def export_learned(machines: Machines, rates: Rates, lengths: OutputLengths) -> Learned:
@@ -90,6 +101,12 @@ def export_learned(machines: Machines, rates: Rates, lengths: OutputLengths) -> 
             for name, place in machine.places.items()
             if place.slots.fixed is None and place.slots.is_seen
         ],
+        failing=[
+            LearnedFailing(machine.id, name, share)
+            for machine in machines.by_agent.values()
+            for name, place in machine.places.items()
+            if place.failing and (share := place.failing_share(machines.synced_at)) > LEAST_FAILING
+        ],
     )
 
 
@@ -111,7 +128,8 @@ def import_learned(
             lengths.models[length.model, length.form] = _one(length.mean)
         else:
             lengths.clients[length.client, length.model, length.form] = _one(length.mean)
-    machines.relearn(learned.slots)
+    failing = {(one.agent_id, one.model): one.share for one in learned.failing}
+    machines.relearn(learned.slots, failing)
 
 
 def estimates(machines: Machines, rates: Rates) -> list[Estimate]:

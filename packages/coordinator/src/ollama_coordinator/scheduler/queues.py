@@ -149,7 +149,7 @@ class Queues:
             if not place.machine.routable:
                 continue
             cooldown = place.machine.agent.model_cooldowns.get(queue.model)
-            if cooldown is None or not (cooldown.avoids(now) or place.running):
+            if cooldown is None or not cooldown.avoids(now, tried=bool(place.running)):
                 ready.append(place)
             else:
                 until = min(until, max(cooldown.until, now + TRIED_SECONDS))

@@ -116,7 +116,7 @@ class Place:
     solo: int = 0
     mean_service: float | None = None
     failing: float = 0.0
-    failing_at: float = 0.0
+    failing_at: float | None = None
     concurrency_seconds: float = 0.0
     counted_at: float = 0.0
     known_eviction: KnownEviction | None = None
@@ -172,8 +172,14 @@ class Place:
             self.failing = share + FAILING_GAIN * (failed - share)
             self.failing_at = now
 
+    def remember_failing(self, share: float) -> None:
+        """Take over the share of before a restart; it fades from its first use on."""
+        self.failing, self.failing_at = share, None
+
     def failing_share(self, now: float) -> float:
         """The probability that a request has to be repeated elsewhere."""
+        if self.failing_at is None:
+            self.failing_at = now
         return self.failing * exp((self.failing_at - now) * 0.693 / FAILING_HALF_LIFE_SECONDS)
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,7 @@
 them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
 
 from ollama_coordinator.registry import AgentState, AvailableRow, Registry
@@ -35,10 +35,13 @@ class Machines:
         self._check_at = 0.0
         self._replicas: Counter[str] = Counter()
         self._known_slots: dict[tuple[AgentId, str], LearnedSlots] = {}
+        self._known_failing: dict[tuple[AgentId, str], float] = {}
+        self.synced_at = 0.0
         self.by_agent: dict[AgentId, Machine] = {}
 
     def sync(self, now: float) -> set[str] | None:
         """Take over what changed in the registry: the models concerned, `None` for nothing."""
+        self.synced_at = now
         if self._registry.changes == self._changes and now < self._check_at:
             return None
         self._changes = self._registry.changes
@@ -116,7 +119,7 @@ class Machines:
             slots=Slots(machine.agent_slots),
         )
         place.take_rates(self._rates)
-        self._remember_slots(machine, key, place)
+        self._remember(machine, key, place)
         return place
 
     def _judge(self, machine: Machine) -> None:
@@ -220,19 +223,24 @@ class Machines:
 
     # ── what was learned ──────────────────────────────────────────────────────────────────────
 
-    def relearn(self, slots: Iterable[LearnedSlots]) -> None:
-        """All rates have been replaced, and these slots were seen before."""
+    def relearn(
+        self, slots: Iterable[LearnedSlots], failing: Mapping[tuple[AgentId, str], float]
+    ) -> None:
+        """All rates have been replaced, and these slots and shares of failures were seen before."""
+        self._known_failing.update(failing)
         self._known_slots.update({(one.agent_id, one.model): one for one in slots})
         for machine in self.by_agent.values():
             machine.take_batch(self._rates.batch_factor(machine.id))
             for name, place in machine.places.items():
                 place.take_rates(self._rates)
-                self._remember_slots(machine, name, place)
+                self._remember(machine, name, place)
 
-    def _remember_slots(self, machine: Machine, name: str, place: Place) -> None:
+    def _remember(self, machine: Machine, name: str, place: Place) -> None:
         """What was seen before counts once, until more is seen."""
         if (known := self._known_slots.pop((machine.id, name), None)) is not None:
             place.slots.remember(known.proven, known.failures)
+        if (share := self._known_failing.pop((machine.id, name), None)) is not None:
+            place.remember_failing(share)
 
 
 def _facts(agent: AgentState, *, routable: bool) -> RegistryFacts:

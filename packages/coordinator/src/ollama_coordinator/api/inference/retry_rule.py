@@ -168,8 +168,8 @@ class Poison:
     def stops(self, request: Request, body: Body, held: Held, now: float) -> bool:
         """Note how an attempt ended; whether its request may be tried nowhere else.
 
-        A death counts only if the agent's last answer before the attempt was good, or none is
-        known. Call it before the lease ends.
+        A death counts only if the agent's last answer before the attempt was good: one that never
+        answered well may be broken. Call it before the lease ends.
         """
         outcome = held.outcome
         if outcome.result is Result.SERVED:
