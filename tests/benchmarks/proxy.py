@@ -2,8 +2,10 @@
 
 Everything is measured in turns in one run, against the same stand-ins, so that a machine whose
 speed drifts slows all alike. `nox -s bench` compares with direct access; `-- --against PATH` with
-the coordinator of another checkout too, `-- --http auto hypercorn` the HTTP implementations. The
-last column compares the first coordinator with the last, or with direct access if there is one.
+the coordinator of another checkout too, `-- --http auto hypercorn` the HTTP implementations,
+`-- --way port link relay` the ways by which a coordinator reaches an Ollama. The last column
+compares the first coordinator with the last, or with direct access if there is one. With agents
+(link, relay) theirs are part of the CPU and the memory.
 """
 
 import argparse
@@ -137,16 +139,16 @@ class Target:
 
     name: str
     urls: list[str]
-    process: psutil.Process | None = None
+    processes: list[psutil.Process] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def cpu_seconds(self) -> float:
-        """What the coordinator has used so far; 0 without one."""
-        return sum(self.process.cpu_times()[:2]) if self.process else 0.0
+        """What the coordinator has used so far, with its agents; 0 without one."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
     def memory_bytes(self) -> int:
-        """What the coordinator has in memory; 0 without one."""
-        return int(self.process.memory_info().rss) if self.process else 0
+        """What the coordinator has in memory, with its agents; 0 without one."""
+        return sum(int(process.memory_info().rss) for process in self.processes)
 
 
 @contextlib.asynccontextmanager
@@ -161,42 +163,89 @@ async def fleet(
             command = [sys.executable, "-m", "support.ollama", "--port", str(port)]
             command += ["--slots", "1000", "--model", f"{MODEL}=5e9", "--batch-slowdown", "0"]
             command += ["--decode-rate", decode_rate]
-            path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+            path = {"PYTHONPATH": str(Path(__file__).parents[1]), "OLLAMA_NUM_PARALLEL": "1000"}
             node = programs.program(folder / f"{number}.log", *command, **path)
             running = await stack.enter_async_context(node)
             urls.append(f"http://127.0.0.1:{port}")
             await programs.answers(urls[-1], running)
         targets = [Target("direct", urls)]
-        for name, settings in coordinators(arguments):
+        for name, way, settings in coordinators(arguments):
             where = folder / str(len(targets))
             where.mkdir()
             url, program = await stack.enter_async_context(
                 programs.coordinator(where, programs.free_port(), **settings)
             )
-            process = psutil.Process(program.pid)
+            target = Target(name, [url], [psutil.Process(program.pid)])
             if arguments.core is not None:
-                process.cpu_affinity([arguments.core])
+                target.processes[0].cpu_affinity([arguments.core])
             async with aiohttp.ClientSession() as session:
                 for node_url in urls:
-                    await register(session, url, int(node_url.rpartition(":")[2]))
-            targets.append(Target(name, [url], process))
+                    port = int(node_url.rpartition(":")[2])
+                    if way == "port":
+                        await register(session, url, port)
+                    else:
+                        settings["PYTHONPATH"] = settings.get("PYTHONPATH", "")
+                        beside = programs.program(
+                            where / f"{port}.log",
+                            programs.command("ollama-coordinator-agent"),
+                            **settings,
+                            **agent_settings(way, url, port, where),
+                        )
+                        agent = await stack.enter_async_context(beside)
+                        target.processes.append(psutil.Process(agent.pid))
+                await all_serve(session, url)
+            targets.append(target)
         yield targets
 
 
-def coordinators(arguments: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
-    """The coordinators to measure: their names and their environment."""
+WAYS = ("port", "relay", "link")
+"""How a coordinator reaches an Ollama: at its port, by its agent's relay, by its agent's link."""
+
+
+def agent_settings(way: str, url: str, port: int, folder: Path) -> dict[str, str]:
+    """The environment of an agent by which a stand-in is reached in this way."""
+    return {
+        "COORDINATOR_URL": url,
+        "OLLAMA_PORT": str(port),
+        "AGENT_STATE_DIR": str(folder),
+        "AGENT_MACHINE_NAME": f"m{port}",
+        "AGENT_MANAGE_OLLAMA": "false",
+        "AGENT_TRANSPORT": "link" if way == "link" else "direct",
+        "AGENT_RELAY": "always" if way == "relay" else "never",
+    }
+
+
+async def all_serve(session: aiohttp.ClientSession, url: str) -> None:
+    """Wait until every stand-in is in rotation with its slots known."""
+    async with asyncio.timeout(30):
+        while True:
+            async with session.get(f"{url}/api/agents") as response:
+                agents = await response.json()
+            good = [one for one in agents if one["runner"] and not one["out_of_rotation"]]
+            if len(good) == AGENTS:
+                return
+            await asyncio.sleep(0.1)
+
+
+def coordinators(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, str]]]:
+    """The coordinators to measure: their names, ways to an Ollama, and environments."""
     settings = {"COORDINATOR_POLICY": arguments.policy, "COORDINATOR_MAX_QUEUE": "10000"}
     # Nothing reports here, however long it takes.
     settings["AGENT_TIMEOUT"] = "86400"
     made = [
-        (http if len(arguments.http) > 1 else "through", settings | {"COORDINATOR_HTTP": http})
+        (
+            http if len(arguments.http) > 1 else way if len(arguments.way) > 1 else "through",
+            way,
+            settings | {"COORDINATOR_HTTP": http},
+        )
         for http in arguments.http
+        for way in arguments.way
     ]
     if arguments.against is not None:
         packages = arguments.against.resolve() / "packages"
         sources = [packages / name / "src" for name in ("coordinator", "agent", "common")]
         other = {"PYTHONPATH": os.pathsep.join(map(str, sources))}
-        made.append((str(arguments.against), made[0][1] | other))
+        made += [(f"{name} of {arguments.against}", way, env | other) for name, way, env in made]
     return made
 
 
@@ -330,6 +379,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each measure")
     parser.add_argument("--policy", default="predicted", help="the coordinator's policy")
     parser.add_argument("--http", nargs="+", default=["auto"], help="compare these with each other")
+    parser.add_argument("--way", nargs="+", default=["port"], choices=WAYS, help="and these")
     parser.add_argument("--against", type=Path, help="another checkout, to compare with it too")
     parser.add_argument("--core", type=int, help="the processor for the coordinators, and no other")
     return parser.parse_args(arguments)

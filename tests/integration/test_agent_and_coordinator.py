@@ -86,6 +86,7 @@ async def test_an_agent_that_was_forgotten_registers_again(tmp_path: Path) -> No
 @pytest.mark.spec("FLEET-28")
 async def test_a_machine_that_the_coordinator_cannot_reach_learns_it(tmp_path: Path) -> None:
     elsewhere = {"AGENT_IP_ADDRESS": "127.0.0.2", "AGENT_RELAY": "never", "COLUMNS": "200"}
+    elsewhere["AGENT_TRANSPORT"] = "direct"
     async with running() as coordinator, StandIn() as ollama:
         async with agent(tmp_path, coordinator.url, ollama, **elsewhere) as program:
             seen = await view(coordinator, lambda agent: agent["out_of_rotation"] is not None)

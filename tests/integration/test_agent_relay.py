@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import socket
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
-from support.sockets import asked_every_15_seconds
+from support.sockets import asked_every_15_seconds, reset
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -46,13 +45,6 @@ async def connected(port: int) -> AsyncIterator[Streams]:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-
-
-def reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset."""
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -183,7 +175,7 @@ async def test_a_silent_connection_is_kept_open_on_both_sides(
         keep_alive(sock)
         probed.append(asked_every_15_seconds(sock))
 
-    monkeypatch.setattr("ollama_coordinator_agent.relay.keep_alive", noted)
+    monkeypatch.setattr("ollama_coordinator_agent.pump.keep_alive", noted)
     async with relayed(echo) as (_, port), connected(port) as (reader, writer):
         writer.write(b"hello")
         assert await reader.read(5) == b"hello"

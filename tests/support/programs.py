@@ -55,6 +55,12 @@ class Program:
             while text not in self.output:
                 await asyncio.sleep(0.01)
 
+    async def says_so_often(self, text: str, count: int) -> None:
+        """Wait until it, and those before it with its log, have written something so often."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while self.output.count(text) < count:
+                await asyncio.sleep(0.01)
+
     async def kill(self) -> None:
         """`kill -9`."""
         if self._process.returncode is None:

@@ -1,6 +1,9 @@
-"""What the system says of a socket."""
+"""What the system says of a socket, and its end."""
 
+import asyncio
+import contextlib
 import socket
+import struct
 from asyncio.trsock import TransportSocket
 
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 9}
@@ -12,3 +15,11 @@ def asked_every_15_seconds(sock: socket.socket | TransportSocket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) and all(
         sock.getsockopt(socket.IPPROTO_TCP, option) == value for option, value in options.items()
     )
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a reset."""
+    with contextlib.suppress(OSError):  # it may be closed already
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -26,7 +26,7 @@ from .ollama import (
 )
 from .pacing import AgentPace
 from .process import ServeCommand, find_binary
-from .reach import Reach, needs_relay, own_address
+from .reach import Reach, Transport, needs_relay, own_address
 from .recent import Logs, Recent
 from .relay import TcpRelay, parse_networks
 from .settings import machine_name, state_folder
@@ -68,6 +68,7 @@ async def assembled(
             client=CoordinatorClient(session, config.coordinator_url),
             watch=Watch(ollama, supervisor, environ, changed, pace),
             reach=Reach(config, relay, state, changed, pace),
+            transport=Transport(config, state),
             meter=meter,
             state=state,
             logs=Logs(recent, state.log_file),
@@ -123,6 +124,7 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
         machine_id=state.machine_id(create=False),
         ip_address=address,
         relay_port=state.last_run.relay_port if is_relayed else None,
+        is_linked=Transport(config, state).is_link,
         active_requests=readings.requests or 0,
         coordinator_trouble=coordinator_trouble,
         ollama_trouble=ollama_trouble,
@@ -165,5 +167,6 @@ async def _look_at_coordinator(client: CoordinatorClient, agent_id: str | None) 
     if ours.status is AgentStatus.OFFLINE:
         return "reachable, but it sees this machine offline; is the agent running?"
     if ours.out_of_rotation is not None:
-        return f"reachable, but it sends no requests to {ours.url}: {ours.out_of_rotation}"
+        way = "its link" if ours.link else ours.url
+        return f"reachable, but it sends no requests to {way}: {ours.out_of_rotation}"
     return f"reachable, but {ours.conflict}" if ours.conflict else None

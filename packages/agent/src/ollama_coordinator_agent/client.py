@@ -24,9 +24,14 @@ from ollama_coordinator_common.protocol import (
 )
 from ollama_coordinator_common.types import AgentId
 
+from .link.dial import Dialled, NotUpgraded, dial
+
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 """aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is how yarl and idna
 refuse a host name that cannot be encoded."""
+
+NO_LINKS = (404, 426, 501)
+"""An older coordinator, a proxy that leaves the upgrade out, a server that cannot change over."""
 
 T = TypeVar("T")
 
@@ -105,6 +110,27 @@ class CoordinatorClient:
         self._check(status, body)
         return self._decode(body, list[AgentView])
 
+    async def upgrade(self, path: str) -> Dialled:
+        """A connection of a link, at a path below the coordinator's URL.
+
+        Raises:
+            Forgotten: the coordinator does not know the agent; register again.
+            Rejected: it has no links, or something on the way does not let them pass.
+            CoordinatorError: see the module's tree.
+        """
+        try:
+            headers = {str(name): value for name, value in self._session.headers.items()}
+            return await dial(self.url, path, headers)
+        except TRANSPORT_ERRORS as exc:
+            raise CoordinatorError(f"no answer from {self.url}: {_reason(exc)}") from exc
+        except NotUpgraded as exc:
+            if exc.status == 404 and _sentence(exc.body) is not None:
+                raise Forgotten("the coordinator does not know this agent (any more)") from exc
+            if exc.status in NO_LINKS:
+                raise Rejected(f"{self.url} takes no link: {_sentence(exc.body) or exc}") from exc
+            self._check(exc.status, exc.body)
+            raise self._not_a_coordinator(f"it answers {exc.status} to a WebSocket") from exc
+
     async def _report(self, path: str, report: msgspec.Struct) -> bytes:
         status, body = await self._call("POST", path, msgspec.json.encode(report))
         if status == 404:
@@ -141,12 +167,11 @@ class CoordinatorClient:
     def _check(self, status: int, body: bytes) -> None:
         if 200 <= status < 300:
             return
-        try:
-            sentence = msgspec.json.decode(body, type=ErrorReply).error
-        except msgspec.DecodeError as exc:
+        sentence = _sentence(body)
+        if sentence is None:
             if status >= 500:
-                raise CoordinatorError(f"{self.url} answers {status}") from exc
-            raise self._not_a_coordinator(f"it answers {status} without a reason") from exc
+                raise CoordinatorError(f"{self.url} answers {status}")
+            raise self._not_a_coordinator(f"it answers {status} without a reason")
         if status >= 500 or status == 429:
             raise CoordinatorError(f"{self.url} answers {status}: {sentence}")
         raise Rejected(f"{self.url} refuses ({status}): {sentence}")
@@ -162,6 +187,14 @@ class CoordinatorClient:
             f"{self.url} is no Ollama Coordinator: {finding}. "
             "Set COORDINATOR_URL to where `ollama-coordinator serve` listens"
         )
+
+
+def _sentence(body: bytes) -> str | None:
+    """The sentence of an error; `None` where the body is none of a coordinator's."""
+    try:
+        return msgspec.json.decode(body, type=ErrorReply).error
+    except msgspec.DecodeError:
+        return None
 
 
 def _reason(exc: BaseException) -> str:

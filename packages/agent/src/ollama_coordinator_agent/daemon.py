@@ -23,9 +23,10 @@ from .client import (
     Rejected,
 )
 from .display import StatusView
+from .link.link import CoordinatorLink, LinkLost
 from .metrics import Meter
 from .pacing import AgentPace, Backoff, Reminder, forever
-from .reach import Offer, Reach
+from .reach import Offer, Reach, Transport
 from .recent import Logs
 from .settings import machine_name
 from .state import StateFolder
@@ -40,6 +41,7 @@ class AgentParts(Struct, frozen=True, kw_only=True):
     client: CoordinatorClient
     watch: Watch
     reach: Reach
+    transport: Transport
     meter: Meter
     state: StateFolder
     logs: Logs
@@ -62,10 +64,14 @@ class Daemon:
         self._backoff = Backoff(pace.retry_first, pace.retry_ceiling)
         self._reminder = Reminder()
         self._is_proven = False  # whether a heartbeat was accepted since the registration
+        self._link: CoordinatorLink | None = None
+        self._links: set[CoordinatorLink] = set()  # with those that only end what runs over them
+        self._ask_reached_at = self._linked_at = 0.0  # by the event loop's clock
 
     async def run(self) -> None:
         """Report until cancelled; then say goodbye, and only then end Ollama and the relay."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             tasks.create_task(self.parts.watch.run())
             tasks.create_task(self.parts.reach.run())
             try:
@@ -95,7 +101,17 @@ class Daemon:
             self.agent_id = reply.agent_id
             self.parts.state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
             self._is_proven = False
+            self.parts.transport.note(reply.reached, is_running=self._is_running)
+            if request.link:
+                await self._open_link(reply.agent_id)
+            elif self._link is not None:
+                self._link.retire()
+                self._link = None
             await self._report_while_true(request, reply.agent_id)
+        except LinkLost as exc:
+            self._note_trouble(exc)
+            lived = asyncio.get_running_loop().time() - self._linked_at
+            return 0.0 if lived >= self._pace.heartbeat else self._backoff.next()
         except Forgotten:
             self.trouble = "the coordinator forgot this agent"
             log.warning("the coordinator forgot this agent; registering again")
@@ -105,40 +121,87 @@ class Daemon:
             self._backoff.reset()
         except CoordinatorError as exc:
             self._note_trouble(exc)
+            if self.parts.transport.is_link and isinstance(exc, Rejected):
+                self.parts.transport.give_up(asyncio.get_running_loop().time())
             return self._delay_after(exc)
         return 0.0
 
+    async def _open_link(self, agent_id: AgentId) -> None:
+        """Have a link for this agent; one that still works goes on.
+
+        Raises:
+            CoordinatorError: there is none to be had.
+        """
+        link = self._link
+        if link is not None and link.agent_id == agent_id and not link.has_ended:
+            return
+        if link is not None:
+            link.retire()
+        parts = self.parts
+        link = CoordinatorLink(
+            parts.client, parts.reach.target, parts.watch, agent_id, parts.changed
+        )
+        await link.open()
+        self._link, self._linked_at = link, asyncio.get_running_loop().time()
+        self._links.add(link)
+        self._tasks.create_task(link.run()).add_done_callback(lambda _: self._links.discard(link))
+
     async def _report_while_true(self, registered: RegisterRequest, agent_id: AgentId) -> None:
-        """Send heartbeats for as long as what was registered is still true."""
+        """Send heartbeats for as long as what was registered is still true, and its link open."""
         loop = asyncio.get_running_loop()
+        link = self._link if registered.link else None
+        self._ask_reached_at = loop.time()
         while self._request(self.parts.reach.offer) == registered:
             self.parts.changed.clear()
+            if link is not None and link.has_ended:
+                raise LinkLost
             if self.parts.reach.has_moved():
                 await self.parts.reach.refresh()
                 continue
             next_at = loop.time() + self._pace.heartbeat
             try:
-                reply = await self.parts.client.report(self._report(agent_id))
-                if reply.log_after is not UNSET:
-                    await self._send_log(agent_id, reply.log_after)
-                    next_at = min(next_at, loop.time() + self._pace.heartbeat_watched)
-            except Forgotten:
+                is_watched = await self._beat(link or self.parts.client, agent_id)
+            except (Forgotten, LinkLost):
                 raise
             except CoordinatorError as exc:
                 self._note_trouble(exc)
                 next_at = loop.time() + self._delay_after(exc)
             else:
-                self._note_accepted(reply)
-                if reply.restart is not UNSET:
-                    await self.parts.watch.restart(reply.restart)
+                if is_watched:
+                    next_at = min(next_at, loop.time() + self._pace.heartbeat_watched)
+                if link is not None:
+                    self._ask_reached(link)
             await self._wait_for_news(next_at)
+            if link is not None and link.reached is not None:
+                self.parts.transport.note(link.reached, is_running=self._is_running)
+                link.reached = None
 
-    async def _send_log(self, agent_id: AgentId, after: int) -> None:
+    async def _beat(self, channel: CoordinatorClient | CoordinatorLink, agent_id: AgentId) -> bool:
+        """Send one heartbeat, and do what its answer asks for; whether an operator looks on."""
+        reply = await channel.report(self._report(agent_id))
+        if reply.log_after is not UNSET:
+            await self._send_log(channel, agent_id, reply.log_after)
+        self._note_accepted(reply)
+        self.parts.transport.note(reply.reached, is_running=self._is_running)
+        if reply.restart is not UNSET:
+            await self.parts.watch.restart(reply.restart)
+        return reply.log_after is not UNSET
+
+    def _ask_reached(self, link: CoordinatorLink) -> None:
+        """Ask every now and then whether the link is still needed."""
+        now = asyncio.get_running_loop().time()
+        if self.parts.transport.is_open and now >= self._ask_reached_at:
+            self._ask_reached_at = now + self._pace.ask_reached
+            link.ask_reached()
+
+    async def _send_log(
+        self, channel: CoordinatorClient | CoordinatorLink, agent_id: AgentId, after: int
+    ) -> None:
         """Send the wanted lines of the log; a failure does not disturb the heartbeats."""
         try:
             async with self.parts.logs.news(after) as report:
-                await self.parts.client.send_log(agent_id, report)
-        except Forgotten:
+                await channel.send_log(agent_id, report)
+        except (Forgotten, LinkLost):
             raise
         except CoordinatorError as exc:
             log.debug("the log was not sent", extra={"reason": str(exc)})
@@ -156,7 +219,9 @@ class Daemon:
             return
         try:
             async with asyncio.timeout(self._pace.goodbye):
-                await self.parts.client.report(self._report(self.agent_id, leaving=True))
+                link = self._link
+                channel = self.parts.client if link is None or link.has_ended else link
+                await channel.report(self._report(self.agent_id, leaving=True))
         except (CoordinatorError, TimeoutError) as exc:
             log.warning("left without a goodbye", extra={"reason": str(exc) or "timed out"})
         else:
@@ -194,12 +259,18 @@ class Daemon:
             machine_id=self._machine_id,
             ip_address=offer.ip_address if offer else None,
             relay_port=offer.relay_port if offer else None,
+            is_linked=self.parts.transport.is_link,
             active_requests=self._active_requests(),
             coordinator_trouble=self.trouble,
         )
 
     def _active_requests(self) -> int:
-        return (self.parts.meter.latest.requests or 0) + self.parts.reach.relayed_requests
+        linked = sum(link.active_requests for link in self._links)
+        return (self.parts.meter.latest.requests or 0) + self.parts.reach.relayed_requests + linked
+
+    @property
+    def _is_running(self) -> bool:
+        return self.parts.watch.facts.is_running
 
     def _request(self, offer: Offer | None) -> RegisterRequest:
         if offer is None:
@@ -218,6 +289,7 @@ class Daemon:
             instance_id=self._instance_id,
             previous_instance_id=self._previous_instance_id,
             platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+            link=self.parts.transport.is_link,
         )
 
     def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:

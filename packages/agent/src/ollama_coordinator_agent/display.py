@@ -33,6 +33,7 @@ class StatusView(Struct, frozen=True):
     machine_id: str | None = None
     ip_address: str | None = None
     relay_port: int | None = None
+    is_linked: bool = False
     active_requests: int = 0
     coordinator_trouble: str | None = None
     ollama_trouble: str | None = None
@@ -53,6 +54,8 @@ def _identity(view: StatusView) -> list[tuple[str, Text]]:
     address = view.ip_address or "address not known yet"
     if view.relay_port:
         address += f", relayed on port {view.relay_port}"
+    if view.is_linked:
+        address += ", reached by its link"
     return [
         ("machine", Text(f"{view.machine_name} ({address})")),
         ("machine id", Text(view.machine_id or "none kept yet")),

@@ -38,6 +38,9 @@ class AgentPace(Struct, frozen=True, kw_only=True):
     reach: float = 30.0
     """Between looks at this machine's addresses and at where Ollama listens."""
 
+    ask_reached: float = 300.0
+    """Between questions of a machine with a link whether the coordinator reaches its port now."""
+
     look: float = 1.0
     """Between looks at Ollama's presence and at the models in memory."""
 

@@ -1,11 +1,11 @@
-"""How the coordinator reaches this machine's Ollama: at which address, and whether by the relay."""
+"""How the coordinator reaches this machine's Ollama: at which address, by the relay, by a link."""
 
 import asyncio
 import logging
 import socket
 from urllib.parse import urlsplit
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from ollama_coordinator_common.network import is_loopback, local_address
 from ollama_coordinator_common.settings import AgentConfig
@@ -19,8 +19,47 @@ log = logging.getLogger(__name__)
 RESOLVE_SECONDS = 3.0
 """How long the system may take to look up the coordinator's host name."""
 
+GIVEN_UP_SECONDS = 60.0
+"""How long a link is not tried again that the coordinator refused, or a proxy on the way."""
+
 ACCEPT_SECONDS = 1.0
 """How long a port of this machine may take to accept a connection."""
+
+
+class Transport:
+    """Whether the coordinator reaches this machine by a link; it is remembered for the next run.
+
+    `is_open`: `AGENT_TRANSPORT` leaves that open.
+    """
+
+    def __init__(self, config: AgentConfig, state: StateFolder) -> None:
+        self.is_open = config.transport == "auto"
+        self.is_link = config.transport == "link" or (self.is_open and state.last_run.linked)
+        self._state = state
+        self._given_up_until = 0.0
+
+    def note(self, reached: bool | UnsetType, *, is_running: bool) -> None:
+        """Take note whether the coordinator reaches this machine's port.
+
+        That it does not means something only while an Ollama runs behind it.
+        """
+        if not self.is_open or reached is UNSET or reached is not self.is_link:
+            return
+        now = asyncio.get_running_loop().time()
+        if not reached and (not is_running or now < self._given_up_until):
+            return
+        self.is_link = not reached
+        self._state.remember(linked=self.is_link)
+        if self.is_link:
+            log.info("the coordinator does not reach this machine's port; it gets a link")
+        else:
+            log.info("the coordinator reaches this machine's port; it needs no link")
+
+    def give_up(self, now: float) -> None:
+        """A link is not possible; where that is left open, the port is offered again."""
+        if self.is_open:
+            self.is_link = False
+            self._given_up_until = now + GIVEN_UP_SECONDS
 
 
 class Offer(Struct, frozen=True):
@@ -57,6 +96,11 @@ class Reach:
     def relayed_requests(self) -> int:
         """The requests in progress through the relay."""
         return self._relay.active_requests
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """Where Ollama listens on this machine."""
+        return self._relay.target
 
     async def run(self) -> None:
         """Refresh the offer every now and then, and run the relay once it is needed."""

@@ -7,26 +7,19 @@ and the peers that the operator named get through.
 """
 
 import asyncio
-import contextlib
 import logging
-import math
-import re
 import socket
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from ollama_coordinator_common.network import Address, keep_alive, parse_address
+from ollama_coordinator_common.network import Address, parse_address
 
 from .pacing import Reminder
+from .pump import Framing, Pipe, carry
 
 log = logging.getLogger(__name__)
 
 Network = IPv4Network | IPv6Network
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-CHUNK_BYTES = 64 * 1024
-"""What is held of one direction at most, in each of its two buffers."""
 
 BACKLOG = 512
 """Connections that may wait to be accepted: more than a coordinator opens at once."""
@@ -36,15 +29,6 @@ REMEMBERED_PEERS = 1000
 
 ACCEPT_AGAIN_SECONDS = 0.1
 """The pause after a failed accept, usually for lack of file descriptors."""
-
-RESET_ON_CLOSE = struct.pack("hh" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "ii", 1, 0)
-"""SO_LINGER on with no time: the close sends a reset (the fields are shorts on Windows)."""
-
-INTERIM = re.compile(rb"HTTP/1\.1 1\d\d ")
-BODILESS = re.compile(rb"HTTP/1\.[01] (?:204|304) ")
-CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})", re.IGNORECASE)
-CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked", re.IGNORECASE)
-LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class TcpRelay:
@@ -128,17 +112,10 @@ class TcpRelay:
         finally:
             self._connections.remove(framing)
 
-    async def _connect(self, peer: socket.socket, framing: "Framing") -> None:
-        near = await asyncio.open_connection(sock=peer, limit=CHUNK_BYTES)
-        try:
-            far = await asyncio.open_connection(*self.target, limit=CHUNK_BYTES)
-        except OSError:
-            _reset(near[1])  # what the peer would have met without a relay
-            return
-        except asyncio.CancelledError:
-            _reset(near[1])
-            raise
-        await _join(near, far, framing)
+    async def _connect(self, peer: socket.socket, framing: Framing) -> None:
+        near = Pipe()
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: near, peer)
+        await carry(near, self.target, framing)
 
     def _log_refused(self, remote: str) -> None:
         address = parse_address(remote)
@@ -171,88 +148,3 @@ def _listen(port: int) -> socket.socket:
     # Inherited by accepted connections, on which asyncio does not set it: no token waits for more.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-class Framing:
-    """Sees where the answers on one connection begin and end: is a request in progress?
-
-    Of HTTP only what says how long an answer is gets read (RFC 9112, section 6.3). An answer that
-    is not understood is over when its connection ends.
-    """
-
-    def __init__(self) -> None:
-        self.in_progress = False
-        self._is_head_request = False
-        self._head: bytes | None = b""  # of the answer; `None` once it is complete
-        self._left = math.inf  # bytes of the answer's body, unless it is in chunks
-        self._end: bytes | None = None  # the last bytes of an answer in chunks
-
-    def asked(self, chunk: bytes) -> None:
-        """Note bytes of a request."""
-        if not self.in_progress:
-            self.in_progress = True
-            self._is_head_request = chunk.startswith(b"HEAD ")
-            self._head = b""
-
-    def answered(self, chunk: bytes) -> None:
-        """Note bytes of an answer."""
-        if self._head is not None:
-            chunk = self._read_head(self._head + chunk)
-            if self._head is not None:
-                return
-        if self._end is not None:
-            self._end = (self._end + chunk[-len(LAST_CHUNK) :])[-len(LAST_CHUNK) :]
-            self.in_progress = self._end != LAST_CHUNK
-        else:
-            self._left -= len(chunk)
-            self.in_progress = self._left > 0
-
-    def _read_head(self, data: bytes) -> bytes:
-        """What follows the head of the answer, whose framing is then known."""
-        while INTERIM.match(data) and b"\r\n\r\n" in data:
-            data = data.partition(b"\r\n\r\n")[2]
-        self._head, end, body = data.partition(b"\r\n\r\n")
-        if not end and len(data) <= CHUNK_BYTES:
-            return b""
-        length = CONTENT_LENGTH.search(self._head)
-        self._end = b"\r\n" if CHUNKED.search(self._head) else None
-        self._left = int(length[1]) if length else math.inf
-        if self._is_head_request or BODILESS.match(self._head):
-            self._end, self._left = None, 0
-        self._head = None
-        return body
-
-
-async def _join(near: Streams, far: Streams, framing: Framing) -> None:
-    """Pump both directions until both have ended or one is reset."""
-    ended_well = False
-    try:
-        for _, writer in (near, far):
-            keep_alive(writer.get_extra_info("socket"))
-        async with asyncio.TaskGroup() as directions:
-            directions.create_task(_pump(near[0], far[1], framing.asked))
-            directions.create_task(_pump(far[0], near[1], framing.answered))
-        ended_well = True
-    except* OSError as group:
-        log.debug("a relayed connection was cut", extra={"reason": repr(group.exceptions[0])})
-    finally:
-        for _, writer in (near, far):
-            writer.close() if ended_well else _reset(writer)
-
-
-async def _pump(
-    source: asyncio.StreamReader, sink: asyncio.StreamWriter, note: Callable[[bytes], None]
-) -> None:
-    while chunk := await source.read(CHUNK_BYTES):
-        note(chunk)
-        sink.write(chunk)
-        await sink.drain()
-    if sink.can_write_eof():
-        sink.write_eof()
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):  # it may be gone already
-        sock = writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-    writer.transport.abort()

@@ -102,11 +102,12 @@ class ChildRecord(Struct, frozen=True):
 
 
 class LastRun(Struct, frozen=True):
-    """What the agent of one Ollama knows of its last run."""
+    """What the agent of one Ollama knows of its last run; `linked`: it was reached by a link."""
 
     agent_id: str | None = None
     instance_id: str | None = None
     relay_port: int | None = None
+    linked: bool = False
     child: ChildRecord | None = None
 
 

@@ -7,6 +7,8 @@ import socket
 from asyncio.trsock import TransportSocket
 from collections.abc import Sequence
 
+from .types import AgentId
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 ELSEWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
@@ -45,6 +47,10 @@ METADATA_NAMES = frozenset(
 )
 """The names that clouds give to the addresses of their metadata."""
 
+LINK_DOMAIN = ".link.internal"
+"""The host of an agent that is reached by its link is its id before this. No name server is asked
+for it; an Ollama on loopback takes requests for hosts in `internal`, and in few others."""
+
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 
 
@@ -55,6 +61,16 @@ def is_address(text: str) -> bool:
     except ValueError:
         return _HOST.fullmatch(text) is not None
     return True
+
+
+def link_host(agent_id: AgentId) -> str:
+    """The host name of an agent that is reached by its link."""
+    return f"{agent_id}{LINK_DOMAIN}"
+
+
+def linked_agent(host: str) -> AgentId | None:
+    """The agent of a host name that `link_host` made."""
+    return AgentId(host.removesuffix(LINK_DOMAIN)) if host.endswith(LINK_DOMAIN) else None
 
 
 def parse_address(text: str) -> Address | None:

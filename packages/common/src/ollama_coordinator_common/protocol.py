@@ -27,7 +27,8 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
 
     `machine_id` is a random id on the agent's disk: a machine with another name or address keeps
     it. `relay_port` is the agent's own port where Ollama listens on loopback only; the coordinator
-    connects to it in place of `ollama_port`. `instance_id` is new in every agent process,
+    connects to it in place of `ollama_port`. `link`: the coordinator does not reach that port, and
+    the agent opens a link. `instance_id` is new in every agent process,
     `previous_instance_id` is that of the run before on the same disk: they distinguish copies of
     one disk.
     """
@@ -42,6 +43,7 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     platform: Word | None = None
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
     previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
+    link: bool = False
 
     def __post_init__(self) -> None:
         for name in ("machine_name", "ollama_version", "agent_version", "platform"):
@@ -54,10 +56,14 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
 
 
 class RegisterReply(Struct, frozen=True):
-    """The agent's id, to be sent with every heartbeat, and `registered` or `updated`."""
+    """The agent's id, to be sent with every heartbeat, and `registered` or `updated`.
+
+    `reached` false: the coordinator does not reach the port of the registration.
+    """
 
     agent_id: AgentId
     status: str
+    reached: bool | UnsetType = UNSET
 
 
 class HealthReport(Struct, frozen=True, omit_defaults=True):
@@ -106,12 +112,14 @@ class HealthReply(Struct, frozen=True):
     `log_after`: an operator looks at the agent's log; lines with greater numbers are wanted.
     `problem`: a sentence for the operator: why the agent gets no requests, or which other machine
     it is mistaken for. `restart`: why the agent should restart the Ollama that it started itself.
+    `reached` false: the coordinator cannot connect to the port of the registration.
     """
 
     status: str = "ok"
     log_after: int | UnsetType = UNSET
     problem: str | UnsetType = UNSET
     restart: str | UnsetType = UNSET
+    reached: bool | UnsetType = UNSET
 
 
 class LogLine(Struct, frozen=True):
@@ -132,6 +140,36 @@ class LogReport(Struct, frozen=True, omit_defaults=True):
 
     lines: list[LogLine] = []
     server: list[str] | None = None
+
+
+class LinkReport(Struct, frozen=True, omit_defaults=True):
+    """A line from an agent to the coordinator on the control connection of its link.
+
+    Nothing at all: a sign of life. `asks_reached`: whether the coordinator reaches the agent's
+    port after all.
+    """
+
+    health: HealthReport | UnsetType = UNSET
+    log: LogReport | UnsetType = UNSET
+    asks_reached: bool = False
+
+
+class LinkOrder(Struct, frozen=True, omit_defaults=True):
+    """A line from the coordinator to an agent on the control connection of its link.
+
+    Nothing at all: a ping, which wants a sign of life. `session` is what the agent names when it
+    opens a connection to be parked, `connections` how many requests wait for one. `reply` answers a
+    heartbeat, `reached` the question for it. `error`: why a report was refused; `forgotten`: the
+    agent should register again. `report`: a heartbeat is wanted now.
+    """
+
+    session: str | UnsetType = UNSET
+    connections: int = 0
+    reply: HealthReply | UnsetType = UNSET
+    reached: bool | UnsetType = UNSET
+    error: str | UnsetType = UNSET
+    forgotten: bool = False
+    report: bool = False
 
 
 class AgentOperation(Struct, frozen=True):
@@ -160,6 +198,7 @@ class AgentView(Struct, frozen=True):
     last_seen: datetime
     in_flight: int = 0
     url: str = ""
+    link: bool = False
     display_name: str | None = None
     labels: list[str] = []
     notes: str = ""

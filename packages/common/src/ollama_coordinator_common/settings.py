@@ -389,6 +389,12 @@ class AgentConfig(Config, frozen=True, kw_only=True):
         "The ollama program; looked for on PATH and where it is installed if not given",
         metavar="FILE",
     )] = None
+    transport: Annotated[str, Setting(
+        "AGENT_TRANSPORT",
+        "How the coordinator reaches Ollama: at its port, by a link that the agent opens, or the"
+        " first that works",
+        choices=("auto", "direct", "link"),
+    )] = "auto"
     relay: Annotated[str, Setting(
         "AGENT_RELAY",
         "Whether to relay the coordinator to an Ollama that listens on loopback only",

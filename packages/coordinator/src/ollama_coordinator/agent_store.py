@@ -11,7 +11,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .clock import Clock
 from .db import AgentRow, Store
-from .registry import AgentSettings, AgentState, Registry
+from .registry import AgentSettings, AgentState, Registry, place_of
 
 
 class SavedDisk(Struct):
@@ -38,13 +38,15 @@ class AgentStore:
         """
         now = self._clock.now()
         for row in await self._store.agents():
+            registration = row.registration
+            is_linked, address = registration.link, registration.ip_address
             agent = AgentState(
                 row.id,
-                row.registration,
+                registration,
                 registered_at=row.registered_at,
                 heard_at=min(now, self._clock.monotonic(row.last_seen)),
                 left=row.has_left,
-                host=machine_of(row.registration.ip_address),
+                host=place_of(registration) if is_linked else machine_of(address),
                 settings=msgspec.json.decode(row.settings, type=AgentSettings),
             )
             if row.tags:

@@ -32,6 +32,7 @@ from .db import Store, database_path
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
 from .journal import Limits, Observation, SavedSparklines
+from .link import Links
 from .monitor import Monitor
 from .operations import (
     Blobs,
@@ -65,7 +66,8 @@ def assembled(config: CoordinatorConfig) -> Parts:
     access = Access(config, keys, Sessions(store, keys), secret, machines, KeyUsage(store))
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
-    upstreams = Upstreams(clock)
+    links = Links()
+    upstreams = Upstreams(clock, links)
     limits = Limits(config.history_rows, config.history_days)
     observation = Observation(dispatch, store, limits, status_of=status_of)
     agent_store = AgentStore(registry, store, clock)
@@ -93,6 +95,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         scheduler=scheduler,
         dispatch=dispatch,
         upstreams=upstreams,
+        links=links,
         store=store,
         observation=observation,
         agent_store=agent_store,
@@ -139,6 +142,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(beside(parts.feed.run(), parts.attention.run()))
         stack.callback(parts.feed.close)
         await stack.enter_async_context(parts.upstreams)
+        await stack.enter_async_context(beside(parts.links.run()))
         await stack.enter_async_context(parts.uploads)
         await stack.enter_async_context(parts.operations)
         await stack.enter_async_context(beside(parts.monitor.run()))

@@ -255,7 +255,9 @@ class Monitor:
         self._dispatch.plan()
 
     async def _ask_version(self, agent: AgentState) -> None:
+        agent.reached = False
         found = await self.version_at(agent.url)
+        agent.reached = True
         if self._registry.note_probe(agent, found.version, frozenset(found.coordinators)):
             self._agent_store.keep(agent)
 
@@ -322,7 +324,7 @@ class Monitor:
             problem = exc
         if problem is not None:
             reason = str(problem) or f"no answer within {seconds:g} s"
-            log.warning("agent's Ollama not reached", extra=_facts(agent, url=agent.url))
+            log.warning("agent's Ollama not reached", extra=_facts(agent, url=agent.way))
             self._dispatch.take_out(agent, reason)
         self._dispatch.plan()
 

@@ -14,6 +14,7 @@ from .db import Store
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
 from .journal import Observation
+from .link import Links
 from .monitor import Monitor
 from .operations import Blobs, Operations, Placement, TargetChooser, Uploads
 from .registry import Registry
@@ -39,6 +40,7 @@ class Parts(Struct, kw_only=True, eq=False):
     scheduler: Scheduler
     dispatch: Dispatch
     upstreams: Upstreams
+    links: Links
     store: Store
     observation: Observation
     agent_store: AgentStore

@@ -28,9 +28,15 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import RawResponseMessage
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import is_no_machine, keep_alive, parse_address
+from ollama_coordinator_common.network import (
+    LINK_DOMAIN,
+    is_no_machine,
+    keep_alive,
+    parse_address,
+)
 
 from .clock import Clock
+from .link import LinkConnector, Links
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +128,16 @@ class Upstreams:
     a new connection. One that ends later may have been worked on meanwhile, as in a cold load.
     """
 
-    def __init__(self, clock: Clock | None = None) -> None:
+    def __init__(self, clock: Clock | None = None, links: Links | None = None) -> None:
         self._clock = Clock() if clock is None else clock
+        self._links = Links() if links is None else links
         self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Upstreams":
-        self._kept = _session(keepalive_timeout=KEPT_SECONDS)
-        self._fresh = _session(force_close=True)
+        self._kept = _session(self._links, keepalive_timeout=KEPT_SECONDS)
+        self._fresh = _session(self._links, force_close=True)
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -223,8 +230,9 @@ class Upstreams:
                 return await self.fetch(
                     method, url, seconds=seconds, body=body, tries=tries - 1, limit=limit
                 )
-            advice = "is its Ollama stuck, or a firewall in the way?"
-            raise TimedOut(f"no answer within {seconds:g} s; {advice}") from exc
+            other = "" if LINK_DOMAIN in url else ", or a firewall in the way"
+            text = f"no answer within {seconds:g} s; is its Ollama stuck{other}?"
+            raise TimedOut(text) from exc
         except Cut as exc:
             raise Unreachable(str(exc)) from exc
 
@@ -427,9 +435,14 @@ def _payload(body: bytes | bytearray, sending: _Sending) -> bytes | bytearray | 
     return LargeBody(body, sending) if len(body) > LargeBody.SLICE_BYTES else body or None
 
 
-def _session(**connections: Any) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(
-        limit=0, socket_factory=_socket, ttl_dns_cache=DNS_SECONDS, **connections
+def _session(links: Links, **connections: Any) -> aiohttp.ClientSession:
+    connector = LinkConnector(
+        links,
+        CONNECT_SECONDS,
+        limit=0,
+        socket_factory=_socket,
+        ttl_dns_cache=DNS_SECONDS,
+        **connections,
     )
     make: Any = partial(_Answers, loop=asyncio.get_running_loop())
     connector._factory = make

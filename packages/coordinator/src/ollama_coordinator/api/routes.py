@@ -19,6 +19,7 @@ from .own.agents import AgentsApi
 from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
 from .own.history import HistoryApi
+from .own.link import LinkApi
 from .own.operations import OperationsApi
 from .own.requests import RequestsApi
 from .own.settings import SettingsApi
@@ -83,6 +84,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/agents/{agent_id}/details", WATCH, agents.details),
         Endpoint("GET", "/api/agents/{agent_id}/log", OPERATE, agents.log),
         Endpoint("POST", "/api/agents/{agent_id}/log", JOIN, agents.take_log),
+        Endpoint("GET", "/api/agents/{agent_id}/link", JOIN, LinkApi(parts, health)),
         # models and operations
         Endpoint("GET", "/api/models", READ, fleet.models),
         Endpoint("GET", "/api/operations", FOLLOW, operations.overview),

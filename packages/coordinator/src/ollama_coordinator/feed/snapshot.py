@@ -135,6 +135,7 @@ class Snapshots:
         """Everything a row is made of: while this is equal, so is the row."""
         return (
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
+            agent.linked, agent.unlinked_at,
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
             tuple(agent.model_cooldowns.items()),
             tuple(agent.inventory.loaded), len(agent.inventory.available),

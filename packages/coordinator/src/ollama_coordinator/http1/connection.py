@@ -265,7 +265,11 @@ class Http1Connection(asyncio.Protocol):
         finally:
             exchange.finish()
             self._exchange = None
-            self._after(exchange)
+            if exchange.handed_over:  # its end was told to another protocol
+                self._transport.abort()
+                self.connection_lost(None)
+            else:
+                self._after(exchange)
 
     def _after(self, exchange: Exchange) -> None:
         over = self._server.closing or (self._client_left and not self._queue)

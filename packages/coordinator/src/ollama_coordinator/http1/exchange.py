@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import unquote
 
 from starlette.types import Message, Scope
 
 from .request import PLENTY_BYTES, IncomingRequest
-from .response import CONTINUE, BodyEnd, ClientWriter, Refusal, ResponseFraming
+from .response import CONTINUE, BodyEnd, ClientWriter, Refusal, ResponseFraming, status_line
 
 EXCHANGE = "exchange"
 """The key of a request's `Exchange` in its ASGI scope's state; Hypercorn's own server has none."""
@@ -18,16 +18,20 @@ class Exchange:
     """One request that the application serves.
 
     `read_on` is called when there is room again for more of the body. `ended`: the response is
-    whole, as far as this side is concerned.
+    whole, as far as this side is concerned. `handed_over`: HTTP is over on this connection.
     """
 
-    __slots__ = ("_body_delivered", "_framing", "_read_on", "_start", "_writer", "ended", "request")
+    __slots__ = (
+        *("_body_delivered", "_framing", "_read_on", "_start", "_writer"),
+        *("ended", "handed_over", "request"),
+    )
 
     def __init__(
         self, request: IncomingRequest, writer: ClientWriter, read_on: Callable[[], None]
     ) -> None:
         self.request = request
         self.ended = False
+        self.handed_over = False
         self._writer = writer
         self._read_on = read_on
         self._body_delivered = False
@@ -153,10 +157,20 @@ class Exchange:
             with contextlib.suppress(ValueError):  # raised again by the next call of `send`
                 self._writer.write(self._frame(None).head)
 
+    def hand_over(self, headers: Iterable[tuple[bytes, bytes]]) -> asyncio.Transport:
+        """Answer 101, and leave the connection to a protocol of the caller's.
+
+        It is closed when the application returns.
+        """
+        lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+        self._writer.write(b"%b%b\r\n" % (status_line(101), lines))
+        self.ended = self.handed_over = True
+        return self._writer.transport
+
     def finish(self) -> None:
         """The application has returned: respond where it did not; end a pending `receive`."""
         request = self.request
-        if self._framing is None:
+        if self._framing is None and not self.handed_over:
             refusal = request.refusal
             if refusal is None and not request.ended_early:
                 refusal = Refusal(500, "the log has the reason")

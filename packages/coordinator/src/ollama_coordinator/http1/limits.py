@@ -49,9 +49,16 @@ else:
 
 
 class ClientConnection:
-    """One open connection. `end_reason`: why the coordinator ended it; empty where it did not."""
+    """One open connection. `end_reason`: why the coordinator ended it; empty where it did not.
 
-    __slots__ = ("_reader", "_transport", "_unsent", "_unsent_since", "client", "end_reason")
+    `of_link`: it belongs to an agent's link. It is no client's: the connections of clients to
+    agents go over it, it is not counted, and while stopping it lasts as long as a client is there.
+    """
+
+    __slots__ = (
+        *("_reader", "_transport", "_unsent", "_unsent_since", "client", "end_reason"),
+        "of_link",
+    )
 
     def __init__(
         self, transport: asyncio.Transport, reader: asyncio.StreamReader | None, now: float
@@ -62,6 +69,7 @@ class ClientConnection:
         self._unsent_since = now
         self.client = transport.get_extra_info("peername")
         self.end_reason = ""
+        self.of_link = False
 
     def stalled_seconds(self, now: float) -> float:
         """How long nothing of the unsent bytes has gone out, as far as checks have seen."""
@@ -122,7 +130,11 @@ class ConnectionLimits:
         return connection
 
     def _is_full(self) -> bool:
-        return self.most is not None and len(self._open) >= self.most
+        most = self.most
+        return most is not None and len(self._open) >= most and self._clients() >= most
+
+    def _clients(self) -> int:
+        return sum(not connection.of_link for connection in self._open)
 
     def _end_those_left(self) -> None:
         """End the connections of clients that left: Hypercorn keeps theirs for a while."""
@@ -133,6 +145,12 @@ class ConnectionLimits:
     def ended(self, connection: ClientConnection) -> None:
         """A connection has ended; it counts no more."""
         self._open.discard(connection)
+        self._end_links_of_none()
+
+    def _end_links_of_none(self) -> None:
+        """While stopping: end the links once there is no client whose answer may need them."""
+        if self.closing and not self._clients():
+            self.end_all("the coordinator is shutting down")
 
     async def refuse(
         self, answer: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -151,6 +169,7 @@ class ConnectionLimits:
     def close(self) -> None:
         """Admit no connection any more."""
         self.closing = True
+        self._end_links_of_none()
 
     def end_all(self, reason: str) -> None:
         """End every connection now."""
@@ -181,7 +200,7 @@ class ConnectionLimits:
         """
         for connection in list(self._open):
             stalled = connection.stalled_seconds(now) >= most_seconds
-            if stalled and not connection.end_reason:
+            if stalled and not connection.end_reason and not connection.of_link:
                 reason = f"the client took nothing of its answer for {most_seconds:g} s"
                 log.warning("connection ended", extra={"client": connection.client, "why": reason})
                 connection.end(reason)

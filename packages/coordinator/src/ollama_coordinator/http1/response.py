@@ -75,10 +75,10 @@ class CommonHeaders:
 class ClientWriter:
     """Writes to one connection. `paused` while the client does not read."""
 
-    __slots__ = ("_resumed", "_transport", "common", "last_response", "paused")
+    __slots__ = ("_resumed", "common", "last_response", "paused", "transport")
 
     def __init__(self, transport: asyncio.Transport, common: CommonHeaders) -> None:
-        self._transport = transport
+        self.transport = transport
         self._resumed = asyncio.Event()
         self.common = common
         self.paused = False
@@ -87,8 +87,8 @@ class ClientWriter:
 
     def write(self, data: bytes) -> None:
         """Send; the transport keeps what the socket does not take. Ignored once it is closing."""
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def pause(self) -> None:
         """The client does not read."""

@@ -1,6 +1,6 @@
 """The registered agents and their state; pure: takes the time and facts, returns what changed."""
 
-from .agent import AgentSettings, AgentState, url_of
+from .agent import AgentSettings, AgentState, place_of, url_of
 from .agent_match import TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
 from .model_index import modified_at, newest, shown_capabilities, shown_content
@@ -18,6 +18,7 @@ __all__ = [
     "UnknownAgent",
     "modified_at",
     "newest",
+    "place_of",
     "shown_capabilities",
     "shown_content",
     "url_of",

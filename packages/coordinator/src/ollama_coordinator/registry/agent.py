@@ -5,7 +5,7 @@ from datetime import datetime
 
 from msgspec import UNSET, Struct
 
-from ollama_coordinator_common.network import LOOPBACK, netloc, same_host
+from ollama_coordinator_common.network import LOOPBACK, link_host, netloc, same_host
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
@@ -15,8 +15,13 @@ LONGEST_COOLDOWN_SECONDS = 30.0
 """An agent that is repaired gets requests again within half a minute."""
 
 
+LINK_RETURN_SECONDS = 5.0
+"""An agent whose link ended is offline so much later. Requests for it wait so long: one that lost
+its network for a moment is back within a second or two."""
+
+
 def url_of(registration: RegisterRequest) -> str:
-    """The URL of its Ollama, or of the relay before it; without a trailing slash."""
+    """The URL of its port, where its Ollama listens or the relay before it; no trailing slash."""
     port = registration.relay_port or registration.ollama_port
     return f"http://{netloc(registration.ip_address, port)}"
 
@@ -24,11 +29,21 @@ def url_of(registration: RegisterRequest) -> str:
 def endpoints(registration: RegisterRequest, host: str = "") -> frozenset[tuple[str, int]]:
     """Host and port at which the coordinator connects.
 
-    On the coordinator's own machine also Ollama's port behind the relay: nothing forwards it there.
+    The address of a machine with a link is one of its own network only, where others may have the
+    same: its `host` has its disk too. On the coordinator's own machine also Ollama's port behind
+    the relay: nothing forwards it there.
     """
     host = host or same_host(registration.ip_address)
+    if registration.link:
+        return frozenset({(host, registration.ollama_port)})
     found = {(host, registration.relay_port or registration.ollama_port)}
     return frozenset(found | {(host, registration.ollama_port)} if host == LOOPBACK else found)
+
+
+def place_of(registration: RegisterRequest) -> str:
+    """The `host` of a machine with a link: its disk, or its process, and its address there."""
+    identity = registration.machine_id or registration.instance_id or registration.machine_name
+    return f"link {identity} {same_host(registration.ip_address)}"
 
 
 class AgentSettings(Struct, frozen=True):
@@ -110,7 +125,8 @@ class AgentState:
     `model_cooldowns`: by routing key, models that are asked for here only after others. `proven`:
     it has answered a request well; `bad_since` is when the first one failed after its last good
     answer. `passes` are the ids of the coordinators that a request to it passes, where it is one
-    itself.
+    itself. `linked`: the link by which it is reached is open; `unlinked_at` is when that ended.
+    `reached`: whether the last probe got a connection to it.
     """
 
     id: AgentId
@@ -131,6 +147,9 @@ class AgentState:
     passes: frozenset[str] = frozenset()
     late: dict[str, int] = field(default_factory=dict)
     wants_restart: bool = False
+    linked: bool = False
+    unlinked_at: float | None = None
+    reached: bool = True
 
     @property
     def name(self) -> str:
@@ -139,8 +158,15 @@ class AgentState:
 
     @property
     def url(self) -> str:
-        """The URL of its Ollama, or of the relay before it; without a trailing slash."""
+        """The URL of its Ollama: by its link, or at its port; without a trailing slash."""
+        if self.registration.link:
+            return f"http://{link_host(self.id)}"
         return url_of(self.registration)
+
+    @property
+    def way(self) -> str:
+        """How it is reached, for an operator."""
+        return "its link" if self.registration.link else self.url
 
     @property
     def endpoints(self) -> frozenset[tuple[str, int]]:
@@ -169,8 +195,13 @@ class AgentState:
         return self.report is not None and self.report.tags is not UNSET
 
     def status(self, now: float, timeout: float) -> AgentStatus:
-        """Offline after `timeout` seconds of silence, or when it said that it leaves."""
+        """Offline after `timeout` seconds of silence, or when it said that it leaves.
+
+        One with a link: `LINK_RETURN_SECONDS` after that ended.
+        """
         if self.left or now - self.heard_at > timeout:
+            return AgentStatus.OFFLINE
+        if self.unlinked_at is not None and now - self.unlinked_at > LINK_RETURN_SECONDS:
             return AgentStatus.OFFLINE
         return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
 
@@ -190,6 +221,8 @@ class AgentState:
 
     def out_of_rotation(self) -> str | None:
         """Why an online agent gets no requests; `None` if it may get some."""
+        if self.registration.link and not self.linked:
+            return "its link is not open"
         if not self.ollama_running:
             return "its Ollama does not answer"
         if self.resting and self.cooldown is not None:

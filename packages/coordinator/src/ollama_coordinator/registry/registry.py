@@ -132,6 +132,8 @@ class Registry:
         agent_match.renew(known, request, host)
         self._identities.add(known)
         replaced = self._take_over(known)
+        if not request.link:
+            known.unlinked_at = None
         if known.left or known.url != before:
             known.resting, known.cooldown = False, None
         self._hasten(known, now)
@@ -271,6 +273,7 @@ class Registry:
             last_seen=last_seen,
             in_flight=in_flight,
             url=agent.url,
+            link=agent.registration.link,
             display_name=agent.settings.display_name,
             labels=agent.settings.labels,
             notes=agent.settings.notes,
@@ -333,6 +336,24 @@ class Registry:
             for place, agent in enumerate(silent)
             if place >= MOST_UNANSWERED or now - agent.heard_at >= FORGET_SECONDS
         ]
+
+    def link(self, agent: AgentState, now: float) -> None:
+        """The agent's link is open: it is back at once, whatever failed when the last one ended."""
+        ended, agent.linked, agent.unlinked_at = agent.unlinked_at, True, None
+        agent.cooldown, agent.resting = None, False
+        if ended is not None:
+            cooldowns = agent.model_cooldowns.items()
+            kept = {key: one for key, one in cooldowns if one.stuck or one.since < ended}
+            agent.model_cooldowns = kept
+        self.changes += 1
+        self.heard(agent, now)
+
+    def unlink(self, agent: AgentState, now: float) -> None:
+        """The agent's link has ended: it gets no request, and is offline if it stays away."""
+        agent.linked = False
+        if agent.registration.link and not agent.left:
+            agent.unlinked_at = now
+        self.changes += 1
 
     def expire(self, now: float) -> list[AgentState]:
         """The agents that went offline since the last call."""

@@ -109,7 +109,9 @@ MEANING = {
     408: "Nothing came of the body for too long.",
     409: "Not as things are; `error` says what is in the way and what to do.",
     413: "The body is too long.",
+    426: "It takes an upgrade to a WebSocket, which did not arrive.",
     429: "Too many; `Retry-After` says when to try again.",
+    501: "This server cannot do it as it is set up; `error` says what to set.",
     503: "Not now: the database or the agents that are needed cannot be reached.",
 }
 

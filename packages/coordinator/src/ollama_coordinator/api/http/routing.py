@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+import msgspec
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,7 +16,7 @@ from ollama_coordinator.access import Access, Denied, Right, caller_of
 from ollama_coordinator.upstream import VIA_HEADER, passed
 
 from .dialects import INFERENCE_ROUTES, Dialect
-from .errors import HttpError, error_reply, login_page
+from .errors import JSON, HttpError, error_reply, login_page
 from .headers import first
 
 VIA = VIA_HEADER.lower().encode()
@@ -35,6 +36,12 @@ WITHOUT_HEAD = frozenset(
 CIRCLE = (
     "this coordinator is among its own agents, directly or by way of another coordinator, so that "
     "requests go in circles; remove that agent (DELETE /api/agents/ID), and register an Ollama"
+)
+
+
+NO_HTTP1 = (
+    "this coordinator cannot take links: they need its own HTTP/1; set COORDINATOR_HTTP=auto (and"
+    " install httptools), or let the coordinator reach this machine (AGENT_TRANSPORT=direct)"
 )
 
 
@@ -178,6 +185,14 @@ class Shortcut:
         await app(scope, receive, send)
 
 
+async def _refuse_websocket(send: Send) -> None:
+    """Answer a WebSocket where Hypercorn serves alone; our own server leaves it to its route."""
+    body = msgspec.json.encode({"error": NO_HTTP1})
+    headers = [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))]
+    await send({"type": "websocket.http.response.start", "status": 501, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
+
+
 class NearMiss:
     """The answer to a path without a route: a redirect for a slash too many, else Ollama's 404."""
 
@@ -186,6 +201,9 @@ class NearMiss:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] == "websocket":
+            await _refuse_websocket(send)
+            return
         await self._answer(scope)(scope, receive, send)
 
     def _answer(self, scope: Scope) -> Response:

@@ -18,7 +18,7 @@ from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.monitor import InCircles, VersionReply
 from ollama_coordinator.parts import Parts
-from ollama_coordinator.registry import AgentSettings, AgentState, url_of
+from ollama_coordinator.registry import AgentSettings, AgentState, place_of, url_of
 from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator.upstream import Unreachable
 from ollama_coordinator_common.network import machine_of, parse_address
@@ -115,14 +115,17 @@ class AgentsApi:
     async def register(self, request: Request) -> Response:
         """Register a machine, or renew its registration.
 
-        201 `registered`, or 200 `updated` for a machine that is known already.
+        201 `registered`, or 200 `updated` for a machine that is known already. One with `link` is
+        reached once it has opened that.
         """
         wanted = await decode(RegisterRequest, request)
         host = await self._host_of(wanted.ip_address, caller_of(request.scope))
+        if wanted.link:
+            host = place_of(wanted)
         now = self._clock.now()
         away = self._registry.doubtful(wanted, now, host=host)
         answering = [away.id] if away is not None and await self._monitor.answers(away) else []
-        found = await self._version_of(wanted)
+        found = None if wanted.link else await self._version_of(wanted)
         now = self._clock.now()
         done = self._registry.register(
             wanted,
@@ -140,12 +143,16 @@ class AgentsApi:
             self._agent_store.keep(other)
         await self._agent_store.keep_now(agent)
         self._machines.note(agent.id, caller_of(request.scope).client.address)
-        log_event("agent registered" if done.created else "agent updated", agent, url=agent.url)
+        log_event("agent registered" if done.created else "agent updated", agent, url=agent.way)
         self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
-        if agent.inventory.sampled_at is None or not agent.brings_inventory:
+        if wanted.link:
+            self._dispatch.plan()
+        elif agent.inventory.sampled_at is None or not agent.brings_inventory:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
         status = "registered" if done.created else "updated"
-        return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
+        reached = UNSET if wanted.link or found is not None else False
+        answer = RegisterReply(agent.id, status, reached)
+        return reply(answer, 201 if done.created else 200)
 
     async def _host_of(self, host: str, caller: Caller) -> str:
         """The machine of an agent's address; a name that cannot be looked up is its own.

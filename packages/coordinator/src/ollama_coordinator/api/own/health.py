@@ -57,6 +57,15 @@ class HealthApi:
     async def heartbeat(self, request: Request) -> Response:
         """A heartbeat of an agent; one that is not known gets 404, and registers again."""
         report = await decode(HealthReport, request, limit=LIST_BYTES, commas=REPORT_COMMAS)
+        return reply(self.take(report, caller_of(request.scope).client.address))
+
+    def take(self, report: HealthReport, address: str) -> HealthReply:
+        """Take a heartbeat from an agent that speaks from an address; the answer to it.
+
+        Raises:
+            UnknownAgent: its agent has to register again.
+            HttpError: its lists are none of Ollama's (400).
+        """
         before = self._registry.get(report.agent_id)
         was_running, tags = before.ollama_running, before.inventory.tags
         now = self._clock.now()
@@ -65,7 +74,7 @@ class HealthApi:
         except msgspec.DecodeError as exc:
             self._dispatch.take_out(before, f"reports models that cannot be read: {exc}")
             raise HttpError(400, f"tags or ps is not what Ollama lists: {exc}") from exc
-        self._parts.machines.note(agent.id, caller_of(request.scope).client.address)
+        self._parts.machines.note(agent.id, address)
         if agent.left:
             log_event("agent says goodbye", agent)
         elif was_running and not agent.ollama_running:
@@ -78,17 +87,25 @@ class HealthApi:
             self._parts.agent_store.keep_seen(agent)
         self._dispatch.plan()
         log_after = self._parts.agent_logs.wanted_after(agent.id, now)
-        answer = HealthReply(
+        return HealthReply(
             log_after=UNSET if log_after is None else log_after,
             problem=self._problem(agent, now) or UNSET,
             restart=self._restart(agent) or UNSET,
+            reached=False if self._is_cut_off(agent) else UNSET,
         )
-        return reply(answer)
+
+    def _is_cut_off(self, agent: AgentState) -> bool:
+        """Whether several probes of an Ollama that runs got no answer."""
+        cooldown = agent.cooldown if agent.resting and agent.ollama_running else None
+        return cooldown is not None and cooldown.failures > 1 and not agent.reached
 
     def _problem(self, agent: AgentState, now: float) -> str | None:
         """Why an agent gets no requests, or which other agent has its identity."""
+        waits_for_link = agent.registration.link and not agent.linked  # which this report opens
+        if waits_for_link:
+            return self._registry.conflict(agent, now)
         if agent.ollama_running and (reason := agent.out_of_rotation()) is not None:
-            return f"it sends no requests to {agent.url}: {reason}"
+            return f"it sends no requests to {agent.way}: {reason}"
         return self._registry.conflict(agent, now)
 
     def _restart(self, agent: AgentState) -> str | None:

@@ -1,0 +1,243 @@
+"""Links between machines with firewalls: Linux network namespaces, and nftables inside of them."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from support import programs
+from support.deadline import DEADLINE_SECONDS
+
+COORDINATOR, MACHINE = "10.77.0.1", "10.77.0.2"
+OLLAMA_PORT, PORT = 11434, 8080
+
+SHUT = """
+table inet shut {
+  chain input { type filter hook input priority 0; policy drop;
+    iif lo accept
+    ct state established,related accept
+  }
+}
+"""
+"""A firewall that drops whatever comes in unasked, as those of laptops and routers do."""
+
+DEAF = """
+table inet deaf {
+  chain input { type filter hook input priority 0; policy drop; iif lo accept; }
+  chain output { type filter hook output priority 0; policy drop; oif lo accept; }
+}
+"""
+"""Every packet is lost, both ways."""
+
+CLIENT = """
+import http.client, json, sys, time
+options = {"num_predict": int(sys.argv[1])}
+body = json.dumps({"model": "llama3.2", "prompt": "x", "options": options})
+began = time.monotonic()
+while time.monotonic() - began < 60:
+    try:
+        connection = http.client.HTTPConnection("10.77.0.1", 8080, timeout=60)
+        connection.request("POST", "/api/generate", body)
+        answer = connection.getresponse()
+        if answer.status == 200:
+            break
+    except OSError:
+        pass
+    time.sleep(0.05)
+for line in answer:
+    sys.stdout.buffer.write(line)
+    sys.stdout.flush()
+"""
+
+
+def have_namespaces() -> str:
+    """Why there can be none; empty where there can."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "needs root"
+    if missing := [name for name in ("ip", "nft") if shutil.which(name) is None]:
+        return f"needs {', '.join(missing)} (Debian: iproute2, nftables)"
+    tried = subprocess.run(["ip", "netns", "add", "link-probe"], capture_output=True)
+    subprocess.run(["ip", "netns", "del", "link-probe"], capture_output=True)
+    return "" if tried.returncode == 0 else "this system allows no network namespaces"
+
+
+pytestmark = pytest.mark.skipif(bool(have_namespaces()), reason=have_namespaces() or "")
+
+
+class Network:
+    """Two namespaces with a cable between them: the coordinator's and the machine's."""
+
+    def __init__(self) -> None:
+        self.center, self.machine = f"link-c-{os.getpid()}", f"link-m-{os.getpid()}"
+
+    def __enter__(self) -> "Network":
+        for name in (self.center, self.machine):
+            _run("ip", "netns", "add", name)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        _run(
+            *("ip", "-n", self.center, "link", "add", "cable", "type", "veth"),
+            *("peer", "name", "cable", "netns", self.machine),
+        )
+        for name, address in ((self.center, COORDINATOR), (self.machine, MACHINE)):
+            _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            _run("ip", "-n", name, "link", "set", "cable", "up")
+        self.filter(SHUT)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for name in (self.center, self.machine):
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+    def filter(self, rules: str) -> None:
+        """Add a table to the machine's firewall."""
+        command = ["ip", "netns", "exec", self.machine, "nft", "-f", "-"]
+        subprocess.run(command, input=rules.encode(), check=True)
+
+    def unfilter(self, table: str) -> None:
+        """Remove one."""
+        _run("ip", "netns", "exec", self.machine, "nft", "delete", "table", "inet", table)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    with Network() as network:
+        yield network
+
+
+Started = AbstractAsyncContextManager[programs.Program]
+
+
+class Machines:
+    """The programs of both namespaces."""
+
+    def __init__(self, network: Network, folder: Path) -> None:
+        self.network = network
+        self._folder = folder
+
+    def run(
+        self, place: str, name: str, *command: str, **environment: str
+    ) -> AbstractAsyncContextManager[programs.Program]:
+        """Run a program in a namespace during a block."""
+        inside = ("ip", "netns", "exec", place, *command)
+        return programs.program(self._folder / f"{name}.log", *inside, **environment)
+
+    def agent(self, **settings: str) -> Started:
+        """The agent; without settings it finds out by itself how it is reached."""
+        state = str(self._folder / "state")
+        return self.run(
+            self.network.machine, "agent", programs.command("ollama-coordinator-agent"),
+            COORDINATOR_URL=f"http://{COORDINATOR}:{PORT}", AGENT_STATE_DIR=state,
+            AGENT_MANAGE_OLLAMA="false", **settings,
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def client(self, tokens: int) -> AsyncIterator[asyncio.StreamReader]:
+        """A client that asks until it is served; the records of its answer."""
+        process = await asyncio.create_subprocess_exec(
+            *(
+                "ip",
+                "netns",
+                "exec",
+                self.network.center,
+                sys.executable,
+                "-c",
+                CLIENT,
+                str(tokens),
+            ),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                yield process.stdout
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@pytest.fixture
+async def machines(network: Network, tmp_path: Path) -> AsyncIterator[Machines]:
+    """A coordinator, and an Ollama on the loopback of the machine behind the firewall."""
+    machines = Machines(network, tmp_path)
+    settings = {"COORDINATOR_HOST": COORDINATOR, "COORDINATOR_PORT": str(PORT)}
+    settings["DATABASE_URL"] = f"sqlite:///{tmp_path}/coordinator.db"
+    command = [sys.executable, "-m", "support.ollama", "--port", str(OLLAMA_PORT)]
+    command += ["--model", "llama3.2=5e9", "--decode-rate", "20"]
+    path = str(Path(__file__).parents[1])
+    async with (
+        machines.run(
+            network.center, "coordinator", programs.command("ollama-coordinator"), **settings
+        ) as coordinator,
+        machines.run(network.machine, "ollama", *command, PYTHONPATH=path),
+    ):
+        await coordinator.says("coordinator listens")
+        yield machines
+
+
+@pytest.mark.spec("LINK-3")
+async def test_behind_a_firewall_that_drops_it_is_served_in_ten_seconds_and_then_in_three(
+    machines: Machines,
+) -> None:
+    for number, most in enumerate((10, 3), start=1):
+        async with machines.client(1) as out, machines.agent() as agent:
+            # A busy machine needs seconds to load a Python program: from its first look on.
+            await agent.says_so_often("Ollama: running", number)
+            began = time.monotonic()
+            await out.readline()
+            took = time.monotonic() - began
+            agent.send(signal.SIGTERM)
+            assert await agent.ended() == 0
+        print(f"served {took:.1f} s after the agent's start")
+        assert took < most, agent.output
+
+
+@pytest.mark.spec("LINK-6")
+@pytest.mark.parametrize("how", ["packets lost", "agent stopped"])
+async def test_a_silent_machine_is_found_within_four_seconds_and_comes_back(
+    machines: Machines, how: str
+) -> None:
+    async with machines.agent() as agent, machines.client(400) as out:
+        await out.readline()
+        await out.readline()
+        began = time.monotonic()
+        if how == "packets lost":
+            machines.network.filter(DEAF)
+        else:
+            agent.send(signal.SIGSTOP)
+        *_, last = (await out.read()).splitlines()
+        took = time.monotonic() - began
+        print(f"{how}: noticed after {took:.1f} s")
+        assert "its link has ended" in json.loads(last)["error"]
+        assert took < 4.5
+        if how == "packets lost":
+            machines.network.unfilter("deaf")
+        else:
+            agent.send(signal.SIGCONT)
+        async with machines.client(1) as again:
+            assert await again.readline()
+
+
+@pytest.mark.spec("LINK-5")
+async def test_an_agent_that_is_killed_is_gone_at_once(machines: Machines) -> None:
+    async with machines.agent() as agent, machines.client(400) as out:
+        await out.readline()
+        await out.readline()
+        began = time.monotonic()
+        await agent.kill()
+        *_, last = (await out.read()).splitlines()
+        assert "error" in json.loads(last)
+        assert time.monotonic() - began < 1
