@@ -50,6 +50,7 @@ class AnyTakeovers(AnyInterleaving):
 
     @rule(policy=st.sampled_from(POLICIES))
     def take_over(self, policy: str) -> None:
+        self._take(self.world.plan())
         before = [lease.id for lease in self.world.scheduler.leases()]
         take_over(self.world, policy)
         assert sorted(before) == sorted(lease.id for lease in self.world.scheduler.leases())

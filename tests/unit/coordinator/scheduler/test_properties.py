@@ -43,6 +43,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.world.agent("b", models=MODELS, memory=30 * GB)
         self.world.agent("c", models=("m", "n"), slots=1)
         self.waiting: dict[RequestId, Request] = {}
+        self.gave_up: set[RequestId] = set()
         self.leased: dict[int, Lease] = {}
         self.began: set[int] = set()
 
@@ -54,6 +55,7 @@ class AnyInterleaving(RuleBasedStateMachine):
             self.leased[lease.id] = lease
         for request_id in self.world.refused:
             self.waiting.pop(request_id, None)
+        assert self.gave_up <= self.world.refused.keys()
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -78,6 +80,12 @@ class AnyInterleaving(RuleBasedStateMachine):
         except SchedulerError:
             return
         self.waiting[request.id] = request
+        still = {one.request.id for one in world.scheduler.waiting(world.now)}
+        gave_up = self.waiting.keys() - still  # its place, if the queue was full
+        assert len(gave_up) <= 1
+        for request_id in gave_up:
+            assert self.waiting.pop(request_id).client != client
+        self.gave_up |= gave_up
 
     @rule()
     def plan(self) -> None:

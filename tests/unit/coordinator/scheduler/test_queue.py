@@ -45,6 +45,43 @@ def test_the_time_to_come_back_follows_the_rate_of_grants() -> None:
     assert refusal(0.5) < refusal(5.0)
 
 
+@pytest.mark.spec("SCHED-18")
+@pytest.mark.parametrize("policy", ["predicted", "round-robin"])
+def test_the_client_with_most_in_a_full_queue_gives_up_its_last_place(policy: str) -> None:
+    world = busy_world(max_queue=5, policy=policy)
+    flood = [world.submit(client="flood") for _ in range(4)]
+    world.submit(client="other")
+    for _ in range(2):
+        world.submit(client="new")
+    assert world.plan() == []
+    assert list(world.refused) == [flood[3].id, flood[2].id]
+    assert all(isinstance(error, QueueFull) for error in world.refused.values())
+    for client in ("flood", "new"):  # they have most of it themselves
+        with pytest.raises(QueueFull):
+            world.submit(client=client)
+    assert world.scheduler.waiting_count() == 5
+
+
+@pytest.mark.spec("SCHED-18")
+def test_clients_with_one_place_each_keep_it() -> None:
+    world = busy_world(max_queue=3)
+    for client in "abc":
+        world.submit(client=client)
+    with pytest.raises(QueueFull):
+        world.submit(client="new")
+
+
+@pytest.mark.spec("SCHED-18")
+def test_a_repeated_request_gives_up_no_place() -> None:
+    world = busy_world(max_queue=3)
+    first = world.submit(client="flood")
+    for _ in range(2):
+        world.submit(client="flood", admitted=True)
+    world.submit(client="new")
+    world.plan()
+    assert list(world.refused) == [first.id]
+
+
 @pytest.mark.spec("SCHED-11")
 def test_a_full_queue_of_one_model_refuses_no_request_that_need_not_wait() -> None:
     world = World(max_queue=1)

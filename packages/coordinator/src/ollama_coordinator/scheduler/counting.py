@@ -12,7 +12,7 @@ from math import exp, log
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
 
-from .eligibility import RECOVERY_SECONDS, eligible, unavailable
+from .eligibility import RECOVERY_SECONDS, eligible, makes_room, unavailable
 from .error import QueueFull, SchedulerError
 from .export import Learned
 from .protocol import Plan, Scheduler, Waiting
@@ -97,6 +97,7 @@ class CountingScheduler(Scheduler):
         self._choose = choose
         self.max_queue = max_queue
         self._waiting: dict[RequestId, Request] = {}
+        self._refused: list[tuple[RequestId, SchedulerError]] = []
         self._leases: dict[LeaseId, Lease] = {}
         self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
         self._last_id = 0
@@ -111,7 +112,11 @@ class CountingScheduler(Scheduler):
             raise unavailable(self._registry, request, found, now)
         can_start = any(self._has_slot(agent, request) for agent in found.agents)
         if len(self._waiting) >= self.max_queue and not (request.admitted or can_start):
-            raise QueueFull(RETRY_AFTER_SECONDS)
+            last = makes_room(list(self._waiting.values()), request.client)
+            if last is None:
+                raise QueueFull(RETRY_AFTER_SECONDS)
+            del self._waiting[last.id]
+            self._refused.append((last.id, QueueFull(RETRY_AFTER_SECONDS)))
         self._waiting[request.id] = request
 
     def withdraw(self, request_id: RequestId, now: float) -> None:
@@ -130,7 +135,7 @@ class CountingScheduler(Scheduler):
 
     def plan(self, now: float) -> Plan:
         granted: list[Lease] = []
-        refused: list[tuple[RequestId, SchedulerError]] = []
+        refused, self._refused = self._refused, []
         none_free: set[str] = set()  # models without a free slot, now and so in this plan
         for request in list(self._waiting.values()):
             usual = not (request.excluded or request.deadline)

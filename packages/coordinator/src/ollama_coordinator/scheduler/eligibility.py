@@ -1,5 +1,6 @@
-"""Which agents may serve a request at all; every policy chooses among these only."""
+"""Which agents may serve a request at all, and which requests may wait, under every policy."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from msgspec import Struct
@@ -61,6 +62,20 @@ def _refusal(registry: Registry, agent: AgentState, request: Request, now: float
     if status is not AgentStatus.ONLINE:
         return str(status.value)
     return agent.out_of_rotation()
+
+
+def makes_room(waiting: Sequence[Request], client: str) -> Request | None:
+    """Which of the requests that wait, in the order of their arrivals, leaves a full queue.
+
+    It is the last one of the client that has most of them. `None`: this `client` itself has as
+    many, or would have.
+    """
+    counts = Counter(request.client for request in waiting)
+    heaviest = max(counts, key=lambda one: counts[one], default=client)
+    if counts[heaviest] <= counts[client] + 1:
+        return None
+    mine = (one for one in reversed(waiting) if one.client == heaviest and not one.admitted)
+    return next(mine, None)
 
 
 def unavailable(

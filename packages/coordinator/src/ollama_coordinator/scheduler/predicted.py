@@ -13,7 +13,7 @@ from ollama_coordinator_common.types import AgentId
 from . import observations
 from .choose import Chooser
 from .cost import first_byte_at
-from .eligibility import eligible, unavailable
+from .eligibility import eligible, makes_room, unavailable
 from .eviction import Drains, Evictions
 from .explain import NO_TAG, Accounts, Decision, brief, explain
 from .export import Estimate, Learned, estimate, estimates, export_learned, import_learned
@@ -88,10 +88,19 @@ class PredictedScheduler(Scheduler):
                 raise unavailable(self._registry, request, found, now)
         is_full = len(self._serving.entries) >= self.max_queue
         if is_full and not (request.admitted or _can_start(queue)):
-            raise self._serving.full(now)
+            self._make_room(request, now)
         queue.demand.count(now)
         self._serving.add(self._queues.entry(request, queue))
         self._look(queue, TAIL)
+
+    def _make_room(self, request: Request, now: float) -> None:
+        waiting = [entry.request for entry in self._serving.entries.values()]
+        last = makes_room(waiting, request.client)
+        if last is None:
+            raise self._serving.full(now)
+        entry = self._serving.entries[last.id]
+        self._serving.refuse(entry, self._serving.full(now))
+        self._look(entry.queue, BOTH)
 
     def _look(self, queue: Queue, part: int) -> None:
         self._dirty[queue] = self._dirty.get(queue, 0) | part

@@ -56,7 +56,9 @@ class Scheduler(Protocol):
             ModelNotFound: no agent has the model.
             NoAgentRegistered: there are no agents at all.
             HoldersUnavailable: the agents that have it, less the excluded, are offline or draining.
-            QueueFull: `max_queue` requests wait already, and this one had no lease before.
+            QueueFull: `max_queue` requests wait already, this one had no lease before, and no other
+                client has more of them; else the last one of the client with most is refused by
+                the next plan.
         """
 
     def withdraw(self, request_id: RequestId, now: float) -> None:

@@ -99,13 +99,14 @@ class Serving:
         while self.deadlines and self.deadlines[0].at <= now:
             entry = self.entries.get(heappop(self.deadlines).request_id)
             if entry is not None and (entry.request.deadline or now) <= now:
-                self._refuse(entry, self._too_late(entry.request, now))
+                self.refuse(entry, self._too_late(entry.request, now))
 
     def _too_late(self, request: Request, now: float) -> SchedulerError:
         found = eligible(self._registry, request, now)
         return self.full(now) if found.agents else unavailable(self._registry, request, found, now)
 
-    def _refuse(self, entry: QueueEntry, error: SchedulerError) -> None:
+    def refuse(self, entry: QueueEntry, error: SchedulerError) -> None:
+        """A request leaves with this error, which the next plan brings."""
         self.give_up(entry)
         self.refused.append((entry.request.id, error))
 
@@ -188,7 +189,7 @@ class Serving:
                 continue
             hopeless = entry.stranded(now) >= RECOVERY_SECONDS or not found.recovering
             if hopeless and not found.agents:
-                self._refuse(entry, unavailable(self._registry, entry.request, found, now))
+                self.refuse(entry, unavailable(self._registry, entry.request, found, now))
 
     def _try_avoided(self, queue: Queue, entry: QueueEntry, now: float) -> bool:
         """Send a request that failed on all others to a place where the model failed before."""
