@@ -66,6 +66,8 @@ SMUGGLED = {
     "two spaces before the target": b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n",
     "two spaces after the target": b"GET /  HTTP/1.1\r\nHost: x\r\n\r\n",
     "a Host with a space": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "a path with a broken escape": b"GET /api/%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a path that ends in an escape": b"GET /a%2 HTTP/1.1\r\nHost: x\r\n\r\n",
     "a Host with a path": b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n",
     "a Host that is no name": b"GET / HTTP/1.1\r\nHost: <\xff>\r\n\r\n",
 }
@@ -73,6 +75,8 @@ SMUGGLED = {
 REFUSED = {400, 405, 431, 501, 505}
 
 HYPERCORN_ACCEPTS = {
+    "a path with a broken escape",
+    "a path that ends in an escape",
     "length and coding",
     "coding and length",
     "the same length twice",

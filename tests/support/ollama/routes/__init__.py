@@ -61,6 +61,9 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/v1/models": _get(openai.models),
     "/api/experimental/model-recommendations": _get(inventory.recommendations),
 }
+ALLOWED = ("HEAD", "GET", "POST", "DELETE")
+"""The order in which the router names the methods of a path."""
+
 # Routes whose last segment is an argument; a `/` in it makes another path.
 WITH_ARGUMENT: dict[str, dict[str, Route]] = {
     "/v1/models": _get(openai.model),
@@ -79,7 +82,7 @@ def find(exchange: Exchange) -> Route:
         return Route(_redirect if nearby and method in nearby else _not_found)
     route = methods.get(method)
     if route is None:
-        exchange.argument = ", ".join(sorted(methods))
+        exchange.argument = ", ".join(sorted(methods, key=ALLOWED.index))
         return Route(not_allowed)
     return route
 

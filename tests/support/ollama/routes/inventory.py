@@ -73,7 +73,7 @@ async def copy(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("CopyRequest")
     ends = {key: fields.text(key) for key in ("source", "destination")}
     for key, name in ends.items():
-        if names.parse(name) is None:
+        if names.parse(name) is None or name != name.strip():
             raise ApiError(400, f'{key} "{name}" is invalid')
     store = exchange.node.store
     source = store.find(ends["source"])

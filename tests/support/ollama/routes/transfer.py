@@ -64,7 +64,7 @@ async def create(exchange: Exchange) -> web.StreamResponse:
         raise ApiError(400, "file path must be relative")
     if not all(files.values()):
         raise ApiError(400, "invalid digest format")
-    if names.parse(asked) is None:
+    if names.parse(asked) is None or asked != asked.strip():
         raise ApiError(400, "invalid model name")
 
     async def work(lines: ProgressLines) -> None:

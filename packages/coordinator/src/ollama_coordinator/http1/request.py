@@ -23,6 +23,9 @@ PLENTY_BYTES = 128 * 1024
 HOST = re.compile(rb"[A-Za-z0-9!$%&()*+,\-.:;=\[\]'_~]*")
 """The characters of a Host header, as Go's servers check them; an empty one is right."""
 
+BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+"""Go's servers refuse such a path, and take any query."""
+
 FRAMING = (b"content-length", b"transfer-encoding")
 
 Headers = list[tuple[bytes, bytes]]
@@ -204,6 +207,8 @@ class RequestParser:
             self._refuse(505, f"HTTP/{version}")
         if len(self._target) + self._head_bytes > self._limit:
             self._refuse(431, "too long")
+        if BAD_ESCAPE.search(self._target.partition(b"?")[0]):
+            self._refuse(400, "malformed escape in the path")
         if method == "CONNECT":
             self._refuse(405, "this is no proxy")
         hosts = [name for name, _ in self._headers].count(b"host")

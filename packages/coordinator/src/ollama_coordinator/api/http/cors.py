@@ -104,7 +104,7 @@ class Cors:
             await send_whole(send, 403, [], b"")
         elif scope["method"] == "OPTIONS":
             answer = [*self._headers(origin, b"Origin, " + ASKED_BY_PREFLIGHTS), *_PREFLIGHT]
-            await self._app(scope, receive, _sending_nothing(answer, send))
+            await self._app(scope, receive, _preflight(answer, send))
         else:
             await self._app(scope, receive, _adding(self._headers(origin), send))
 
@@ -133,7 +133,7 @@ def _is_own(origin: str, host: str) -> bool:
     return origin in (f"http://{host}", f"https://{host}")
 
 
-def _sending_nothing(headers: Headers, send: Send) -> Send:
+def _preflight(headers: Headers, send: Send) -> Send:
     """Of the answer to OPTIONS, a 405, only the methods that the path has go on."""
 
     async def sending(message: Message) -> None:

@@ -33,6 +33,9 @@ WITHOUT_HEAD = frozenset(
 """Routes for which Ollama registers GET alone."""
 
 
+ALLOWED = ("HEAD", "GET", "POST", "DELETE", "PATCH")
+"""The order in which Ollama's router names the methods of a path."""
+
 CIRCLE = (
     "this coordinator is among its own agents, directly or by way of another coordinator, so that "
     "requests go in circles; remove that agent (DELETE /api/agents/ID), and register an Ollama"
@@ -104,8 +107,11 @@ class Methods:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         guarded = self.by_method.get(scope["method"])
+        if scope["path"].endswith("\n"):  # which Starlette's patterns pass over
+            await _text("404 page not found", 404)(scope, receive, send)
+            return
         if guarded is None:
-            headers = {"allow": ", ".join(sorted(self.by_method))}
+            headers = {"allow": ", ".join(sorted(self.by_method, key=ALLOWED.index))}
             await _text("405 method not allowed", 405, headers)(scope, receive, send)
             return
         try:

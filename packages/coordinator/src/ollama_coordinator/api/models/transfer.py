@@ -81,7 +81,7 @@ class TransferApi:
         name, source = fields.model(), fields.text("from")
         parts = [part for path in fields.digests("files") for part in path.split("/")]
         stream = fields.flag("stream", default=True)
-        if not is_name(name):
+        if not is_name(name) or name != name.strip():
             raise HttpError(400, "invalid model name")
         for wanted in filter(None, (name, source)):
             caller_of(request.scope).check_model(wanted)
@@ -101,7 +101,7 @@ class TransferApi:
         fields = await self._fields(request, "api.CopyRequest")
         source, destination = fields.text("source"), fields.text("destination")
         for role, name in (("source", source), ("destination", destination)):
-            if not is_name(name):
+            if not is_name(name) or name != name.strip():  # other routes pass blanks over
                 raise HttpError(400, f'{role} "{name}" is invalid')
             caller_of(request.scope).check_model(name)
         try:
