@@ -103,6 +103,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/history/choices", WATCH, history.choices),
         Endpoint("GET", "/api/history/export", WATCH, history.export),
         Endpoint("GET", "/api/statistics", WATCH, history.statistics),
+        Endpoint("GET", "/api/advice", WATCH, history.advice),
         # who may come in
         Endpoint("GET", "/api/keys", OPERATE, keys.list),
         Endpoint("POST", "/api/keys", OPERATE, keys.create),

@@ -1,4 +1,4 @@
-"""`explain` and `replay`: why a request goes to an agent, and what other policies would do."""
+"""`explain`, `advise`, `replay`: why a request goes where it goes, and what would be better."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -8,8 +8,10 @@ from statistics import median
 from typing import Annotated, Any
 from urllib.parse import quote
 
+import msgspec
 import typer
 from msgspec import Struct, structs
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -103,6 +105,33 @@ def _sentence(decision: Mapping[str, Any]) -> str:
     waits = f"It would wait as number {decision['position']}, start"
     tokens = f"{decision['expected_output_tokens']:.0f} tokens of answer expected"
     return f"{words.get(decision['action'], waits)} {when}; {tokens}."
+
+
+@asks
+async def advise(
+    client: Client,
+    hours: Annotated[
+        float, typer.Option("--hours", metavar="HOURS", help="How far back to look.")
+    ] = 24.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the API's own answer.")] = False,
+) -> None:
+    """Show which replica or load would have cut waiting most. Nothing is done."""
+    answer = await client.json("GET", f"/api/advice?hours={hours:g}")
+    if json:
+        typer.echo(msgspec.json.encode(answer))
+        return
+    out = console()
+    for piece in answer["advice"]:
+        share = piece["saved_seconds"] / piece["waited_seconds"]
+        moved = f"{share:.0%} of what it was waited for; {piece['requests']} requests go there"
+        out.print(Text(piece["text"], "bold"))
+        for line in (moved, *piece["doubts"]):
+            out.print(Padding(Text(line), (0, 0, 0, 2)))
+    for note in answer["notes"]:
+        out.print(Text(note))
+    waited = answer["waited_seconds"] / 60
+    count = answer["requests"]
+    out.print(Text(f"{count} requests were looked at; they waited {waited:.0f} minutes in all."))
 
 
 @asks

@@ -3,7 +3,7 @@
 from .agents import AgentRow
 from .file import database_path, document_in
 from .finished import Cursor, Filter, Finished, Status
-from .history import History, StoredBucket
+from .history import History, StoredBucket, Wait
 from .store import DatabaseError, Store
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Status",
     "Store",
     "StoredBucket",
+    "Wait",
     "database_path",
     "document_in",
 ]

@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from sqlite_utils import Database
@@ -41,6 +41,29 @@ class StoredBucket(Struct, frozen=True):
     start: int
     name: str
     body: bytes
+
+
+class Wait(NamedTuple):
+    """One request: what it waited for, in seconds; `ended_at` is Unix time."""
+
+    model: str
+    agent_id: str | None
+    status: str
+    ended_at: float
+    total_seconds: float
+    waited_seconds: float
+    load_seconds: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+_WAITS = """
+    SELECT model, agent_id, status, finished_ms / 1000.0, total_seconds, waited_seconds,
+        coalesce(load_seconds, 0), coalesce(prompt_tokens, 0), coalesce(output_tokens, 0)
+    FROM requests WHERE finished_ms >= ? AND status IN ('served', 'cancelled')
+        AND coalesce(lane, '') <> 'batch'
+    ORDER BY finished_ms DESC LIMIT ?
+"""
 
 
 class History:
@@ -121,6 +144,18 @@ class History:
             DatabaseError: the database cannot be read.
         """
         return await self._store.run(lambda db: _find(db, request_id))
+
+    async def waits(self, since: float, most: int) -> list[tuple[Any, ...]]:
+        """The fields of a `Wait` for each request that ended since a Unix time, the newest first.
+
+        Batches are left out: nobody waits for them.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        await self.write(())
+        values = [round(since * 1000), most]
+        return await self._store.run(lambda db: db.execute(_WAITS, values).fetchall())
 
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.

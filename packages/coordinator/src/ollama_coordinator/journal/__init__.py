@@ -1,5 +1,6 @@
 """The history of the fleet: each request's life, the numbers over time, the agents' events."""
 
+from .advice import Advice
 from .counters import Counters, Histogram
 from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name
 from .events import AgentEvent
@@ -10,6 +11,7 @@ from .statistics import TIERS, Bucket, Point, Series, SeriesRow
 
 __all__ = [
     "TIERS",
+    "Advice",
     "AgentEvent",
     "Attempt",
     "Bucket",

@@ -14,6 +14,7 @@ from ollama_coordinator.db import DatabaseError, History, Store, StoredBucket
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
+from .advice import Advisor
 from .events import EventLog
 from .journal import Journal
 from .sampler import Sampler
@@ -61,6 +62,7 @@ class Observation:
         self.events = EventLog()
         self.sampler = Sampler(dispatch, self.history)
         self.journal = Journal(dispatch, self.sampler, status_of)
+        self.advisor = Advisor(dispatch, self.history)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -11,7 +11,7 @@ from .error import (
     SchedulerError,
 )
 from .explain import Decision
-from .export import Estimate, Learned
+from .export import Estimate, Learned, Prospect
 from .policies import create_scheduler
 from .predicted import PredictedScheduler
 from .protocol import Scheduler, Waiting
@@ -47,6 +47,7 @@ __all__ = [
     "NoAgentRegistered",
     "Outcome",
     "PredictedScheduler",
+    "Prospect",
     "QueueFull",
     "Request",
     "RequestId",

@@ -1,10 +1,13 @@
 """What was learned, as plain rows that survive a restart, and estimates for people."""
 
+from collections.abc import Iterable
+
 from msgspec import Struct, field
 
 from ollama_coordinator_common.types import AgentId
 
-from .rates import Mean, Means, OutputLengths, Rates
+from .memory import Fit, predicted_bytes
+from .rates import Mean, Means, OutputLengths, Quantity, Rates, prior
 from .slots import LearnedSlots
 from .state import Place
 from .sync import Machines
@@ -65,6 +68,20 @@ class Estimate(Struct, frozen=True):
     slots: int
     slots_reported: bool
     samples: tuple[int, int, int] = (0, 0, 0)
+
+
+class Prospect(Struct, frozen=True):
+    """What is predicted of a model on an agent, whether it has it on disk or not.
+
+    Seconds for each token, and of a load. `is_measured`: it ran there before. `fits`: whether it
+    fits in memory beside the given models; `None` where that is not known.
+    """
+
+    load: float
+    prefill: float
+    decode: float
+    is_measured: bool
+    fits: bool | None
 
 
 class Learned(Struct, frozen=True):
@@ -146,6 +163,37 @@ def estimate(machines: Machines, rates: Rates, agent_id: AgentId, model: str) ->
     machine = machines.by_agent.get(agent_id)
     place = machine.places.get(model) if machine is not None else None
     return None if place is None else _estimate(model, place, rates)
+
+
+def prospect(
+    machines: Machines,
+    rates: Rates,
+    agent_id: AgentId,
+    model: str,
+    size: int,
+    beside: Iterable[str],
+) -> Prospect | None:
+    """What is predicted of a model of `size` bytes there; `None` if there is no such agent."""
+    machine = machines.by_agent.get(agent_id)
+    if machine is None:
+        return None
+    place = machine.places.get(model)
+    others = {machine.places[name] for name in beside if name in machine.places} - {place}
+    machine.memory.read(machine.agent)
+    new = place.memory_bytes if place is not None else predicted_bytes(size)
+    used = sum(other.memory_bytes for other in others)
+    fit = machine.memory.fit(new, used, len(others) + 1)
+    samples = _samples(rates.pairs.get((agent_id, place.model if place is not None else model)))
+    if place is not None:
+        seconds = place.load, place.prefill, place.decode
+    else:
+        load, prefill, decode = (
+            rates.rate(one, agent_id, model, prior(one, size, has_gpu=machine.has_gpu))
+            for one in (Quantity.LOAD, Quantity.PREFILL, Quantity.DECODE)
+        )
+        seconds = load, 1 / prefill, 1 / decode
+    fits = {Fit.YES: True, Fit.NO: False, Fit.MAYBE: None}[fit]
+    return Prospect(*seconds, is_measured=samples[1] > 0, fits=fits)
 
 
 def _estimate(name: str, place: Place, rates: Rates) -> Estimate:

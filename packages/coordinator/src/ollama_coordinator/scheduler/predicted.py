@@ -16,7 +16,16 @@ from .cost import first_byte_at
 from .eligibility import eligible, makes_room, unavailable
 from .eviction import Drains, Evictions
 from .explain import NO_TAG, Accounts, Decision, brief, explain
-from .export import Estimate, Learned, estimate, estimates, export_learned, import_learned
+from .export import (
+    Estimate,
+    Learned,
+    Prospect,
+    estimate,
+    estimates,
+    export_learned,
+    import_learned,
+    prospect,
+)
 from .leases import Leases
 from .prompt_cache import PromptCaches
 from .protocol import Plan, Scheduler, Waiting
@@ -308,6 +317,11 @@ class PredictedScheduler(Scheduler):
 
     def estimate(self, agent_id: AgentId, model: str) -> Estimate | None:
         return estimate(self._machines, self._rates, agent_id, model)
+
+    def prospect(
+        self, agent_id: AgentId, model: str, size: int, beside: Iterable[str]
+    ) -> Prospect | None:
+        return prospect(self._machines, self._rates, agent_id, model, size, beside)
 
     def export_state(self) -> Learned:
         return export_learned(self._machines, self._rates, self._lengths)

@@ -9,7 +9,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .error import DoesNotPredict, SchedulerError
 from .explain import Decision
-from .export import Estimate, Learned
+from .export import Estimate, Learned, Prospect
 from .types import NO_OPTIONS, Lease, LeaseId, Outcome, Request, RequestId, RunnerOptions
 
 
@@ -150,6 +150,18 @@ class Scheduler(Protocol):
 
     def estimates(self) -> list[Estimate]:
         """The same of every model on every agent.
+
+        Raises:
+            DoesNotPredict: the policy does not predict.
+        """
+        raise DoesNotPredict(self.policy)
+
+    def prospect(
+        self, agent_id: AgentId, model: str, size: int, beside: Iterable[str]
+    ) -> Prospect | None:
+        """What is predicted of a model of `size` bytes there, on disk or not, `beside` others.
+
+        `None` if there is no such agent.
 
         Raises:
             DoesNotPredict: the policy does not predict.

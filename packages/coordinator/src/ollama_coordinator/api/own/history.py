@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from ollama_coordinator.api.http.errors import HttpError, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
-from ollama_coordinator.journal import Point
+from ollama_coordinator.journal import Advice, Point
 from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
@@ -29,7 +29,11 @@ EXPORT_PAGE = 1000
 SHORTEST_MINUTES, LONGEST_MINUTES = 1, 31 * 24 * 60
 """Of a chart: some points of the finest tier; nearly as much as the coarsest one keeps."""
 
+SHORTEST_HOURS, LONGEST_HOURS = 1, 31 * 24
+"""Of advice: a few requests at least, and as much as the history usually keeps."""
+
 Limit = Annotated[int, Meta(ge=1, le=LARGEST_PAGE)]
+Hours = Annotated[float, Meta(ge=SHORTEST_HOURS, le=LONGEST_HOURS)]
 Minutes = Annotated[float, Meta(ge=SHORTEST_MINUTES, le=LONGEST_MINUTES)]
 
 FILTERS = (
@@ -128,6 +132,14 @@ class HistoryApi:
         name = self._registry.get(agent).id if agent else ""
         points = await self._observation.points(name, minutes * 60, agent=bool(agent))
         return reply(Statistics(minutes, points))
+
+    @operation(
+        gives={200: Advice}, query=(Query("hours", "how far back", Hours),), errors=(400, 503)
+    )
+    async def advice(self, request: Request) -> Response:
+        """Which replica or load would have cut waiting most, from what was recorded."""
+        hours = _number(request, "hours", 24.0, SHORTEST_HOURS, LONGEST_HOURS)
+        return reply(await self._observation.advisor.advice(hours))
 
     # ── reading the query ─────────────────────────────────────────────────────────────────────
 

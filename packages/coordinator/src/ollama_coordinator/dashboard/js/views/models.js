@@ -30,13 +30,26 @@ class ModelsView extends View {
     this.body = h("tbody");
     this.table = h("div.table-box", null, h("table.models-table.stacked", null, h("caption.visually-hidden", null, "Models of the fleet"), h("thead", null, h("tr", null,
       ["Model", "On disk", "In memory"].map((text) => h("th", { scope: "col" }, text)), h("th.num", { scope: "col" }, "Size"), h("th", { scope: "col" }, "Changed"), h("th", { scope: "col" }, h("span.visually-hidden", null, "Actions")))), this.body));
+    this.advice = h("section.stack.advice");
     this.disks = h("div.disks");
     this.moreDisks = h("p.muted.small.more-disks");
     this.disksTitle = h("h2.section", null, "Disk space");
     this.nothing = h("div");
     this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: pull }, icon("down"), "Pull a model"))),
-      this.operations, this.nothing, this.table, this.disksTitle, this.disks, this.moreDisks);
+      this.operations, this.nothing, this.table, this.advice, this.disksTitle, this.disks, this.moreDisks);
     this.load();
+    this.advise();
+  }
+
+  /** What would have cut waiting yesterday; a fleet whose policy does not predict has none. */
+  async advise() {
+    try {
+      const { advice, notes } = await get("/api/advice");
+      const pieces = advice.map((piece) => h("li", null, h("b", null, piece.text), h("p.muted.small", null, [`${Math.round((100 * piece.saved_seconds) / piece.waited_seconds)} % of what it was waited for`, ...piece.doubts].join(" · "))));
+      this.advice.replaceChildren(h("h2.section", null, "What would have cut waiting"), pieces.length ? h("ul.advice-list", null, pieces) : "", ...notes.map((note) => h("p.muted.small", null, note)));
+    } catch {
+      this.advice.replaceChildren();
+    }
   }
 
   changed(changed) {
