@@ -16,12 +16,14 @@ pytest.importorskip("playwright")
 from playwright.async_api import Route, expect
 
 from ollama_coordinator.access import NewKey
+from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.network import public_address
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.demo import free_port
 from support.ollama import Hardware, Model, StandIn
+from support.past import crowd
 
 pytestmark = [
     pytest.mark.e2e,
@@ -514,3 +516,24 @@ async def test_a_browser_logs_in_with_a_key_and_out() -> None:
             await page.goto(f"{coordinator.url}/dashboard#/access")
             await page.reload()
             await expect(page.get_by_label("Key")).to_be_visible()
+
+
+async def test_the_models_page_says_what_would_have_cut_waiting(
+    coordinator: Running, visit: Visit
+) -> None:
+    large = Model("qwen3:32b", size_bytes=20_000_000_000)
+    async with StandIn([large]) as one, StandIn([Model("llama3.2")]) as other:
+        busy = await coordinator.register(one, "gpu-1")
+        await beat(coordinator, busy)
+        await beat(coordinator, await coordinator.register(other, "gpu-3"))
+        key = model_key("qwen3:32b")
+        await coordinator.until(lambda: bool(coordinator.parts.registry.holders(key)))
+        history = coordinator.parts.observation.history
+        for request in crowd(busy, 10):
+            history.note(request, [])
+        await visit.open("models")
+        advice = visit.page.locator("main .advice")
+        await expect(advice).to_contain_text("qwen3:32b on gpu-3 would have saved")
+        await expect(advice).to_contain_text("20 GB")
+        if folder := os.environ.get("PICTURES"):
+            await visit.page.screenshot(path=f"{folder}/advice.png")

@@ -2,36 +2,20 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from ollama_coordinator.db import Finished, Status
+from ollama_coordinator.db import Finished
 from ollama_coordinator_common.names import model_key
-from ollama_coordinator_common.types import AgentId
 from support import programs
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
+from support.past import crowd
 
 LARGE = Model("qwen3:32b", size_bytes=4_000_000_000)
-
-
-def crowd(agent: str, count: int, *, lane: str = "interactive") -> list[Finished]:
-    """So many at once on one agent with one slot, a minute each, an hour ago."""
-    start = datetime.now(UTC) - timedelta(hours=2)
-    return [
-        Finished(
-            id=f"{lane}-{number}", status=Status.SERVED, model="qwen3:32b", path="/api/chat",
-            client="1.2.3.4", arrived_at=start,
-            finished_at=start + timedelta(minutes=number + 1), waited_seconds=60.0 * number,
-            total_seconds=60.0 * (number + 1), agent_id=AgentId(agent), agent="busy", attempts=1,
-            lane=lane, prompt_tokens=100, output_tokens=100, load_seconds=0.0,
-        )
-        for number in range(count)
-    ]  # fmt: skip
 
 
 async def remember(coordinator: Running, requests: list[Finished]) -> None:

@@ -197,9 +197,11 @@ class Advisor:
         busy: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
         ran: defaultdict[str, set[str]] = defaultdict(set)
         waited: defaultdict[str, float] = defaultdict(float)
-        for fields in rows:
+        count, since = len(rows), None
+        while rows:  # taken from the list, as freeing them all at once holds up the loop too
             await slices.pause()
-            row = Wait(*fields)
+            row = Wait(*rows.pop())
+            since = since or row.ended_at
             one = _asked(row)
             by_model[row.model].append(one)
             waited[row.model] += one.ready - one.arrived
@@ -213,25 +215,28 @@ class Advisor:
             gaps[agent_id] = Gaps(intervals)
         pieces: list[AdvicePiece] = []
         total = sum(waited.values())
-        notes = _notes(len(rows), total, hours)
+        notes = _notes(count, total, hours)
         try:
             for name in longest:
                 if waited[name] < LEAST_SECONDS:
                     continue
-                asked = sorted(by_model[name], key=lambda one: one.arrived)
+                asked = sorted(by_model.pop(name), key=lambda one: one.arrived)
                 found = await self._best(name, asked, gaps, ran, waited[name], hours, slices)
                 pieces += [found] if found is not None else []
         except DoesNotPredict as exc:
             notes.append(str(exc))
         pieces.sort(key=lambda piece: -piece.saved_seconds)
+        while by_model:
+            by_model.popitem()
+            await slices.pause()
         if not pieces and not notes:
             notes.append(
                 "no single replica or load would have saved a minute, or a twentieth of it"
             )
         return Advice(
             hours=hours,
-            since=datetime.fromtimestamp(Wait(*rows[-1]).ended_at, UTC) if rows else None,
-            requests=len(rows),
+            since=datetime.fromtimestamp(since, UTC) if since is not None else None,
+            requests=count,
             waited_seconds=total,
             advice=pieces,
             notes=notes,
