@@ -35,7 +35,7 @@ OF_THE_REQUEST = _any_of(
     r"must be (?:a|an|of|one|between|positive|set)\b",
     r"^invalid (?:model name|option|think|reasoning|format|input|message|image|base64|tool|type"
     r"|value|stop|role|json|duration|request|schema|options|parameter)", r"^Invalid value for ",
-    r"^unsupported (?:type|value|role)", r"^unknown (?:content|input item|parameter|field)",
+    r"^unsupported (?:type|value|role|image)", r"^unknown (?:content|input item|parameter|field)",
     r"is too short - ", r"not currently supported", r"^raw mode does not support",
     r"only supports one image", r"^use either ", r"^(?:name|source|destination) .* is invalid",
     r"^(?:content|input|output)\[?\d*\]?(?: must|:) ",
