@@ -72,6 +72,36 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes], dict[str, str]]] = {
         lambda: repeated(b'{"Model":"zz","x":"', b"\\ud800", 0.24, b'"}'),
         {},
     ),
+    "250 KiB of nested lists, bad end": (
+        CHAT,
+        lambda: repeated(b'{"Model":"zz","x":[', b"[" * 900 + b"]" * 900 + b",", 0.24, b"[] x"),
+        {},
+    ),
+    "250 KiB of nested lists, surrogate": (
+        CHAT,
+        lambda: repeated(
+            b'{"Model":"zz","y":"\\ud800","x":[', b"[[[[[[[[[[]]]]]]]]]],", 0.2, b"0]}"
+        ),
+        {},
+    ),
+    "250 KiB of digits": (CHAT, lambda: repeated(b'{"model":"zz","x":', b"9", 0.24, b"}"), {}),
+    "create, 15 MiB of []": (
+        "/api/create",
+        lambda: repeated(b'{"model":"a","x":[', b"[],", 15, b"[]]}"),
+        {},
+    ),
+    "copy, 15 MiB of []": (
+        "/api/copy",
+        lambda: repeated(b'{"source":"a","x":[', b"[],", 15, b"[]]}"),
+        {},
+    ),
+    "form of 100,000 parts": (
+        "/v1/audio/transcriptions",
+        lambda: repeated(
+            b"", b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n', 5, b"--B--\r\n"
+        ),
+        {"Content-Type": "multipart/form-data; boundary=B"},
+    ),
     "60 MiB image, maxTokens": (
         CHAT,
         lambda: repeated(b'{"maxTokens":1,"model":"zz","images":["', b"A", 60, b'"]}'),
@@ -168,7 +198,7 @@ async def measure(copies: int, only: str) -> None:
             await answers(url, running)
             await register(url, ollama)
             process = psutil.Process(running.pid)
-            print(f"{'input':30} {'status':>6} {'longest ms':>10} {'CPU s':>6} {'MiB after':>9}")
+            print(f"{'input':35} {'status':>6} {'longest ms':>10} {'CPU s':>6} {'MiB after':>9}")
             for title, (path, body, headers) in INPUTS.items():
                 if only not in title:
                     continue
@@ -178,7 +208,7 @@ async def measure(copies: int, only: str) -> None:
                 asked = [sent(url, path, whole, headers) for _ in range(copies)]
                 statuses = await asyncio.gather(*asked)
                 print(
-                    f"{title:30} {statuses[0]:6} {float(longest.read_text()) * 1000:10.0f}"
+                    f"{title:35} {statuses[0]:6} {float(longest.read_text()) * 1000:10.0f}"
                     f" {sum(process.cpu_times()[:2]) - before:6.1f}"
                     f" {process.memory_info().rss / MEBIBYTE:9.0f}",
                     flush=True,

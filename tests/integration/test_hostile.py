@@ -182,6 +182,18 @@ async def test_half_a_request_holds_nobody_up(coordinator: Running, ollama: Stan
     await coordinator.until(coordinator.at_rest)
 
 
+@pytest.mark.spec("OPERATION-30")
+@pytest.mark.parametrize("value", [b"9" * 100_000, b" " * 100_000 + b"0"])
+async def test_a_long_value_beside_an_unknown_model_is_no_failure(
+    coordinator: Running, ollama: StandIn, value: bytes
+) -> None:
+    await coordinator.register(ollama)
+    body = b'{"model":"zz","x":%b}' % value
+    url = f"{coordinator.url}/api/chat"
+    async with coordinator.session.post(url, data=body) as response:
+        assert response.status == 404, await response.text()
+
+
 @pytest.mark.spec("SURFACE-9")
 async def test_a_header_block_without_end_is_refused(coordinator: Running) -> None:
     with pytest.raises((aiohttp.ClientError, AssertionError)):

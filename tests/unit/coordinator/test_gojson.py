@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from ollama_coordinator.api.http.errors import HttpError
 from ollama_coordinator.api.http.gojson import first_value, read_fields
-from ollama_coordinator.api.http.json_edit import AT_ONCE_BYTES, edited, fields_of
+from ollama_coordinator.api.http.json_edit import (
+    AT_ONCE_BYTES,
+    WINDOW_BYTES,
+    edited,
+    fields_of,
+    is_small,
+)
 from ollama_coordinator.api.inference.audio import read_form
 from ollama_coordinator.api.models.lists import is_older, lowest
 
@@ -205,3 +212,58 @@ def test_versions_are_compared_by_their_numbers() -> None:
     assert is_older("0.9.6", "0.14.0")
     assert not is_older("0.14.0-rc1", "0.14.0")
     assert not is_older("0.0.0", "0.14.0")
+
+
+@pytest.mark.spec("OPERATION-30")
+async def test_a_number_of_any_length_is_passed_over() -> None:
+    for digits in (WINDOW_BYTES - 1, WINDOW_BYTES, 3 * WINDOW_BYTES):
+        number = b"9" * digits
+        changed = await edited(b'{"a":%b,"model":"x"}' % number, {"model": b'"y"'})
+        assert changed == b'{"a":%b,"model":"y"}' % number
+
+
+def calls_of_a_complaint(depth: int, kind: str) -> int:
+    """The calls of one kind for Go's sentence on 20,000 brackets that go so deep."""
+    calls = 0
+
+    def count(_: object, event: str, called: object) -> None:
+        nonlocal calls
+        calls += event == "c_call" and getattr(called, "__name__", "") == kind
+
+    deep = b"[" * depth + b"]" * depth
+    body = b'{"a":[' + b",".join([deep] * (10_000 // depth)) + b" x"
+    sys.setprofile(count)
+    try:
+        with pytest.raises(HttpError, match="invalid character 'x' after array element"):
+            first_value(body, "")
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.spec("OPERATION-30")
+def test_deep_brackets_are_passed_over_once() -> None:
+    assert calls_of_a_complaint(200, "replace") == calls_of_a_complaint(2, "replace") == 0
+    assert calls_of_a_complaint(200, "raw_decode") <= 1
+
+
+@pytest.mark.spec("SURFACE-1")
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"a":"\xe2\x82" x', "invalid character 'x' after object key:value pair"),
+        (b'{"a":\xff}', "invalid character 'ÿ' looking for beginning of value"),
+    ],
+)
+def test_a_byte_that_is_no_utf_8_is_one_character(body: bytes, text: str) -> None:
+    assert first_value(b'"\xe2\x82"', "") == "\ufffd\ufffd"
+    with pytest.raises(HttpError) as caught:
+        first_value(body, "")
+    assert str(caught.value) == text
+
+
+@pytest.mark.spec("OPERATION-30")
+@pytest.mark.parametrize("many", [b",", b"[", b"{"])
+def test_a_body_of_many_values_is_not_decoded_at_once(many: bytes) -> None:
+    assert is_small(many * 10_000)
+    assert not is_small(many * 10_001)

@@ -31,6 +31,9 @@ _ESCAPED = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 39: "'",
 _TEXT_OR_FLAT = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++', re.DOTALL)
 """Everything but the brackets that are not in a text."""
 
+_NO_UTF8 = re.compile("[\\udc80-\\udcff]")
+"""A byte that is no UTF-8, as `surrogateescape` writes it."""
+
 LONGEST_INTEGER = 400
 """Digits; a longer number is read as a float, since Python refuses to convert one of thousands."""
 
@@ -69,14 +72,16 @@ def first_value(body: bytes, empty: str) -> Any:
     Raises:
         HttpError: 400 with Go's text, or with `empty` where there is nothing.
     """
-    text = body.decode(errors="replace").lstrip(" \t\r\n")
-    if not text:
+    # Go counts in bytes, and each byte that is no UTF-8 is a character.
+    bytewise = body.decode(errors="surrogateescape").lstrip(" \t\r\n")
+    if not bytewise:
         raise UnreadableBody(400, empty)
+    text = _NO_UTF8.sub("\ufffd", bytewise)
     try:
         value, _ = _decoder.raw_decode(text)
         return _whole(value) if "\\ud" in text or "\\uD" in text else value
     except json.JSONDecodeError as exc:
-        raise UnreadableBody(400, _complaint(body)) from exc
+        raise UnreadableBody(400, _complaint(bytewise, exc)) from exc
     except _Constant as exc:
         raise UnreadableBody(400, str(exc)) from exc
     except RecursionError as exc:
@@ -94,18 +99,13 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _complaint(body: bytes | bytearray) -> str:
-    """Go's sentence on a body that is no JSON; it counts in bytes, and each is a character."""
-    text = body.decode(errors="surrogateescape").lstrip(" \t\r\n")
-    try:
-        _decoder.raw_decode(text)
-    except json.JSONDecodeError as error:
-        at, where = _place(text, error)
-        if at >= len(text) or error.msg.startswith("Unterminated"):
-            return "unexpected EOF"
-        byte = text[at].encode(errors="surrogateescape")[0]
-        return f"invalid character {quoted(byte)} {where}"
-    return "unexpected EOF"
+def _complaint(text: str, error: json.JSONDecodeError) -> str:
+    """Go's sentence on a body that is no JSON."""
+    at, where = _place(text, error)
+    if at >= len(text) or error.msg.startswith("Unterminated"):
+        return "unexpected EOF"
+    byte = text[at].encode(errors="surrogateescape")[0]
+    return f"invalid character {quoted(byte)} {where}"
 
 
 def _place(text: str, error: json.JSONDecodeError) -> tuple[int, str]:
@@ -142,10 +142,21 @@ def _after_value(text: str, at: int) -> tuple[int, str]:
         if text[at] == ".":
             return at + 1, "after decimal point in numeric literal"
         return _after(text, at + 1, "+-"), "in exponent of numeric literal"
-    brackets = _TEXT_OR_FLAT.sub("", text[:at])
-    while (fewer := brackets.replace("[]", "").replace("{}", "")) != brackets:
-        brackets = fewer
-    return at, f"after {'array element' if brackets.endswith('[') else 'object key:value pair'}"
+    in_list = _innermost(_TEXT_OR_FLAT.sub("", text[:at])) == "["
+    return at, f"after {'array element' if in_list else 'object key:value pair'}"
+
+
+def _innermost(brackets: str) -> str:
+    """The last bracket that is still open; empty where none is."""
+    closed = 0
+    for bracket in reversed(brackets):
+        if bracket in "]}":
+            closed += 1
+        elif closed:
+            closed -= 1
+        else:
+            return bracket
+    return ""
 
 
 def _after(text: str, at: int, characters: str) -> int:

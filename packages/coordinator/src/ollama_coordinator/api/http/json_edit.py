@@ -30,7 +30,8 @@ LONGEST_KEY = 1024
 """Bytes; a longer key is none that Ollama reads."""
 
 AT_ONCE_BYTES, AT_ONCE_COMMAS = 256 * 1024, 10_000
-"""A body of so much is decoded at once, in 20 ms at worst and in one as a rule."""
+"""A body of so much is decoded at once, in 20 ms at worst and in one as a rule. It may have as many
+opening brackets as commas."""
 
 WINDOW_BYTES = 64 * 1024
 """So much of a text is passed over at once: with an escape in every place half a millisecond."""
@@ -213,10 +214,7 @@ class Scan:
         if first == _QUOTE:
             return await self._text_end(at + 1, end)
         if first not in _OPENING:
-            matched = _SCALAR.match(body, at, min(at + WINDOW_BYTES, end))
-            if matched is None or matched.end() == at:
-                raise self._stray(at, "looking for beginning of value")
-            return matched.end()
+            return await self._scalar_end(at, end)
         depth = 0
         while True:
             matched = _FLAT.match(body, at, min(at + WINDOW_BYTES, end))
@@ -236,10 +234,28 @@ class Scan:
             else:
                 await self._slices.pause()
 
+    async def _scalar_end(self, start: int, end: int) -> int:
+        """After a number or a word, of any length."""
+        at, stop = start, start
+        while at == stop:
+            stop = min(at + WINDOW_BYTES, end)
+            matched = _SCALAR.match(self._body, at, stop)
+            at = at if matched is None else matched.end()
+            if at == start:
+                raise self._stray(at, "looking for beginning of value")
+            if at == end:
+                break
+            await self._slices.pause()
+        return at
+
 
 def is_small(body: Body) -> bool:
     """Whether a body may be decoded at once."""
-    return len(body) <= AT_ONCE_BYTES and body.count(b",") <= AT_ONCE_COMMAS
+    return (
+        len(body) <= AT_ONCE_BYTES
+        and body.count(b",") <= AT_ONCE_COMMAS
+        and body.count(b"[") + body.count(b"{") <= AT_ONCE_COMMAS
+    )
 
 
 READ = (

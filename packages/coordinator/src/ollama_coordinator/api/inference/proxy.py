@@ -39,7 +39,7 @@ from ollama_coordinator.scheduler import (
     Result,
     SchedulerError,
 )
-from ollama_coordinator.upstream import UpstreamError, chunks
+from ollama_coordinator.upstream import SMALL_ANSWER_BYTES, UpstreamError, whole
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from . import audio
@@ -145,11 +145,11 @@ class Proxy:
         if agent is None or encoded or not is_small(body):
             return False
         absent: Body | None = body
-        if is_named:
-            absent = await edited(body, {"model": b'"%b"' % token_hex(16).encode()})
-        if absent is None:
-            return False
         try:
+            if is_named:
+                absent = await edited(body, {"model": b'"%b"' % token_hex(16).encode()})
+            if absent is None:
+                return False
             async with (
                 asyncio.timeout(ASKED_SECONDS),
                 self._upstreams.open(
@@ -159,8 +159,8 @@ class Proxy:
                     body=absent,
                 ) as response,
             ):
-                answer = b"".join([chunk async for chunk in chunks(response)])
-        except (UpstreamError, TimeoutError):
+                answer = await whole(response, SMALL_ANSWER_BYTES)
+        except (HttpError, UpstreamError, TimeoutError):
             return False
         if response.status != 400 or error_text(answer) in OF_THE_NAME:
             return False
