@@ -52,6 +52,7 @@ KeyFile = Annotated[
 DatabaseUrl = Annotated[str, typer.Option("--database-url", envvar="DATABASE_URL", hidden=True)]
 """The coordinator's own setting: beside its database is the proof of being on its machine."""
 
+Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")]
 
 

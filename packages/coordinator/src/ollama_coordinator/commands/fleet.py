@@ -7,7 +7,7 @@ import typer
 
 from ollama_coordinator_common.names import ModelName
 
-from .client import Client, Model, NoAnswer, asks
+from .client import Client, Json, Model, NoAnswer, asks
 from .tables import (
     Bars,
     attention_table,
@@ -40,9 +40,6 @@ On = Annotated[
     ),
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
 
 
 @asks

@@ -9,7 +9,7 @@ import msgspec
 import typer
 from rich.text import Text
 
-from .client import Client, NoAnswer, asks
+from .client import Client, Json, NoAnswer, asks
 from .scheduling import decided
 from .tables import (
     agents_table,
@@ -21,7 +21,6 @@ from .tables import (
     table,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the API's own answer.")]
 Agent = Annotated[str, typer.Argument(metavar="AGENT", help="An agent's name or id.")]
 RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id.")]
 
