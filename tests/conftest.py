@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from ollama_coordinator_common.commandline import EventFormatter
 from support.coordinator import Running, running
+from support.databases import PostgresSchema, Space, SqliteFile, postgres_schema
 from support.ollama import StandIn
 
 # An example that takes longer than 200 ms only shows that the machine is busy.
@@ -46,3 +48,19 @@ async def spare(coordinator: Running) -> AsyncIterator[StandIn]:
     async with StandIn() as ollama:
         await coordinator.register(ollama, "spare")
         yield ollama
+
+
+@pytest.fixture
+def postgres() -> Iterator[PostgresSchema]:
+    """A database on a PostgreSQL server."""
+    with postgres_schema() as space:
+        yield space
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
+    """A database of each kind that a coordinator can have."""
+    if request.param == "sqlite":
+        return SqliteFile(tmp_path / "coordinator.db")
+    space: PostgresSchema = request.getfixturevalue("postgres")
+    return space

@@ -12,6 +12,7 @@ from ollama_coordinator.db import Finished
 from ollama_coordinator_common.names import model_key
 from support import programs
 from support.coordinator import Running, running
+from support.databases import Space
 from support.ollama import Model, StandIn
 from support.past import crowd
 
@@ -55,8 +56,8 @@ async def advised(folder: Path, url: str, *arguments: str) -> str:
 
 @pytest.mark.spec("DASH-60")
 @pytest.mark.spec("OPERATION-65")
-async def test_a_replica_where_nothing_ran_is_advised(tmp_path: Path) -> None:
-    async with fleet() as (coordinator, busy):
+async def test_a_replica_where_nothing_ran_is_advised(tmp_path: Path, database: Space) -> None:
+    async with fleet(database_url=database.url) as (coordinator, busy):
         await remember(coordinator, crowd(busy, 10))
         answer = await coordinator.get("/api/advice")
         assert (answer["requests"], answer["waited_seconds"]) == (10, pytest.approx(2700, abs=1))

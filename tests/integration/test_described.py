@@ -199,8 +199,8 @@ def test_nothing_is_left_of_it(world: World) -> None:
     operations = coordinator.parts.operations
     loop.run(coordinator.until(lambda: not operations.pending()))
     loop.run(coordinator.until(lambda: all(view.ended_at for view in operations.views())))
-    stored = loop.run(coordinator.parts.store.run(lambda db: db.table("agents").count))
-    assert stored == len(coordinator.parts.registry) == 1
+    stored = loop.run(coordinator.parts.store.agents())
+    assert len(stored) == len(coordinator.parts.registry) == 1
     (agent,) = list(coordinator.parts.registry)
     assert loop.run(coordinator.heartbeat(agent.id)) == 200
     assert loop.run(coordinator.chat())[0] == 200

@@ -1,6 +1,7 @@
 """What survives a restart, an unwritable database, and a kill -9."""
 
 import asyncio
+import functools
 import sqlite3
 from pathlib import Path
 
@@ -9,26 +10,23 @@ import pytest
 
 from support import programs
 from support.coordinator import running
+from support.databases import PostgresSchema, Space, SqliteFile, agent_ids
 from support.deadline import DEADLINE_SECONDS
+from support.line import Line
 from support.ollama import StandIn
-
-
-def url_of(path: Path) -> str:
-    return f"sqlite:///{path.as_posix()}"
 
 
 @pytest.mark.spec("FLEET-19")
 @pytest.mark.spec("FLEET-20")
-async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(tmp_path: Path) -> None:
-    database = url_of(tmp_path / "c.db")
+async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(database: Space) -> None:
     async with StandIn() as ollama:
-        async with running(database_url=database) as coordinator:
+        async with running(database_url=database.url) as coordinator:
             agent_id = await coordinator.register(ollama, "kept")
             patch = {"display_name": "Kept", "labels": ["gpu"], "notes": "rack 3"}
             url = f"{coordinator.url}/api/agents/{agent_id}"
             async with coordinator.session.patch(url, json=patch):
                 pass
-        async with running(database_url=database) as coordinator:
+        async with running(database_url=database.url) as coordinator:
             assert (await coordinator.chat())[0] == 200
             view = await coordinator.get(f"/api/agents/{agent_id}")
             assert view["status"] == "online"
@@ -49,27 +47,25 @@ async def test_the_log_names_the_file_that_was_opened(
 
 
 @pytest.mark.spec("FLEET-20")
-async def test_an_agent_silent_for_long_is_back_when_its_ollama_answers(tmp_path: Path) -> None:
-    database = tmp_path / "c.db"
+async def test_an_agent_silent_for_long_is_back_when_its_ollama_answers(database: Space) -> None:
     async with StandIn() as ollama:
-        async with running(database_url=url_of(database)) as coordinator:
+        async with running(database_url=database.url) as coordinator:
             await coordinator.register(ollama)
-        with sqlite3.connect(database) as connection:
-            connection.execute("UPDATE agents SET last_seen = '2020-01-01T00:00:00+00:00'")
-        connection.close()
-        async with running(database_url=url_of(database)) as coordinator:
+        database.ask("UPDATE agents SET last_seen = '2020-01-01T00:00:00+00:00'")
+        async with running(database_url=database.url) as coordinator:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while (await coordinator.chat())[0] != 200:
                     await asyncio.sleep(0.01)
 
 
 @pytest.mark.spec("FLEET-19")
-async def test_a_model_whose_agents_are_gone_is_still_known_after_a_restart(tmp_path: Path) -> None:
-    database = url_of(tmp_path / "c.db")
-    async with StandIn() as ollama, running(database_url=database) as coordinator:
+async def test_a_model_whose_agents_are_gone_is_known_after_a_restart(
+    database: Space,
+) -> None:
+    async with StandIn() as ollama, running(database_url=database.url) as coordinator:
         agent_id = await coordinator.register(ollama, "gone")
         await coordinator.heartbeat(agent_id, leaving=True)
-    async with running(database_url=database) as coordinator:
+    async with running(database_url=database.url) as coordinator:
         status, answer = await coordinator.chat()
         assert (status, "gone: offline" in answer["error"]) == (503, True)
         names = [model["name"] for model in (await coordinator.get("/api/tags"))["models"]]
@@ -77,25 +73,21 @@ async def test_a_model_whose_agents_are_gone_is_still_known_after_a_restart(tmp_
 
 
 @pytest.mark.spec("FLEET-4")
-async def test_a_registration_is_on_disk_when_it_is_answered(tmp_path: Path) -> None:
-    async with running(database_url=url_of(tmp_path / "c.db")) as coordinator, StandIn() as ollama:
+async def test_a_registration_is_on_disk_when_it_is_answered(database: Space) -> None:
+    async with running(database_url=database.url) as coordinator, StandIn() as ollama:
         agent_id = await coordinator.register(ollama)
-        with sqlite3.connect(tmp_path / "c.db") as connection:
-            rows = connection.execute("SELECT id FROM agents").fetchall()
-        connection.close()
-        assert rows == [(agent_id,)]
+        assert agent_ids(database) == [agent_id]
 
 
 @pytest.mark.spec("FLEET-19")
-async def test_a_removed_agent_stays_removed(tmp_path: Path) -> None:
-    database = url_of(tmp_path / "c.db")
+async def test_a_removed_agent_stays_removed(database: Space) -> None:
     async with StandIn() as ollama:
-        async with running(database_url=database) as coordinator:
+        async with running(database_url=database.url) as coordinator:
             agent_id = await coordinator.register(ollama)
             url = f"{coordinator.url}/api/agents/{agent_id}"
             async with coordinator.session.delete(url):
                 pass
-        async with running(database_url=database) as coordinator:
+        async with running(database_url=database.url) as coordinator:
             assert await coordinator.get("/api/agents") == []
             assert await coordinator.heartbeat(agent_id) == 404
 
@@ -103,7 +95,7 @@ async def test_a_removed_agent_stays_removed(tmp_path: Path) -> None:
 @pytest.mark.spec("OPERATION-6")
 async def test_a_database_that_fails_while_running_stops_nobody(tmp_path: Path) -> None:
     path = tmp_path / "c.db"
-    async with running(database_url=url_of(path)) as coordinator, StandIn() as ollama:
+    async with running(database_url=SqliteFile(path).url) as coordinator, StandIn() as ollama:
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("BEGIN EXCLUSIVE")
         agent_id = await coordinator.register(ollama, "unwritten")
@@ -118,12 +110,62 @@ async def test_a_database_that_fails_while_running_stops_nobody(tmp_path: Path) 
         assert rows == [(agent_id,)]
 
 
+@pytest.mark.spec("OPERATION-62")
+async def test_a_server_that_is_lost_while_running_stops_nobody(postgres: PostgresSchema) -> None:
+    async with Line(postgres.url) as line, StandIn() as ollama:
+        async with running(database_url=line.url) as coordinator:
+            line.cut()
+            agent_id = await coordinator.register(ollama, "unwritten")
+            assert (await coordinator.chat())[0] == 200
+            health = await coordinator.get("/healthz")
+            assert "check that PostgreSQL runs there" in health["database"]
+            async with coordinator.session.get(f"{coordinator.url}/api/history") as response:
+                assert response.status == 503
+                assert "check that PostgreSQL runs there" in await response.text()
+            await line.mend()
+            await coordinator.until(lambda: coordinator.parts.store.problem is None)
+            assert agent_ids(postgres) == [agent_id]
+            assert len((await coordinator.get("/api/history"))["requests"]) == 1
+
+
+@pytest.mark.spec("OPERATION-60")
+@pytest.mark.spec("OPERATION-61")
+async def test_a_password_is_in_no_log_and_no_answer(
+    tmp_path: Path, postgres: PostgresSchema
+) -> None:
+    port = programs.free_port()
+    async with Line(postgres.url) as line:
+        url = line.url.replace("@", ":swordfish@")
+        async with programs.coordinator(
+            tmp_path, port, DATABASE_URL=url, COORDINATOR_LOG_LEVEL="DEBUG"
+        ) as (base, program):
+            async with aiohttp.ClientSession() as session:
+                for path in ("/api/settings", "/healthz", "/api/agents"):
+                    async with session.get(base + path) as response:
+                        assert "swordfish" not in await response.text()
+                async with session.get(f"{base}/api/settings") as response:
+                    assert ":***@127.0.0.1" in await response.text()
+            again = programs.command("ollama-coordinator")
+            settings = {"DATABASE_URL": url, "COORDINATOR_PORT": str(programs.free_port())}
+            async with programs.program(tmp_path / "second.log", again, **settings) as second:
+                assert await second.ended() == 1
+                assert "another coordinator uses it" in second.output
+                assert len(second.output.splitlines()) == 1
+            line.cut()
+            await program.says("database not writable")
+            program.send(programs.TERMINATE)
+            assert await program.ended() == 0
+            assert "***" in program.output
+            assert "swordfish" not in program.output + second.output
+
+
 @pytest.mark.spec("FLEET-19")
 @pytest.mark.spec("FLEET-20")
-async def test_kill_9_under_load_loses_no_agent(tmp_path: Path) -> None:
+async def test_kill_9_under_load_loses_no_agent(tmp_path: Path, database: Space) -> None:
     port = programs.free_port()
+    started = functools.partial(programs.coordinator, tmp_path, port, DATABASE_URL=database.url)
     async with StandIn(slots=4) as ollama, StandIn(slots=4) as other:
-        async with programs.coordinator(tmp_path, port) as (url, first):
+        async with started() as (url, first):
             client = Client(url)
             ids = [await client.register(node) for node in (ollama, other)]
             load = [asyncio.create_task(client.chat()) for _ in range(20)]
@@ -131,7 +173,7 @@ async def test_kill_9_under_load_loses_no_agent(tmp_path: Path) -> None:
             await first.kill()
             await asyncio.gather(*load, return_exceptions=True)
             await client.close()
-        async with programs.coordinator(tmp_path, port) as (url, _):
+        async with started() as (url, _):
             client = Client(url)
             assert sorted(await client.agents()) == sorted(ids)
             assert {await client.chat() for _ in range(6)} == {200}

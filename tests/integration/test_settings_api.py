@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.db import Store, database_path
+from ollama_coordinator.db import Store, database_of
 from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.settings import CoordinatorConfig
 from support.coordinator import Running, running
@@ -183,7 +183,7 @@ async def test_changes_survive_a_restart(tmp_path: Path) -> None:
 async def test_a_database_that_cannot_be_read_changes_no_setting(tmp_path: Path) -> None:
     (tmp_path / "fleet.db").write_bytes(b"not a database at all, but long enough to look at")
     config = CoordinatorConfig(database_url=f"sqlite:///{tmp_path}/fleet.db")
-    store = Store(database_path(config.database_url))
+    store = Store(database_of(config.database_url))
     assert Settings(config, store).config == config
 
 
@@ -205,7 +205,7 @@ async def test_a_kept_value_that_cannot_work_is_logged_and_left_out(
 
 @pytest.mark.spec("DASH-17")
 async def test_a_change_is_kept_once_it_works(tmp_path: Path) -> None:
-    store = Store(tmp_path / "fleet.db")
+    store = Store(database_of(f"sqlite:///{tmp_path}/fleet.db"))
     async with store:
         settings = Settings(CoordinatorConfig(database_url="sqlite://:memory:"), store)
         settings.change({"max_queue": 5})

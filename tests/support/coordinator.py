@@ -99,7 +99,7 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
     """A coordinator with these settings, in memory unless `database_url` says otherwise."""
     settings.setdefault("database_url", "sqlite://:memory:")
     config = CoordinatorConfig(**settings)
-    app = create_app(config)
+    app = await asyncio.to_thread(create_app, config)
     parts: Parts = app.state.parts
     async with (
         serving(app, config.http, limits=limits_of(parts)) as url,

@@ -2,7 +2,6 @@
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from ollama_coordinator.registry import AgentSettings, AgentState, Registry
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
+from support.databases import Space, store_of
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 M = model_key("m")
@@ -52,20 +52,15 @@ class Process:
         return agent
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "coordinator.db"
-
-
-async def test_an_agent_comes_back_with_everything_an_operator_would_miss(path: Path) -> None:
-    async with Store(path) as store:
+async def test_an_agent_comes_back_with_everything_an_operator_would_miss(database: Space) -> None:
+    async with store_of(database) as store:
         before = Process(store)
         agent = before.register()
         before.registry.list_models(agent, TAGS, {"m": "sha256:0"}, 1000.0)
         settings = AgentSettings("Rack 3", ["fast"], "new fan", True, 2.0)
         before.registry.update_settings(agent.id, settings)
         await before.agent_store.keep_now(agent)
-    async with Store(path) as store:
+    async with store_of(database) as store:
         after = Process(store, now=1030.0)
         again = await after.restored()
     assert again.id == agent.id
@@ -79,9 +74,9 @@ async def test_an_agent_comes_back_with_everything_an_operator_would_miss(path: 
 
 @pytest.mark.parametrize(("pause", "online"), [(59.0, True), (61.0, False)])
 async def test_an_agent_is_as_alive_as_it_was_last_heard(
-    path: Path, pause: float, online: bool
+    database: Space, pause: float, online: bool
 ) -> None:
-    async with Store(path) as store:
+    async with store_of(database) as store:
         before = Process(store)
         agent = before.register()
         await before.agent_store.keep_now(agent)
@@ -94,8 +89,8 @@ async def test_an_agent_is_as_alive_as_it_was_last_heard(
         assert after.registry.is_online(again, after.clock.now()) is online
 
 
-async def test_a_wall_clock_that_jumped_back_makes_nobody_hear_the_future(path: Path) -> None:
-    async with Store(path) as store:
+async def test_a_wall_clock_that_jumped_back_makes_nobody_hear_the_future(database: Space) -> None:
+    async with store_of(database) as store:
         before = Process(store, now=5000.0)
         await before.agent_store.keep_now(before.register())
         after = Process(store, now=1000.0)
@@ -103,8 +98,8 @@ async def test_a_wall_clock_that_jumped_back_makes_nobody_hear_the_future(path: 
         assert again.heard_at == 1000.0
 
 
-async def test_an_agent_that_said_goodbye_is_still_gone_after_a_restart(path: Path) -> None:
-    async with Store(path) as store:
+async def test_an_agent_that_said_goodbye_is_still_gone_after_a_restart(database: Space) -> None:
+    async with store_of(database) as store:
         before = Process(store)
         agent = before.register()
         before.registry.heartbeat(HealthReport(agent.id, 0, 0, 0, leaving=True), 1000.0)
@@ -116,8 +111,8 @@ async def test_an_agent_that_said_goodbye_is_still_gone_after_a_restart(path: Pa
         assert not after.registry.is_online(again, 1000.0)
 
 
-async def test_a_removed_agent_does_not_come_back(path: Path) -> None:
-    async with Store(path) as store:
+async def test_a_removed_agent_does_not_come_back(database: Space) -> None:
+    async with store_of(database) as store:
         before = Process(store)
         agent = before.register()
         await before.agent_store.keep_now(agent)

@@ -16,7 +16,7 @@ from ollama_coordinator.api.http.body_timeout import (
     memory_share,
 )
 from ollama_coordinator.api.http.errors import HttpError, NoRoom, headers_of
-from ollama_coordinator.db import Store
+from ollama_coordinator.db import Store, database_of
 from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.settings import CoordinatorConfig
 
@@ -47,7 +47,9 @@ async def receive_all(
     async def send(_: Message) -> None:
         pass
 
-    settings = Settings(CoordinatorConfig(body_timeout=0.05), Store(None))
+    settings = Settings(
+        CoordinatorConfig(body_timeout=0.05), Store(database_of("sqlite://:memory:"))
+    )
     whole = {"type": "http", "http_version": "1.1", "path": "/", "headers": [], **scope}
     await BodyTimeout(app, settings, room)(whole, receive, send)
     return got

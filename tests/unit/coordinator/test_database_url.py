@@ -46,7 +46,7 @@ def test_a_database_can_be_in_memory(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "right"),
     [
-        ("postgresql://host/db", "only SQLite is supported"),
+        ("mysql://host/db", "sqlite://FILE"),
         ("coordinator.db", "sqlite://FILE"),
         ("sqlite:coordinator.db", "sqlite://FILE"),
         ("", "sqlite://FILE"),

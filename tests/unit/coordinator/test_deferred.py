@@ -1,13 +1,13 @@
 """Deferred commands: which remain, in which order, and that none is lost."""
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from ollama_coordinator.db import Store
+from ollama_coordinator.db import Store, database_of
 from ollama_coordinator.operations import AgentCommand, Deferred, DeferredCommand
 from ollama_coordinator_common.types import AgentId
+from support.databases import Space, store_of
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 AWAY = AgentId("away")
@@ -48,7 +48,7 @@ def _commands(deferred: Deferred) -> list[AgentCommand]:
 async def test_only_the_newest_command_for_a_model_remains(
     asked: list[AgentCommand], remaining: list[AgentCommand]
 ) -> None:
-    async with Store(None) as store:
+    async with Store(database_of("sqlite://:memory:")) as store:
         deferred = Deferred(store)
         _add(deferred, *asked)
         assert _commands(deferred) == remaining
@@ -56,7 +56,7 @@ async def test_only_the_newest_command_for_a_model_remains(
 
 @pytest.mark.spec("SURFACE-23")
 async def test_a_command_that_is_deferred_again_keeps_its_time_and_its_place() -> None:
-    async with Store(None) as store:
+    async with Store(database_of("sqlite://:memory:")) as store:
         deferred = Deferred(store)
         _add(deferred, PULL, LOAD, PULL)
         assert [(pending.command, pending.since) for pending in deferred.all()] == [
@@ -69,7 +69,7 @@ async def test_a_command_that_is_deferred_again_keeps_its_time_and_its_place() -
 
 @pytest.mark.spec("SURFACE-23")
 async def test_an_older_command_that_is_done_leaves_the_newer_one() -> None:
-    async with Store(None) as store:
+    async with Store(database_of("sqlite://:memory:")) as store:
         deferred = Deferred(store)
         _add(deferred, FIRST, SECOND)
         deferred.finish(AWAY, FIRST)
@@ -79,18 +79,18 @@ async def test_an_older_command_that_is_done_leaves_the_newer_one() -> None:
 
 
 @pytest.mark.spec("SURFACE-22")
-async def test_every_deferred_command_is_there_after_a_restart(tmp_path: Path) -> None:
-    async with Store(tmp_path / "c.db") as store:
+async def test_every_deferred_command_is_there_after_a_restart(database: Space) -> None:
+    async with store_of(database) as store:
         deferred = Deferred(store)
         for number in range(1000):
             deferred.add(DeferredCommand(AgentId(f"agent-{number}"), PULL, NOON))
         remaining = deferred.all()
-    async with Store(tmp_path / "c.db") as store:
+    async with store_of(database) as store:
         again = Deferred(store)
         await again.restore()
         assert again.all() == remaining
         again.forget(AgentId("agent-0"))
-    async with Store(tmp_path / "c.db") as store:
+    async with store_of(database) as store:
         again = Deferred(store)
         await again.restore()
         assert again.all() == remaining[1:]

@@ -102,7 +102,7 @@ def test_nothing_is_excused_that_has_a_status() -> None:
         (Unreachable("refused"), 503),
         (AgentLost("gone"), 503),
         (Cut("cut"), 502),
-        (DatabaseError(None, OSError("full")), 503),
+        (DatabaseError("in memory", "full"), 503),
         (HttpError(418, "short and stout"), 418),
     ],
 )

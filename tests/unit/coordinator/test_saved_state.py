@@ -1,7 +1,6 @@
 """What is kept over restarts: what is written, when, and that nobody waits for it."""
 
 import asyncio
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -9,6 +8,7 @@ from msgspec import Struct
 
 from ollama_coordinator.db import Store
 from ollama_coordinator.saved_state import ROWS_AT_ONCE, SavedState, encoded, pause
+from support.databases import Space, store_of
 
 
 class Row(Struct, frozen=True):
@@ -77,13 +77,13 @@ class Part:
 
 
 @pytest.mark.spec("OPERATION-22")
-async def test_it_is_asked_for_at_its_pace_and_at_the_end(tmp_path: Path) -> None:
+async def test_it_is_asked_for_at_its_pace_and_at_the_end(database: Space) -> None:
     part = Part()
 
     def document(store: Store, every: float) -> SavedState[Body]:
         return SavedState("body", Body, store, part, every=every)
 
-    async with Store(tmp_path / "c.db") as store:
+    async with store_of(database) as store:
         async with document(store, every=0.01).running():
             await part.again.wait()
         async with document(store, every=3600.0).running():

@@ -77,7 +77,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
     [
         ("COORDINATOR_PORT", "http", "give a port from 1 to 65535, or 0 for any"),
         ("COORDINATOR_PORT", "65536", "1 to 65535"),
-        ("DATABASE_URL", "postgresql://db", "sqlite://FILE"),
+        ("DATABASE_URL", "mysql://db", "sqlite://FILE"),
         ("HEALTH_CHECK_INTERVAL", "0.0", "seconds from 0.01 to 31536000"),
         ("HEALTH_CHECK_INTERVAL", "often", "give a number"),
         ("AGENT_TIMEOUT", "inf", "seconds from 0.01 to 31536000"),

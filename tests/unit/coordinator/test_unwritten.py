@@ -4,18 +4,17 @@ import asyncio
 import random
 import tracemalloc
 from datetime import timedelta
-from pathlib import Path
 
 import msgspec
 import pytest
-from sqlite_utils import Database
 
-from ollama_coordinator.db import Filter, History, Store, StoredBucket
+from ollama_coordinator.db import Filter, History, StoredBucket
 from ollama_coordinator.journal import Attempt
 from ollama_coordinator.scheduler import RequestId
 from ollama_coordinator.scheduler.explain import Candidate, Decision
 from ollama_coordinator_common.types import AgentId
 from support.coordinator import Running
+from support.databases import Space, slow, store_of
 from support.past import NOON, past
 
 CANDIDATES = 50
@@ -43,19 +42,11 @@ def account(number: int) -> list[Attempt]:
     return [Attempt(chosen.agent_id, chosen.agent, NOON + timedelta(seconds=number), decision=told)]
 
 
-def break_writing(db: Database) -> None:
-    db.execute("PRAGMA query_only = ON")
-
-
-def mend(db: Database) -> None:
-    db.execute("PRAGMA query_only = OFF")
-
-
 @pytest.mark.spec("DASH-7")
-async def test_full_accounts_are_small_while_the_database_fails(tmp_path: Path) -> None:
-    async with Store(tmp_path / "fleet.db") as store:
+async def test_full_accounts_are_small_while_the_database_fails(database: Space) -> None:
+    async with store_of(database) as store:
         history = History(store)
-        await store.run(break_writing)
+        await store.run(database.stop_writing)
         tracemalloc.start()
         try:
             for number in range(200):
@@ -65,7 +56,7 @@ async def test_full_accounts_are_small_while_the_database_fails(tmp_path: Path) 
         finally:
             tracemalloc.stop()
         assert held / 200 < MOST_BYTES
-        await store.run(mend)
+        await store.run(database.mend)
         assert await history.write(())
         found = await history.find(past(7).id)
         assert found is not None
@@ -80,12 +71,12 @@ async def kept(history: History) -> list[str]:
 
 @pytest.mark.spec("DASH-12")
 async def test_the_newest_remain_when_the_database_fails_for_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ollama_coordinator.db.history.UNWRITTEN_AT_MOST", 4)
-    async with Store(tmp_path / "fleet.db") as store:
+    async with store_of(database) as store:
         unwritten = History(store)
-        await store.run(break_writing)
+        await store.run(database.stop_writing)
         for number in range(4):
             unwritten.note(past(number), None)
         failing = asyncio.create_task(unwritten.write(()))
@@ -93,26 +84,18 @@ async def test_the_newest_remain_when_the_database_fails_for_long(
         for number in range(4, 6):
             unwritten.note(past(number), None)
         assert not await failing
-        await store.run(mend)
+        await store.run(database.mend)
         assert await kept(unwritten) == [past(number).id for number in range(2, 6)]
-
-
-SLOW = """
-    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)
-    SELECT max(i) FROM n
-"""
 
 
 @pytest.mark.spec("DASH-7")
 @pytest.mark.parametrize("begun", [True, False])
-async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: bool) -> None:
-    async with Store(tmp_path / "fleet.db") as store:
+async def test_a_write_that_is_cancelled_is_made_up_for(database: Space, begun: bool) -> None:
+    async with store_of(database) as store:
         unwritten = History(store)
         unwritten.note(past(1), None)
         unwritten.note(past(2), None)
-        before = (
-            None if begun else asyncio.create_task(store.run(lambda db: list(db.execute(SLOW))))
-        )
+        before = None if begun else asyncio.create_task(store.run(slow))
         await asyncio.sleep(0)
         bucket = StoredBucket(10, 0, "", b"{}")
         writing = asyncio.create_task(unwritten.write([bucket]))
@@ -130,7 +113,7 @@ async def test_a_write_that_is_cancelled_is_made_up_for(tmp_path: Path, begun: b
 async def test_numbers_whose_write_is_cancelled_are_written_later(coordinator: Running) -> None:
     observation, store = coordinator.parts.observation, coordinator.parts.store
     observation.sampler.series.fresh("someone").readings += 1
-    busy = asyncio.create_task(store.run(lambda db: list(db.execute(SLOW))))
+    busy = asyncio.create_task(store.run(slow))
     await asyncio.sleep(0)
     writing = asyncio.create_task(observation.sampler.write(everything=True))
     await asyncio.sleep(0)

@@ -299,7 +299,7 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     port: Annotated[int, _port("COORDINATOR_PORT", "On which port", zero="for any")] = 8080
     database_url: Annotated[str, Setting(
         "DATABASE_URL",
-        "The SQLite file for agents and what was learned; sqlite://FILE is in the working folder",
+        "The database: sqlite://FILE in the working folder, or postgresql://USER@HOST/DATABASE",
         metavar="URL",
     )] = "sqlite://coordinator.db"
     origins: Annotated[tuple[str, ...], Setting(

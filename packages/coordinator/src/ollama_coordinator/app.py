@@ -28,7 +28,7 @@ from .api.http.routing import CircleGuard, Gate, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .attention import Attention
 from .clock import Clock
-from .db import Store, database_path
+from .db import Store, database_of, files_beside
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
 from .journal import Limits, Observation, SavedSparklines
@@ -57,12 +57,12 @@ SPARKLINES_SECONDS = 60.0
 def assembled(config: CoordinatorConfig) -> Parts:
     """The parts of a coordinator, put together but not yet running."""
     clock = Clock()
-    store = Store(database_path(config.database_url))
+    store = Store(database_of(config.database_url))
     settings = Settings(config, store)
     config = settings.config
     registry = Registry(config.agent_timeout)
     keys, machines = KeyRing(store), KnownMachines(registry, store)
-    secret = SecretFile(secret_path(database_path(config.database_url)))
+    secret = SecretFile(secret_path(files_beside(config.database_url)))
     access = Access(config, keys, Sessions(store, keys), secret, machines, KeyUsage(store))
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
@@ -117,7 +117,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
 
 def uploads_folder(database_url: str) -> Path | None:
     """Where uploaded files wait: beside the database; `None` for a database in memory."""
-    path = database_path(database_url)
+    path = files_beside(database_url)
     return None if path is None else path.with_name(f"{path.name}.blobs")
 
 

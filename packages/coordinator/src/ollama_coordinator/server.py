@@ -22,7 +22,6 @@ from ollama_coordinator_common.network import keep_alive
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .app import create_app, running
-from .db import database_path
 from .http1 import BACKLOG, ConnectionLimits, capacity, serve
 from .parts import Parts
 
@@ -127,7 +126,8 @@ async def run(config: CoordinatorConfig) -> None:
         ConfigError: the address cannot be listened on.
         DatabaseError: the database cannot be opened.
     """
-    app = create_app(config)
+    # In a thread: the database's server is asked for the settings that are kept there.
+    app = await asyncio.to_thread(create_app, config)
     parts: Parts = app.state.parts
     # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
     app.router.lifespan_context = _empty_lifespan
@@ -178,7 +178,7 @@ async def _serve(
             "host": config.host,
             "port": config.port,
             "connections": allowed.connections,
-            "database": _kept_in(config.database_url),
+            "database": parts.store.name,
         },
     )
     serving = asyncio.create_task(serve(app, server, asked, http=config.http, limits=limits))
@@ -196,12 +196,6 @@ async def _serve(
         serving.cancel()
         ending.cancel()
         await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
-
-
-def _kept_in(database_url: str) -> str:
-    """Where the database is, whatever folder the program was started in."""
-    path = database_path(database_url)
-    return "in memory" if path is None else str(path.absolute())
 
 
 def collect_seldom() -> None:

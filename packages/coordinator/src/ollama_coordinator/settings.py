@@ -19,7 +19,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
 from .access import networks
 from .aio import loop_of
-from .db import Store, database_path, document_in
+from .db import Store, database_of
 from .operations import Placement, WrongPlacement
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _check_placement(text: str) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Any], object]] = {
-    "database_url": database_path,
+    "database_url": database_of,
     "pull_placement": _check_placement,
     "webhook": _check_webhook,
     "loop": loop_of,
@@ -89,7 +89,7 @@ class Settings:
 
     def __init__(self, config: CoordinatorConfig, store: Store) -> None:
         self._store = store
-        self._kept = _kept(config)
+        self._kept = _kept(config, store)
         self.config = structs.replace(config, **self._kept)
 
     def is_editable(self, setting: Setting) -> bool:
@@ -132,9 +132,9 @@ class Settings:
         return setting
 
 
-def _kept(config: CoordinatorConfig) -> dict[str, Any]:
+def _kept(config: CoordinatorConfig, store: Store) -> dict[str, Any]:
     """The values in the database that can be used; the log names those that cannot."""
-    body = document_in(database_path(config.database_url), DOCUMENT)
+    body = store.look(DOCUMENT)
     try:
         stored = msgspec.json.decode(body, type=dict[str, Any]) if body else {}
     except msgspec.DecodeError as exc:

@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from ollama_coordinator.access import key_in, secret_path
-from ollama_coordinator.db import database_path
+from ollama_coordinator.db import files_beside
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.network import is_loopback
 from ollama_coordinator_common.printable import all_printable, printable
@@ -166,7 +166,7 @@ def _key(url: str, key_file: Path | None, database_url: str) -> str:
         except ConfigError as exc:
             raise NoAnswer(str(exc)) from exc
     try:
-        secret = secret_path(database_path(database_url))
+        secret = secret_path(files_beside(database_url))
     except ConfigError:
         return ""
     if secret is None or not is_loopback(urlsplit(url).hostname or ""):

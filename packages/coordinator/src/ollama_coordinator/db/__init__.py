@@ -1,14 +1,16 @@
-"""What survives a restart: SQLite behind one thread."""
+"""What survives a restart: SQLite or PostgreSQL, behind one thread."""
 
+from .address import database_of, database_path, files_beside, without_password
 from .agents import AgentRow
-from .file import database_path, document_in
+from .database import Database, DatabaseError
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket, Wait
-from .store import DatabaseError, Store
+from .store import Store
 
 __all__ = [
     "AgentRow",
     "Cursor",
+    "Database",
     "DatabaseError",
     "Filter",
     "Finished",
@@ -17,6 +19,8 @@ __all__ = [
     "Store",
     "StoredBucket",
     "Wait",
+    "database_of",
     "database_path",
-    "document_in",
+    "files_beside",
+    "without_password",
 ]

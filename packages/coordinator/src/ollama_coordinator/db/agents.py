@@ -8,14 +8,14 @@ from msgspec import Struct
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
-# Not the library's upsert: it finds out whether SQLite knows ON CONFLICT by creating a table, takes
+SELECT_AGENTS = "SELECT * FROM agents ORDER BY registered_at, id"
+
+# Not sqlite-utils' upsert: it finds out whether SQLite knows ON CONFLICT by creating a table, takes
 # a lock in that moment for a no, and from then on silently drops rows with NOT NULL columns.
 PUT_AGENT = """
     INSERT INTO agents (
         id, registration, registered_at, last_seen, has_left, settings, tags, blobs
-    ) VALUES (
-        :id, :registration, :registered_at, :last_seen, :has_left, :settings, :tags, :blobs
-    )
+    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET
         registration = excluded.registration, last_seen = excluded.last_seen,
         has_left = excluded.has_left, settings = excluded.settings,
@@ -36,18 +36,18 @@ class AgentRow(Struct, frozen=True):
     blobs: bytes = b"{}"
 
 
-def to_columns(row: AgentRow) -> dict[str, object]:
-    """The parameters of `PUT_AGENT`."""
-    return {
-        "id": row.id,
-        "registration": msgspec.json.encode(row.registration).decode(),
-        "registered_at": row.registered_at.isoformat(),
-        "last_seen": row.last_seen.isoformat(),
-        "has_left": int(row.has_left),
-        "settings": row.settings.decode(),
-        "tags": row.tags.decode(),
-        "blobs": row.blobs.decode(),
-    }
+def to_columns(row: AgentRow) -> list[object]:
+    """The values of `PUT_AGENT`."""
+    return [
+        row.id,
+        msgspec.json.encode(row.registration).decode(),
+        row.registered_at.isoformat(),
+        row.last_seen.isoformat(),
+        int(row.has_left),
+        row.settings.decode(),
+        row.tags.decode(),
+        row.blobs.decode(),
+    ]
 
 
 def from_columns(row: dict[str, object]) -> AgentRow:

@@ -1,66 +1,18 @@
-"""The database's file: its name in a setting, a look into it, and a process's claim to it."""
+"""A process's claim to SQLite's file."""
 
 import logging
 import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
-from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 
-from ollama_coordinator_common.error import ConfigError
+from .database import IN_USE
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 2.0
-"""How long a look waits for another process's lock, such as a backup's: as long as the opening."""
-
 BESIDE = ("-wal", "-shm")
 """SQLite's own files beside a database, while somebody has it open."""
-
-
-def database_path(url: str) -> Path | None:
-    """The file that a `DATABASE_URL` names; `None` for a database in memory.
-
-    `sqlite://name.db` and `sqlite:///name.db` are files in the working directory,
-    `sqlite:///var/lib/name.db` (or with a fourth slash) and `sqlite:///C:/name.db` are absolute,
-    `sqlite://:memory:` is in memory.
-
-    Raises:
-        ConfigError: another scheme, or no file name.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme != "sqlite":
-        expected = "only SQLite is supported; give sqlite://FILE or sqlite:///ABSOLUTE/FILE"
-        raise ConfigError("DATABASE_URL", url, expected)
-    name = unquote(rest.partition("?")[0])
-    if name.strip("/") == ":memory:":
-        return None
-    if not name.strip("/") or name.endswith("/"):
-        raise ConfigError("DATABASE_URL", url, "the file name is missing; give sqlite://FILE")
-    if name.startswith("/"):
-        inner = name.lstrip("/")
-        is_drive = inner[1:2] == ":"
-        # Nobody keeps a database in the root folder: three slashes and a bare name mean "here".
-        name = inner if is_drive or "/" not in inner else f"/{inner}"
-    return Path(name)
-
-
-def document_in(path: Path | None, name: str) -> bytes | None:
-    """A document of a database that is not open yet; `None` if there is none, or it is unreadable.
-
-    Opening the database says what is wrong with it.
-    """
-    if path is None or not path.is_file():
-        return None
-    try:
-        with closing(sqlite3.connect(path, timeout=LOOK_SECONDS)) as connection:
-            sql = "SELECT body FROM documents WHERE name = ?"
-            row = connection.execute(sql, [name]).fetchone()
-    except sqlite3.Error:
-        return None
-    return str(row[0]).encode() if row else None
 
 
 class FileClaim:
@@ -91,8 +43,7 @@ class FileClaim:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as exc:
-            text = "another coordinator uses it; stop that one, or give another DATABASE_URL"
-            raise sqlite3.OperationalError(text) from exc
+            raise sqlite3.OperationalError(IN_USE) from exc
         except (OSError, NotImplementedError) as exc:
             extra = {"database": str(self._path), "reason": str(exc)}
             log.warning("a second coordinator on this database would go unnoticed", extra=extra)

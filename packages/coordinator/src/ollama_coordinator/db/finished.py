@@ -12,7 +12,10 @@ from msgspec import Struct
 from ollama_coordinator_common.types import AgentId
 
 WORTH_PACKING_BYTES = 2000
-"""Shorter reasons are kept as text: readable in any SQLite tool, and hardly smaller packed."""
+"""Shorter reasons are kept as they are: readable in any tool, and hardly smaller packed."""
+
+PACKED = b"x"
+"""With this byte begins what zlib has packed; JSON never does."""
 
 
 class Status(Enum):
@@ -79,10 +82,7 @@ COLUMNS = (
     "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
     "lane", "why",
 )  # fmt: skip
-INSERT = f"""
-    INSERT INTO requests ({", ".join(COLUMNS)}) SELECT {", ".join("?" * len(COLUMNS))}
-    WHERE NOT EXISTS (SELECT 1 FROM requests WHERE id = ?1)
-"""  # noqa: S608
+INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 SHOWN = ", ".join(["seq", *COLUMNS[:-1]])
 
 
@@ -103,12 +103,13 @@ def conditions(wanted: Filter, after: Cursor | None) -> tuple[str, list[Any]]:
     return where, [value for values in terms.values() for value in values]
 
 
-def to_columns(request: Finished, why: str | bytes) -> list[Any]:
+def to_columns(request: Finished, why: bytes) -> list[Any]:
     """A request and its packed reasons in the order of `COLUMNS`."""
     values = msgspec.structs.asdict(request)
     values["status"] = request.status.value
     values["arrived_ms"] = milliseconds(request.arrived_at)
     values["finished_ms"] = milliseconds(request.finished_at)
+    values["streamed"] = int(request.streamed)
     values["why"] = why
     return [values[column] for column in COLUMNS]
 
@@ -120,16 +121,18 @@ def why_of(row: dict[str, Any]) -> bytes:
         ValueError: the row is damaged.
     """
     try:
-        why = zlib.decompress(row["why"]) if isinstance(row["why"], bytes) else row["why"]
+        why = row["why"]
+        if isinstance(why, bytes) and why.startswith(PACKED):
+            why = zlib.decompress(why)
         return bytes(msgspec.json.decode(why, type=msgspec.Raw))
     except (zlib.error, TypeError) as exc:
         raise ValueError(f"reasons: {exc}") from exc
 
 
-def packed(why: Any) -> str | bytes:
-    """The column of the reasons: JSON as text, or compressed where it is long."""
+def packed(why: Any) -> bytes:
+    """The column of the reasons: JSON, compressed where it is long."""
     encoded = msgspec.json.encode(why)
-    return zlib.compress(encoded, 1) if len(encoded) > WORTH_PACKING_BYTES else encoded.decode()
+    return zlib.compress(encoded, 1) if len(encoded) > WORTH_PACKING_BYTES else encoded
 
 
 def from_columns(row: dict[str, Any]) -> Finished:

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from msgspec import Struct
-from sqlite_utils import Database
 
+from .database import Database, DatabaseError
 from .finished import (
     INSERT,
     SHOWN,
@@ -26,12 +26,15 @@ from .finished import (
     to_columns,
     why_of,
 )
-from .store import DatabaseError, Store
+from .store import Store
 
 UNWRITTEN_AT_MOST = 20_000
 """When the database fails for long, older requests are dropped: each takes a kilobyte or two."""
 
-_UPSERT = "INSERT OR REPLACE INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)"
+_PUT_BUCKET = """
+    INSERT INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)
+    ON CONFLICT (tier, name, start) DO UPDATE SET body = excluded.body
+"""
 
 
 class StoredBucket(Struct, frozen=True):
@@ -58,8 +61,9 @@ class Wait(NamedTuple):
 
 
 _WAITS = """
-    SELECT model, agent_id, status, finished_ms / 1000.0, total_seconds, waited_seconds,
-        coalesce(load_seconds, 0), coalesce(prompt_tokens, 0), coalesce(output_tokens, 0)
+    SELECT model, agent_id, status, CAST(finished_ms AS double precision) / 1000 AS ended_at,
+        total_seconds, waited_seconds, coalesce(load_seconds, 0) AS load_seconds,
+        coalesce(prompt_tokens, 0) AS prompt_tokens, coalesce(output_tokens, 0) AS output_tokens
     FROM requests WHERE finished_ms >= ? AND status IN ('served', 'cancelled')
         AND coalesce(lane, '') <> 'batch'
     ORDER BY finished_ms DESC LIMIT ?
@@ -71,7 +75,7 @@ class History:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._unwritten: deque[tuple[Finished, str | bytes]] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._unwritten: deque[tuple[Finished, bytes]] = deque(maxlen=UNWRITTEN_AT_MOST)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
@@ -155,7 +159,9 @@ class History:
         """
         await self.write(())
         values = [round(since * 1000), most]
-        return await self._store.run(lambda db: db.execute(_WAITS, values).fetchall())
+        return await self._store.run(
+            lambda db: [tuple(row.values()) for row in db.query(_WAITS, values)]
+        )
 
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.
@@ -172,7 +178,7 @@ class History:
             DatabaseError: the database cannot be read.
         """
         sql = "SELECT * FROM buckets WHERE tier = ? AND name = ? AND start BETWEEN ? AND ?"
-        rows = await self._store.run(lambda db: list(db.query(sql, [tier, name, first, last])))
+        rows = await self._store.run(lambda db: db.query(sql, [tier, name, first, last]))
         return [_bucket(row) for row in rows]
 
     async def last_buckets(self, starts: dict[int, int]) -> list[StoredBucket]:
@@ -184,7 +190,7 @@ class History:
         any_of = " OR ".join(["(tier = ? AND start = ?)"] * len(starts))
         sql = f"SELECT * FROM buckets WHERE {any_of}"  # noqa: S608
         values = [value for pair in starts.items() for value in pair]
-        rows = await self._store.run(lambda db: list(db.query(sql, values)))
+        rows = await self._store.run(lambda db: db.query(sql, values))
         return [_bucket(row) for row in rows]
 
 
@@ -193,12 +199,14 @@ class History:
 
 def _write(
     db: Database,
-    requests: Iterable[tuple[Finished, str | bytes]],
+    requests: Sequence[tuple[Finished, bytes]],
     buckets: Iterable[StoredBucket],
 ) -> None:
-    db.conn.executemany(INSERT, [to_columns(request, why) for request, why in requests])
+    # A write that was cancelled may have been done: what is written again is in there once.
+    db.execute_many("DELETE FROM requests WHERE id = ?", [[one.id] for one, _ in requests])
+    db.execute_many(INSERT, [to_columns(request, why) for request, why in requests])
     rows = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
-    db.conn.executemany(_UPSERT, rows)
+    db.execute_many(_PUT_BUCKET, rows)
 
 
 def _prune_requests(db: Database, rows: int, oldest_ms: int) -> None:
@@ -215,7 +223,7 @@ def _prune_buckets(db: Database, oldest: Iterable[tuple[int, float, float]]) -> 
 
 def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cursor | None]:
     """The rows, and the cursor of the next page if there are more than the limit asks for."""
-    rows = list(db.query(sql, values))
+    rows = db.query(sql, values)
     shown = rows[: values[-1] - 1]
     last = shown[-1] if len(rows) > len(shown) else None
     cursor = None if last is None else Cursor(last["finished_ms"], last["seq"])
@@ -223,7 +231,7 @@ def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cu
 
 
 def _find(db: Database, request_id: str) -> tuple[Finished, bytes] | None:
-    rows = list(db.query("SELECT * FROM requests WHERE id = ?", [request_id]))
+    rows = db.query("SELECT * FROM requests WHERE id = ?", [request_id])
     return (from_columns(rows[0]), why_of(rows[0])) if rows else None
 
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.db import without_password
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.settings import TABLE
 from ollama_coordinator_common.error import ConfigError
@@ -50,6 +51,8 @@ class SettingsView(Struct, frozen=True):
 
 def _shown(name: str, value: object) -> object:
     """A setting's value as everybody may see it."""
+    if name == "database_url":
+        return without_password(str(value))
     return SET if TABLE[name].secret and value else value
 
 

@@ -1,0 +1,57 @@
+"""What the store needs of an engine, and the error that operators see."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
+
+IN_USE = "another coordinator uses it; stop that one, or give another DATABASE_URL"
+
+
+class DatabaseError(OllamaCoordinatorError):
+    """The database cannot be opened, read or written; the text has its name and the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"database {name}: {reason}")
+
+
+class Database(Protocol):
+    """One database with one connection. Its methods block; one thread calls all but `look`.
+
+    SQL is what SQLite and PostgreSQL both take, with `?` for each value and `ON CONFLICT` where a
+    row may be there. Everything that fails raises one of `errors`, or a `ValueError`.
+    """
+
+    errors: tuple[type[Exception], ...]
+
+    @property
+    def name(self) -> str:
+        """What operators call it; never with a password."""
+
+    def look(self, document: str) -> bytes | None:
+        """A document before the database is open; `None` if there is none or it is unreadable."""
+
+    def open(self) -> None:
+        """Connect, be the only coordinator, bring the schema up to date, and try to write."""
+
+    def close(self) -> None:
+        """Disconnect, and leave the database to others."""
+
+    def check(self) -> None:
+        """Once a second: notice that the database was lost, and come back to it."""
+
+    def atomic(self) -> AbstractContextManager[object]:
+        """A transaction: an error that leaves the block undoes what was in it."""
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The rows of a statement, by column."""
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """A statement without rows."""
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """A statement for each row of values."""
+
+    def advice(self, error: Exception) -> str:
+        """The text of one of `errors`, with what an operator can do about it."""

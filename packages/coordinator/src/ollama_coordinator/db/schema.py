@@ -1,0 +1,117 @@
+"""The schema, step by step; each engine makes its tables of this one description.
+
+A released step never changes. Text is compared by its code points in every engine.
+"""
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+Type = type[str] | type[int] | type[float] | type[bytes]
+
+
+class Table(Struct, frozen=True):
+    """One table. A key that is a single `int` is numbered by the database, upwards.
+
+    `indexes` are the columns of each index; the key needs none.
+    """
+
+    name: str
+    columns: Mapping[str, Type]
+    key: tuple[str, ...]
+    required: frozenset[str] = frozenset()
+    indexes: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the database numbers its rows."""
+        return len(self.key) == 1 and self.columns[self.key[0]] is int
+
+
+class Column(Struct, frozen=True):
+    """A further column of a table that is there."""
+
+    table: str
+    name: str
+    kind: Type
+
+
+AGENTS = Table(
+    "agents",
+    {
+        "id": str,
+        "registration": str,
+        "registered_at": str,
+        "last_seen": str,
+        "has_left": int,
+        "settings": str,
+        "tags": str,
+        "blobs": str,
+    },
+    key=("id",),
+    required=frozenset({"registration", "registered_at", "last_seen"}),
+)
+"""The agents: what they registered with, what the operator set, which models they had."""
+
+DOCUMENTS = Table(
+    "documents", {"name": str, "body": str}, key=("name",), required=frozenset({"body"})
+)
+"""Single documents by name, such as what the scheduler has learned."""
+
+REQUESTS = Table(
+    "requests",
+    {
+        "seq": int,
+        "id": str,
+        "status": str,
+        "model": str,
+        "path": str,
+        "client": str,
+        "arrived_ms": int,
+        "finished_ms": int,
+        "waited_seconds": float,
+        "total_seconds": float,
+        "http_status": int,
+        "error": str,
+        "agent_id": str,
+        "agent": str,
+        "attempts": int,
+        "streamed": int,
+        "prompt_tokens": int,
+        "output_tokens": int,
+        "load_seconds": float,
+        "first_token_seconds": float,
+        "tokens_per_second": float,
+        "why": bytes,
+    },
+    key=("seq",),
+    required=frozenset({"id", "status", "finished_ms"}),
+    indexes=(
+        ("id",),
+        ("finished_ms",),
+        *((column, "finished_ms") for column in ("model", "agent", "agent_id", "client", "status")),
+    ),
+)
+"""Finished requests, without what was asked or answered; every filter is served in order."""
+
+BUCKETS = Table(
+    "buckets",
+    {"tier": int, "start": int, "name": str, "body": str},
+    key=("tier", "name", "start"),
+    indexes=(("tier", "start"),),
+)
+"""The fleet's (no name) and the agents' numbers over time; `body` is JSON."""
+
+STEPS: Mapping[str, Table | Column] = {
+    "create_agents": AGENTS,
+    "create_documents": DOCUMENTS,
+    "create_requests": REQUESTS,
+    "create_buckets": BUCKETS,
+    "add_lane": Column("requests", "lane", str),
+}
+"""The steps in their order, and what each one makes."""
+
+
+def unknown(steps: list[str]) -> str | None:
+    """The last of a database's steps that a newer version of this program has taken, if any."""
+    return next((step for step in reversed(steps) if step not in STEPS), None)
