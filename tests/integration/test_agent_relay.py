@@ -175,7 +175,7 @@ async def test_a_silent_connection_is_kept_open_on_both_sides(
         keep_alive(sock)
         probed.append(asked_every_15_seconds(sock))
 
-    monkeypatch.setattr("ollama_coordinator_agent.pump.keep_alive", noted)
+    monkeypatch.setattr("ollama_coordinator_common.pump.keep_alive", noted)
     async with relayed(echo) as (_, port), connected(port) as (reader, writer):
         writer.write(b"hello")
         assert await reader.read(5) == b"hello"

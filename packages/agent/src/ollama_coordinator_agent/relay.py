@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from ollama_coordinator_common.network import Address, parse_address
+from ollama_coordinator_common.pump import Framing, Pipe, carry
 
 from .pacing import Reminder
-from .pump import Framing, Pipe, carry
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from urllib.parse import quote
 import msgspec
 
 from ollama_coordinator_agent.client import CoordinatorClient, CoordinatorError, Forgotten, Rejected
-from ollama_coordinator_agent.pump import Framing, carry
 from ollama_coordinator_agent.watch import Watch
 from ollama_coordinator_common.network import keep_alive
 from ollama_coordinator_common.protocol import (
@@ -25,6 +24,7 @@ from ollama_coordinator_common.protocol import (
     LinkReport,
     LogReport,
 )
+from ollama_coordinator_common.pump import Framing, carry
 from ollama_coordinator_common.types import AgentId
 from ollama_coordinator_common.websocket import FrameReader, NotWebSocket, head_of
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from ollama_coordinator_agent.pump import Pipe
+from ollama_coordinator_common.pump import Pipe
 from ollama_coordinator_common.websocket import (
     PONG,
     SMALL_BYTES,

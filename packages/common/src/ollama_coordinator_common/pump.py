@@ -11,7 +11,7 @@ import re
 import socket
 import struct
 
-from ollama_coordinator_common.network import keep_alive
+from .network import keep_alive
 
 RESET_ON_CLOSE = struct.pack("hh" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "ii", 1, 0)
 """SO_LINGER on with no time: the close sends a reset (the fields are shorts on Windows)."""
@@ -170,8 +170,8 @@ class Framing:
         return body
 
 
-class _ToOllama(Pipe):
-    """The connection to Ollama; requests go out on it, and answers come."""
+class HttpPipe(Pipe):
+    """The connection to an HTTP server; requests go out on it, and answers come."""
 
     def __init__(self, framing: Framing) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ async def carry(near: Pipe, target: tuple[str, int], framing: Framing) -> None:
 
     Where nobody listens there, the connection is reset: what its peer would meet at the target.
     """
-    far = _ToOllama(framing)
+    far = HttpPipe(framing)
     try:
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().create_connection(lambda: far, *target)
