@@ -70,7 +70,7 @@ LAYERS = (
     {"agent_queries"},
     {"journal", "monitor", "commands"},
     {"model_probes"},
-    {"dispatch", "simulation"},
+    {"aliases", "dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state", "access"},
     {"registry", "db", "http1", "aio", "clock", "agent_logs", "batches", "link"},
 )

@@ -20,6 +20,7 @@ from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
 from .aio import beside
+from .aliases import Aliases
 from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
@@ -69,6 +70,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
     links = Links()
     upstreams = Upstreams(clock, links)
     limits = Limits(config.history_rows, config.history_days)
+    aliases = Aliases(registry, store)
     observation = Observation(dispatch, store, limits, status_of=status_of)
     agent_store = AgentStore(registry, store, clock)
     monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
@@ -84,7 +86,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         Deferred(store),
         return_seconds=config.pull_patience,
     )
-    attention = Attention(dispatch, observation, settings, access)
+    attention = Attention(dispatch, observation, settings, access, aliases)
     snapshots = Snapshots(dispatch, observation, operations, attention, config)
     return Parts(
         settings=settings,
@@ -92,6 +94,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         machines=machines,
         clock=clock,
         registry=registry,
+        aliases=aliases,
         scheduler=scheduler,
         dispatch=dispatch,
         upstreams=upstreams,
@@ -133,6 +136,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         stack.enter_context(parts.clock.watching())
         await parts.agent_store.restore()
         await parts.machines.restore()
+        await parts.aliases.restore()
         await parts.access.restore(parts.settings.config.key_file)
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())

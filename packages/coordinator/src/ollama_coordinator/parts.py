@@ -8,6 +8,7 @@ from .access import Access, KnownMachines
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
+from .aliases import Aliases
 from .attention import Attention
 from .clock import Clock
 from .db import Store
@@ -37,6 +38,7 @@ class Parts(Struct, kw_only=True, eq=False):
     machines: KnownMachines
     clock: Clock
     registry: Registry
+    aliases: Aliases
     scheduler: Scheduler
     dispatch: Dispatch
     upstreams: Upstreams

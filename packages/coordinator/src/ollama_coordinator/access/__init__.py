@@ -1,6 +1,6 @@
 """Who may come in: zones, keys, sessions, and the gate that every request passes."""
 
-from .caller import Caller, Denied, caller_of, granted
+from .caller import NOBODY, Caller, Denied, caller_of, granted
 from .gate import Access
 from .keys import (
     EVERYTHING,
@@ -27,6 +27,7 @@ __all__ = [
     "FREE",
     "INCLUDED",
     "KEY_TEXT",
+    "NOBODY",
     "SESSION_SECONDS",
     "Access",
     "Account",

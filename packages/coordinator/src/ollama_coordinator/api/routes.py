@@ -11,7 +11,7 @@ from .inference.context_fit import ContextFit
 from .inference.proxy import Proxy
 from .inference.retry_rule import Poison
 from .models.cloud import CloudApi
-from .models.lists import FleetApi, ListsApi
+from .models.lists import AliasesApi, FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
 from .own.access import KeysApi, SessionsApi
@@ -72,7 +72,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
-    keys, sessions = KeysApi(parts), SessionsApi(parts)
+    keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
@@ -87,6 +87,9 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/agents/{agent_id}/link", JOIN, LinkApi(parts, health)),
         # models and operations
         Endpoint("GET", "/api/models", READ, fleet.models),
+        Endpoint("GET", "/api/aliases", READ | MANAGE, aliases.list),
+        Endpoint("POST", "/api/aliases", MANAGE, aliases.put),
+        Endpoint("DELETE", "/api/aliases/{name:path}", MANAGE, aliases.remove),
         Endpoint("GET", "/api/operations", FOLLOW, operations.overview),
         Endpoint("POST", "/api/operations", MANAGE, operations.start),
         Endpoint("GET", "/api/operations/{operation_id}", FOLLOW, operations.show),

@@ -10,6 +10,7 @@ from enum import Enum
 from msgspec import Struct
 
 from ollama_coordinator.access import Access
+from ollama_coordinator.aliases import Aliases
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, short_name
 from ollama_coordinator.registry import AgentState
@@ -61,7 +62,10 @@ GRACE_SECONDS = {
 class Concerns:
     """Looks for concerns; remembers of each agent what it had at its best."""
 
-    def __init__(self, dispatch: Dispatch, observation: Observation, access: Access) -> None:
+    def __init__(
+        self, dispatch: Dispatch, observation: Observation, access: Access, aliases: Aliases
+    ) -> None:
+        self._aliases = aliases
         self._access = access
         self._dispatch = dispatch
         self._registry = dispatch.registry
@@ -92,6 +96,12 @@ class Concerns:
                 yield from self._of_its_machine(agent, now)
                 yield from self._of_its_models(agent, newest)
         yield from self._of_models(now)
+        for alias in self._aliases:
+            holders = self._registry.holders(model_key(alias.name))
+            if holders:
+                text = f"This alias is not in use: {_names(holders)} has a model of its name."
+                text += " Delete one of the two."
+                yield Concern(f"alias:{alias.name}", "alias", Severity.WARNING, alias.name, text)
         self._forget()
 
     def _of_the_queue(self) -> Iterator[Concern]:

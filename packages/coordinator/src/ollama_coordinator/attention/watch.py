@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from ollama_coordinator.access import Access
+from ollama_coordinator.aliases import Aliases
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation
 from ollama_coordinator.settings import Settings
@@ -75,12 +76,17 @@ class Attention:
     """`run` is its loop; `open` is the list, the worst first."""
 
     def __init__(
-        self, dispatch: Dispatch, observation: Observation, settings: Settings, access: Access
+        self,
+        dispatch: Dispatch,
+        observation: Observation,
+        settings: Settings,
+        access: Access,
+        aliases: Aliases,
     ) -> None:
         self._clock = dispatch.clock
         self._sampler = observation.sampler
         self._settings = settings
-        self._concerns = Concerns(dispatch, observation, access)
+        self._concerns = Concerns(dispatch, observation, access, aliases)
         self._watched: dict[str, _Watched] = {}
         self._over: dict[str, Concern] = {}
         self._looked_at = 0.0

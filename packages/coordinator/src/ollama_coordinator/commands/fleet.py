@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -10,6 +11,7 @@ from ollama_coordinator_common.names import ModelName
 from .client import Client, Json, Model, NoAnswer, asks
 from .tables import (
     Bars,
+    aliases_table,
     attention_table,
     console,
     holders_table,
@@ -24,7 +26,7 @@ models = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="The fleet's models: list, pull, remove, show, copy, load, unload.",
+    help="The fleet's models: list, pull, remove, show, copy, alias, load, unload.",
 )
 
 Replicas = Annotated[
@@ -122,6 +124,44 @@ async def rm(
     for model in models:
         wanted = {"kind": "delete", "model": model}
         console().print(targets_table(await client.json("POST", "/api/operations", wanted)))
+
+
+@models.command()
+@asks
+async def alias(
+    client: Client,
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="The alias; all are listed without it.")
+    ] = "",
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL...]", help="What it stands for, the preferred one first."),
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", metavar="SECONDS", help="After so long the next model serves."),
+    ] = None,
+    rm: Annotated[bool, typer.Option("--rm", help="Delete it.")] = False,
+    json: Json = False,
+) -> None:
+    """Give one or several models a name: `models alias fast llama3.2 qwen3:4b --wait 10`."""
+    if not name:
+        listed = (await client.json("GET", "/api/aliases"))["aliases"]
+        if json:
+            shown_json(listed)
+        elif listed:
+            console().print(aliases_table(listed))
+        else:
+            typer.echo("No alias is set.")
+    elif rm:
+        await client.json("DELETE", f"/api/aliases/{quote(name)}")
+        typer.echo(f"deleted {name}")
+    elif not models:
+        raise NoAnswer(f"say what {name} stands for: models alias {name} MODEL...")
+    else:
+        wanted = {"name": name, "models": models, "wait_seconds": wait}
+        made = await client.json("POST", "/api/aliases", wanted)
+        typer.echo(f"{name} → {', '.join(made['resolved'])}")
 
 
 @models.command()

@@ -68,6 +68,20 @@ def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Table:
     return made
 
 
+def aliases_table(aliases: Iterable[Mapping[str, Any]]) -> Table:
+    """Every alias, what it stands for, and why it is not in use where it is not."""
+    made = table("ALIAS", "MODELS", "WAIT", "NOTE")
+    for row in aliases:
+        wait, hidden = row["wait_seconds"], ", ".join(row["hidden_by"])
+        made.add_row(
+            Text(row["name"]),
+            Text(", ".join(row["models"])),
+            Text("-" if wait is None else f"{wait:g} s"),
+            Text(f"not in use: {hidden} has a model of this name" if hidden else ""),
+        )
+    return made
+
+
 def facts(row: Mapping[str, Any]) -> Table:
     """One row of the API as names and values; what is not known is left out."""
     made = Table(box=None, pad_edge=False, show_header=False)

@@ -31,7 +31,8 @@ class Finished(Struct, frozen=True, kw_only=True):
     """A request that has ended; times are UTC, durations are seconds since its arrival.
 
     `waited_seconds` is until the last attempt got its slot, `first_token_seconds` until the first
-    token arrived. `None` means unknown. `lane` is `interactive`, `batch` or `embedding`.
+    token arrived. `None` means unknown. `lane` is `interactive`, `batch` or `embedding`. `alias` is
+    the name that the client asked for, where that stood for the model.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Finished(Struct, frozen=True, kw_only=True):
     attempts: int = 0
     streamed: bool = False
     lane: str | None = None
+    alias: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     load_seconds: float | None = None
@@ -80,7 +82,7 @@ COLUMNS = (
     "id", "status", "model", "path", "client", "arrived_ms", "finished_ms", "waited_seconds",
     "total_seconds", "http_status", "error", "agent_id", "agent", "attempts", "streamed",
     "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
-    "lane", "why",
+    "lane", "alias", "why",
 )  # fmt: skip
 INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 SHOWN = ", ".join(["seq", *COLUMNS[:-1]])

@@ -108,6 +108,7 @@ STEPS: Mapping[str, Table | Column] = {
     "create_requests": REQUESTS,
     "create_buckets": BUCKETS,
     "add_lane": Column("requests", "lane", str),
+    "add_alias": Column("requests", "alias", str),
 }
 """The steps in their order, and what each one makes."""
 

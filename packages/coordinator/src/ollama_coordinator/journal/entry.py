@@ -47,7 +47,10 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
 
 
 class RequestView(Struct, frozen=True, kw_only=True):
-    """A request in progress, as the API shows it; times are UTC. `tokens` counts records."""
+    """A request in progress, as the API shows it; times are UTC. `tokens` counts records.
+
+    `alias` is the name that the client asked for, where that stands for the model.
+    """
 
     id: str
     state: RequestState
@@ -59,6 +62,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     lane: str = Lane.INTERACTIVE.value
     lane_reason: str = ""
+    alias: str = ""
     agent_id: AgentId | None = None
     agent: str | None = None
     position: int | None = None
@@ -138,6 +142,7 @@ class JournalEntry:
             prompt_tokens=request.prompt_tokens,
             lane=request.lane.value,
             lane_reason=request.lane_reason,
+            alias=request.alias,
             agent_id=granted.agent.id if granted else None,
             agent=granted.agent.name if granted else None,
             granted_at=clock.utc(granted.lease.granted_at) if granted else None,
@@ -221,6 +226,7 @@ def finished(
         attempts=len(entry.attempts),
         streamed=streamed,
         lane=request.lane.value,
+        alias=request.alias,
         prompt_tokens=timings.prompt_tokens if timings is not None else None,
         output_tokens=output,
         load_seconds=timings.load_seconds if timings is not None else None,

@@ -83,7 +83,7 @@ class Request(Struct, frozen=True, kw_only=True):
     `larger`: a runner with a larger context than `options` ask for may serve it. `admitted`: it
     had a lease before, so that a full queue does not refuse it. After `deadline` the client no
     longer wants to wait for a lease. `excluded` are agents that were tried already, or cannot serve
-    it: `unfit` says why.
+    it: `unfit` says why. `alias` is the name that the client wrote, where it stands for `model`.
     """
 
     id: RequestId
@@ -108,6 +108,7 @@ class Request(Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     excluded: frozenset[AgentId] = frozenset()
     unfit: Mapping[AgentId, str] = {}
+    alias: str = ""
 
     @property
     def is_retry(self) -> bool:

@@ -17,6 +17,7 @@ from starlette.types import Send
 
 from ollama_coordinator.access import Denied, UnknownKey, WrongKey
 from ollama_coordinator.agent_queries import CloudDisabled
+from ollama_coordinator.aliases import AliasInTheWay, UnknownAlias, WrongAlias
 from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.operations import (
     NoAgentForModel,
@@ -75,6 +76,9 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     NotEditable: 409,
     WrongKey: 400,
     UnknownKey: 404,
+    WrongAlias: 400,
+    UnknownAlias: 404,
+    AliasInTheWay: 409,
     TwoMachines: 409,
     DatabaseError: 503,
     ClientLeft: 499,

@@ -46,6 +46,9 @@ NOT_FOR_OLLAMA = HOP_BY_HOP | {
 RUNNER_HEADER = b"x-ollama-coordinator-runner"
 """Says to a client that a runner with a larger context than it asked for serves it."""
 
+MODEL_HEADER = b"x-ollama-coordinator-model"
+"""Says to a client which model served, where it asked for an alias."""
+
 UNBUFFERED = (b"x-accel-buffering", b"no")
 """Says to reverse proxies that an answer is a stream, which is not to be collected."""
 

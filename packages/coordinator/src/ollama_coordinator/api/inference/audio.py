@@ -1,6 +1,7 @@
 """`/v1/audio/transcriptions`: the routing fields of a multipart form.
 
-The form passes as it came; of its fields only the model's name is read here.
+The form passes as it came; of its fields only the model's name is read here, and replaced where it
+is an alias.
 """
 
 import logging
@@ -44,7 +45,7 @@ async def read_form(content_type: str, body: Body) -> Routing:
         raise UnreadableBody(400, f"{wrong}request Content-Type isn't multipart/form-data")
     if not boundary:
         raise UnreadableBody(400, f"{wrong}no multipart boundary param in Content-Type")
-    fields = await _read_fields(body, boundary)
+    fields, _ = await _read_fields(body, boundary)
     name = fields.get("model", b"").decode(errors="replace").strip()
     if fields and "file" not in fields:
         raise UnreadableBody(400, "file is required: http: no such file")
@@ -53,9 +54,27 @@ async def read_form(content_type: str, body: Body) -> Routing:
     return Routing(name=name)
 
 
-async def _read_fields(body: Body, boundary: bytes) -> dict[str, bytearray]:
-    """The named parts; of the file only its name. A form that breaks off has those before."""
+async def renamed_form(content_type: str, body: Body, model: str) -> Body:
+    """The form that `read_form` has read, for another model.
+
+    Raises:
+        HttpError: 400, the model's name is not where it can be replaced.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    fields, start = await _read_fields(body, boundary)
+    end = start + len(fields["model"])
+    if body[start:end] != fields["model"]:
+        raise UnreadableBody(400, "the model's name in the form cannot be read")
+    return body[:start] + model.encode() + body[end:]
+
+
+async def _read_fields(body: Body, boundary: bytes) -> tuple[dict[str, bytearray], int]:
+    """The named parts, of the file only its name; and where the model's name begins in the body.
+
+    A form that breaks off has the parts before that.
+    """
     fields: dict[str, bytearray] = {}
+    at = model_at = 0
     header = value = b""
     name = ""
     begun: list[str] = []
@@ -81,7 +100,9 @@ async def _read_fields(body: Body, boundary: bytes) -> dict[str, bytearray]:
         header, value = b"", b""
 
     def on_part_data(data: bytes, start: int, end: int) -> None:
+        nonlocal model_at
         if name == "model":
+            model_at = model_at if fields[name] else at + start
             fields[name] += data[start:end]
 
     parser = MultipartParser(
@@ -97,19 +118,19 @@ async def _read_fields(body: Body, boundary: bytes) -> dict[str, bytearray]:
         max_header_size=HEADER_BYTES,
     )
     with suppress(MultipartParseError):  # whether the rest is right is for Ollama to say
-        async for piece in _pieces(body, boundary):
+        async for at, piece in _pieces(body, boundary):  # noqa: B007 - the callbacks read it
             parser.write(piece)
             if len(begun) > PARTS:
                 raise UnreadableBody(400, "multipart: message too large")
-    return fields
+    return fields, model_at
 
 
-async def _pieces(body: Body, boundary: bytes) -> AsyncIterator[bytes]:
-    """The form from its first boundary on; other tasks run in between."""
+async def _pieces(body: Body, boundary: bytes) -> AsyncIterator[tuple[int, bytes]]:
+    """The form from its first boundary on, with its places; other tasks run in between."""
     start, slices = 0, Slices()
     if not body.startswith(b"--" + boundary):
         # A preamble, which RFC 2046 allows.
         start = max(body.find(b"\r\n--" + boundary), 0)
     for at in range(start, len(body), PIECE_BYTES):
-        yield bytes(body[at : at + PIECE_BYTES])
+        yield at, bytes(body[at : at + PIECE_BYTES])
         await slices.pause()

@@ -7,13 +7,16 @@ lease with the outcome; or answer the error in the client's dialect. Bodies pass
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from secrets import token_hex
 
+import msgspec
 from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
 from ollama_coordinator.access import Account, Right, caller_of
 from ollama_coordinator.agent_queries import CloudDisabled
+from ollama_coordinator.aliases import Alias
 from ollama_coordinator.api.http.body_timeout import until_disconnect
 from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
 from ollama_coordinator.api.http.errors import (
@@ -41,6 +44,7 @@ from ollama_coordinator.scheduler import (
 )
 from ollama_coordinator.upstream import SMALL_ANSWER_BYTES, UpstreamError, whole
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
+from ollama_coordinator_common.names import model_key
 
 from . import audio
 from .context_fit import ContextFit
@@ -72,6 +76,7 @@ class Proxy:
     ) -> None:
         self._parts = parts
         self._registry = parts.registry
+        self._aliases = parts.aliases
         self._dispatch = parts.dispatch
         self._upstreams = parts.upstreams
         self._clock = parts.clock
@@ -93,21 +98,17 @@ class Proxy:
             body = await read_body(receive, self._settings.config.max_body_bytes, headers)
             async with until_disconnect(scope, receive):
                 routing = await self._read_routing(headers, body)
+                alias = self._aliases.find(routing.name)
+                if alias is not None:
+                    await self._serve_alias(alias, routing, scope, body, send)
+                    return
                 request = self._schedulable(routing, scope)
                 with self._watched(request, routing, headers) as request:
                     call = await self._prepare(request, routing, scope, body, send)
                     if call.unloads:
-                        caller = caller_of(scope)
-                        if not caller.rights & Right.MANAGE:
-                            raise caller.needs(Right.MANAGE)
-                        await unload_everywhere(self._parts, call)
+                        await self._unload(call, scope)
                         return
-                    with (
-                        self._journal.follow(call.request, self._route.path) as entry,
-                        self._usage.admitted(
-                            caller_of(scope).key, request.prompt_tokens, request.output_limit
-                        ) as account,
-                    ):
+                    with self._followed(call, scope) as (entry, account):
                         await self._serve(call, entry, account)
         except ClientLeft:
             return
@@ -208,9 +209,122 @@ class Proxy:
         headers = to_ollama(scope["headers"])
         return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted)
 
+    async def _unload(self, call: Call, scope: Scope) -> None:
+        caller = caller_of(scope)
+        if not caller.rights & Right.MANAGE:
+            raise caller.needs(Right.MANAGE)
+        await unload_everywhere(self._parts, call)
+
+    @contextmanager
+    def _followed(self, call: Call, scope: Scope) -> Iterator[tuple[JournalEntry, Account]]:
+        """Keep the request in the journal, and its key's account, as long as the block runs."""
+        request, key = call.request, caller_of(scope).key
+        with (
+            self._journal.follow(request, self._route.path) as entry,
+            self._usage.admitted(key, request.prompt_tokens, request.output_limit) as account,
+        ):
+            yield entry, account
+
+    # ── an alias: its models in their order, until one serves ─────────────────────────────────
+
+    async def _serve_alias(
+        self, alias: Alias, routing: Routing, scope: Scope, body: Body, send: Send
+    ) -> None:
+        models = self._aliases.usable(alias, caller_of(scope))
+        headers = dict(scope["headers"])
+        if len(models) > 1:
+            body = bytes(body)  # which is edited for one model after the other
+        wanted = self._schedulable(structs.replace(routing, name=models[0]), scope)
+        with self._watched(wanted, routing, headers) as watched:
+            wanted = structs.replace(watched, alias=alias.name)
+            prepared = partial(
+                self._renamed, wanted, routing=routing, scope=scope, body=body, send=send
+            )
+            call = await prepared(models[0])
+            if call.unloads:
+                await self._unload(call, scope)
+                return
+            with self._followed(call, scope) as (entry, account):
+                errors: list[OllamaCoordinatorError] = []
+                for model in models[1:]:
+                    tried = structs.replace(call, request=self._impatient(call.request, alias))
+                    if await self._has_served(tried, entry, account, errors):
+                        return
+                    call = await prepared(model)
+                    entry.request = call.request
+                if not await self._has_served(call, entry, account, errors):
+                    raise self._none_served(alias, errors)
+
+    async def _has_served(
+        self,
+        call: Call,
+        entry: JournalEntry,
+        account: Account,
+        errors: list[OllamaCoordinatorError],
+    ) -> bool:
+        """Whether one model of an alias has given the answer; else why not is added to `errors`."""
+        try:
+            failures, is_poison = await self._attempts(call, entry, account)
+        except (SchedulerError, NoSuchModel, CloudDisabled) as error:
+            errors.append(error)
+            return False
+        if is_poison:  # the request's own fault: it would be the same with another model
+            await self._answer_failure(call, failures)
+        elif failures:
+            errors.append(self._failed(call, failures))
+        return is_poison or not failures
+
+    def _none_served(
+        self, alias: Alias, errors: Sequence[OllamaCoordinatorError]
+    ) -> OllamaCoordinatorError:
+        """Why the first model did not serve that an agent has; 404 if none has any."""
+        for error in errors:
+            if not isinstance(error, NoSuchModel | ModelNotFound):
+                return error
+        missing = self._route.missing.format(name=alias.name)
+        text = f"{missing}: it is an alias of {', '.join(alias.models)}, which no agent has"
+        return HttpError(404, text)
+
+    def _impatient(self, request: Request, alias: Alias) -> Request:
+        """The request as it waits for a model that another one may replace."""
+        if alias.wait_seconds is None:
+            return request
+        until = self._clock.now() + alias.wait_seconds
+        earlier = until if request.deadline is None else min(until, request.deadline)
+        return structs.replace(request, deadline=earlier)
+
+    async def _renamed(
+        self, wanted: Request, model: str, *, routing: Routing, scope: Scope, body: Body, send: Send
+    ) -> Call:
+        """The request for one model of an alias: its name is the only thing that changes."""
+        headers = dict(scope["headers"])
+        if self._route.path == audio.PATH:
+            content_type = headers.get(b"content-type", b"").decode("latin-1")
+            body = await audio.renamed_form(content_type, body, model)
+        else:
+            async with self._turn:
+                plain = await plain_body(self._route, headers, body)
+                body = await edited(plain, {"model": msgspec.json.encode(model)}) or body
+        request = structs.replace(wanted, model=model_key(model), name=model)
+        call = await self._prepare(request, routing, scope, body, send)
+        sent = [header for header in call.headers if header[0].lower() != "content-encoding"]
+        return structs.replace(call, headers=sent)
+
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
     async def _serve(self, call: Call, entry: JournalEntry, account: Account) -> None:
+        failures, _ = await self._attempts(call, entry, account)
+        if failures:
+            await self._answer_failure(call, failures)
+
+    async def _attempts(
+        self, call: Call, entry: JournalEntry, account: Account
+    ) -> tuple[list[Failure], bool]:
+        """Why no agent served the request; none: it has its answer. And whether it is poison.
+
+        Raises:
+            OllamaCoordinatorError: it was not tried at all.
+        """
         request = call.request
         failures: list[Failure] = []
         stopped = False
@@ -232,14 +346,14 @@ class Proxy:
                     raise
                 break
             if failure is None:
-                return
+                return [], False
             has_worked = failure.was_sent or held.agent in [one.agent for one in failures]
             failures.append(failure)
             request = structs.replace(request, admitted=True)
             if has_worked:  # else it waits for the agent to come back, as those behind it do
                 request = request.without([held.agent.id])
         self._pardon(request, failures, is_poison=stopped)
-        await self._answer_failure(call, failures)
+        return failures, stopped
 
     def _pardon(self, request: Request, failures: Sequence[Failure], *, is_poison: bool) -> None:
         """No agent served the request: those that say the same are not to blame for it."""
@@ -285,8 +399,11 @@ class Proxy:
             if failure.status:
                 await send_whole(call.send, failure.status, failure.headers, failure.body)
                 return
+        raise self._failed(call, failures)
+
+    def _failed(self, call: Call, failures: Sequence[Failure]) -> HttpError:
         reason = failures[-1].outcome.reason
-        raise HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")
+        return HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")
 
 
 def _tokens_of(held: Held) -> int:

@@ -21,7 +21,13 @@ from ollama_coordinator.api.http.dialects import (
     wrong_start,
 )
 from ollama_coordinator.api.http.errors import send_whole
-from ollama_coordinator.api.http.headers import RUNNER_HEADER, UNBUFFERED, served_by, to_client
+from ollama_coordinator.api.http.headers import (
+    MODEL_HEADER,
+    RUNNER_HEADER,
+    UNBUFFERED,
+    served_by,
+    to_client,
+)
 from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.registry import AgentState
@@ -103,6 +109,8 @@ class Relay:
         self._held.status = response.status
         head = to_client(response.raw_headers)
         head += served_by(self._held.agent.name, self._call.request.id)
+        if self._call.request.alias:
+            head.append((MODEL_HEADER, self._call.request.name.encode()))
         if response.status in ERRORS:
             body = await whole(response, SMALL_ANSWER_BYTES)
             return await self._refused(response.status, head, body)

@@ -6,6 +6,7 @@ streams go on.
 """
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -17,10 +18,11 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.access import Caller, Denied, caller_of
+from ollama_coordinator.access import NOBODY, Caller, Denied, caller_of
 from ollama_coordinator.aio import Slices
+from ollama_coordinator.aliases import Alias, Aliases
 from ollama_coordinator.api.http.dialects import Dialect
-from ollama_coordinator.api.http.errors import JSON, HttpError, error_reply, reply
+from ollama_coordinator.api.http.errors import JSON, HttpError, decode, error_reply, reply
 from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import (
@@ -36,6 +38,8 @@ from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
 
+log = logging.getLogger(__name__)
+
 LONG_AGO = datetime.fromtimestamp(0, UTC)
 """The expiry of a model whose Ollama reports none."""
 
@@ -49,7 +53,8 @@ class KeptList(Generic[Row]):
     """One list of the fleet's models, in one form or several.
 
     `make` returns the row of a routing key, `None` when no agent has the model any more. `write`
-    returns the bodies of the answers, made of all rows in order of their keys.
+    returns the bodies of the answers, made of all rows in order of their keys. With `rename` each
+    alias has the row of the first of its models that is there, under its own name.
     """
 
     def __init__(
@@ -57,19 +62,23 @@ class KeptList(Generic[Row]):
         registry: Registry,
         make: Callable[[Registry, str], Row | None],
         write: Callable[[Iterable[Row]], tuple[bytes, ...]],
+        aliases: Aliases,
+        rename: Callable[[Row, Alias], Row] | None = None,
     ) -> None:
         self._registry = registry
+        self._aliases = aliases
+        self._rename = rename
         self._make = make
         self._write = write
         self._rows: dict[str, tuple[int, Row]] = {}
         self._bodies: tuple[bytes, ...] = ()
-        self._changes = -1
+        self._changes = (-1, -1)
         self._making = asyncio.Lock()
 
     async def bodies(self, caller: Caller) -> tuple[bytes, ...]:
         """The body of the list in each of its forms, with what the caller's key may use."""
         async with self._making:
-            changes = self._registry.changes
+            changes = (self._registry.changes, self._aliases.revision)
             if changes != self._changes:
                 await self._remake()
                 # A change meanwhile is left for the next call.
@@ -77,10 +86,25 @@ class KeptList(Generic[Row]):
         key = caller.key
         if key is None or not key.models:
             return self._bodies
-        return self._write(row for name, (_, row) in self._rows.items() if key.may_use(name))
+        rows = [row for name, (_, row) in self._rows.items() if key.may_use(name)]
+        return self._write([*rows, *self._renamed(caller)])
+
+    def _renamed(self, caller: Caller) -> list[Row]:
+        """The rows of the aliases that a caller may use."""
+        found = []
+        for alias in self._aliases if self._rename is not None else ():
+            model = None if self._aliases.hidden_by(alias) else self._first(alias, caller)
+            if model is not None and self._rename is not None:
+                found.append(self._rename(self._rows[model][1], alias))
+        return found
+
+    def _first(self, alias: Alias, caller: Caller) -> str | None:
+        name = self._aliases.first_held(alias, caller)
+        key = None if name is None else model_key(name)
+        return key if key in self._rows else None
 
     async def _remake(self) -> None:
-        slices = Slices()
+        slices, aliased = Slices(), self._aliases.revision
         rows: dict[str, tuple[int, Row]] = {}
         for key in self._registry.models:
             known = self._rows.get(key)
@@ -91,10 +115,11 @@ class KeptList(Generic[Row]):
                 known = None if row is None else (revision, row)
             if known is not None:
                 rows[key] = known
-        changed = rows != self._rows or not self._bodies
+        changed = rows != self._rows or not self._bodies or self._changes[1] != aliased
         self._rows = rows
         if changed:
-            self._bodies = self._write(row for _, row in rows.values())
+            kept = [row for _, row in rows.values()]
+            self._bodies = self._write([*kept, *self._renamed(NOBODY)])
 
 
 class Content(Struct, frozen=True):
@@ -169,7 +194,8 @@ class ListsApi:
         self._clock = parts.clock
         self._cloud = parts.cloud
         self._instance_id = parts.upstreams.instance_id
-        self._lists = KeptList(parts.registry, _listed, _write_lists)
+        self._aliases = parts.aliases
+        self._lists = KeptList(parts.registry, _listed, _write_lists, parts.aliases, _listed_alias)
 
     async def version(self, request: Request) -> Response:
         """`GET /api/version`: the lowest of the fleet, since clients gate features on it."""
@@ -214,10 +240,15 @@ class ListsApi:
 
     async def v1_show(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
-        name = request.path_params["model"]
+        name, caller = request.path_params["model"], caller_of(request.scope)
+        alias = self._aliases.find(name)
         try:
-            key = model_key(name)
-            caller_of(request.scope).check_model(key)
+            model = None if alias is None else self._aliases.first_held(alias, caller)
+            key = model_key(model or name)
+            if alias is None:
+                caller.check_model(key)
+            else:
+                self._aliases.usable(alias, caller)
         except (InvalidModelName, Denied) as exc:
             return error_reply(exc, Dialect.OPENAI)
         row = _preferred_row(self._registry, key)
@@ -235,13 +266,74 @@ class FleetApi:
     """The handler of the fleet's own list."""
 
     def __init__(self, parts: Parts) -> None:
-        self._list = KeptList(parts.registry, _of_the_fleet, _write_fleet)
+        self._list = KeptList(parts.registry, _of_the_fleet, _write_fleet, parts.aliases)
 
     @operation(gives={200: FleetModels})
     async def models(self, request: Request) -> Response:
         """Every model of the fleet, and who has it."""
         (body,) = await self._list.bodies(caller_of(request.scope))
         return Response(body, media_type=JSON)
+
+
+class AliasView(Struct, frozen=True):
+    """One alias. `resolved` are the models behind it, the preferred one first.
+
+    `hidden_by`: the names of agents that have a model of its name, which is served instead.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    wait_seconds: float | None
+    resolved: list[str]
+    hidden_by: list[str]
+
+
+class AliasesView(Struct, frozen=True):
+    """`GET /api/aliases`."""
+
+    aliases: list[AliasView]
+
+
+class AliasesApi:
+    """The handlers of aliases."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._aliases = parts.aliases
+        self._store = parts.store
+
+    @operation(gives={200: AliasesView})
+    async def list(self, request: Request) -> Response:
+        """Every alias, in order of their names; of a key for some models, those that it may use."""
+        key = caller_of(request.scope).key
+        views = [
+            self._view(alias)
+            for alias in self._aliases
+            if key is None or any(key.may_use(name) for name in self._aliases.models(alias))
+        ]
+        return reply(AliasesView(views))
+
+    @operation(takes=Alias, gives={200: AliasView}, errors=(409,))
+    async def put(self, request: Request) -> Response:
+        """Make an alias, or replace the one of its name."""
+        alias = await decode(Alias, request)
+        self._aliases.put(alias)
+        await self._store.flush()
+        by = caller_of(request.scope).name
+        log.info("alias set", extra={"alias": alias.name, "models": alias.models, "by": by})
+        return reply(self._view(alias))
+
+    @operation(gives={204: None}, errors=(400, 404))
+    async def remove(self, request: Request) -> Response:
+        """Delete an alias; its models stay."""
+        alias = self._aliases.remove(request.path_params["name"])
+        await self._store.flush()
+        by = caller_of(request.scope).name
+        log.info("alias deleted", extra={"alias": alias.name, "by": by})
+        return Response(status_code=204)
+
+    def _view(self, alias: Alias) -> AliasView:
+        models, hidden_by = self._aliases.models(alias), self._aliases.hidden_by(alias)
+        return AliasView(alias.name, alias.models, alias.wait_seconds, models, hidden_by)
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -260,6 +352,15 @@ def _listed(registry: Registry, key: str) -> ListedModel | None:
     if row is None:
         return None
     return ListedModel(modified_at(row), row.raw, msgspec.json.encode(_openai_row(row)))
+
+
+def _listed_alias(model: ListedModel, alias: Alias) -> ListedModel:
+    """The row of a model under the name of an alias; `alias_of` says what it stands for."""
+    name = ModelName.parse(alias.name).short
+    tags = msgspec.json.decode(model.tags)
+    tags |= {"name": name, "model": name, "alias_of": alias.models}
+    openai = {**msgspec.json.decode(model.openai), "id": name}
+    return ListedModel(model.modified_at, msgspec.json.encode(tags), msgspec.json.encode(openai))
 
 
 def _write_lists(models: Iterable[ListedModel]) -> tuple[bytes, bytes]:

@@ -1,11 +1,12 @@
 """`POST /api/show`: what a model is, from one of its holders."""
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import JSON, HttpError, own_body
-from ollama_coordinator.api.http.json_edit import fields_of
+from ollama_coordinator.api.http.json_edit import edited, fields_of
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.names import ModelName
@@ -17,6 +18,7 @@ class ShowApi:
     def __init__(self, parts: Parts) -> None:
         self._model_info = parts.model_info
         self._cloud = parts.cloud
+        self._aliases = parts.aliases
         self._turn = parts.reading
 
     async def show(self, request: Request) -> Response:
@@ -29,8 +31,13 @@ class ShowApi:
             fields.text(field)
         if not name.strip():
             raise HttpError(400, "model is required")
+        caller, alias = caller_of(request.scope), self._aliases.find(name)
+        if alias is not None:
+            models = self._aliases.usable(alias, caller)
+            name = self._aliases.first_held(alias, caller) or models[0]
+            body = bytes(await edited(body, {"model": msgspec.json.encode(name)}) or body)
         parsed = ModelName.parse(name)
-        caller_of(request.scope).check_model(name)
+        caller.check_model(name)
         try:
             status, answer = await self._model_info.show(name, body)
         except ModelNotFound as exc:

@@ -7,6 +7,7 @@ from msgspec import Raw, Struct, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.http.errors import HttpError, own_body, reply
 from ollama_coordinator.api.http.openapi import Either, operation
@@ -70,6 +71,7 @@ class RequestsApi:
         self._dispatch = parts.dispatch
         self._scheduler = parts.scheduler
         self._settings = parts.settings
+        self._aliases = parts.aliases
         self._clock = parts.clock
         self._reading = parts.reading
 
@@ -116,6 +118,12 @@ class RequestsApi:
     async def explain(self, request: Request) -> Response:
         """Where a request would go, and why; nothing is sent."""
         routing = await read_any(CHAT, await own_body(request), self._reading)
+        alias = self._aliases.find(routing.name)
+        if alias is not None:
+            caller = caller_of(request.scope)
+            usable = self._aliases.usable(alias, caller)
+            name = self._aliases.first_held(alias, caller) or usable[0]
+            routing = structs.replace(routing, name=name)
         now = self._clock.now()
         asked = schedulable(
             CHAT, routing, request.scope, now, pace=self._settings.config.reading_pace

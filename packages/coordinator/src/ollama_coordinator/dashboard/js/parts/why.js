@@ -46,7 +46,7 @@ const tokens = (many) => `${count(many)} ${many === 1 ? "token" : "tokens"}`;
 
 function facts(request, state) {
   const list = [
-    ["State", state], ["Model", model(request.model)], ["Lane", request.lane], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
+    ["State", state], ["Model", model(request.model)], ["Asked for", request.alias], ["Lane", request.lane], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
     ["Arrived", fullTime(request.arrived_at)], ["Waited", request.waited_seconds !== undefined && seconds(request.waited_seconds)],
     ["Loading", request.load_seconds && seconds(request.load_seconds)], ["First token", request.first_token_seconds && seconds(request.first_token_seconds)],
     ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${tokens(request.prompt_tokens)}${request.state === "finished" ? "" : " (estimate)"}`],

@@ -30,15 +30,48 @@ class ModelsView extends View {
     this.body = h("tbody");
     this.table = h("div.table-box", null, h("table.models-table.stacked", null, h("caption.visually-hidden", null, "Models of the fleet"), h("thead", null, h("tr", null,
       ["Model", "On disk", "In memory"].map((text) => h("th", { scope: "col" }, text)), h("th.num", { scope: "col" }, "Size"), h("th", { scope: "col" }, "Changed"), h("th", { scope: "col" }, h("span.visually-hidden", null, "Actions")))), this.body));
+    this.aliases = h("section.stack.aliases");
     this.advice = h("section.stack.advice");
     this.disks = h("div.disks");
     this.moreDisks = h("p.muted.small.more-disks");
     this.disksTitle = h("h2.section", null, "Disk space");
     this.nothing = h("div");
     this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: pull }, icon("down"), "Pull a model"))),
-      this.operations, this.nothing, this.table, this.advice, this.disksTitle, this.disks, this.moreDisks);
+      this.operations, this.nothing, this.table, this.aliases, this.advice, this.disksTitle, this.disks, this.moreDisks);
     this.load();
     this.advise();
+  }
+
+  /** Names that stand for models. */
+  drawAliases(aliases) {
+    const rows = aliases.map((alias) => h("tr", { "data-alias": alias.name },
+      h("th", { scope: "row" }, alias.name),
+      h("td", { "data-label": "stands for" }, alias.models.join(", then "), alias.hidden_by.length ? h("div.small", null, h("span.pill.warn", null, `not in use: ${alias.hidden_by.join(", ")} has a model of this name`)) : null),
+      h("td", { "data-label": "next after" }, alias.wait_seconds === null ? "the one before cannot serve" : `${alias.wait_seconds} s`),
+      h("td", null, h("div.row.model-actions", null,
+        h("button.ghost.small", { onclick: () => this.setAlias(alias), "aria-label": `Change ${alias.name}` }, "Change"),
+        h("button.ghost.small.danger", { onclick: () => this.removeAlias(alias), "aria-label": `Delete ${alias.name}`, title: "Delete" }, icon("trash"))))));
+    const table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Aliases"),
+      h("thead", null, h("tr", null, ["Alias", "Stands for", "The next serves after", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)));
+    this.aliases.replaceChildren(h("div.row.wrap", null, h("h2.section.grow", null, "Aliases"), h("button", { onclick: () => this.setAlias(null) }, "Add an alias")),
+      rows.length ? table : h("p.muted", null, "Let clients ask for another name, such as gpt-4o, or for the first of several models that can serve."));
+  }
+
+  async setAlias(known) {
+    const values = await asked(known ? `Change ${known.name}` : "Add an alias", [
+      ...(known ? [] : [{ name: "name", label: "Name that clients ask for", placeholder: "gpt-4o", required: true }]),
+      { name: "models", label: "Models, the preferred one first", value: known?.models.join(", "), placeholder: "qwen3:32b, qwen3:4b", required: true },
+      { name: "wait", label: "Seconds after which the next one serves; empty: only if the one before cannot", value: known?.wait_seconds === null ? "" : String(known?.wait_seconds ?? "") },
+    ]);
+    if (!values) return;
+    const wanted = { name: known?.name ?? values.name.trim(), models: values.models.split(",").map((part) => part.trim()).filter(Boolean), wait_seconds: seconds(values.wait.trim()) };
+    if (await act(() => call("POST", "/api/aliases", wanted))) this.load();
+  }
+
+  async removeAlias({ name, models }) {
+    if (!await confirmed(`Delete the alias ${name}?`, `Clients that ask for it are told that there is no such model. ${models.join(", ")} stay where they are.`, "Delete")) return;
+    await act(() => call("DELETE", `/api/aliases/${name.split("/").map(encodeURIComponent).join("/")}`), "Deleted");
+    this.load();
   }
 
   /** What would have cut waiting yesterday; a fleet whose policy does not predict has none. */
@@ -64,7 +97,8 @@ class ModelsView extends View {
 
   async load() {
     try {
-      const [all, tags] = await Promise.all([get("/api/models"), get("/api/tags")]);
+      const [all, tags, { aliases }] = await Promise.all([get("/api/models"), get("/api/tags"), get("/api/aliases")]);
+      this.drawAliases(aliases);
       this.list = all.models;
       this.details = new Map(tags.models.map((row) => [row.name, row]));
       this.draw();
@@ -103,6 +137,9 @@ class ModelsView extends View {
     setText(this.moreDisks, more > 0 ? `and ${more} more, each with at least ${bytes(agents[DISKS].disk_free_bytes)} free` : "");
   }
 }
+
+/** A text as JSON's number; one that is none goes as it is, and is refused with a sentence. */
+const seconds = (text) => (text === "" ? null : Number.isNaN(Number(text)) ? text : Number(text));
 
 function disk(agent) {
   const name = h("span.clip.grow");
