@@ -99,6 +99,33 @@ async def test_what_an_operator_sets_has_bounds(coordinator: Running) -> None:
         assert await changed(coordinator, agent_id, labels=["x"] * 20_000) == 413
 
 
+@pytest.mark.spec("SURFACE-65")
+async def test_fields_that_are_not_known_are_refused_by_their_names(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, newer_field=1)
+        assert await coordinator.heartbeat(agent_id, newer_field=1) == 200
+        chat = {"model": "llama3.2", "think": True}
+        assert (await coordinator.post("/api/explain", chat))[0] == 200
+        for method, path, right, there in (
+            ("PATCH", f"/api/agents/{agent_id}", {"draining": True}, "backup_seconds"),
+            ("PATCH", "/api/settings", {"max_queue": 7}, "max_queue"),
+            ("POST", "/api/operations", {"kind": "delete", "model": "llama3.2"}, "placement"),
+            ("POST", "/api/keys", {"name": "anna"}, "in_path"),
+            ("POST", "/api/aliases", {"name": "fast", "models": ["x"]}, "wait_seconds"),
+        ):
+            body = {"drain": 1, **right, "label": []}
+            url = coordinator.url + path
+            async with coordinator.session.request(method, url, json=body) as response:
+                error = (await response.json())["error"]
+                assert response.status == 400, error
+                assert "'drain', 'label'; there are " in error
+                assert there in error
+        assert coordinator.parts.settings.config.max_queue != 7
+        assert "llama3.2:latest" in ollama.models
+        limits = {"name": "anna", "limits": {"tokens": 1}}
+        assert (await coordinator.post("/api/keys", limits))[0] == 400
+
+
 @pytest.mark.spec("OPERATION-34")
 async def test_a_long_name_is_not_repeated_whole(coordinator: Running) -> None:
     async with StandIn() as ollama:

@@ -30,6 +30,10 @@ DOCUMENT = "settings"
 TABLE = {setting.name: setting for setting in CoordinatorConfig.settings()}
 
 
+class UnknownSetting(OllamaCoordinatorError):
+    """There is no setting of this name."""
+
+
 class NotEditable(OllamaCoordinatorError):
     """A setting that cannot be changed while the coordinator runs; says where it can."""
 
@@ -106,9 +110,14 @@ class Settings:
         """Change settings in force, all or none; `None` goes back to the default. See `keep`.
 
         Raises:
-            NotEditable: one of them is unknown, given elsewhere, or read at the start only.
+            UnknownSetting: there is none of a name.
+            NotEditable: one of them is given elsewhere, or read at the start only.
             ConfigError: one of them cannot work.
         """
+        unknown = ", ".join(repr(name) for name in wanted if name not in TABLE)
+        if unknown:
+            known = ", ".join(setting.name for setting in TABLE.values() if setting.live)
+            raise UnknownSetting(f"there is no setting {unknown}; there are {known}")
         settings = {name: self._editable(name) for name in wanted}
         given = {name: value for name, value in wanted.items() if value is not None}
         changed = {name: _taken(settings[name], value) for name, value in given.items()}
@@ -122,10 +131,7 @@ class Settings:
         self._store.note_document(DOCUMENT, msgspec.json.encode(self._kept))
 
     def _editable(self, name: str) -> Setting:
-        setting = TABLE.get(name)
-        if setting is None:
-            known = ", ".join(setting.name for setting in TABLE.values() if setting.live)
-            raise NotEditable(f"there is no setting '{name}'; there are {known}")
+        setting = TABLE[name]
         if not self.is_editable(setting):
             text = f"'{name}' is set by {setting.variable} or its option; change it there"
             raise NotEditable(text)

@@ -84,7 +84,7 @@ class UnknownKey(OllamaCoordinatorError):
     """There is no key of this name or id."""
 
 
-class KeyLimits(Struct, frozen=True, omit_defaults=True):
+class KeyLimits(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How much a key may use; 0 is no limit. A day is a day of UTC."""
 
     requests_per_minute: int = 0

@@ -35,7 +35,7 @@ from ollama_coordinator.scheduler import (
     NoAgentRegistered,
     QueueFull,
 )
-from ollama_coordinator.settings import NotEditable
+from ollama_coordinator.settings import NotEditable, UnknownSetting
 from ollama_coordinator.upstream import AgentLost, Cut, ModelStuck, RequestCancelled, Unreachable
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
@@ -74,6 +74,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     # As Ollama answers a cancelled request; clients do not repeat it.
     RequestCancelled: 499,
     NotEditable: 409,
+    UnknownSetting: 400,
     WrongKey: 400,
     UnknownKey: 404,
     WrongAlias: 400,
@@ -179,7 +180,23 @@ async def decode(
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise HttpError(400, f"invalid request body: {exc}") from exc
+        text = _unknown_fields(kind, body) or f"invalid request body: {exc}"
+        raise HttpError(400, text) from exc
+
+
+def _unknown_fields(kind: Any, body: bytes) -> str:
+    """A sentence with the fields of a body that its type lacks; empty where it lacks none."""
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return ""
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    known = kind.__struct_encode_fields__
+    unknown = ", ".join(repr(name) for name in given if name not in known)
+    if not unknown or not kind.__struct_config__.forbid_unknown_fields:
+        return ""
+    return f"there is no field {unknown}; there are {', '.join(known)}"
 
 
 def reply(value: Any, status: int = 200) -> Response:

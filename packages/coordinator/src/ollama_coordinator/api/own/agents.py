@@ -42,7 +42,7 @@ LOOKUP_SECONDS = 1.0
 Label = Annotated[str, Meta(max_length=100)]
 
 
-class SettingsPatch(Struct, frozen=True):
+class SettingsPatch(Struct, frozen=True, forbid_unknown_fields=True):
     """`PATCH /api/agents/{id}`: the settings to change; the others stay."""
 
     display_name: Annotated[str, Meta(max_length=100)] | UnsetType | None = UNSET

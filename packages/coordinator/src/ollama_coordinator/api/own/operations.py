@@ -26,7 +26,7 @@ from ollama_coordinator_common.names import ModelName, model_key
 from ollama_coordinator_common.types import AgentId
 
 
-class NewOperation(Struct, frozen=True):
+class NewOperation(Struct, frozen=True, forbid_unknown_fields=True):
     """`POST /api/operations`. `placement`: for pull and load; `destination`: for copy."""
 
     kind: Literal["pull", "push", "copy", "delete", "load", "unload"]
