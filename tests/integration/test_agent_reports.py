@@ -10,6 +10,7 @@ from aiohttp import web
 from msgspec import structs
 
 from ollama_coordinator_agent import reach
+from ollama_coordinator_agent.metrics import SHOWS_USE
 from ollama_coordinator_agent.pacing import AgentPace
 from ollama_coordinator_agent.reach import Offer
 from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
@@ -339,9 +340,27 @@ async def test_requests_of_others_count(tmp_path: Path) -> None:
         )
         if daemon.parts.meter.latest.requests is not None:
             daemon.parts.meter._interval_seconds = 0.05
-            await coordinator.next_report(lambda report: report.active_requests == 1)
+            report = await coordinator.next_report(lambda report: report.active_requests == 1)
+            assert report.other_requests is None  # the coordinator's would be among them
         other.kill()
         await other.wait()
+
+
+@pytest.mark.spec("AGENT-36")
+async def test_behind_a_relay_the_requests_of_others_are_told_apart(tmp_path: Path) -> None:
+    async with Coordinator() as coordinator, StandIn() as ollama:
+        config = structs.replace(config_of(coordinator, ollama, tmp_path), relay="always")
+        async with running(config) as daemon:
+            await coordinator.next_report(lambda report: bool(report.tags))
+            port = coordinator.registrations[-1].relay_port
+            assert port is not None
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /api/chat HTTP/1.1")
+            report = await coordinator.next_report(lambda report: report.active_requests == 1)
+            if daemon.parts.meter.latest.requests is not None and SHOWS_USE:
+                assert report.other_requests == 0
+            writer.close()
+            assert not reader.at_eof()
 
 
 @pytest.mark.spec("AGENT-44")

@@ -24,7 +24,7 @@ from .client import (
 )
 from .display import StatusView
 from .link.link import CoordinatorLink, LinkLost
-from .metrics import Meter
+from .metrics import SHOWS_USE, Meter
 from .pacing import AgentPace, Backoff, Reminder, forever
 from .reach import Offer, Reach, Transport
 from .recent import Logs
@@ -268,6 +268,12 @@ class Daemon:
         linked = sum(link.active_requests for link in self._links)
         return (self.parts.meter.latest.requests or 0) + self.parts.reach.relayed_requests + linked
 
+    def _other_requests(self) -> int | None:
+        """Those of them that are not the coordinator's; `None` where that cannot be told."""
+        offer = self.parts.reach.offer
+        is_told_apart = self.parts.transport.is_link or (offer is not None and offer.relay_port)
+        return self.parts.meter.latest.requests if is_told_apart and SHOWS_USE else None
+
     @property
     def _is_running(self) -> bool:
         return self.parts.watch.facts.is_running
@@ -300,6 +306,7 @@ class Daemon:
             cpu_usage=readings.cpu_percent,
             memory_usage=readings.memory_percent,
             active_requests=self._active_requests(),
+            other_requests=self._other_requests(),
             ollama_running=facts.is_running,
             ollama_version=facts.version,
             memory_total_bytes=readings.memory_total_bytes,

@@ -167,6 +167,9 @@ def _free_bytes(folder: Path) -> int | None:
 
 End = tuple[str, int]
 
+SHOWS_USE = sys.platform == "linux"
+"""Whether the system shows which connections are in use; elsewhere idle ones count too."""
+
 ANSWER_GAP_MS = 2000
 """An answer whose last bytes are older is over: Ollama rarely writes a token in more time."""
 

@@ -76,7 +76,9 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     model is listed and cannot run. `left_behind` is a sentence on model runners of an Ollama that
     was killed: they still hold memory.
     `ollama_running` false: the agent runs, its Ollama does not answer. `leaving`: the agent stops,
-    and this is its last report. `instance_id` is that of the registration.
+    and this is its last report. `instance_id` is that of the registration. `other_requests` are
+    those of `active_requests` that did not come through the agent's relay or link, where all of the
+    coordinator's do and the system shows which connections are in use.
     """
 
     agent_id: AgentId
@@ -97,6 +99,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     left_behind: str | None = None
     leaving: bool = False
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
+    other_requests: Annotated[int, Meta(ge=0)] | None = None
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)

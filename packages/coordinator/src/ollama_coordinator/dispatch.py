@@ -202,6 +202,11 @@ class Dispatch:
         if self.scheduler.waiting_count():
             self.plan()
 
+    def reported(self, agent: AgentState) -> None:
+        """The registry has a new report of this agent."""
+        self.scheduler.reported(agent.id, self.clock.now())
+        self.plan()
+
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""
         now = self.clock.now()

@@ -1,6 +1,7 @@
 """What a request costs others: those who run where it goes, and those who wait there."""
 
 import pytest
+from msgspec import structs
 
 from ollama_coordinator.scheduler import Lane, Lease, Result, Timings
 from ollama_coordinator.scheduler.state import Machine
@@ -165,3 +166,89 @@ def test_an_agent_that_gets_idle_is_offered_to_interactive_requests_before_batch
     (lease,) = world.end(other)
     assert lease.agent_id == "cold"
     assert lease.request.lane is Lane.INTERACTIVE
+
+
+def two_equal() -> World:
+    """Two idle agents of one known speed, one slot each."""
+    world = World()
+    for name in ("used", "idle"):
+        world.agent(name, loaded=["m"], slots=1)
+    for _ in range(4):
+        for other in ("used", "idle"):
+            lease = world.send(prompt_tokens=100, excluded=frozenset({other}))
+            world.serve(lease, FAST, after=1.1)
+    return world
+
+
+def to_used(world: World) -> Lease:
+    return world.send(prompt_tokens=100, excluded=frozenset({"idle"}))
+
+
+def shares(world: World, count: int = 6) -> int:
+    """How many of so many requests, one after the other, go to the agent that is used."""
+    used = 0
+    for _ in range(count):
+        lease = world.send(prompt_tokens=100)
+        used += lease.agent_id == "used"
+        world.serve(lease, FAST, after=1.1)
+    return used
+
+
+@pytest.mark.spec("SCHED-95")
+def test_a_wait_that_nothing_explains_counts_for_a_minute() -> None:
+    world = two_equal()
+    assert shares(world) == 3
+    waited = Timings(100, 100, 11.1, 0.0, 0.1, 1.0)
+    world.serve(to_used(world), waited, after=11.1)
+    assert shares(world, 40) == 0
+    world.tick(60.0)
+    assert shares(world) == 3
+
+
+@pytest.mark.spec("SCHED-95")
+def test_a_wait_that_the_load_explains_does_not_count() -> None:
+    world = two_equal()
+    world.serve(to_used(world), Timings(100, 100, 11.1, 10.0, 0.1, 1.0), after=11.1)
+    assert shares(world) == 3
+
+
+@pytest.mark.spec("SCHED-95")
+def test_a_prompt_whose_client_left_is_read_to_its_end_or_until_the_agent_answers() -> None:
+    world = two_equal()
+    for answers in (False, True):
+        lease = world.send(prompt_tokens=60_000, excluded=frozenset({"idle"}))  # 60 s
+        world.now += 1.0
+        world.end(lease, Result.CANCELLED)
+        assert shares(world) == 0
+        if answers:
+            world.serve(to_used(world), FAST, after=1.1)
+        else:
+            world.tick(60.0)
+        assert shares(world) == 3
+
+
+@pytest.mark.spec("SCHED-95")
+def test_a_stream_that_was_given_up_without_a_byte_shows_a_wait() -> None:
+    world = two_equal()
+    lease = to_used(world)
+    world.now += 10.0
+    world.end(lease, Result.CANCELLED)
+    assert shares(world) == 0
+
+
+@pytest.mark.spec("SCHED-95")
+def test_reports_count_what_is_not_ours_and_are_forgotten() -> None:
+    world = two_equal()
+    world.tick(6.0)
+    ours = to_used(world)
+    agent = world.registry.get(ours.agent_id)
+    assert agent.report is not None
+    for active, others in ((1, 0), (2, 1)):
+        agent.report = structs.replace(agent.report, active_requests=active)
+        assert machine_of(world, "used").not_ours(world.now) == others
+    world.end(ours, timings=FAST)
+    assert machine_of(world, "used").not_ours(world.now) == 1
+    world.scheduler.reported(agent.id, world.now)
+    assert shares(world) == 0
+    world.tick(30.0)
+    assert shares(world) == 3

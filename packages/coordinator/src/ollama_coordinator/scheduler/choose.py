@@ -93,8 +93,8 @@ class Chooser:
                 continue
             new = max(tokens - hits.get(place, 0), 0) if hits else tokens
             seconds = run_seconds(place, new, receiver, now)
-            if place.slots.extra:
-                seconds += _wait_behind(place)
+            if place.slots.extra or place.owner.is_seen:
+                seconds += _wait_behind(place, now)
             if machine.trouble:
                 seconds += machine.penalty(now)
             if place.failing:
@@ -114,7 +114,7 @@ class Chooser:
             return Choice(Action.GO, None, NO_PLACE)
         cached = hits.get(best, 0) if hits else 0
         run = run_seconds(best, max(tokens - cached, 0), receiver, now)
-        behind = _wait_behind(best) if best.slots.extra else 0.0
+        behind = _wait_behind(best, now)
         seconds = (best_cost - best.machine.backup) * best.machine.preference
         failure = seconds - run - behind
         return Choice(Action.GO, best, best_cost, behind, run, cached, max(failure, 0.0))
@@ -232,10 +232,17 @@ def _before(place: Place, other: Place) -> bool:
     return mine > others or (mine == others and place.last_used < other.last_used)
 
 
-def _wait_behind(place: Place) -> float:
-    """Embeddings go to a busy place too, and wait there for the one before them: seconds."""
-    beyond = len(place.running) - place.slots.count + 1
-    return beyond * (place.mean_service or 0.0) if beyond > 0 else 0.0
+def _wait_behind(place: Place, now: float) -> float:
+    """The seconds that a request waits in a free slot for what is not ours.
+
+    Embeddings go to a busy place too, and wait there for the one before them.
+    """
+    running = len(place.running)
+    seconds = place.owner_wait(running, now) if place.owner.is_seen else 0.0
+    beyond = running - place.slots.count + 1
+    if beyond > 0 and place.slots.extra:
+        seconds += beyond * (place.mean_service or 0.0)
+    return seconds
 
 
 def _share_taken(place: Place) -> tuple[float, int]:

@@ -111,6 +111,8 @@ def first_byte_at(run: Running, output: float) -> float | None:
     seconds = max(request.prompt_tokens - run.cached, 0) * place.prefill
     if request.form is not Form.STREAM:
         seconds += output * place.decode
-    if place.slots.extra and place.mean_service:
+    if not place.slots.extra:
+        seconds += run.choice.wait  # for what is not ours
+    elif place.mean_service:
         seconds += place.mean_service  # it may have come behind another
     return run.lease.granted_at + seconds * max(place.slow_down, 1.0)

@@ -49,6 +49,8 @@ class Leases:
         )
         loads = choice.action is Action.LOAD
         wait = choice.wait + (LATE_LOAD - 1) * place.load if loads else 0.0
+        if not loads and place.owner.is_seen:
+            wait = place.owner_wait(len(place.running), now)
         new = max(request.prompt_tokens - choice.cached, 0)
         run = Running(
             lease, place, number, now + wait + service_seconds(place, new, entry.receiver.output),

@@ -9,7 +9,7 @@ from msgspec import structs
 from .prompt_cache import PromptCaches
 from .rates import OutputLengths, Quantity, Rates
 from .state import Place, Running
-from .types import Kind, Result, Timings
+from .types import Form, Kind, Result, Timings
 
 # Reading fewer tokens takes as long as the overhead around it: the rate would be too low.
 FEWEST_NEW_TOKENS = 50
@@ -128,7 +128,7 @@ def by_wall(run: Running, timings: Timings, now: float) -> Timings:
     if run.loads:
         load = max(first - run.place.prefill * timings.prompt_tokens, 0.0)
     elif run.rank <= run.place.slots.count and timings.prompt_tokens > FEWEST_PROMPT_TOKENS_BY_WALL:
-        prompt = first
+        prompt = None if _unexplained(run, began) else first
     return Timings(
         prompt_tokens=timings.prompt_tokens,
         output_tokens=timings.output_tokens,
@@ -150,14 +150,70 @@ def began(run: Running, now: float) -> None:
     """Its first byte came: what was granted before it and still runs was at work beside it."""
     run.began(now)
     place = run.place
+    if place.owner.is_seen:
+        place.owner.answered()
     if place.slots.fixed is None:
         earlier = sum(other.number < run.number for other in place.running.values())
         place.slots.prove(earlier + 1)
 
 
+def abandoned(run: Running, now: float) -> None:
+    """Its client left. Before the first byte, Ollama goes on reading the prompt for itself.
+
+    A stream of which nothing came after all that time waited for something that is not ours.
+    """
+    if run.began_at is not None or run.loads:
+        return
+    owner = run.place.owner
+    until = run.lease.granted_at + run.choice.wait + _reading(run)
+    if until > now:
+        owner.abandoned(until)
+    elif run.lease.request.form is Form.STREAM and (waited := _unexplained(run, now)):
+        owner.made_wait(waited, now)
+
+
+def _had_a_slot(run: Running) -> bool:
+    """Whether only what is not ours can have made it wait."""
+    slots, is_plain = run.place.slots, not (run.loads or run.tries or run.adopted)
+    has_slot = run.rank <= slots.count if slots.fixed is not None else run.rank == 1
+    return is_plain and has_slot and run.lease.request.kind is not Kind.EMBED
+
+
+def _reading(run: Running) -> float:
+    """The predicted seconds until all of its prompt is read, from its slot on."""
+    new = max(run.lease.request.prompt_tokens - run.cached, 0)
+    return new * run.place.prefill * max(run.place.slow_down, 1.0)
+
+
+def _unexplained(run: Running, began: float, written: int = 0) -> float:
+    """The seconds until its first byte that nothing else explains, where speeds are known.
+
+    So many tokens were `written` before it.
+    """
+    place = run.place
+    explained = _reading(run) + written * place.decode * max(place.slow_down, 1.0)
+    waited = began - run.lease.granted_at - explained
+    is_long = waited > explained + FIRST_BYTE_SLACK_SECONDS
+    return waited if is_long and place.solo > 1 and _had_a_slot(run) else 0.0
+
+
+def _learn_wait(run: Running, timings: Timings | None, now: float) -> None:
+    """How long it waited for what is not ours: by Ollama's durations, else by the first byte."""
+    if not _had_a_slot(run):
+        return
+    waited = _waited_by_timings(timings)
+    if waited is None and timings is not None and run.began_at is not None:
+        streamed = _streamed(run.began_at, run.lease.granted_at, now)
+        waited = _unexplained(run, run.began_at, 0 if streamed else timings.output_tokens)
+    if waited is not None:
+        run.place.owner.made_wait(waited, now)
+
+
 def ended(run: Running, result: Result, timings: Timings | None, now: float) -> None:
     """Judge by its waiting whether it had a slot at once; `run` is out of its place already."""
     place = run.place
+    if result is Result.SERVED:
+        _learn_wait(run, timings, now)
     if place.slots.fixed is not None:
         return
     later = [other for other in place.running.values() if other.number > run.number]
@@ -177,12 +233,18 @@ def ended(run: Running, result: Result, timings: Timings | None, now: float) -> 
 
 def _waited(run: Running, timings: Timings | None, now: float) -> bool | None:
     """Whether it waited for a slot; `None` when that is not known."""
-    if timings is not None and timings.total_seconds is not None:
-        parts = (timings.load_seconds, timings.prompt_seconds, timings.output_seconds)
-        if timings.output_seconds is not None:
-            wait = timings.total_seconds - sum(part or 0.0 for part in parts)
-            return wait > max(WAITED_SECONDS, WAITED_SHARE * timings.total_seconds)
+    if (waited := _waited_by_timings(timings)) is not None:
+        return waited > 0
     return None if run.saw_end_at is None else _waited_by_wall(run, run.saw_end_at, timings, now)
+
+
+def _waited_by_timings(timings: Timings | None) -> float | None:
+    """The seconds that loading, reading and writing do not explain, if they are no overhead."""
+    if timings is None or timings.total_seconds is None or timings.output_seconds is None:
+        return None
+    parts = (timings.load_seconds, timings.prompt_seconds, timings.output_seconds)
+    wait = timings.total_seconds - sum(part or 0.0 for part in parts)
+    return wait if wait > max(WAITED_SECONDS, WAITED_SHARE * timings.total_seconds) else 0.0
 
 
 def _waited_by_wall(run: Running, freed: float, timings: Timings | None, now: float) -> bool | None:

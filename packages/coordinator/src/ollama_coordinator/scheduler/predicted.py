@@ -157,10 +157,21 @@ class PredictedScheduler(Scheduler):
             place.served_for(max(service, 0.0))
         elif outcome.result in (Result.UNREACHABLE, Result.CUT):
             machine.failed(now)
+        elif outcome.result is Result.CANCELLED:
+            observations.abandoned(run, now)
         if self._serving.entries:
             self._freed(place, queue if served else None)
         else:
             self._leases.repredict(now)
+
+    def reported(self, agent_id: AgentId, now: float) -> None:
+        machine = self._machines.by_agent.get(agent_id)
+        if machine is None:
+            return
+        residents = [place for place in machine.residents if place.resident]
+        requests = machine.not_ours(now)
+        for place in residents:
+            place.owner.reported(requests, 1 / len(residents), now)
 
     def _freed(self, place: Place, queue: Queue | None) -> None:
         """A slot is free there; `queue` is that of a request that was served."""

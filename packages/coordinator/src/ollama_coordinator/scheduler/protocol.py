@@ -75,6 +75,10 @@ class Scheduler(Protocol):
             KeyError: there is no such lease, or it has ended before.
         """
 
+    def reported(self, agent_id: AgentId, now: float) -> None:
+        """The registry has a new report of an agent, with what its Ollama runs for others."""
+        return
+
     def adopt(self, lease: Lease, now: float) -> bool:
         """Take over a running lease that another scheduler granted, under its id.
 

@@ -105,7 +105,7 @@ class SlotPlans:
             return None
         place, index = planned.place, planned.slot
         new = max(entry.request.prompt_tokens - planned.cached, 0)
-        service = service_seconds(place, new, entry.receiver.output)
+        service = service_seconds(place, new, entry.receiver.output) + _owner_wait(place, now)
         later = (planned.at + service, slots.pop(index)[1], place)
         insort(slots, later, lo=index, key=_at)
         return planned
@@ -192,6 +192,7 @@ def _choice(planned: Planned | None, now: float) -> Choice:
     if planned is None:
         return Choice(Action.WAIT, None, NO_PLACE)
     machine, wait = planned.place.machine, max(planned.at - now, 0.0)
+    wait += _owner_wait(planned.place, now)
     failure = _failure(planned.place, planned.run, now)
     cost = (wait + planned.run + failure) / machine.preference + machine.backup
     return Choice(Action.WAIT, planned.place, cost, wait, planned.run, planned.cached, failure)
@@ -200,6 +201,11 @@ def _choice(planned: Planned | None, now: float) -> Choice:
 def _failure(place: Place, run: float, now: float) -> float:
     """What recent failures add."""
     return place.machine.penalty(now) + place.failing_share(now) * run
+
+
+def _owner_wait(place: Place, now: float) -> float:
+    """The wait for what is not ours, once one of ours there has ended."""
+    return place.owner_wait(max(len(place.running) - 1, 0), now) if place.owner.is_seen else 0.0
 
 
 def _cheapest(
@@ -235,6 +241,8 @@ def _cheapest(
         cost = wait + run
         if machine.trouble or place.failing:
             cost += _failure(place, run, now)
+        if place.owner.is_seen:
+            cost += _owner_wait(place, now)
         cost = cost / machine.preference + machine.backup
         if cost < lowest:
             found, lowest = (at, place, run, cached, index), cost

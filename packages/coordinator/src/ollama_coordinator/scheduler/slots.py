@@ -16,6 +16,8 @@ TRY_AGAIN_SECONDS = 20.0
 FIRST_REST_SECONDS = 60.0
 MOST_DOUBLINGS = 10
 LONGEST_REST_SECONDS = 1800.0
+REPORT_HOLDS_SECONDS = 30.0  # three heartbeats
+FORGET_WAIT_SECONDS = 60.0  # an owner's chat is over, or has shown itself again
 ENOUGH_REFUTED = 2  # so many models that run no more speak for all: one alone may be special
 
 SERIAL_FAMILIES = frozenset(
@@ -154,6 +156,58 @@ class Slots:
         rest = FIRST_REST_SECONDS * 2.0 ** min(self.failures - 1, MOST_DOUBLINGS)
         self.try_from = now + min(rest, LONGEST_REST_SECONDS)
         self.burst_until = -1.0
+
+
+@dataclass(slots=True, eq=False)
+class OwnerUse:
+    """Slots of one model on one agent that are held by what is not ours: by its owner, who uses
+    Ollama directly, or by a prompt that Ollama goes on reading after its client left.
+
+    `requests` is how many the agent reported, `share` the probability that they use this model.
+    `waited` are seconds of a wait that nothing else explains; they count less every second.
+    `is_seen`: any of it may count.
+    """
+
+    is_seen: bool = False
+    requests: int = 0
+    share: float = 1.0
+    reported_at: float = 0.0
+    read_until: float = 0.0
+    waited: float = 0.0
+    waited_at: float = 0.0
+
+    def reported(self, requests: int, share: float, now: float) -> None:
+        """The agent reports so many requests that are not ours."""
+        if requests or self.requests:
+            self.requests, self.share, self.reported_at = requests, share, now
+            self.is_seen = True
+
+    def abandoned(self, until: float) -> None:
+        """A client left before the first byte: its prompt is probably read until this time."""
+        self.read_until, self.is_seen = until, True
+
+    def answered(self) -> None:
+        """A first byte came: no abandoned prompt is being read any more."""
+        self.read_until = 0.0
+
+    def made_wait(self, waited: float, now: float) -> None:
+        """A request waited so many seconds, of which nothing else explains any."""
+        if waited or self.waited:
+            self.waited, self.waited_at = (self._learned(now) + waited) / 2, now
+            self.is_seen = True
+
+    def wait(self, ours: int, slots: int, service: float, now: float) -> float:
+        """The expected wait in seconds of one more request beside so many of ours."""
+        reported = self.requests if now - self.reported_at < REPORT_HOLDS_SECONDS else 0
+        reading = max(self.read_until - now, 0.0)
+        seconds = self._learned(now)
+        self.is_seen = bool(reported or reading or seconds)
+        if ours + reported + (reading > 0) >= slots:
+            seconds = max(seconds, reading, self.share * service if reported else 0.0)
+        return seconds
+
+    def _learned(self, now: float) -> float:
+        return self.waited * max(1 - (now - self.waited_at) / FORGET_WAIT_SECONDS, 0.0)
 
 
 class LearnedSlots(Struct, frozen=True):

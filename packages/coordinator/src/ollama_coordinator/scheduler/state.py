@@ -5,6 +5,7 @@ the agent with its memory. Other modules read every field, and change them by th
 named for what happened. `DESIGN.md` lists the fields, and the module that calls each transition.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from math import exp
@@ -16,8 +17,8 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId, RunnerSettings
 
 from .memory import MemoryLimits
-from .rates import BATCH_FACTOR, Quantity, Rates, prior
-from .slots import AgentSlots, Slots
+from .rates import BATCH_FACTOR, OUTPUT_TOKENS, Quantity, Rates, prior
+from .slots import AgentSlots, OwnerUse, Slots
 from .types import Lease, LeaseId, RunnerOptions
 
 # What one recent failure adds to a cost: an equal place wins, a much slower one does not.
@@ -34,6 +35,11 @@ SERVICE_GAIN = 0.2  # the last five requests count: how long answers are changes
 LOAD_DELAY_SHARE = 0.25
 SHORTEST_LOAD_DELAY_SECONDS = 1.0
 SMALLEST_PREFERENCE = 0.01  # an operator's 0 must not divide: it means "only if no other can"
+
+# A report counts requests up to so many seconds ago: some that have ended since were ours.
+REPORT_AGE_SECONDS = 5.0
+MOST_ENDS = 64  # where more end in five seconds, some of ours are taken for others'
+USED_PERCENT = 50.0  # of a GPU: a desktop takes less, a model at work more
 
 NEVER = float("-inf")
 
@@ -81,9 +87,10 @@ class Place:
     `options` are those of its runner, `None` when somebody else loaded it. `blocked`: its load was
     assumed to be over and then found to wait for memory. `ends` is the sum of the predicted ends of
     its leases, so that the time left is known without a loop, and `slow_down` the factor by which
-    they were predicted to be slower than alone. `waiting_load` is its share of the interactive
-    requests that wait, `failing` the share of its requests that failed. `prefill` and `decode` are
-    seconds per token, `load` the seconds of a load; `factors` are the machine's that they lean on.
+    they were predicted to be slower than alone, `owner` what holds its slots and is not ours.
+    `waiting_load` is its share of the interactive requests that wait, `failing` the share of its
+    requests that failed. `prefill` and `decode` are seconds per token, `load` the seconds of a
+    load; `factors` are the machine's that they lean on.
     """
 
     machine: "Machine"
@@ -120,6 +127,7 @@ class Place:
     concurrency_seconds: float = 0.0
     counted_at: float = 0.0
     known_eviction: KnownEviction | None = None
+    owner: OwnerUse = field(default_factory=OwnerUse)
 
     # ── rates ─────────────────────────────────────────────────────────────────────────────────
 
@@ -162,6 +170,11 @@ class Place:
         """A request held its slot for so long."""
         before = seconds if self.mean_service is None else self.mean_service
         self.mean_service = before + SERVICE_GAIN * (seconds - before)
+
+    def owner_wait(self, ours: int, now: float) -> float:
+        """The seconds that a request beside `ours` is expected to wait for what is not ours."""
+        service = self.mean_service or OUTPUT_TOKENS * self.decode
+        return self.owner.wait(ours, self.slots.count, service, now)
 
     # ── failures ──────────────────────────────────────────────────────────────────────────────
 
@@ -297,6 +310,7 @@ class Place:
         self.touched_at = now
         self.ends -= run.ends_at
         machine.running -= 1
+        machine.ended.append(now)
         machine.ends -= run.ends_at
         if not self.running:
             machine.epoch += 1
@@ -358,6 +372,7 @@ class Machine:
     `unsettled` is the time of a list of loaded models that contradicts what happened a moment
     before; a later one decides. `batch` is how much one more request in a runner slows each other.
     `factors` grows when what is learned of the machine changes the rates of all its places.
+    `ended` are the times of the last ends of leases.
     """
 
     id: AgentId
@@ -391,6 +406,7 @@ class Machine:
     down_since: float | None = None
     context_length: int | None = None
     agent_slots: AgentSlots = field(default_factory=AgentSlots)
+    ended: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDS))
 
     # ── failures ──────────────────────────────────────────────────────────────────────────────
 
@@ -416,6 +432,23 @@ class Machine:
     def factors_changed(self) -> None:
         """The rates of its places that lean on its factors are to be taken anew before use."""
         self.factors += 1
+
+    def not_ours(self, now: float) -> int:
+        """How many requests that are not ours its agent reports: by connections in use, or by a
+        GPU that computes while nothing of ours runs. The report may be some seconds old.
+        """
+        report = self.agent.report
+        if report is None:
+            return 0
+        ours = self.running + sum(now - at < REPORT_AGE_SECONDS for at in self.ended)
+        others = report.other_requests
+        if others is None:  # only Linux shows which connections are in use
+            platform = self.agent.registration.platform or "Linux"
+            is_exact = platform.startswith("Linux")
+            others = max(report.active_requests - ours, 0) if is_exact else 0
+        if not (others or ours):
+            others = int(any((gpu.utilization_percent or 0) >= USED_PERCENT for gpu in report.gpus))
+        return others
 
     # ── what the registry says ────────────────────────────────────────────────────────────────
 

@@ -251,6 +251,7 @@ class Simulation:
         node = self.nodes[agent_id]
         node.advance(now)
         self.registry.heartbeat(health_report(node), now)
+        self.scheduler.reported(agent_id, now)
 
     def crash(self, name: str, now: float) -> None:
         """The machine is gone: what ran there fails, before or after its first token."""

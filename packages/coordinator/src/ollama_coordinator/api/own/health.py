@@ -85,7 +85,7 @@ class HealthApi:
             self._parts.agent_store.keep(agent)
         else:
             self._parts.agent_store.keep_seen(agent)
-        self._dispatch.plan()
+        self._dispatch.reported(agent)
         log_after = self._parts.agent_logs.wanted_after(agent.id, now)
         return HealthReply(
             log_after=UNSET if log_after is None else log_after,

@@ -1,0 +1,140 @@
+"""Requests go where they finish first, over real sockets: a machine whose owner uses it himself."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from ollama_coordinator.scheduler import state
+from ollama_coordinator_common.types import AgentId
+from support.coordinator import Running, running
+from support.ollama import Hardware, StandIn
+
+TOKENS_PER_SECOND = 400.0
+OWNERS_TOKENS = 800  # two seconds, again and again
+CHATS = 12
+
+
+@asynccontextmanager
+async def two_machines(
+    coordinator: Running,
+) -> AsyncIterator[tuple[StandIn, AgentId, StandIn, AgentId]]:
+    """Equal ones with one slot, of known speeds; the model is in memory on both."""
+    equal = Hardware(prefill_tokens_per_second=4000, decode_tokens_per_second=TOKENS_PER_SECOND)
+    async with StandIn(hardware=equal) as used, StandIn(hardware=equal) as idle:
+        ids = []
+        for ollama in (used, idle):
+            ids.append(AgentId(await coordinator.register(ollama)))
+            for drained in (True, False):  # each alone, and both in the end
+                for other in ids[:-1]:
+                    await drain(coordinator, other, drained)
+                if drained:
+                    for _ in range(4):
+                        assert (await coordinator.chat(options={"num_predict": 20}))[0] == 200
+        yield used, ids[0], idle, ids[1]
+
+
+async def drain(coordinator: Running, agent: str, draining: bool) -> None:
+    url = f"{coordinator.url}/api/agents/{agent}"
+    async with coordinator.session.patch(url, json={"draining": draining}) as response:
+        assert response.status == 200
+
+
+@asynccontextmanager
+async def owner(ollama: StandIn) -> AsyncIterator[None]:
+    """Somebody who keeps the machine's one slot busy, past the coordinator."""
+    began = asyncio.Event()
+
+    async def use() -> None:
+        body = {"model": "llama3.2", "prompt": "on", "options": {"num_predict": OWNERS_TOKENS}}
+        async with aiohttp.ClientSession() as session:
+            while True:
+                async with session.post(f"{ollama.url}/api/generate", json=body) as response:
+                    async for _ in response.content:
+                        began.set()
+
+    task = asyncio.create_task(use())
+    try:
+        await began.wait()
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def chat(coordinator: Running, path: str, *, stream: bool) -> None:
+    body = {
+        "model": "llama3.2",
+        "messages": [{"role": "user", "content": "hello"}],
+        "stream": stream,
+        **({"options": {"num_predict": 20}} if path == "/api/chat" else {"max_tokens": 20}),
+    }
+    async with coordinator.session.post(coordinator.url + path, json=body) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+
+
+def served(ollama: StandIn) -> int:
+    return ollama.seen.count("/api/chat") + ollama.seen.count("/v1/chat/completions")
+
+
+@pytest.mark.spec("SCHED-95")
+@pytest.mark.parametrize(
+    ("path", "stream"),
+    [
+        ("/api/chat", True),
+        ("/api/chat", False),
+        ("/v1/chat/completions", True),
+        ("/v1/chat/completions", False),
+    ],
+)
+async def test_waiting_that_nothing_explains_is_learned(path: str, stream: bool) -> None:
+    async with running() as coordinator, two_machines(coordinator) as (used, _, idle, _):
+        async with owner(used):
+            before = served(used), served(idle)
+            for _ in range(CHATS):
+                await chat(coordinator, path, stream=stream)
+        assert served(used) - before[0] <= 2
+        assert served(idle) - before[1] >= CHATS - 2
+
+
+@pytest.mark.spec("SCHED-95")
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"active_requests": 1},
+        {"active_requests": 1, "other_requests": 1},
+        {"gpus": [{"name": "gpu", "utilization_percent": 97.0}]},
+    ],
+)
+async def test_a_slot_that_is_reported_as_in_use_is_no_free_slot(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "REPORT_AGE_SECONDS", 0.0)  # as if no answer had just ended
+    async with running() as coordinator, two_machines(coordinator) as (used, agent, _idle, _):
+        async with owner(used):
+            await coordinator.heartbeat(agent, **report)
+            before = served(used)
+            for _ in range(CHATS):
+                await chat(coordinator, "/api/chat", stream=True)
+            assert served(used) == before
+        why = await asked(coordinator)
+        waits = {one["agent_id"]: one["wait_seconds"] for one in why["candidates"]}
+        assert waits.pop(agent) > 0
+        assert set(waits.values()) == {0}
+        await coordinator.heartbeat(agent)
+        await chat(coordinator, "/api/chat", stream=True)
+        await chat(coordinator, "/api/chat", stream=True)
+        assert served(used) > before
+
+
+async def asked(coordinator: Running) -> Any:
+    """What would be decided for one more chat."""
+    status, why = await coordinator.post(
+        "/api/explain", {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
+    )
+    assert status == 200, why
+    return why
