@@ -555,6 +555,7 @@ async def test_an_address_outside_is_registered_by_itself_or_with_proof(behind: 
         assert await tried("192.0.2.7", PRIVATE) == 403
         assert await tried("127.0.0.1", "127.0.0.1") == 201
         key = bearer(await made(behind, rights=["join"]))
+        await made(behind, "ben")
         assert await tried("192.0.2.7", PRIVATE) == 401
         assert await tried("192.0.2.7", PRIVATE, **key) == 201
 
@@ -577,6 +578,7 @@ async def test_the_first_key_takes_no_machine_out(behind: Running) -> None:
         beat = {"agent_id": agent_id, "cpu_usage": 1, "memory_usage": 1, "active_requests": 0}
         assert (await asked(behind, "/api/health", "POST", of=PRIVATE, body=beat))[0] == 200
         join = bearer(await made(behind, "machines", rights=["join"]))
+        await made(behind, "ben")
         # From where the machine spoke last, and from where it is registered; from nowhere else.
         assert (await asked(behind, "/api/health", "POST", of=PRIVATE, body=beat))[0] == 200
         for path, sent in (("/api/health", beat), ("/api/agents", body)):

@@ -29,7 +29,7 @@ from .process import ServeCommand, find_binary
 from .reach import Reach, Transport, needs_relay, own_address
 from .recent import Logs, Recent
 from .relay import TcpRelay, parse_networks
-from .settings import machine_name, state_folder
+from .settings import join_token, machine_name, state_folder
 from .state import StateFolder
 from .supervisor import GET_OLLAMA, Supervisor
 from .watch import Facts, Watch
@@ -65,7 +65,7 @@ async def assembled(
         stack.enter_context(meter)
         ollama = Ollama(session, host, config.ollama_port)
         parts = AgentParts(
-            client=CoordinatorClient(session, config.coordinator_url),
+            client=CoordinatorClient(session, config.coordinator_url, token=join_token(config)),
             watch=Watch(ollama, supervisor, environ, changed, pace),
             reach=Reach(config, relay, state, changed, pace),
             transport=Transport(config, state),

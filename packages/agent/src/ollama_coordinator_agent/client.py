@@ -5,7 +5,7 @@ CoordinatorError   no answer, an answer of another program, or one that says "no
 └── Forgotten      the coordinator does not know this agent: 404 to a heartbeat or a log
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 from urllib.parse import quote
@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.protocol import (
     AgentView,
     HealthReply,
@@ -32,6 +33,8 @@ refuse a host name that cannot be encoded."""
 
 NO_LINKS = (404, 426, 501)
 """An older coordinator, a proxy that leaves the upgrade out, a server that cannot change over."""
+
+NONE: Mapping[str, str] = {}
 
 T = TypeVar("T")
 
@@ -55,13 +58,22 @@ class ErrorReply(msgspec.Struct):
 
 
 class CoordinatorClient:
-    """Sends requests to one coordinator; `url` may have a base path."""
+    """Sends requests to one coordinator; `url` may have a base path.
+
+    `token` is what the machine may join with.
+    """
 
     def __init__(
-        self, session: aiohttp.ClientSession, url: str, *, timeout_seconds: float = 5.0
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        *,
+        token: JoinToken | None = None,
+        timeout_seconds: float = 5.0,
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
+        self._joining = {"X-Api-Key": token.secret} if token is not None else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
@@ -70,7 +82,8 @@ class CoordinatorClient:
         Raises:
             CoordinatorError: see the module's tree; never `Forgotten`.
         """
-        status, body = await self._call("POST", "/api/agents", msgspec.json.encode(request))
+        content = msgspec.json.encode(request)
+        status, body = await self._call("POST", "/api/agents", content, self._joining)
         if status == 404:
             raise self._not_a_coordinator("it answers 404 to a registration")
         self._check(status, body)
@@ -138,8 +151,11 @@ class CoordinatorClient:
         self._check(status, body)
         return body
 
-    async def _call(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"} if content is not None else {}
+    async def _call(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] = NONE
+    ) -> tuple[int, bytes]:
+        if content is not None:
+            headers = {**headers, "Content-Type": "application/json"}
         async with (
             self._translated(),
             self._session.request(

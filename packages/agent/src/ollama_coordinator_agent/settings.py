@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import platformdirs
 
 from ollama_coordinator_common.error import ConfigError
+from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.network import is_address
 from ollama_coordinator_common.settings import AgentConfig
 
@@ -34,7 +35,22 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
         expected = "give the path of an executable ollama program"
         raise ConfigError("OLLAMA_BINARY", config.ollama_binary, expected)
     _check_networks(config.relay_allow)
+    join_token(config)
     return config
+
+
+def join_token(config: AgentConfig) -> JoinToken | None:
+    """The join token, if there is one.
+
+    Raises:
+        ConfigError: the text is none.
+    """
+    if not config.join_token:
+        return None
+    try:
+        return JoinToken.parse(config.join_token)
+    except ValueError as exc:
+        raise ConfigError("AGENT_JOIN_TOKEN", "a text that is none", str(exc)) from None
 
 
 def _check_url(url: str) -> None:

@@ -318,6 +318,10 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "A file with a key of all rights, which is made if need be; the command line sends it",
         metavar="FILE",
     )] = None
+    join_token: Annotated[str, Setting(
+        "COORDINATOR_JOIN_TOKEN", "A join token that is in force from the start", metavar="TOKEN",
+        secret=True,
+    )] = ""
     trusted_proxies: Annotated[tuple[str, ...], Setting(
         "COORDINATOR_TRUSTED_PROXIES",
         "Addresses and networks of proxies that say truly for whom they ask",
@@ -364,6 +368,10 @@ class AgentConfig(Config, frozen=True, kw_only=True):
     coordinator_url: Annotated[str, Setting(
         "COORDINATOR_URL", "The coordinator", metavar="URL",
     )] = "http://localhost:8080"
+    join_token: Annotated[str, Setting(
+        "AGENT_JOIN_TOKEN", "The join token with which this machine comes into the fleet",
+        metavar="TOKEN", secret=True,
+    )] = ""
     ollama_port: Annotated[int, _port("OLLAMA_PORT", "The local Ollama's port")] = 11434
     machine_name: Annotated[str | None, Setting(
         "AGENT_MACHINE_NAME", "What people call this machine; its host name if not given",

@@ -137,7 +137,8 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await parts.agent_store.restore()
         await parts.machines.restore()
         await parts.aliases.restore()
-        await parts.access.restore(parts.settings.config.key_file)
+        config = parts.settings.config
+        await parts.access.restore(config.key_file, config.join_token)
         for saved in _saved_state(parts):
             await stack.enter_async_context(saved.running())
         parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it

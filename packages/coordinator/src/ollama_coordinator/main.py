@@ -18,6 +18,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 from . import server
 from .aio import loop_of
 from .commands import fleet, operate, scheduling
+from .commands.joining import tokens
 from .commands.keys import keys
 from .commands.top import top
 from .settings import read
@@ -56,6 +57,7 @@ def default(
 
 app.add_typer(fleet.models, name="models")
 app.add_typer(keys, name="keys")
+app.add_typer(tokens, name="join-token")
 app.add_typer(operate.agents, name="agents")
 app.add_typer(operate.requests, name="requests")
 app.add_typer(operate.settings, name="settings")

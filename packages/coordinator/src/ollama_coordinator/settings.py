@@ -17,7 +17,7 @@ from msgspec import structs
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
-from .access import networks
+from .access import networks, token_in
 from .aio import loop_of
 from .db import Store, database_of
 from .operations import Placement, WrongPlacement
@@ -69,6 +69,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "pull_placement": _check_placement,
     "webhook": _check_webhook,
     "loop": loop_of,
+    "join_token": lambda text: token_in(text) if text else None,
     "trusted_proxies": partial(networks, "COORDINATOR_TRUSTED_PROXIES"),
     "trusted_networks": partial(networks, "COORDINATOR_TRUSTED_NETWORKS"),
 }

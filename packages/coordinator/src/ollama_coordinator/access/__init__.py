@@ -15,6 +15,7 @@ from .keys import (
     UnknownKey,
     WrongKey,
     key_in,
+    token_in,
 )
 from .limits import Account, KeyUsage
 from .machines import KnownMachines, check_address
@@ -53,4 +54,5 @@ __all__ = [
     "key_in",
     "networks",
     "secret_path",
+    "token_in",
 ]

@@ -16,12 +16,24 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.types import Scope
 
+from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.network import parse_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import signature
 from .caller import Caller, Denied, caller_of, granted
-from .keys import EVERYTHING, FREE, Key, KeyRing, Right, key_in
+from .keys import (
+    EVERYTHING,
+    FREE,
+    FROM_FILE,
+    FROM_SETTING,
+    OF_TOKENS,
+    Key,
+    KeyRing,
+    Right,
+    key_in,
+    token_in,
+)
 from .limits import KeyUsage
 from .machines import KnownMachines
 from .sessions import SecretFile, Sessions, cookie_of
@@ -105,8 +117,8 @@ class Access:
         """What the operator should know of who came in, or did not, within the last day."""
         return self._notice if time.monotonic() - self._noticed_at < NOTICE_SECONDS else ""
 
-    async def restore(self, key_file: Path | None) -> None:
-        """Take keys and sessions over from the database, and the first key from a file.
+    async def restore(self, key_file: Path | None, join_token: str) -> None:
+        """Take keys and sessions over from the database; the first ones, from the settings.
 
         Raises:
             DatabaseError: the database cannot be read.
@@ -116,7 +128,9 @@ class Access:
         await self.sessions.restore()
         await self.usage.restore()
         if key_file is not None:
-            self.keys.adopt(key_in(key_file))
+            self.keys.adopt(key_in(key_file), FROM_FILE, "operate")
+        if join_token:
+            self.keys.adopt(token_in(join_token).secret, FROM_SETTING, *OF_TOKENS)
         self.secret.write()
 
     # ── who ───────────────────────────────────────────────────────────────────────────────────
@@ -247,6 +261,10 @@ class Access:
                 "no address of a private network, was served without a key "
                 "(COORDINATOR_ACCESS=open)."
             )
+
+    def join_token(self, secret: str) -> str:
+        """What a machine is given to join with, of the text of a key with that right."""
+        return JoinToken(secret).text
 
     def _note(self, text: str) -> None:
         self._notice, self._noticed_at = text, time.monotonic()

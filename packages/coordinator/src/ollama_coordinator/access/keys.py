@@ -20,6 +20,7 @@ from msgspec import Struct, structs
 
 from ollama_coordinator.db import Store
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
+from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.network import parse_address
 
@@ -47,7 +48,11 @@ USED_SECONDS = 60.0
 """How late at most it is written when a key was last used."""
 
 FROM_FILE = "key file"
-"""The name of the key that `COORDINATOR_KEY_FILE` gives."""
+FROM_SETTING = "join token"
+"""The names of the keys that `COORDINATOR_KEY_FILE` and `COORDINATOR_JOIN_TOKEN` give."""
+
+OF_TOKENS = ("join",)
+"""The rights of a join token, which is a key with these alone."""
 
 
 class Right(IntFlag):
@@ -102,7 +107,7 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `models`: the models it may use, as patterns with `*`; none is all. `weight`: its share among
     clients that wait for one model. `in_path`: it may stand in an address, `/k/KEY/…`.
     `names_users`: requests with it may say which user they are for. `ssh`: the public key of an
-    `ollama` program, in place of a secret.
+    `ollama` program, in place of a secret. `once`: a join token for one machine.
     """
 
     name: str
@@ -114,6 +119,7 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: KeyLimits = NO_LIMITS
     expires_at: datetime | None = None
     ssh: str = ""
+    once: bool = False
 
 
 class Key(Struct, kw_only=True):
@@ -132,6 +138,7 @@ class Key(Struct, kw_only=True):
     in_path: bool = False
     names_users: bool = False
     limits: KeyLimits = NO_LIMITS
+    once: bool = False
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
@@ -141,6 +148,11 @@ class Key(Struct, kw_only=True):
     def allowed(self) -> Right:
         """Its rights with those that they include."""
         return rights_of(self.rights)
+
+    @property
+    def is_token(self) -> bool:
+        """Whether it is a join token: it lets machines in, and nobody has to have one."""
+        return self.rights == OF_TOKENS
 
     def has_ended(self, at: float) -> bool:
         """Whether it is revoked, or has expired at a Unix time."""
@@ -187,7 +199,7 @@ def new_secret() -> str:
 class KeyRing:
     """All keys of a coordinator, in memory and in its database.
 
-    `any_made`: a key was made once, be it revoked or expired since.
+    `any_made`: a key was made once that is no join token, be it revoked or expired since.
     """
 
     def __init__(self, store: Store) -> None:
@@ -276,6 +288,7 @@ class KeyRing:
             in_path=wanted.in_path,
             names_users=wanted.names_users,
             limits=wanted.limits,
+            once=wanted.once,
             created_at=_now(),
             expires_at=wanted.expires_at,
         )
@@ -295,6 +308,8 @@ class KeyRing:
         if wanted.in_path and set(wanted.rights) != {"use"}:
             text = "addresses are written down in many places"
             raise WrongKey(f"a key in a path may have the right 'use' alone: {text}")
+        if wanted.once and wanted.rights != OF_TOKENS:
+            raise WrongKey("once: that is for a join token, with the right 'join' alone")
         if not 0.01 <= wanted.weight <= 100:
             raise WrongKey("weight: give a number from 0.01 to 100")
         if any(value < 0 for value in structs.astuple(wanted.limits)):
@@ -314,15 +329,20 @@ class KeyRing:
             self.keep()
         return key
 
-    def adopt(self, text: str) -> None:
-        """Have the key of `COORDINATOR_KEY_FILE` in force, in place of what the file had before."""
+    def spend(self, key: Key) -> None:
+        """A machine has joined with a key; a token for one machine has ended by that."""
+        if key.once:
+            self.revoke(key.id)
+
+    def adopt(self, text: str, name: str, *rights: str) -> None:
+        """Have the key that a setting gives in force, in place of the one that it gave before."""
         known = self._by_hash.get(hash_of(text))
         if known is not None and known.revoked_at is None:
             return
         for key in list(self._keys.values()):
-            if key.name == FROM_FILE:
+            if key.name == name:
                 self.revoke(key.id)
-        self.create(NewKey(name=FROM_FILE, rights=("operate",)), secret=text)
+        self.create(NewKey(name=name, rights=rights), secret=text)
 
     def keep(self) -> None:
         """Write all keys behind."""
@@ -333,7 +353,7 @@ class KeyRing:
         # A key that is in force comes after a revoked one of the same text.
         keys = sorted(self._keys.values(), key=lambda key: key.revoked_at is None)
         self._by_hash = {key.hash: key for key in keys}
-        self.any_made = bool(self._keys)
+        self.any_made = any(not key.is_token for key in keys)
 
 
 def public_key_of(text: str) -> str:
@@ -373,3 +393,15 @@ def key_in(file: Path) -> str:
         how = "echo oc_$(openssl rand -base64 32 | tr '+/' '-_' | tr -d =)"
         raise ConfigError("COORDINATOR_KEY_FILE", file, f"give a file with a key alone: {how}")
     return text
+
+
+def token_in(text: str) -> JoinToken:
+    """The join token of `COORDINATOR_JOIN_TOKEN`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return JoinToken.parse(text)
+    except ValueError as exc:
+        raise ConfigError("COORDINATOR_JOIN_TOKEN", "a text that is none", str(exc)) from None

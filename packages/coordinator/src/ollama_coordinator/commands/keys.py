@@ -131,8 +131,8 @@ async def list_keys(client: Client) -> None:
             f"{key['hint']}…",
             ",".join(key["rights"]),
             ",".join(key["models"]) or "all",
-            _state(key),
-            _time(key["last_used_at"]) or "never",
+            state_of(key),
+            shown_time(key["last_used_at"]) or "never",
         )
     Console().print(table)
 
@@ -148,15 +148,15 @@ async def show(client: Client, name: Name) -> None:
         "name": key["name"],
         "id": key["id"],
         "key": f"{key['hint']}…",
-        "state": _state(key),
+        "state": state_of(key),
         "rights": ", ".join(key["rights"]),
         "models": ", ".join(key["models"]) or "all",
         "weight": f"{key['weight']:g}",
         "limits": limits or "none",
         "in a path": "yes" if key["in_path"] else "no",
         "names users": "yes" if key["names_users"] else "no",
-        "made": _time(key["created_at"]),
-        "last used": _time(key["last_used_at"]) or "never",
+        "made": shown_time(key["created_at"]),
+        "last used": shown_time(key["last_used_at"]) or "never",
         "sessions": str(key["sessions"]),
     }
     for title, text in rows.items():
@@ -180,7 +180,7 @@ def _wanted(
         "models": _parts(models),
         "weight": weight,
         "names_users": names_users,
-        "expires_at": _expiry(expires),
+        "expires_at": expiry(expires),
     }
 
 
@@ -188,7 +188,12 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _expiry(text: str) -> str | None:
+def expiry(text: str) -> str | None:
+    """The time of a duration or a time as people write them; `None` for none.
+
+    Raises:
+        NoAnswer: it is neither.
+    """
     if not text:
         return None
     if match := _DURATION.fullmatch(text):
@@ -200,17 +205,19 @@ def _expiry(text: str) -> str | None:
     return (at if at.tzinfo else at.astimezone()).isoformat()
 
 
-def _state(key: dict[str, Any]) -> str:
+def state_of(key: dict[str, Any]) -> str:
+    """Whether a key of the API is in force, and until when."""
     if key["revoked_at"]:
-        return f"revoked {_time(key['revoked_at'])}"
+        return f"revoked {shown_time(key['revoked_at'])}"
     expiry = key["expires_at"]
     if not expiry:
         return "in force"
     ended = datetime.fromisoformat(expiry) <= datetime.now(UTC)
-    return f"{'expired' if ended else 'until'} {_time(expiry)}"
+    return f"{'expired' if ended else 'until'} {shown_time(expiry)}"
 
 
-def _time(text: str | None) -> str:
+def shown_time(text: str | None) -> str:
+    """A time of the API in this place's own; empty for `None`."""
     return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M") if text else ""
 
 

@@ -40,6 +40,7 @@ class KeyView(Struct, frozen=True, kw_only=True):
     in_path: bool
     names_users: bool
     limits: KeyLimits
+    once: bool
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
@@ -48,9 +49,13 @@ class KeyView(Struct, frozen=True, kw_only=True):
 
 
 class MadeKey(KeyView, frozen=True, kw_only=True):
-    """A key that was made just now: `key` is its text, shown this once; empty for a public key."""
+    """A key that was made just now: `key` is its text, shown this once; empty for a public key.
+
+    `join_token`: what machines join with, where that is what it is for.
+    """
 
     key: str
+    join_token: str = ""
 
 
 class KeysView(Struct, frozen=True):
@@ -78,7 +83,8 @@ class KeysApi:
         key, text = self._keys.create(await decode(NewKey, request))
         await self._store.flush()
         self._log("key made", key, request)
-        shown = {**msgspec.structs.asdict(self._view(key)), "key": text}
+        token = self._access.join_token(text) if key.is_token and text else ""
+        shown = {**msgspec.structs.asdict(self._view(key)), "key": text, "join_token": token}
         answer = reply(MadeKey(**shown), 201)
         answer.headers["cache-control"] = "no-store"
         return answer
@@ -115,6 +121,7 @@ class KeysApi:
             in_path=key.in_path,
             names_users=key.names_users,
             limits=key.limits,
+            once=key.once,
             created_at=key.created_at,
             expires_at=key.expires_at,
             revoked_at=key.revoked_at,

@@ -106,6 +106,7 @@ class AgentsApi:
         self._logs = parts.agent_logs
         self._clock = parts.clock
         self._machines = parts.machines
+        self._keys = parts.access.keys
 
     @operation(
         takes=RegisterRequest,
@@ -141,8 +142,11 @@ class AgentsApi:
         for other in done.replaced:
             log_event("agent's Ollama is another agent's now", other, by=agent.name)
             self._agent_store.keep(other)
+        caller = caller_of(request.scope)
+        if done.created and caller.key is not None:
+            self._keys.spend(caller.key)
+        self._machines.note(agent.id, caller.client.address)
         await self._agent_store.keep_now(agent)
-        self._machines.note(agent.id, caller_of(request.scope).client.address)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.way)
         self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
         if wanted.link:
