@@ -17,7 +17,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import server
 from .aio import loop_of
-from .commands import fleet, operate, scheduling
+from .commands import database, fleet, operate, scheduling
 from .commands.joining import tokens
 from .commands.keys import keys
 from .commands.top import top
@@ -68,6 +68,9 @@ app.command()(scheduling.advise)
 app.command()(scheduling.replay)
 app.command()(fleet.ps)
 app.command()(top)
+app.command()(database.backup)
+app.command()(database.restore)
+app.command("migrate-database")(database.migrate_database)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from .address import database_of, database_path, files_beside, without_password
 from .agents import AgentRow
+from .backup import back_up, move, restored
 from .database import Database, DatabaseError
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket, Wait
@@ -19,8 +20,11 @@ __all__ = [
     "Store",
     "StoredBucket",
     "Wait",
+    "back_up",
     "database_of",
     "database_path",
     "files_beside",
+    "move",
+    "restored",
     "without_password",
 ]

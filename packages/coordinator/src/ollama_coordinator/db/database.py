@@ -35,14 +35,20 @@ class Database(Protocol):
     def open(self) -> None:
         """Connect, be the only coordinator, bring the schema up to date, and try to write."""
 
+    def open_to_read(self) -> None:
+        """Connect and see what is in it now, whoever uses it; `query` and `close` work then."""
+
     def close(self) -> None:
         """Disconnect, and leave the database to others."""
 
     def check(self) -> None:
         """Once a second: notice that the database was lost, and come back to it."""
 
-    def atomic(self) -> AbstractContextManager[object]:
-        """A transaction: an error that leaves the block undoes what was in it."""
+    def atomic(self, *, is_long: bool = False) -> AbstractContextManager[object]:
+        """A transaction: an error that leaves the block undoes what was in it.
+
+        One that is not `is_long` and takes too long is broken off.
+        """
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """The rows of a statement, by column."""

@@ -22,7 +22,7 @@ from psycopg.rows import dict_row
 from ollama_coordinator_common.error import ConfigError
 
 from .database import IN_USE
-from .schema import STEPS, Column, Table, Type, unknown
+from .schema import STEPS, Column, Table, Type, newer, opened
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +129,22 @@ class PostgresDatabase:
             _migrate(session)
             # A schema that is up to date needed no write: find out now whether one works.
             session.execute(
-                "INSERT INTO documents VALUES ('opened', '{}')"
-                " ON CONFLICT (name) DO UPDATE SET body = excluded.body"
+                "INSERT INTO documents VALUES ('opened', %s)"
+                " ON CONFLICT (name) DO UPDATE SET body = excluded.body",
+                [opened()],
             )
+
+    def open_to_read(self) -> None:
+        """Connect, and see what is in it now, in one transaction that changes nothing."""
+        session: Session = psycopg.connect(self._conninfo, row_factory=dict_row)
+        try:
+            session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            session.read_only = True
+            _check_age(session, _applied(session))
+        except (psycopg.Error, ValueError):
+            session.close()
+            raise
+        self._session = session
 
     def close(self) -> None:
         """End the session, and with it the lock."""
@@ -160,10 +173,14 @@ class PostgresDatabase:
     # ── working ───────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def atomic(self) -> Iterator[None]:
+    def atomic(self, *, is_long: bool = False) -> Iterator[None]:
         """A transaction; one that takes too long ends with its connection."""
         if self._db.closed:
             self._reopen()
+        if is_long:
+            with self._db.transaction():
+                yield
+            return
         cut = threading.Timer(ANSWER_SECONDS, _cut, [self._db])
         cut.daemon = True
         cut.start()
@@ -234,18 +251,29 @@ def _migrate(session: Session) -> None:
     session.execute(
         "CREATE TABLE IF NOT EXISTS migrations (name TEXT PRIMARY KEY, applied_at TEXT NOT NULL)"
     )
-    rows = session.execute("SELECT name FROM migrations ORDER BY applied_at").fetchall()
-    applied = [row["name"] for row in rows]
-    newer = unknown(applied)
-    if newer:
-        text = "a newer version wrote it; update the coordinator, or give another DATABASE_URL"
-        raise psycopg.NotSupportedError(f"it has {newer}, unknown here ({text})")
+    applied = _applied(session)
+    _check_age(session, applied)
     for name, what in STEPS.items():
         if name not in applied:
             for statement in _made(what):
                 session.execute(statement)
             at = datetime.now(UTC).isoformat()
             session.execute("INSERT INTO migrations VALUES (%s, %s)", [name, at])
+
+
+def _applied(session: Session) -> list[str]:
+    rows = session.execute("SELECT name FROM migrations ORDER BY applied_at").fetchall()
+    return [row["name"] for row in rows]
+
+
+def _check_age(session: Session, applied: list[str]) -> None:
+    rows: list[dict[str, Any]] = []
+    if "create_documents" in applied:
+        rows = session.execute("SELECT body FROM documents WHERE name = 'opened'").fetchall()
+    why_not = newer(applied, rows[0]["body"] if rows else None)
+    if why_not:
+        text = "a newer version wrote it; update the coordinator, or give another DATABASE_URL"
+        raise psycopg.NotSupportedError(f"{why_not} ({text})")
 
 
 def _made(table: Table | Column) -> Iterator[str]:

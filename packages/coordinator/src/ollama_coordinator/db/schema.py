@@ -4,7 +4,10 @@ A released step never changes. Text is compared by its code points in every engi
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
 
+import msgspec
 from msgspec import Struct
 
 Type = type[str] | type[int] | type[float] | type[bytes]
@@ -111,6 +114,23 @@ STEPS: Mapping[str, Table | Column] = {
     "add_alias": Column("requests", "alias", str),
 }
 """The steps in their order, and what each one makes."""
+
+
+def opened() -> str:
+    """The document that every start writes: which version it was."""
+    return msgspec.json.encode({"version": version("ollama-coordinator")}).decode()
+
+
+def newer(steps: list[str], document: str | None) -> str | None:
+    """Why this program cannot read a database; `document` is what the last start wrote into it."""
+    step = unknown(steps)
+    if step is None:
+        return None
+    wrote: object = None
+    with suppress(msgspec.DecodeError):
+        wrote = msgspec.json.decode(document or "{}", type=dict[str, object]).get("version")
+    here = f"; version {wrote} wrote it, this is {version('ollama-coordinator')}" if wrote else ""
+    return f"it has {step}, unknown here{here}"
 
 
 def unknown(steps: list[str]) -> str | None:

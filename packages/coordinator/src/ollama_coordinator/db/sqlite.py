@@ -15,7 +15,7 @@ import sqlite_utils
 from sqlite_utils import Migrations
 
 from .file import FileClaim
-from .schema import STEPS, Column, Table, unknown
+from .schema import STEPS, Column, Table, newer, opened
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,45 @@ class SqliteDatabase:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             self._opened = sqlite_utils.Database(connection)
-            newer = unknown([step.name for step in _migrations.applied(self._opened)])
-            if newer:
-                raise sqlite3.DatabaseError(f"it has {newer}, unknown here")
+            self._check_age()
             _migrations.apply(self._opened)
             # A schema that is up to date needed no write: find out now whether one works.
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT OR REPLACE INTO documents VALUES ('opened', '{}')")
+            sql = "INSERT OR REPLACE INTO documents VALUES ('opened', ?)"
+            connection.execute(sql, [opened()])
             connection.execute("COMMIT")
         except (sqlite3.Error, ValueError):
             connection.close()
             raise
         self._claim.note()
+
+    def _check_age(self) -> None:
+        steps = [step.name for step in _migrations.applied(self._db)]
+        sql = "SELECT body FROM documents WHERE name = 'opened'"
+        rows = list(self._db.query(sql)) if "create_documents" in steps else []
+        text = newer(steps, rows[0]["body"] if rows else None)
+        if text:
+            raise sqlite3.DatabaseError(text)
+
+    def open_to_read(self) -> None:
+        """Connect, and see what is in it now."""
+        if self._path is None or not self._path.is_file():
+            raise sqlite3.OperationalError("there is no such file")
+        uri = f"{self._path.absolute().as_uri()}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
+        try:
+            self._opened = sqlite_utils.Database(connection)
+            connection.execute("BEGIN")
+            self._check_age()
+            if "documents" not in self._opened.table_names():
+                raise sqlite3.DatabaseError("it is not a database of a coordinator")
+        except (sqlite3.Error, ValueError):
+            connection.close()
+            raise
+
+    def settle(self) -> None:
+        """Have everything in the one file, for copies that are only read."""
+        self._db.conn.execute("PRAGMA journal_mode = DELETE")
 
     def close(self) -> None:
         """Close the file, and leave it to others."""
@@ -116,7 +143,7 @@ class SqliteDatabase:
             raise RuntimeError("the database is not open")
         return self._opened
 
-    def atomic(self) -> AbstractContextManager[object]:
+    def atomic(self, *, is_long: bool = False) -> AbstractContextManager[object]:
         """A transaction."""
         # Without it, sqlite3 leaves a transaction open when a statement fails, and every later
         # write becomes part of it and is never committed.
