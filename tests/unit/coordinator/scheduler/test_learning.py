@@ -238,10 +238,10 @@ def test_a_conversation_goes_back_to_its_prompt_cache_when_all_else_is_equal() -
 @pytest.mark.spec("SCHED-57")
 def test_prompt_caches_remember_as_many_conversations_as_there_are_slots() -> None:
     caches = PromptCaches()
-    caches.remember("place", (1, 2), 100, slots=1)
-    caches.remember("place", (1, 2, 3), 200, slots=1)
+    caches.remember("place", (1, 2), 100, slots=1, arrived=0.0, now=0.0)
+    caches.remember("place", (1, 2, 3), 200, slots=1, arrived=0.0, now=0.0)
     assert caches.expected((1, 2, 3, 4)) == {"place": 200}
-    caches.remember("place", (9,), 50, slots=1)
+    caches.remember("place", (9,), 50, slots=1, arrived=0.0, now=0.0)
     assert caches.expected((1, 2, 3)) == {}
     caches.forget("place")
     assert len(caches) == 0
@@ -252,7 +252,7 @@ def test_prompt_caches_hold_no_more_than_what_is_remembered() -> None:
     caches, lots = PromptCaches(), Random(1)
     for _ in range(2000):
         chain = tuple(lots.randrange(50) for _ in range(lots.randrange(1, 6)))
-        caches.remember(lots.randrange(3), chain, 100, slots=2)
+        caches.remember(lots.randrange(3), chain, 100, slots=2, arrived=0.0, now=0.0)
     assert len(caches) <= 3 * 2 * 6
     for place in range(3):
         caches.forget(place)

@@ -157,6 +157,24 @@ def test_batch_that_rather_waits_keeps_nobody_from_a_load(lanes: list[Lane]) -> 
     assert lease.request.lane is Lane.INTERACTIVE
 
 
+@pytest.mark.spec("SCHED-41")
+def test_a_conversation_under_way_keeps_its_model_and_what_it_has_read() -> None:
+    world = hot_and_cold()
+    calls = (
+        Timings(20_000, 50, 21.0, 0.0, 20.0, 1.0),
+        *[Timings(20_000, 50, 1.1, 0.0, 0.1, 1.0)] * 3,
+    )
+    for number, timings in enumerate(calls):  # of a program that goes on a second later
+        prefix = tuple(range(number + 1))
+        world.serve(world.send("x", prompt_tokens=20_000, prefix=prefix), timings, after=1.1)
+        world.tick(1.0)
+    for _ in range(3):
+        world.submit("m", prompt_tokens=100)
+    assert world.plan() == []
+    world.tick(15.0)
+    assert [lease.agent_id for lease in world.plan(after=120.0)] == ["cold"]
+
+
 def test_an_agent_that_gets_idle_is_offered_to_interactive_requests_before_batch() -> None:
     world = hot_and_cold()
     other = world.send("x", prompt_tokens=100)

@@ -164,7 +164,7 @@ class Chooser:
             return None
         leave = UNLOAD_SECONDS if eviction.victims or place.resident else 0.0
         if place.resident:  # loaded with other options, it is missed itself, as it is
-            missed = eviction.penalty + self._evictions.loss(place, now)
+            missed = eviction.penalty + self._evictions.loss(place, place, now)
             eviction = Eviction(eviction.victims, missed)
         cost = least + leave + receiver.courtesy * eviction.penalty
         if cost >= below:

@@ -10,6 +10,7 @@ from math import exp
 from msgspec import Struct
 
 from .memory import Fit
+from .prompt_cache import PromptCaches
 from .queue import FadingRate, Queue
 from .state import NEVER, NO_EVICTION, Eviction, Machine, Place
 
@@ -40,10 +41,12 @@ class Evictions:
         demands: Mapping[str, FadingRate],
         replicas: Callable[[str], int],
         backlog: Callable[[str], bool],
+        caches: PromptCaches,
     ) -> None:
         self._demands = demands
         self._replicas = replicas
         self._backlog = backlog
+        self._caches = caches
 
     def find(self, place: Place, now: float) -> Eviction | None:
         """The cheapest eviction so that the model fits; `None` while there is none.
@@ -68,7 +71,7 @@ class Evictions:
         if fit is Fit.YES or not others:
             return NO_EVICTION
         idle = sorted(
-            (self.loss(other, now), index)
+            (self.loss(other, place, now), index)
             for index, other in enumerate(others)
             if _is_idle(other, now)
         )
@@ -98,11 +101,12 @@ class Evictions:
         victims = tuple(others[index] for _, index in chosen)
         return Eviction(victims=victims, penalty=sum(loss for loss, _ in chosen))
 
-    def loss(self, place: Place, now: float) -> float:
-        """The seconds that it costs if this model leaves.
+    def loss(self, place: Place, coming: Place, now: float) -> float:
+        """The seconds that it costs if this model leaves for the one that is `coming`.
 
         That is its load, times the probability that it is wanted again, by its copies in memory;
-        and the whole load again where requests wait for it.
+        and the whole load again where requests wait for it. A conversation that goes on here waits
+        for the load of the other model too, and reads again what it has in the cache.
         """
         lost, replicas = 0.0, max(self._replicas(place.model), 1)
         for name in place.names:
@@ -110,7 +114,12 @@ class Evictions:
                 lost += place.load * wanted_again(demand, now) / replicas
             if self._backlog(name):
                 lost += place.load
-        return lost
+        ends = 1.0
+        for one in self._caches.under_way(place, now):
+            goes_on = one.goes_on(now)
+            ends *= 1 - goes_on
+            lost += goes_on * one.tokens * place.prefill
+        return lost + (1 - ends) * coming.load / replicas
 
 
 def wanted_again(demand: FadingRate, now: float) -> float:

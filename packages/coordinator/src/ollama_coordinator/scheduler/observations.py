@@ -51,7 +51,8 @@ class Observer:
         tokens = timings.prompt_tokens or request.prompt_tokens
         if place.resident:
             read = tokens + timings.output_tokens
-            self._caches.remember(place, request.prefix, read, place.slots.count)
+            slots, arrived = place.slots.count, request.arrived_at
+            self._caches.remember(place, request.prefix, read, slots, arrived=arrived, now=now)
         if run.adopted:
             return
         if timings.output_seconds is None and timings.total_seconds is None:

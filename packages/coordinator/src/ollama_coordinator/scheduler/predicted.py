@@ -74,7 +74,9 @@ class PredictedScheduler(Scheduler):
         self._lengths = lengths or OutputLengths()
         self._machines = Machines(registry, self._rates, self._caches)
         self._queues = Queues(registry, self._machines, self._lengths)
-        evictions = Evictions(self._queues.demands, self._machines.replicas, self._queues.backlog)
+        evictions = Evictions(
+            self._queues.demands, self._machines.replicas, self._queues.backlog, self._caches
+        )
         self._plans = SlotPlans(self._caches)
         self._chooser = Chooser(self._plans, evictions)
         self._accounts = Accounts(self._chooser)
