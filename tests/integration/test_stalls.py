@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from ollama_coordinator import clock
 from ollama_coordinator.http1 import ConnectionLimits
+from ollama_coordinator.http1.connection import MovingTimer
 from ollama_coordinator.http1.limits import capacity_of
 from ollama_coordinator_common.settings import HTTP_CHOICES
 from support import deaf, programs
@@ -260,3 +263,63 @@ async def status(client: Client) -> int | None:
         return (await client.answer()).status
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+
+
+# ── a coordinator that did not run ────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loop is late by counts as a gap after half a second."""
+    monkeypatch.setattr(clock, "GAP_SECONDS", 0.5)
+
+
+def stop(seconds: float = 1.5) -> None:
+    """Hold up the event loop, as a stopped process does."""
+    time.sleep(seconds)
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-35")
+@pytest.mark.usefixtures("short_gaps")
+async def test_a_body_that_came_while_the_coordinator_did_not_run_is_taken(
+    coordinator: Running,
+) -> None:
+    request = deaf.post("/api/chat", BODY)
+    begun, rest = request[: -len(BODY) // 2], request[-len(BODY) // 2 :]
+    async with deaf.connected(coordinator.url, begun) as sock:
+        await asyncio.sleep(0.2)  # the coordinator waits for the rest now
+        stop()
+        sock.send(rest)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            answer = await asyncio.get_running_loop().sock_recv(sock, 100)
+        assert answer.startswith(b"HTTP/1.1 503")  # there is no agent
+
+
+@BOTH
+@pytest.mark.spec("OPERATION-35")
+@pytest.mark.usefixtures("short_gaps")
+async def test_a_client_is_not_stalled_by_the_coordinators_own_gap(http: str) -> None:
+    async with (
+        running(http=http, stall_timeout=3) as coordinator,
+        deaf.flooding() as ollama,
+    ):
+        await coordinator.register(ollama)
+        async with deaf.connected(coordinator.url, deaf.chat()) as sock:
+            await deaf.begins(sock)
+            await asyncio.sleep(1.0)  # the buffers are full, and a check has seen it
+            stop(3.0)
+            await asyncio.sleep(0.2)  # and one after it
+            for _ in range(20):
+                await deaf.reads(sock, 1024 * 1024)
+
+
+@pytest.mark.spec("OPERATION-35")
+async def test_an_idle_connection_outlasts_a_gap() -> None:
+    fired = asyncio.Event()
+    timer = MovingTimer(fired.set)
+    timer.set(0.2)
+    stop(1.0)
+    await asyncio.sleep(0.1)
+    assert not fired.is_set()
+    await fired.wait()

@@ -16,6 +16,7 @@ from ollama_coordinator.api.http.body_timeout import (
     memory_share,
 )
 from ollama_coordinator.api.http.errors import HttpError, NoRoom, headers_of
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Store, database_of
 from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.settings import CoordinatorConfig
@@ -51,7 +52,7 @@ async def receive_all(
         CoordinatorConfig(body_timeout=0.05), Store(database_of("sqlite://:memory:"))
     )
     whole = {"type": "http", "http_version": "1.1", "path": "/", "headers": [], **scope}
-    await BodyTimeout(app, settings, room)(whole, receive, send)
+    await BodyTimeout(app, settings, room, Clock())(whole, receive, send)
     return got
 
 

@@ -201,7 +201,7 @@ class _App(Starlette):
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
-        timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()))
+        timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()), parts.clock)
         guarded = CircleGuard(timed, parts.upstreams.instance_id)
         return Cors(Gate(guarded, parts.access), self.state.origins)
 

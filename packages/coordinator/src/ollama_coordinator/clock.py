@@ -7,8 +7,8 @@ time-out found while the loop lagged decides nothing (`has_lagged_since`).
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from math import inf
 
@@ -75,6 +75,36 @@ class Clock:
     def has_lagged_since(self, now: float) -> bool:
         """Whether the event loop was late, or did not run at all, after a monotonic reading."""
         return self._lagged_at >= now
+
+    @asynccontextmanager
+    async def timeout(self, seconds: float) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, in seconds in which the coordinator ran.
+
+        Where the event loop is late, what came meanwhile is read first.
+
+        Raises:
+            TimeoutError: the block took longer.
+        """
+        loop, due = asyncio.get_running_loop(), self.now() + seconds
+        timer: asyncio.TimerHandle | None = None
+
+        def check(expected: float) -> None:
+            nonlocal timer
+            now, left = loop.time(), due - self.now()
+            if now - expected > LAG_SECONDS:
+                left = max(left, LAG_SECONDS)
+            if left > 0:
+                timer = loop.call_at(now + left, check, now + left)
+            else:
+                waiting.reschedule(now)
+
+        async with asyncio.timeout(None) as waiting:
+            timer = loop.call_at(loop.time() + seconds, check, loop.time() + seconds)
+            try:
+                yield
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -100,7 +100,12 @@ def _listener(family: int, address: object) -> socket.socket:
 
 def limits_of(parts: Parts, most: int | None = None) -> ConnectionLimits:
     """The limits on clients' connections, at most `most` of which are open at once."""
-    return ConnectionLimits(most=most, stall_seconds=lambda: parts.settings.config.stall_timeout)
+    settings = parts.settings
+    return ConnectionLimits(
+        most=most,
+        stall_seconds=lambda: settings.config.stall_timeout,
+        now=parts.clock.now,
+    )
 
 
 def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:

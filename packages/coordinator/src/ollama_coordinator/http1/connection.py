@@ -80,6 +80,10 @@ def _address(transport: asyncio.Transport, which: str) -> tuple[str, int] | None
     return (address[0], address[1]) if isinstance(address, tuple) else None
 
 
+LATE_SECONDS = 0.5
+"""A timer that is so late fires later: what came meanwhile may not have been read yet."""
+
+
 class MovingTimer:
     """A timer that is moved at each request and seldom fires: moving it is an assignment."""
 
@@ -111,10 +115,13 @@ class MovingTimer:
         self._timer = self._loop.call_at(when, self._check)
 
     def _check(self) -> None:
-        self._timer = None
-        if self._due is None:
+        timer, self._timer = self._timer, None
+        if self._due is None or timer is None:
             return
-        if self._due > self._loop.time():
+        now = self._loop.time()
+        if now - timer.when() > LATE_SECONDS:
+            self._due = max(self._due, now + LATE_SECONDS)
+        if self._due > now:
             self._schedule(self._due)
         else:
             self._due = None

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import struct
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -97,14 +98,20 @@ class ConnectionLimits:
 
     `most` may be open at once (`None`: any number). One whose client reads nothing of its answer
     for `stall_seconds` is ended (0: never). Each check calls `stall_seconds` anew, since the
-    setting can change.
+    setting can change. `now` are monotonic seconds, without those in which this process did not
+    run.
     """
 
     def __init__(
-        self, *, most: int | None = None, stall_seconds: Callable[[], float] = lambda: 0.0
+        self,
+        *,
+        most: int | None = None,
+        stall_seconds: Callable[[], float] = lambda: 0.0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
         self._stall_seconds = stall_seconds
+        self._now = now
         self._open: set[ClientConnection] = set()
         self._was_full = False
         self._refusals_under_way = 0
@@ -125,7 +132,7 @@ class ConnectionLimits:
         self._was_full = full
         if self.closing or full:
             return None
-        connection = ClientConnection(transport, reader, asyncio.get_running_loop().time())
+        connection = ClientConnection(transport, reader, self._now())
         self._open.add(connection)
         return connection
 
@@ -187,11 +194,10 @@ class ConnectionLimits:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             pause = self._stall_seconds() / CHECKS_PER_STALL or LONGEST_PAUSE_SECONDS
             await asyncio.sleep(min(pause, LONGEST_PAUSE_SECONDS))
-            self._check(loop.time(), self._stall_seconds() or float("inf"))
+            self._check(self._now(), self._stall_seconds() or float("inf"))
 
     def _check(self, now: float, most_seconds: float) -> None:
         """End each connection that stalls for `most_seconds`.

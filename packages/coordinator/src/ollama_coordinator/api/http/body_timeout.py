@@ -4,11 +4,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
+from math import inf
 from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.aio import Interrupt
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
 from ollama_coordinator.settings import Settings
 
@@ -92,12 +94,14 @@ class BodyTimeout:
 
     In HTTP/2, where one of many answers on a connection may stall, an answer of which the client
     takes nothing for `stall_timeout` seconds ends here; in HTTP/1 the server ends its connection.
+    A time in which the coordinator did not run does not count.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, room: BodyRoom) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, room: BodyRoom, clock: Clock) -> None:
         self._app = app
         self._settings = settings
         self._room = room
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -108,7 +112,7 @@ class BodyTimeout:
         if scope["http_version"] == "2":
             send = self._unstalled(send)
         room = None if scope["path"].startswith(STREAMED) else self._room
-        body = _Body(receive, self._settings, room, _announced(scope))
+        body = _Body(receive, self._settings, room, _announced(scope), self._clock)
         try:
             await self._app(scope, body.receive, send)
         finally:
@@ -118,7 +122,7 @@ class BodyTimeout:
         async def unstalled(message: Message) -> None:
             seconds = self._settings.config.stall_timeout
             try:
-                async with asyncio.timeout(seconds or None):
+                async with self._clock.timeout(seconds or inf):
                     await send(message)
             except TimeoutError as exc:
                 text = f"the client took nothing of its answer for {seconds:g} s"
@@ -134,12 +138,18 @@ class _Body:
     """
 
     def __init__(
-        self, receive: Receive, settings: Settings, room: BodyRoom | None, announced: int
+        self,
+        receive: Receive,
+        settings: Settings,
+        room: BodyRoom | None,
+        announced: int,
+        clock: Clock,
     ) -> None:
         self._receive = receive
         self._settings = settings
         self._room = room
         self._announced = announced
+        self._clock = clock
         self._taken = 0
         self._size = 0
         self._waited = 0.0
@@ -168,11 +178,10 @@ class _Body:
         seconds = self._settings.config.body_timeout
         if not seconds:
             return await self._receive()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._clock.now()
         left = GRACE_SECONDS + self._size / LEAST_BYTES_A_SECOND - self._waited
         try:
-            async with asyncio.timeout(min(seconds, left)):
+            async with self._clock.timeout(min(seconds, left)):
                 return await self._receive()
         except TimeoutError as exc:
             text = f"nothing came of the request's body for {seconds:g} s"
@@ -180,7 +189,7 @@ class _Body:
                 text = f"the request's body comes at under {LEAST_BYTES_A_SECOND} bytes a second"
             raise HttpError(408, text) from exc
         finally:
-            self._waited += loop.time() - began
+            self._waited += self._clock.now() - began
 
     def free(self) -> None:
         """The request is over."""
