@@ -71,6 +71,49 @@ async def test_a_text_to_embed_is_cut_where_its_client_said(
     assert json.loads(ollama.seen.of(path)[0].body)["options"] == {"num_ctx": 64}
 
 
+GIB = 2**30
+
+
+async def _grows(coordinator: Running, vram_bytes: int) -> tuple[StandIn, list[str | None]]:
+    """A conversation that asks for 200 tokens more each turn, on a machine of so much memory."""
+    model = Model("llama3.2:latest", size_bytes=2 * GIB, kv_bytes_per_token=2**17)
+    async with StandIn([model]) as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        gpu = {"name": "gpu", "memory_total_bytes": vram_bytes}
+        await coordinator.heartbeat(agent.id, gpus=[gpu], runner={"num_parallel": 1})
+        notes = [await _chat(coordinator, num_ctx=4096)]
+        await coordinator.parts.monitor.look_at(agent, seconds=60.0)
+        notes += [await _chat(coordinator, num_ctx=4296 + 200 * turn) for turn in range(8)]
+    return ollama, notes
+
+
+@pytest.mark.spec("SURFACE-57")
+async def test_a_context_that_grows_is_rounded_up_where_memory_allows() -> None:
+    async with running() as coordinator:
+        ollama, notes = await _grows(coordinator, 24 * GIB)
+        assert ollama.seen.reloads == 1
+        assert notes[:3] == [None, "num_ctx=8192; wanted=4296", "num_ctx=8192; wanted=4496"]
+
+
+@pytest.mark.spec("SURFACE-57")
+async def test_a_context_that_grows_stays_as_wanted_where_memory_does_not_allow_more() -> None:
+    async with running() as coordinator:
+        ollama, notes = await _grows(coordinator, 3 * GIB)
+        assert notes == [None] * 9
+        assert ollama.seen.reloads == 8
+
+
+@pytest.mark.spec("SURFACE-57")
+async def test_a_context_is_not_rounded_up_beyond_what_the_model_was_trained_with() -> None:
+    model = Model("llama3.2:latest", context_length=5000)
+    async with running() as coordinator, StandIn([model]) as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama))
+        await coordinator.heartbeat(agent.id, gpus=[{"name": "g", "memory_total_bytes": 24 * GIB}])
+        await _chat(coordinator, num_ctx=4096)
+        await coordinator.parts.monitor.look_at(agent, seconds=60.0)
+        assert await _chat(coordinator, num_ctx=4200) == "num_ctx=5000; wanted=4200"
+
+
 @pytest.mark.spec("SURFACE-14")
 async def test_a_larger_request_is_not_cut_to_what_is_loaded(
     coordinator: Running, ollama: StandIn

@@ -174,6 +174,7 @@ Question = tuple[str, str, str, bytes]
 
 class _ModelParameters(Struct):
     parameters: str = ""
+    model_info: dict[str, Any] | None = None
 
 
 _parameters = msgspec.json.Decoder(_ModelParameters)
@@ -231,6 +232,17 @@ class ModelInfo:
         words = [line.split() for line in lines]
         values = [word[1] for word in words if len(word) == 2 and word[0] == "num_ctx"]
         return int(values[-1]) if values and values[-1].isdigit() else None
+
+    async def trained_context(self, name: str) -> int | None:
+        """The context (tokens) that the model was trained with; `None` where it does not say so.
+
+        Raises:
+            OllamaCoordinatorError: as `show`.
+        """
+        status, body = await self.show(name, msgspec.json.encode({"model": name}))
+        facts = (_parameters.decode(body).model_info if status == 200 else None) or {}
+        values = [facts[key] for key in facts if key.endswith(".context_length")]
+        return next((value for value in values if isinstance(value, int)), None)
 
 
 def _question(key: str, holder: AgentState, body: bytes) -> Question:

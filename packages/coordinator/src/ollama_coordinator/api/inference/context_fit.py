@@ -20,6 +20,7 @@ from ollama_coordinator.api.models.lists import is_known, is_older
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import NO_OPTIONS, Kind, Request
+from ollama_coordinator.scheduler.memory import Fit, MemoryLimits
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
@@ -32,6 +33,9 @@ LOOK_SECONDS = 1.0
 RESERVE_FACTOR = 1.1
 RESERVE_TOKENS = 256
 """What a prompt needs beside its estimate, which may be off by a tenth, and for the answer."""
+
+MOST_GROWTH = 2
+"""A `num_ctx` up to so many times that of a runner has grown; a larger one is another use."""
 
 SHORT_NEED = 2048
 """Ollama's smallest default context, that of its old versions: what fits there fits everywhere."""
@@ -101,6 +105,10 @@ class ContextFit:
             request = request.unfit_for(unfit)
             holders = [agent for agent in holders if agent.id not in unfit]
         context = await self._context(route, request, holders)
+        if context is None:
+            grown = await self._grown(route, request, body, holders)
+            if grown is not None:
+                return grown
         raised = None if context is None else await self._raised(body, context)
         if context is None or raised is None:
             return Fitted(request, body, too_long)
@@ -177,17 +185,22 @@ class ContextFit:
         note = f"num_ctx={largest}; prompt={request.prompt_tokens}" if too_long else ""
         return unfit, note
 
+    def _may_change(self, route: InferenceRoute, request: Request) -> bool:
+        """Whether a larger context than the wanted one would do as well."""
+        if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
+            return False
+        if route.kind is Kind.EMBED:
+            return False  # Ollama cuts the text at `num_ctx`: more of it has another vector
+        # Something else may force a reload, and then the wanted size is right.
+        return structs.replace(request.options, num_ctx=None) == NO_OPTIONS
+
     async def _context(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
     ) -> int | None:
         """The smallest context in memory that is larger than what would be loaded there, if any."""
-        if not self._settings.config.larger_context or route.dialect is not Dialect.NATIVE:
+        if not self._may_change(route, request):
             return None
-        if route.kind is Kind.EMBED:
-            return None  # Ollama cuts the text at `num_ctx`: more of it has another vector
         options = request.options
-        if structs.replace(options, num_ctx=None) != NO_OPTIONS:
-            return None  # something else may force a reload, and then the wanted size is right
         larger = [
             has
             for has, default in self._in_memory(request.model, holders)
@@ -196,6 +209,44 @@ class ContextFit:
         if larger and options.num_ctx is None and await self._has_own(request.name):
             return None
         return min(larger, default=None)
+
+    async def _grown(
+        self, route: InferenceRoute, request: Request, body: Body, holders: Sequence[AgentState]
+    ) -> Fitted | None:
+        """The request with its `num_ctx` rounded up to a power of two; `None` if it stays as it is.
+
+        A conversation that asks for a little more each time would reload the model each time. So
+        where all runners in memory are smaller and one not by much, the next one has room to grow,
+        if the agents with such runners have the memory for it.
+        """
+        wanted, key = request.options.num_ctx or 0, request.model
+        rounded = 1 << max(wanted - 1, 0).bit_length()
+        if not self._may_change(route, request) or rounded == wanted:
+            return None
+        runners = [
+            (agent, has)
+            for agent in holders
+            if agent.inventory.loaded and (has := _loaded_context(agent, key)) is not None
+        ]
+        largest = max((has for _, has in runners), default=0)
+        if not largest < wanted <= MOST_GROWTH * largest:
+            return None
+        rounded = min(rounded, await self._trained(request.name) or rounded)
+        if rounded <= wanted or not all(_has_room(agent, key, rounded) for agent, _ in runners):
+            return None
+        raised = await self._raised(body, rounded)
+        if raised is None:
+            return None
+        options = structs.replace(request.options, num_ctx=rounded)
+        note = f"num_ctx={rounded}; wanted={wanted}"
+        return Fitted(structs.replace(request, options=options), raised, note)
+
+    async def _trained(self, name: str) -> int | None:
+        try:
+            async with asyncio.timeout(SHOW_SECONDS):
+                return await self._model_info.trained_context(name)
+        except (OllamaCoordinatorError, TimeoutError):
+            return None
 
     def _in_memory(self, key: str, holders: Sequence[AgentState]) -> list[tuple[int, int]]:
         """The context of every runner in memory, and its agent's default (0: not known)."""
@@ -237,6 +288,23 @@ def _loaded_context(agent: AgentState, key: str) -> int | None:
 def _default_context(agent: AgentState) -> int:
     runner = agent.report.runner if agent.report is not None else None
     return (runner.context_length or 0) if runner is not None else 0
+
+
+def _has_room(agent: AgentState, key: str, context: int) -> bool:
+    """Whether the runner there, with a context of so many tokens, fits beside the others for sure.
+
+    What it takes beside its weights grows with the context at most.
+    """
+    runner, on_disk = agent.inventory.runner(key), agent.inventory.available.get(key)
+    if runner is None or on_disk is None or not (runner.model.size and runner.model.context_length):
+        return False
+    beside = max(runner.model.size - on_disk.model.size, 0)
+    memory = runner.model.size + beside * (context / runner.model.context_length - 1)
+    loaded = agent.inventory.loaded.values()
+    others = sum(row.model.size for row in loaded if row is not runner)
+    limits = MemoryLimits()
+    limits.read(agent)
+    return limits.fit(int(memory), others, len(loaded)) is Fit.YES
 
 
 def _known_context(agent: AgentState, key: str, native: bool) -> int | None:
