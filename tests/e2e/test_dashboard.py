@@ -177,6 +177,7 @@ async def test_models_are_pulled_loaded_and_deleted(coordinator: Running, visit:
         await row.get_by_role("button", name="Load", exact=True).click()
         await page.get_by_role("dialog").get_by_role("button", name="Load").click()
         await expect(row.get_by_role("button", name="Unload")).to_be_visible()
+        await expect(row).to_contain_text("first · context ")
         await row.get_by_role("button", name="Delete").click()
         await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         await expect(row).to_have_count(0)

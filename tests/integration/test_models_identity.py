@@ -68,6 +68,9 @@ async def test_the_models_of_the_fleet_with_their_contents(coordinator: Running)
         assert (row["name"], row["conflict"], row["digest"]) == ("m:latest", True, OLD)
         assert sorted(row["holders"]) == sorted(ids[:2])
         assert len(row["loaded_on"]) == 1
+        await coordinator.chat("m", options={"num_ctx": 2048})
+        row = (await coordinator.get("/api/models"))["models"][0]
+        assert [row["contexts"].get(agent) for agent in row["loaded_on"]].count(2048) == 1
         kept = {content["digest"]: content for content in row["contents"]}
         assert kept[NEW]["holders"] == [ids[2]]
         assert (kept[OLD]["is_preferred"], kept[NEW]["is_preferred"]) == (True, False)

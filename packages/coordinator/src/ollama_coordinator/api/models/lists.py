@@ -134,7 +134,10 @@ class Content(Struct, frozen=True):
 
 
 class FleetModel(Struct, frozen=True):
-    """One row of `GET /api/models`; `conflict`: its holders do not have the same content."""
+    """One row of `GET /api/models`; `conflict`: its holders do not have the same content.
+
+    `contexts` are those of the runners in memory, in tokens, where they are known.
+    """
 
     name: str
     digest: str
@@ -143,6 +146,7 @@ class FleetModel(Struct, frozen=True):
     conflict: bool
     holders: list[AgentId]
     loaded_on: list[AgentId]
+    contexts: dict[AgentId, int]
     contents: list[Content]
 
 
@@ -152,6 +156,7 @@ def fleet_model(registry: Registry, key: str) -> FleetModel:
     holders = [agent.id for agent in registry.holders(key)]
     groups = registry.models.contents(key)
     row = newest([copies[agent_id] for agent_id in holders])
+    runners = {one: registry.get(one).inventory.runner(key) for one in copies}
     return FleetModel(
         name=row.model.name,
         digest=row.model.digest,
@@ -160,6 +165,11 @@ def fleet_model(registry: Registry, key: str) -> FleetModel:
         conflict=len(groups) > 1,
         holders=holders,
         loaded_on=[a for a in copies if registry.get(a).inventory.is_loaded(key)],
+        contexts={
+            one: context
+            for one, runner in runners.items()
+            if runner is not None and (context := runner.model.context_length) is not None
+        },
         contents=[_content(group, is_preferred=holders[0] in group) for group in groups],
     )
 

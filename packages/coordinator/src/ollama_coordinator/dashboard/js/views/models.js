@@ -175,7 +175,7 @@ function modelRow(row) {
     setText(about, [details.parameter_size, details.quantization_level, details.family, now.digest.replace("sha256:", "").slice(0, 12), ...(now.tag?.capabilities ?? []).filter((word) => word !== "completion")].filter(Boolean).join(" · "));
     conflict.hidden = !now.conflict;
     chips(holders, now.holders);
-    chips(loaded, now.loaded_on);
+    chips(loaded, now.loaded_on, (id) => now.contexts[id] ? `${nameOf(id)} · context ${now.contexts[id].toLocaleString()}` : nameOf(id));
     setText(size, bytes(now.size));
     setText(changed, time(now.modified_at));
     unload.hidden = !now.loaded_on.length;
@@ -186,17 +186,17 @@ function modelRow(row) {
 const CHIPS = 6;
 const CHIPS_OF_MANY = 3;
 
-function chips(parent, unsorted) {
+function chips(parent, unsorted, label = nameOf) {
   const ids = [...unsorted].sort((a, b) => nameOf(a).localeCompare(nameOf(b), undefined, { numeric: true }));
   const room = ids.length > CHIPS ? CHIPS_OF_MANY : CHIPS;
-  const shown = ids.slice(0, room).map((id) => ({ id, name: nameOf(id) }));
+  const shown = ids.slice(0, room).map((id) => ({ id, name: label(id) }));
   if (ids.length > room) shown.push({ id: "", name: `and ${ids.length - room} more` });
   keyed(parent, shown, (one) => one.id, ({ id }) => {
     const chip = id ? h("a.tag.clip", { href: `#/agents/${encodeURIComponent(id)}` }) : h("span.tag");
     chip.update = (now) => setText(chip, now.name);
     return chip;
   });
-  setAttr(parent, "title", ids.length > CHIPS ? ids.map(nameOf).join(", ") : null);
+  setAttr(parent, "title", ids.length > CHIPS ? ids.map(label).join(", ") : null);
 }
 
 function placementField() {
