@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ollama_coordinator_common.commandline import PLAIN, is_typed, log_to, with_settings
+from ollama_coordinator_common.commandline import (
+    JSON,
+    PLAIN,
+    is_typed,
+    last_words,
+    log_json,
+    log_to,
+    with_settings,
+)
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import AgentConfig
 
@@ -78,8 +86,10 @@ def status(settings: AgentConfig) -> None:
 
 def _run(settings: AgentConfig) -> None:
     console = Console()
-    live = console if console.is_terminal else None
-    if live is None:
+    live = console if console.is_terminal and settings.log_format != JSON else None
+    if settings.log_format == JSON:
+        log_json(settings.log_level)
+    elif live is None:
         log_to(logging.StreamHandler(), settings.log_level, PLAIN)
     else:  # above the live table
         handler = RichHandler(console=live, show_path=False, markup=False)
@@ -87,7 +97,7 @@ def _run(settings: AgentConfig) -> None:
     try:
         asyncio.run(_serve(settings, live))
     except OllamaCoordinatorError as exc:
-        typer.echo(f"Error: {exc}", err=True)
+        last_words(str(exc), settings.log_format)
         raise typer.Exit(1) from exc
 
 

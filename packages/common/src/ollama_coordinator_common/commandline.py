@@ -6,10 +6,14 @@ Typer and Rich are the programs' dependencies, not this package's.
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from enum import Enum
 from functools import wraps
 from typing import Annotated, Any, Protocol, TypeVar
+
+import msgspec
 
 from .error import ConfigError
 from .printable import all_printable, printable
@@ -41,7 +45,7 @@ def with_settings(
             try:
                 settings = read(values)
             except ConfigError as exc:
-                print(f"Error: {exc}", file=sys.stderr)  # noqa: T201 (a program's last words)
+                last_words(str(exc), values.get("log_format", ""))
                 raise SystemExit(2) from exc
             command(settings=settings, **mine)
 
@@ -112,6 +116,58 @@ def log_to(handler: logging.Handler, level: str, form: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("aiohttp", "asyncio", "hypercorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+JSON = "json"
+"""Of `LOG_FORMATS`."""
+
+
+class JsonFormatter(EventFormatter):
+    """A record as one JSON object on one line: what a call passed in `extra` are its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`time` (RFC 3339, UTC), `level`, `logger`, `message`; a traceback is in `exception`."""
+        shown: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for key, value in vars(record).items():
+            if key not in _STANDARD and value is not None:
+                shown[key if key not in shown else f"{key}_"] = value
+        if record.exc_info:
+            shown["exception"] = super().formatException(record.exc_info)
+        if record.stack_info:
+            shown["stack"] = record.stack_info
+        return msgspec.json.encode(all_printable(shown), enc_hook=str).decode()
+
+
+def log_json(level: str) -> None:
+    """Send the log to stderr as JSON: also warnings, and what ends the program or a thread."""
+    handler = logging.StreamHandler()
+    log_to(handler, level, PLAIN)
+    handler.setFormatter(JsonFormatter())
+    logging.captureWarnings(True)
+    crash = logging.getLogger("crash")
+
+    def crashed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        crash.critical("%s", kind.__name__, exc_info=(kind, error, trace))
+
+    def thread_crashed(about: threading.ExceptHookArgs) -> None:
+        if about.exc_value is not None:
+            crashed(about.exc_type, about.exc_value, about.exc_traceback)
+
+    sys.excepthook, threading.excepthook = crashed, thread_crashed
+
+
+def last_words(text: str, form: str) -> None:
+    """Write why a program ends to stderr, as `form` (one of `LOG_FORMATS`) has its lines."""
+    line = f"Error: {text}"
+    if form == JSON:
+        names = {"name": "exit", "levelname": "CRITICAL", "msg": text}
+        line = JsonFormatter().format(logging.makeLogRecord(names))
+    print(line, file=sys.stderr)  # noqa: T201 (a program's last words)
 
 
 PLAIN = "%(asctime)s %(levelname)-7s %(message)s"

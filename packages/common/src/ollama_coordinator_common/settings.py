@@ -16,6 +16,7 @@ from .error import ConfigError
 
 TRUE = frozenset({"true", "yes", "on", "1"})
 FALSE = frozenset({"false", "no", "off", "0"})
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 POLICIES = ("predicted", "loaded-first", "least-connections", "round-robin", "random", "cpu")
 HTTP_CHOICES = ("auto", "hypercorn")
@@ -355,6 +356,12 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     log_level: Annotated[str, Setting(
         "COORDINATOR_LOG_LEVEL", "How much to log", choices=LOG_LEVELS,
     )] = "INFO"
+    log_format: Annotated[str, Setting(
+        "COORDINATOR_LOG_FORMAT", "How a line of the log looks", choices=LOG_FORMATS,
+    )] = LOG_FORMATS[0]
+    access_log: Annotated[bool, Setting(
+        "COORDINATOR_ACCESS_LOG", "Whether each request is a line of the log",
+    )] = False
 
     @property
     def max_body_bytes(self) -> int:
@@ -417,4 +424,7 @@ class AgentConfig(Config, frozen=True, kw_only=True):
     log_level: Annotated[str, Setting(
         "AGENT_LOG_LEVEL", "How much to log", choices=LOG_LEVELS,
     )] = "INFO"
+    log_format: Annotated[str, Setting(
+        "AGENT_LOG_FORMAT", "How a line of the log looks", choices=LOG_FORMATS,
+    )] = LOG_FORMATS[0]
 # fmt: on

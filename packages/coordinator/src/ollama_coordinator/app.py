@@ -25,7 +25,7 @@ from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
-from .api.http.routing import CircleGuard, Gate, NearMiss, Shortcut, gathered
+from .api.http.routing import AccessLog, CircleGuard, Gate, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .attention import Attention
 from .clock import Clock
@@ -202,7 +202,9 @@ class _App(Starlette):
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
         timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()), parts.clock)
-        guarded = CircleGuard(timed, parts.upstreams.instance_id)
+        guarded: ASGIApp = CircleGuard(timed, parts.upstreams.instance_id)
+        if parts.settings.config.access_log:
+            guarded = AccessLog(guarded)
         return Cors(Gate(guarded, parts.access), self.state.origins)
 
 

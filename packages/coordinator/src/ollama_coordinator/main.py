@@ -11,7 +11,16 @@ from msgspec import structs
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ollama_coordinator_common.commandline import PLAIN, is_given, is_typed, log_to, with_settings
+from ollama_coordinator_common.commandline import (
+    JSON,
+    PLAIN,
+    is_given,
+    is_typed,
+    last_words,
+    log_json,
+    log_to,
+    with_settings,
+)
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
@@ -101,7 +110,9 @@ def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
     config = structs.replace(settings, given=given)
     console = Console(stderr=True)
     handler: logging.Handler
-    if console.is_terminal:
+    if config.log_format == JSON:
+        log_json(config.log_level)
+    elif console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
         log_to(handler, config.log_level, "%(message)s")
     else:
@@ -110,5 +121,5 @@ def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
         with asyncio.Runner(loop_factory=loop_of(config.loop)) as runner:
             runner.run(server.run(config))
     except OllamaCoordinatorError as exc:
-        typer.echo(f"Error: {exc}", err=True)
+        last_words(str(exc), config.log_format)
         raise typer.Exit(1) from exc

@@ -3,6 +3,8 @@
 And what it never meets: a request that goes in a circle.
 """
 
+import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Match, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.access import Access, Denied, Right, caller_of
 from ollama_coordinator.upstream import VIA_HEADER, passed
@@ -18,6 +20,11 @@ from ollama_coordinator.upstream import VIA_HEADER, passed
 from .dialects import INFERENCE_ROUTES, Dialect
 from .errors import JSON, HttpError, error_reply, login_page
 from .headers import first
+
+access_log = logging.getLogger("ollama_coordinator.access_log")
+
+CLIENT_LEFT = 499
+"""The status of a request without an answer, as nginx logs it."""
 
 VIA = VIA_HEADER.lower().encode()
 
@@ -153,6 +160,43 @@ class Gate:
         if scope["type"] == "http":
             self._identify(scope)
         return self._app(scope, receive, send)
+
+
+class AccessLog:
+    """ASGI middleware: each request is a line of the log, once it has ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status, size, request = time.monotonic(), 0, 0, None
+
+        async def counted(message: Message) -> None:
+            nonlocal status, size, request
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                request = first(message.get("headers", ()), b"x-ollama-coordinator-request")
+            else:
+                size += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            facts = {
+                "client": caller_of(scope).name,
+                "method": scope["method"],
+                "path": scope["path"],  # the query, and a key in the path, stay out of logs
+                "status": status or CLIENT_LEFT,
+                "bytes": size,
+                "seconds": round(time.monotonic() - began, 4),
+                "request": request,
+            }
+            access_log.info("request", extra=facts)
 
 
 def gathered(access: Access, endpoints: Iterable[Endpoint]) -> list[Route]:
