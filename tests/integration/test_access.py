@@ -571,19 +571,22 @@ async def test_nothing_is_sent_to_such_an_address_by_whatever_name(coordinator: 
 @pytest.mark.spec("ACCESS-12")
 async def test_the_first_key_takes_no_machine_out(behind: Running) -> None:
     async with StandIn() as ollama, StandIn() as other:
-        # Registered from a private address, as a machine of the network does.
-        body = registration("127.0.0.1", ollama.port)
-        _, text = await asked(behind, "/api/agents", "POST", body=body)
+        body = registration(PRIVATE, ollama.port)
+        _, text = await asked(behind, "/api/agents", "POST", of="192.168.1.9", body=body)
         agent_id = json.loads(text)["agent_id"]
         beat = {"agent_id": agent_id, "cpu_usage": 1, "memory_usage": 1, "active_requests": 0}
         assert (await asked(behind, "/api/health", "POST", of=PRIVATE, body=beat))[0] == 200
         join = bearer(await made(behind, "machines", rights=["join"]))
         await made(behind, "ben")
-        # From where the machine spoke last, and from where it is registered; from nowhere else.
-        assert (await asked(behind, "/api/health", "POST", of=PRIVATE, body=beat))[0] == 200
+        # From where the machine was registered, and from where it is; from nowhere else.
         for path, sent in (("/api/health", beat), ("/api/agents", body)):
             assert (await asked(behind, path, "POST", of="192.168.1.8", body=sent))[0] == 401
-            assert (await asked(behind, path, "POST", body=sent))[0] == 200
+            for address in ("192.168.1.9", PRIVATE):
+                assert (await asked(behind, path, "POST", of=address, body=sent))[0] == 200
+        # What such a machine may say is said of that machine alone.
+        other_one = registration(PRIVATE, 11500)
+        other_one["machine_name"] = "n"
+        assert (await asked(behind, "/api/agents", "POST", of=PRIVATE, body=other_one))[0] == 401
         fresh = registration("127.0.0.1", other.port)
         assert (await asked(behind, "/api/agents", "POST", body=fresh, **join))[0] == 201
         chat = {"model": "llama3.2", "messages": [], "stream": False}
@@ -597,9 +600,11 @@ async def test_where_machines_speak_from_is_known_after_a_restart(tmp_path: Path
     async with StandIn() as ollama:
         async with running(database_url=url, access="keys", **PROXIED) as coordinator:
             coordinator.parts.access.mode = "auto"
-            agent_id = await coordinator.register(ollama)
+            coordinator.parts.access.mode = "open"
+            body = registration("192.168.1.8", ollama.port)
+            _, text = await asked(coordinator, "/api/agents", "POST", of=PRIVATE, body=body)
+            agent_id = json.loads(text)["agent_id"]
             beat = {"agent_id": agent_id, "cpu_usage": 1, "memory_usage": 1, "active_requests": 0}
-            await asked(coordinator, "/api/health", "POST", of=PRIVATE, body=beat)
         async with running(database_url=url, access="keys", **PROXIED) as coordinator:
             coordinator.parts.access.keys.create(NewKey(name="a"))
             status, _ = await asked(coordinator, "/api/health", "POST", of=PRIVATE, body=beat)

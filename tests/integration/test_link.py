@@ -20,6 +20,7 @@ import pytest
 from msgspec import structs
 
 from ollama_coordinator_agent.daemon import Daemon
+from ollama_coordinator_common.protocol import PROOF_HEADER
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world, programs
 from support.coordinator import Running, running
@@ -445,6 +446,7 @@ async def test_what_is_no_link_is_refused_with_a_sentence(
 ) -> None:
     [row] = await coordinator.get("/api/agents")
     url = f"{coordinator.url}/api/agents/{row['id']}/link"
+    coordinator.session.headers[PROOF_HEADER] = agent.parts.state.secret()
     async with coordinator.session.get(url) as response:
         assert response.status == 426
         assert "proxy_set_header Upgrade" in (await response.json())["error"]
@@ -462,6 +464,7 @@ async def test_lines_that_mean_nothing_end_only_their_own_connection(
 ) -> None:
     [row] = await coordinator.get("/api/agents")
     url = f"{coordinator.url}/api/agents/{row['id']}/link"
+    coordinator.session.headers[PROOF_HEADER] = agent.parts.state.secret()
     for text in ("no json\n", '{"health": 3}\n', '{"health": {"agent_id": "another"}}\n'):
         async with coordinator.session.ws_connect(url) as socket_:
             await socket_.send_bytes(text.encode())

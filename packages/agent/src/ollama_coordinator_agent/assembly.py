@@ -65,7 +65,9 @@ async def assembled(
         stack.enter_context(meter)
         ollama = Ollama(session, host, config.ollama_port)
         parts = AgentParts(
-            client=CoordinatorClient(session, config.coordinator_url, token=join_token(config)),
+            client=CoordinatorClient(
+                session, config.coordinator_url, secret=state.secret(), token=join_token(config)
+            ),
             watch=Watch(ollama, supervisor, environ, changed, pace),
             reach=Reach(config, relay, state, changed, pace),
             transport=Transport(config, state),

@@ -1,8 +1,9 @@
 """Requests to the coordinator; aiohttp's errors about it become ours here and nowhere else.
 
-CoordinatorError   no answer, an answer of another program, or one that says "not now" (5xx, 429)
+CoordinatorError   no answer, an answer of another program, or one that says "not now": 5xx, 429, or
+│                  403 with Retry-After
 ├── Rejected       the coordinator refuses what was sent: 4xx with its sentence
-└── Forgotten      the coordinator does not know this agent: 404 to a heartbeat or a log
+└── Forgotten      the coordinator does not know this agent: 404 or 401 to a heartbeat or a log
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -16,6 +17,7 @@ import msgspec
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.protocol import (
+    PROOF_HEADER,
     AgentView,
     HealthReply,
     HealthReport,
@@ -33,6 +35,9 @@ refuse a host name that cannot be encoded."""
 
 NO_LINKS = (404, 426, 501)
 """An older coordinator, a proxy that leaves the upgrade out, a server that cannot change over."""
+
+UNKNOWN = (401, 404)
+"""No such agent, or its secret is of none: it registers again."""
 
 NONE: Mapping[str, str] = {}
 
@@ -60,7 +65,7 @@ class ErrorReply(msgspec.Struct):
 class CoordinatorClient:
     """Sends requests to one coordinator; `url` may have a base path.
 
-    `token` is what the machine may join with.
+    `secret` proves which machine speaks; `token` is what it may join with.
     """
 
     def __init__(
@@ -68,11 +73,13 @@ class CoordinatorClient:
         session: aiohttp.ClientSession,
         url: str,
         *,
+        secret: str = "",
         token: JoinToken | None = None,
         timeout_seconds: float = 5.0,
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
+        self._headers = {PROOF_HEADER: secret} if secret else {}
         self._joining = {"X-Api-Key": token.secret} if token is not None else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
@@ -133,11 +140,11 @@ class CoordinatorClient:
         """
         try:
             headers = {str(name): value for name, value in self._session.headers.items()}
-            return await dial(self.url, path, headers)
+            return await dial(self.url, path, {**headers, **self._headers})
         except TRANSPORT_ERRORS as exc:
             raise CoordinatorError(f"no answer from {self.url}: {_reason(exc)}") from exc
         except NotUpgraded as exc:
-            if exc.status == 404 and _sentence(exc.body) is not None:
+            if exc.status in UNKNOWN and _sentence(exc.body) is not None:
                 raise Forgotten("the coordinator does not know this agent (any more)") from exc
             if exc.status in NO_LINKS:
                 raise Rejected(f"{self.url} takes no link: {_sentence(exc.body) or exc}") from exc
@@ -146,7 +153,7 @@ class CoordinatorClient:
 
     async def _report(self, path: str, report: msgspec.Struct) -> bytes:
         status, body = await self._call("POST", path, msgspec.json.encode(report))
-        if status == 404:
+        if status in UNKNOWN:
             raise Forgotten("the coordinator does not know this agent (any more)")
         self._check(status, body)
         return body
@@ -154,8 +161,9 @@ class CoordinatorClient:
     async def _call(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] = NONE
     ) -> tuple[int, bytes]:
+        headers = {**self._headers, **headers}
         if content is not None:
-            headers = {**headers, "Content-Type": "application/json"}
+            headers["Content-Type"] = "application/json"
         async with (
             self._translated(),
             self._session.request(
@@ -171,7 +179,11 @@ class CoordinatorClient:
             if 300 <= response.status < 400:
                 target = response.headers.get("Location", "elsewhere")
                 raise self._not_a_coordinator(f"it redirects to {target}")
-            return response.status, await response.read()
+            body = await response.read()
+            if response.status == 403 and "Retry-After" in response.headers:
+                # This machine waits for an operator to admit it.
+                raise CoordinatorError(f"{self.url} says: {_sentence(body) or 'try again'}")
+            return response.status, body
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 
 MACHINE_ID = "machine-id"
 """The name of the file with the machine's id."""
+
+PROOF = "machine-secret"
+"""The name of the file with what proves to the coordinator that this machine speaks."""
+
+_SECRET = re.compile(r"[A-Za-z0-9_-]{43}")
 
 _MACHINE_ID = re.compile(r"[A-Za-z0-9-]{8,128}")
 
@@ -163,6 +169,25 @@ class StateFolder:
         )
         return self._make_machine_id(replace=True) if create else None
 
+    def secret(self) -> str:
+        """What proves that this machine speaks, made at the first start; empty if it is not kept.
+
+        One that would be lost with this process would make another machine of it at each start.
+        """
+        file = self.folder / PROOF
+        try:
+            if not file.exists():
+                self._publish(file, secrets.token_urlsafe(32), replace=False)
+            text = file.read_text("utf-8", errors="replace").strip()
+            if _SECRET.fullmatch(text) is None:
+                log.warning("the machine's secret is damaged: remove it", extra={"file": str(file)})
+                return ""
+        except OSError as exc:
+            facts = {"file": str(file), "reason": str(exc)}
+            log.warning("no secret can be kept: this machine is known by its address", extra=facts)
+            return ""
+        return text
+
     def remember(self, **changes: Any) -> None:
         """Keep some facts for the next run; a disk that refuses them does no other harm."""
         changed = msgspec.structs.replace(self.last_run, **changes)
@@ -189,26 +214,27 @@ class StateFolder:
 
     def _make_machine_id(self, *, replace: bool) -> str | None:
         try:
-            self._publish_machine_id(uuid.uuid4().hex, replace=replace)
+            self._publish(self._machine_id_file, uuid.uuid4().hex, replace=replace)
             return self._machine_id_file.read_text("utf-8").strip()
         except OSError as exc:
             self._log_unkept_id(exc)
             return None
 
-    def _publish_machine_id(self, fresh: str, *, replace: bool) -> None:
-        """Write the id whole; of two agents that start at once, the first one's stays."""
+    def _publish(self, file: Path, fresh: str, *, replace: bool) -> None:
+        """Write a text whole, for its owner; of two that start at once, the first one's stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f"machine-id.{os.getpid()}"
+        draft = self.folder / f"{file.name}.{os.getpid()}"
+        draft.touch(0o600)
         draft.write_text(fresh + "\n", "utf-8")
         try:
             if replace:
-                draft.replace(self._machine_id_file)
+                draft.replace(file)
             else:
-                os.link(draft, self._machine_id_file)
+                os.link(draft, file)
         except FileExistsError:
             pass
         except OSError:  # a file system without links
-            draft.replace(self._machine_id_file)
+            draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
 

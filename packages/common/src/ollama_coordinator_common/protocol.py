@@ -18,6 +18,13 @@ HEARTBEAT_SECONDS = 10.0
 """How often our agent reports by itself; it also reports at once when its models change."""
 
 
+PROOF_HEADER = "X-Agent-Secret"
+"""What an agent sends with every request to the coordinator: a text that its machine alone knows.
+
+The first registration pins it; from then on only who has it is believed to be that agent.
+"""
+
+
 Word = Annotated[str, Meta(max_length=256)]
 """A version or the name of a platform."""
 

@@ -26,8 +26,7 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import server
 from .aio import loop_of
-from .commands import database, fleet, operate, scheduling
-from .commands.joining import tokens
+from .commands import database, fleet, joining, operate, scheduling
 from .commands.keys import keys
 from .commands.top import top
 from .settings import read
@@ -66,7 +65,8 @@ def default(
 
 app.add_typer(fleet.models, name="models")
 app.add_typer(keys, name="keys")
-app.add_typer(tokens, name="join-token")
+app.add_typer(joining.tokens, name="join-token")
+app.add_typer(joining.requests, name="join-request")
 app.add_typer(operate.agents, name="agents")
 app.add_typer(operate.requests, name="requests")
 app.add_typer(operate.settings, name="settings")

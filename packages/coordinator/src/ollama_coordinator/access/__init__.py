@@ -18,7 +18,13 @@ from .keys import (
     token_in,
 )
 from .limits import Account, KeyUsage
-from .machines import KnownMachines, check_address
+from .machines import (
+    JoinRequest,
+    KnownMachines,
+    UnknownJoinRequest,
+    check_address,
+    secret_in,
+)
 from .sessions import COOKIE, SESSION_SECONDS, SecretFile, Sessions, cookie_of, secret_path
 from .zones import Zone, Zones, networks
 
@@ -34,6 +40,7 @@ __all__ = [
     "Account",
     "Caller",
     "Denied",
+    "JoinRequest",
     "Key",
     "KeyLimits",
     "KeyRing",
@@ -43,6 +50,7 @@ __all__ = [
     "Right",
     "SecretFile",
     "Sessions",
+    "UnknownJoinRequest",
     "UnknownKey",
     "WrongKey",
     "Zone",
@@ -53,6 +61,7 @@ __all__ = [
     "granted",
     "key_in",
     "networks",
+    "secret_in",
     "secret_path",
     "token_in",
 ]

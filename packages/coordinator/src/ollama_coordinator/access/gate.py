@@ -35,7 +35,7 @@ from .keys import (
     token_in,
 )
 from .limits import KeyUsage
-from .machines import KnownMachines
+from .machines import KnownMachines, secret_in
 from .sessions import SecretFile, Sessions, cookie_of
 from .zones import FORWARDING, ClientAddress, Zone, Zones
 
@@ -96,7 +96,7 @@ class Access:
         self.sessions = sessions
         self.secret = secret
         self.usage = usage
-        self._machines = machines
+        self.machines = machines
         self._zones = Zones(config.trusted_proxies, config.trusted_networks)
         self._hosts = frozenset(name.lower() for name in (*config.hosts, *_own_names()))
         self._user_headers = tuple(name.lower().encode() for name in config.user_header)
@@ -246,12 +246,7 @@ class Access:
             raise Denied(403, "a page of another site may not change anything here")
         if right == FREE:
             return
-        if not caller.rights & right and not (
-            # Who is in the fleet stays in it when the first key is made.
-            right & Right.JOIN
-            and not caller.is_proven
-            and self._machines.knows(caller.client.address)
-        ):
+        if not caller.rights & right and not self._is_machine(scope, caller, right):
             raise self._denied(scope, caller, right)
         if caller.is_browser and not caller.is_proven:
             self._check_host(scope)
@@ -261,6 +256,18 @@ class Access:
                 "no address of a private network, was served without a key "
                 "(COORDINATOR_ACCESS=open)."
             )
+
+    def _is_machine(self, scope: Scope, caller: Caller, right: Right) -> bool:
+        """Whether a machine of the fleet asks, or one that may join: the route finds out which."""
+        if not right & Right.JOIN:
+            return False
+        secret = secret_in(scope)
+        if self.machines.vouches(secret):
+            return True
+        if secret and right & Right.ASK and not self._is_closed_to(caller.client):
+            return True
+        # Who is in the fleet stays in it when the first key is made.
+        return not caller.is_proven and self.machines.knows(caller.client.address)
 
     def join_token(self, secret: str) -> str:
         """What a machine is given to join with, of the text of a key with that right."""

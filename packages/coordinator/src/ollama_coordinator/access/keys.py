@@ -56,13 +56,17 @@ OF_TOKENS = ("join",)
 
 
 class Right(IntFlag):
-    """What a caller may do; several joined mean any of them."""
+    """What a caller may do; several joined mean any of them.
+
+    `ASK`, to join: every machine with a secret may, where the coordinator is not closed to it.
+    """
 
     USE = 1
     MANAGE = 2
     OPERATE = 4
     JOIN = 8
     WATCH = 16
+    ASK = 32
 
 
 NOTHING = Right(0)

@@ -14,7 +14,7 @@ from .models.cloud import CloudApi
 from .models.lists import AliasesApi, FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
-from .own.access import KeysApi, SessionsApi
+from .own.access import JoiningApi, KeysApi, SessionsApi
 from .own.agents import AgentsApi
 from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
@@ -24,7 +24,7 @@ from .own.operations import OperationsApi
 from .own.requests import RequestsApi
 from .own.settings import SettingsApi
 
-USE, MANAGE, OPERATE, JOIN, WATCH = Right
+USE, MANAGE, OPERATE, JOIN, WATCH, ASK = Right
 READ, FOLLOW = USE | WATCH, MANAGE | WATCH
 """Of routes that change nothing: for who uses models, or manages them, and for who looks on."""
 
@@ -73,10 +73,11 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
     keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
+    joining = JoiningApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
-        Endpoint("POST", "/api/agents", JOIN, agents.register),
+        Endpoint("POST", "/api/agents", JOIN | ASK, agents.register),
         Endpoint("GET", "/api/agents", WATCH | MANAGE | JOIN, agents.list),
         Endpoint("GET", "/api/agents/{agent_id}", WATCH, agents.show),
         Endpoint("PATCH", "/api/agents/{agent_id}", OPERATE, agents.change),
@@ -112,6 +113,9 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("POST", "/api/keys", OPERATE, keys.create),
         Endpoint("GET", "/api/keys/{name}", OPERATE, keys.show),
         Endpoint("DELETE", "/api/keys/{name}", OPERATE, keys.revoke),
+        Endpoint("GET", "/api/join-requests", WATCH, joining.list),
+        Endpoint("POST", "/api/join-requests/{name}", OPERATE, joining.admit),
+        Endpoint("DELETE", "/api/join-requests/{name}", OPERATE, joining.refuse),
         Endpoint("GET", "/api/session", READ | MANAGE | JOIN, sessions.show),
         Endpoint("POST", "/dashboard/session", FREE, sessions.begin),
         Endpoint("DELETE", "/dashboard/session", FREE, sessions.end),

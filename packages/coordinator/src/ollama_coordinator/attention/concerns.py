@@ -84,6 +84,11 @@ class Concerns:
         if self._access.notice:
             severity = Severity.WARNING if self._access.mode == "open" else Severity.NOTE
             yield Concern("access", "access", severity, "Access", self._access.notice)
+        for asked in self._access.machines.requests():
+            text = f"It wants to join, from {asked.address}, with the fingerprint"
+            text += f" {asked.fingerprint}. Admit or refuse it on the Fleet page."
+            name, severity = f"join:{asked.id}", Severity.NOTE
+            yield Concern(name, "join", severity, asked.machine_name, text)
         if agents and not any(self._registry.is_routable(agent, now) for agent in agents):
             text = "No machine gets requests. Start one, or see below why each is out."
             yield Concern("fleet", "fleet", Severity.CRITICAL, "Fleet", text)

@@ -1,4 +1,4 @@
-"""`join-token …`: which machines may join the fleet, from the command line."""
+"""`join-token …` and `join-request …`: which machines join the fleet, from the command line."""
 
 import secrets
 from typing import Annotated, Any
@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .client import Client, asks
+from .client import Client, Json, asks
 from .keys import Expires, expiry, shown_time, state_of
+from .tables import shown_json
 
 tokens = typer.Typer(
     add_completion=False,
@@ -18,7 +19,17 @@ tokens = typer.Typer(
     help="With a join token a machine joins the fleet: make, list and revoke them.",
 )
 
+requests = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Machines that want to join and have no token: list, admit and refuse them.",
+)
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the list calls it.")]
+Asking = Annotated[
+    str, typer.Argument(metavar="NAME", help="The machine's name, or its fingerprint.")
+]
 NewName = Annotated[
     str, typer.Argument(metavar="[NAME]", help="What the list calls it.", show_default=False)
 ]
@@ -76,3 +87,36 @@ async def revoke(client: Client, name: Name) -> None:
 async def _tokens(client: Client) -> list[dict[str, Any]]:
     keys = (await client.json("GET", "/api/keys"))["keys"]
     return [key for key in keys if key["rights"] == ["join"]]
+
+
+@requests.command("list")
+@asks
+async def list_requests(client: Client, json: Json = False) -> None:
+    """List the machines that want to join; each agent logs its own fingerprint."""
+    answer = await client.json("GET", "/api/join-requests")
+    if json:
+        shown_json(answer)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("MACHINE", "FINGERPRINT", "FROM", "SINCE"):
+        table.add_column(column)
+    for one in answer["join_requests"]:
+        facts = (one["machine_name"], one["fingerprint"], one["address"])
+        table.add_row(*facts, shown_time(one["asked_at"]))
+    Console().print(table)
+
+
+@requests.command()
+@asks
+async def admit(client: Client, name: Asking) -> None:
+    """Let a machine join; it does when it asks again, some seconds later."""
+    await client.json("POST", f"/api/join-requests/{quote(name, safe='')}")
+    typer.echo(f"'{name}' may join")
+
+
+@requests.command()
+@asks
+async def refuse(client: Client, name: Asking) -> None:
+    """Refuse a machine, now and when it asks again."""
+    await client.json("DELETE", f"/api/join-requests/{quote(name, safe='')}")
+    typer.echo(f"'{name}' is refused")

@@ -1,7 +1,7 @@
 """The registered agents and their state; pure: takes the time and facts, returns what changed."""
 
 from .agent import AgentSettings, AgentState, place_of, url_of
-from .agent_match import TwoMachines
+from .agent_match import NotItsOllama, TwoMachines
 from .inventory import AvailableRow, Inventory, LoadedRow
 from .model_index import modified_at, newest, shown_capabilities, shown_content
 from .registry import Registration, Registry, UnknownAgent
@@ -12,6 +12,7 @@ __all__ = [
     "AvailableRow",
     "Inventory",
     "LoadedRow",
+    "NotItsOllama",
     "Registration",
     "Registry",
     "TwoMachines",

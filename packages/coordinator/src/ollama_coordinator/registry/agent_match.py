@@ -38,6 +38,18 @@ class TwoMachines(OllamaCoordinatorError):
         super().__init__(text)
 
 
+class NotItsOllama(OllamaCoordinatorError):
+    """A living agent has this Ollama, and another machine registers it."""
+
+    def __init__(self, agent: AgentState) -> None:
+        name = agent.registration.machine_name
+        super().__init__(
+            f"the Ollama at {agent.url} is that of the agent '{name}', which another machine "
+            "registered: register it from there, or remove that agent first "
+            f"(`ollama-coordinator agents rm {name}`)"
+        )
+
+
 def match(
     request: RegisterRequest, agents: Iterable[AgentState], lives: Lives, host: str = ""
 ) -> AgentState | None:
@@ -223,6 +235,10 @@ class Identities:
         Several agents of one machine with an Ollama port each are not alike.
         """
         return self._others(agent, _claims(agent))
+
+    def at(self, where: frozenset[tuple[str, int]]) -> set[AgentId]:
+        """The agents at one of these hosts and ports."""
+        return set().union(*(self._agents[one] for one in where if one in self._agents))
 
     def same_ollama(self, agent: AgentState) -> set[AgentId]:
         """The other agents with its host and port."""

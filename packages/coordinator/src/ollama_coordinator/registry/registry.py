@@ -1,6 +1,6 @@
 """All registered agents: their identity, their status, and the models they have."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import datetime
 
 from msgspec import UNSET, Struct, structs
@@ -12,7 +12,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
 from .agent import AgentSettings, AgentState, Cooldown, cooldown_after, endpoints
-from .agent_match import Identities
+from .agent_match import Identities, NotItsOllama
 from .inventory import EMPTY
 from .model_index import MOST_SHOWN, CloudModels, ModelIndex
 
@@ -26,8 +26,17 @@ MOST_UNANSWERED = 256
 class UnknownAgent(OllamaCoordinatorError):
     """No agent has this id; an agent that gets this answer registers again."""
 
-    def __init__(self, agent_id: str) -> None:
-        super().__init__(f'agent "{agent_id}" is not registered; register it with POST /api/agents')
+    def __init__(self, agent_id: str, text: str = "") -> None:
+        text = text or f'agent "{agent_id}" is not registered; register it with POST /api/agents'
+        super().__init__(text)
+
+
+Judgement = Callable[[AgentState], bool]
+"""Something that is asked of an agent; see `access.machines` for who is believed."""
+
+
+def _always(agent: AgentState) -> bool:
+    return True
 
 
 class Registration(Struct, frozen=True):
@@ -100,24 +109,35 @@ class Registry:
         *,
         host: str = "",
         answering: Container[AgentId] = (),
+        believed: Judgement = _always,
+        yields: Judgement = _always,
     ) -> Registration:
         """Add an agent, or renew the one that `agent_match.match` finds.
 
         `host` is what its address was resolved to, if it is a name. The `answering` agents live,
         although they are not online. A registration that tells less of who it is than a living
         agent does not change it: it gets that agent's id for the same Ollama, else one of its own.
+        Only an agent for whom it is `believed` to speak is renewed; a living one with the same
+        Ollama stays, unless it `yields`.
 
         Raises:
             TwoMachines: two that are online report the same Ollama, and this one was replaced.
+            NotItsOllama: a living agent that does not yield has this Ollama.
         """
 
         def lives(agent: AgentState) -> bool:
             return agent.id in answering or self.is_online(agent, now)
 
-        known = agent_match.match(request, self, lives, host)
+        where = endpoints(request, host)
         self.changes += 1
+        for other in self._of_others(where, believed):
+            if lives(other) and agent_match.identifies_less(request, other):
+                return Registration(other, created=False)
+            if lives(other) and not yields(other):
+                raise NotItsOllama(other)
+        known = agent_match.match(request, filter(believed, self), lives, host)
         if known is not None and lives(known) and agent_match.identifies_less(request, known):
-            if known.endpoints & endpoints(request, host):
+            if known.endpoints & where:
                 return Registration(known, created=False)
             known = None
         if known is None:
@@ -140,8 +160,38 @@ class Registry:
         self.heard(known, now)
         return Registration(known, created=False, replaced=replaced)
 
+    def renews(
+        self, request: RegisterRequest, now: float, believed: Judgement, *, host: str = ""
+    ) -> bool:
+        """Whether a registration renews an agent, or else makes one.
+
+        Raises:
+            TwoMachines: as `register`.
+        """
+
+        def is_online(agent: AgentState) -> bool:
+            return self.is_online(agent, now)
+
+        known = agent_match.match(request, filter(believed, self), is_online, host)
+        if known is None:
+            return False
+        is_less = is_online(known) and agent_match.identifies_less(request, known)
+        return not is_less or bool(known.endpoints & endpoints(request, host))
+
+    def _of_others(
+        self, where: frozenset[tuple[str, int]], believed: Judgement
+    ) -> list[AgentState]:
+        """The agents at some endpoints for whom nobody is believed to speak."""
+        found = [self._agents[one] for one in sorted(self._identities.at(where))]
+        return [agent for agent in found if not believed(agent)]
+
     def doubtful(
-        self, request: RegisterRequest, now: float, *, host: str = ""
+        self,
+        request: RegisterRequest,
+        now: float,
+        *,
+        host: str = "",
+        believed: Judgement = _always,
     ) -> AgentState | None:
         """An agent that is away, which a registration at another address would renew by its name.
 
@@ -150,7 +200,11 @@ class Registry:
         Raises:
             TwoMachines: as `register`.
         """
-        known = agent_match.match(request, self, lambda agent: self.is_online(agent, now), host)
+
+        def is_online(agent: AgentState) -> bool:
+            return self.is_online(agent, now)
+
+        known = agent_match.match(request, filter(believed, self), is_online, host)
         if known is None or self.is_online(known, now):
             return None
         if known.endpoints & endpoints(request, host):

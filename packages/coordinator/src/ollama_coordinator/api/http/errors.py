@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Send
 
-from ollama_coordinator.access import Denied, UnknownKey, WrongKey
+from ollama_coordinator.access import Denied, UnknownJoinRequest, UnknownKey, WrongKey
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.aliases import AliasInTheWay, UnknownAlias, WrongAlias
 from ollama_coordinator.db import DatabaseError
@@ -27,7 +27,7 @@ from ollama_coordinator.operations import (
     UploadError,
     WrongPlacement,
 )
-from ollama_coordinator.registry import AgentState, TwoMachines, UnknownAgent
+from ollama_coordinator.registry import AgentState, NotItsOllama, TwoMachines, UnknownAgent
 from ollama_coordinator.scheduler import (
     DoesNotPredict,
     HoldersUnavailable,
@@ -81,6 +81,8 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     UnknownAlias: 404,
     AliasInTheWay: 409,
     TwoMachines: 409,
+    NotItsOllama: 409,
+    UnknownJoinRequest: 404,
     DatabaseError: 503,
     ClientLeft: 499,
     WrongPlacement: 400,
@@ -141,7 +143,7 @@ def headers_of(error: OllamaCoordinatorError) -> dict[str, str]:
         return {"retry-after": str(max(1, round(error.retry_after_seconds)))}
     if isinstance(error, Denied) and error.status == 401:
         return {"www-authenticate": 'Bearer realm="Ollama Coordinator"'}
-    if isinstance(error, Denied) and error.status == 429:
+    if isinstance(error, Denied) and error.retry_after:
         return {"retry-after": str(max(1, round(error.retry_after)))}
     return {}
 

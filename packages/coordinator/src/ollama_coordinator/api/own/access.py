@@ -13,6 +13,7 @@ from starlette.responses import Response
 from ollama_coordinator.access import (
     COOKIE,
     SESSION_SECONDS,
+    JoinRequest,
     Key,
     KeyLimits,
     NewKey,
@@ -128,6 +129,44 @@ class KeysApi:
             last_used_at=utc(key.last_used),
             sessions=self._access.sessions.of(key),
         )
+
+
+class JoinRequestsView(Struct, frozen=True):
+    """`GET /api/join-requests`."""
+
+    join_requests: list[JoinRequest]
+
+
+class JoiningApi:
+    """The handlers of machines that want to join; a name is a machine's, or the request's id."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._machines = parts.machines
+        self._store = parts.store
+
+    @operation(gives={200: JoinRequestsView})
+    async def list(self, request: Request) -> Response:
+        """The machines that registered without a join token where one is needed."""
+        return reply(JoinRequestsView(self._machines.requests()))
+
+    @operation(gives={200: JoinRequest}, errors=(404,))
+    async def admit(self, request: Request) -> Response:
+        """Let a machine join: it does when it asks again, some seconds later."""
+        asked = self._machines.admit(request.path_params["name"])
+        self._log("machine admitted", asked, request)
+        return reply(asked)
+
+    @operation(gives={200: JoinRequest}, errors=(404,))
+    async def refuse(self, request: Request) -> Response:
+        """Refuse a machine, now and when it asks again; with a join token it still comes in."""
+        asked = self._machines.refuse(request.path_params["name"])
+        await self._store.flush()
+        self._log("machine refused", asked, request)
+        return reply(asked)
+
+    def _log(self, event: str, asked: JoinRequest, request: Request) -> None:
+        facts = {"machine": asked.machine_name, "fingerprint": asked.fingerprint}
+        log.info(event, extra={**facts, "by": caller_of(request.scope).name})
 
 
 class SessionView(Struct, frozen=True):

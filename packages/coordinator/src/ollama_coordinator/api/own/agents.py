@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_coordinator.access import Caller, caller_of, check_address
+from ollama_coordinator.access import Caller, Denied, Right, caller_of, check_address, secret_in
 from ollama_coordinator.agent_logs import LogView
 from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.errors import JSON, HttpError, decode, log_event, reply
@@ -18,7 +18,7 @@ from ollama_coordinator.api.http.openapi import operation
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.monitor import InCircles, VersionReply
 from ollama_coordinator.parts import Parts
-from ollama_coordinator.registry import AgentSettings, AgentState, place_of, url_of
+from ollama_coordinator.registry import AgentSettings, AgentState, Registration, place_of, url_of
 from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator.upstream import Unreachable
 from ollama_coordinator_common.network import machine_of, parse_address
@@ -106,6 +106,7 @@ class AgentsApi:
         self._logs = parts.agent_logs
         self._clock = parts.clock
         self._machines = parts.machines
+        self._access = parts.access
         self._keys = parts.access.keys
 
     @operation(
@@ -120,11 +121,22 @@ class AgentsApi:
         reached once it has opened that.
         """
         wanted = await decode(RegisterRequest, request)
-        host = await self._host_of(wanted.ip_address, caller_of(request.scope))
+        caller, secret = caller_of(request.scope), secret_in(request.scope)
+
+        def believed(agent: AgentState) -> bool:
+            before = wanted.previous_instance_id
+            return self._machines.believes(agent, caller, secret, wanted.instance_id, before)
+
+        may_join = bool(caller.rights & Right.JOIN) or self._machines.admits(secret, caller)
+        if not (may_join or self._machines.is_known(secret, caller)):
+            raise self._unknown(wanted, secret, request)
+        host = await self._host_of(wanted.ip_address, caller)
         if wanted.link:
             host = place_of(wanted)
         now = self._clock.now()
-        away = self._registry.doubtful(wanted, now, host=host)
+        if not (may_join or self._registry.renews(wanted, now, believed, host=host)):
+            raise self._unknown(wanted, secret, request)
+        away = self._registry.doubtful(wanted, now, host=host, believed=believed)
         answering = [away.id] if away is not None and await self._monitor.answers(away) else []
         found = None if wanted.link else await self._version_of(wanted)
         now = self._clock.now()
@@ -135,6 +147,8 @@ class AgentsApi:
             now,
             host=host,
             answering=answering,
+            believed=believed,
+            yields=lambda agent: self._machines.yields(agent, host, caller),
         )
         agent = done.agent
         if found is not None:
@@ -142,10 +156,8 @@ class AgentsApi:
         for other in done.replaced:
             log_event("agent's Ollama is another agent's now", other, by=agent.name)
             self._agent_store.keep(other)
-        caller = caller_of(request.scope)
-        if done.created and caller.key is not None:
-            self._keys.spend(caller.key)
-        self._machines.note(agent.id, caller.client.address)
+        if done.created or believed(agent):
+            self._note(done, secret, caller)
         await self._agent_store.keep_now(agent)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.way)
         self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
@@ -157,6 +169,21 @@ class AgentsApi:
         reached = UNSET if wanted.link or found is not None else False
         answer = RegisterReply(agent.id, status, reached)
         return reply(answer, 201 if done.created else 200)
+
+    def _note(self, done: Registration, secret: str, caller: Caller) -> None:
+        """Note from where a machine of the fleet spoke, and that its token is used."""
+        if done.created and caller.key is not None:
+            self._keys.spend(caller.key)
+        self._machines.note(done.agent.id, caller.client.address, secret)
+        self._machines.joined(secret, caller)
+
+    def _unknown(self, wanted: RegisterRequest, secret: str, request: Request) -> Denied:
+        """The answer to a machine that is not of the fleet and has nothing to join with."""
+        caller = caller_of(request.scope)
+        if not secret:
+            return caller.needs(Right.JOIN)
+        asked = self._machines.ask(wanted, secret, caller)
+        return self._access.wrong_key(request.scope) if caller.was_wrong else asked
 
     async def _host_of(self, host: str, caller: Caller) -> str:
         """The machine of an agent's address; a name that cannot be looked up is its own.
@@ -248,6 +275,7 @@ class AgentsApi:
     async def take_log(self, request: Request) -> Response:
         """Take the lines of an agent's log, from the agent itself."""
         agent = self._registry.get(request.path_params["agent_id"])
+        self._machines.check(agent, request.scope)
         report = await decode(LogReport, request)
         now = self._clock.now()
         self._logs.take(agent.id, report, now, self._clock.utc(now))

@@ -57,6 +57,8 @@ class HealthApi:
     async def heartbeat(self, request: Request) -> Response:
         """A heartbeat of an agent; one that is not known gets 404, and registers again."""
         report = await decode(HealthReport, request, limit=LIST_BYTES, commas=REPORT_COMMAS)
+        agent = self._registry.get(report.agent_id)
+        self._parts.machines.check(agent, request.scope, report.instance_id)
         return reply(self.take(report, caller_of(request.scope).client.address))
 
     def take(self, report: HealthReport, address: str) -> HealthReply:

@@ -74,6 +74,7 @@ class LinkApi:
             HttpError: the link is over, or has enough connections (409).
         """
         agent = self._registry.get(scope["path_params"]["agent_id"])
+        self._parts.machines.check(agent, scope)
         query = parse_qs(scope["query_string"].decode("latin-1"))
         session = query.get("session", [""])[0]
         if not session:

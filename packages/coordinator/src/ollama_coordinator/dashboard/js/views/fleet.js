@@ -1,11 +1,13 @@
 /** Fleet: every machine at a glance. Cards for a few, rows for many. */
 
 import { View } from "../view.js";
+import { call, get, path } from "../api.js";
 import { h, keyed, setText } from "../dom.js";
 import { store } from "../store.js";
 import { empty, howToAddAnAgent, segmented } from "../parts/bits.js";
 import { agentCard } from "../parts/agent-card.js";
 import { agentRow, agentRowHead } from "../parts/agent-row.js";
+import { act } from "../parts/toast.js";
 
 const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
@@ -49,11 +51,13 @@ class FleetView extends View {
     this.table = h("div.table-box", { hidden: true }, h("table.fleet-table", null, agentRowHead(), this.rows));
     this.nothing = h("div");
     this.most = AT_ONCE;
-    this.append(this.head("Fleet", this.controls), this.nothing, this.cards, this.table);
+    this.joining = h("div");
+    this.append(this.head("Fleet", this.controls), this.joining, this.nothing, this.cards, this.table);
   }
 
   changed(changed) {
     if (this.concerns(changed, "agents")) this.draw(changed?.get("agents") ?? null);
+    if (this.concerns(changed, "attention")) this.tellJoining();
   }
 
   /** @param {Set<string> | null} stale ids of the agents that changed, if only those have to be drawn anew */
@@ -89,6 +93,29 @@ class FleetView extends View {
       const many = all.filter((agent) => agent.state === state).length;
       setText(this.states.options[index], state ? `${label} (${many})` : label);
     });
+  }
+
+  /** The machines that want to join, as long as the list of what needs a person has one. */
+  async tellJoining() {
+    if (!store.ready) return;
+    const known = Object.values(store.state.attention).filter((one) => one.kind === "join").map((one) => one.id).sort().join();
+    if (known === (this.known ?? "")) return;
+    this.known = known;
+    const answer = known ? await act(() => get("/api/join-requests")) : null;
+    const rows = (answer?.join_requests ?? []).map((one) => this.joinRow(one));
+    this.joining.replaceChildren(...(rows.length ? [h("div.table-box", null, h("table.stacked", null, h("caption", null, "Machines that want to join"),
+      h("thead", null, h("tr", null, ["Machine", "From", "Fingerprint", "Since", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)))] : []));
+  }
+
+  joinRow(one) {
+    const answer = async (method, said) => {
+      if (await act(() => call(method, path(["api", "join-requests", one.id])), said)) row.remove();
+    };
+    const row = h("tr", { "data-join": one.id }, h("th", { scope: "row" }, one.machine_name), h("td", null, one.address), h("td.mono", null, one.fingerprint),
+      h("td", null, new Date(one.asked_at).toLocaleString()),
+      h("td", null, h("div.row", null, h("button.small.primary", { onclick: () => answer("POST", "Admitted: it joins within seconds") }, "Admit"),
+        h("button.small.danger", { onclick: () => answer("DELETE", "Refused") }, "Refuse"))));
+    return row;
   }
 
   wanted(agent) {
