@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
+from yarl import URL
 
 from ollama_coordinator import aio, metrics
+from ollama_coordinator.access import KeyLimits, NewKey
 from ollama_coordinator.journal import Histogram
 from ollama_coordinator.main import app
 from support.coordinator import Running
@@ -111,6 +113,60 @@ async def test_names_that_no_agent_has_served_are_one_series(coordinator: Runnin
         text = await scraped(coordinator)
         assert samples(text)["requests_total", "ollama", "other", "refused"] == 5
         assert "no-such" not in text
+
+
+@pytest.mark.spec("OPERATION-40")
+async def test_a_key_has_its_requests_tokens_and_refusals(coordinator: Running) -> None:
+    keys = coordinator.parts.access.keys
+
+    async def chat(text: str, path: str = "/api/chat", model: str = "llama3.2") -> int:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": False}
+        sent = {"Authorization": f"Bearer {text}"}
+        url = coordinator.url + path
+        async with coordinator.session.post(url, json=body, headers=sent) as response:
+            await response.read()
+            return response.status
+
+    async with StandIn() as ollama:
+        await coordinator.register(ollama)
+        limits = KeyLimits(requests_per_minute=1)
+        _, anna = keys.create(NewKey(name="anna", models=("llama3.2",)))
+        _, ben = keys.create(NewKey(name="ben", limits=limits))
+        keys.create(NewKey(name="unused"))
+        assert [await chat(anna), await chat(anna)] == [200, 200]
+        assert await chat(anna, model="other") == 403
+        assert await chat(anna, "/api/pull") == 403
+        assert [await chat(ben), await chat(ben)] == [200, 429]
+        assert await chat("oc_wrong") == 200, "on loopback a dummy key is nobody"
+        found = samples(await scraped(coordinator))
+        assert found["key_requests_total", "anna"] == 2
+        assert found["key_refusals_total", "anna"] == 2
+        assert found["key_requests_total", "ben"] == 1
+        assert found["key_refusals_total", "ben"] == 1
+        assert found["key_tokens_total", "anna"] == 2 * found["key_tokens_total", "ben"] > 0
+        assert {key[1] for key in found if key[0] == "key_requests_total"} == {"anna", "ben"}
+
+        # Another key of a name that is free again goes on with its series.
+        keys.revoke("anna")
+        _, anna = keys.create(NewKey(name="anna"))
+        assert await chat(anna) == 200
+        assert samples(await scraped(coordinator))["key_requests_total", "anna"] == 3
+
+
+@pytest.mark.spec("OPERATION-40")
+async def test_open_connections_are_those_of_now(coordinator: Running) -> None:
+    url = URL(coordinator.url)
+    before = samples(await scraped(coordinator))[("open_connections",)]
+    assert before >= 1
+    writers = [(await asyncio.open_connection(url.host, url.port))[1] for _ in range(3)]
+    served = coordinator.parts.connections
+    assert served is not None
+    await coordinator.until(lambda: served.open >= before + 3)
+    assert samples(await scraped(coordinator))[("open_connections",)] == before + 3
+    for writer in writers:
+        writer.close()
+    await coordinator.until(lambda: served.open <= before)
+    assert samples(await scraped(coordinator))[("open_connections",)] == before
 
 
 @pytest.mark.spec("OPERATION-40")

@@ -55,6 +55,7 @@ class Metrics:
 
     def _families(self) -> Iterator[Metric]:
         yield from self._of_requests()
+        yield from self._of_keys()
         yield from self._of_models()
         agents = _labelled(self._parts.registry)
         yield from self._of_attempts(agents)
@@ -84,6 +85,18 @@ class Metrics:
             "",
             [("", counted.prediction_error)],
         )
+
+    def _of_keys(self) -> Iterator[Metric]:
+        counts = list(self._parts.access.usage.counts.items())
+        for name, text, of_key in (
+            ("key_requests", "Inference requests of a key that were let in.",
+             [(name, one.requests) for name, one in counts]),
+            ("key_tokens", "Tokens read and written for a key.",
+             [(name, one.tokens) for name, one in counts]),
+            ("key_refusals", "Requests that a key's limits, rights or models did not allow.",
+             [(name, one.refusals) for name, one in counts]),
+        ):  # fmt: skip
+            yield _counter(name, text, ("key",), (((key,), n) for key, n in of_key))
 
     def _of_models(self) -> Iterator[Metric]:
         models = list(self._counters.models.items())
@@ -200,6 +213,9 @@ class Metrics:
         yield _gauge("waiting_requests", "Requests without a slot.", ("lane",), rows)
         text = "How late the event loop last was; more than some milliseconds delays every stream."
         yield _gauge("event_loop_lag_seconds", text, (), [((), parts.clock.lag)])
+        served = parts.connections
+        rows = [] if served is None else [((), served.open)]
+        yield _gauge("open_connections", "Connections of clients and of agents' links.", (), rows)
         problem = float(parts.store.problem is not None)
         yield _gauge("database_problem", "1 while the database fails.", (), [((), problem)])
         labels = (version("ollama-coordinator"), parts.scheduler.policy)

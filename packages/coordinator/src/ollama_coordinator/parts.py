@@ -14,6 +14,7 @@ from .clock import Clock
 from .db import Store
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
+from .http1 import ConnectionLimits
 from .journal import Observation
 from .link import Links
 from .monitor import Monitor
@@ -29,6 +30,7 @@ GIBIBYTE = 1024**3
 class Parts(Struct, kw_only=True, eq=False):
     """The parts of a coordinator, each made once; a handler takes those that it uses.
 
+    `connections`: those of the server, as long as one of ours serves.
     `reading`: large bodies are read one at a time, see `json_edit`.
     `stopping`: `GET /readyz` answers 503, so that load balancers send no further requests.
     """
@@ -59,6 +61,7 @@ class Parts(Struct, kw_only=True, eq=False):
     snapshots: Snapshots
     feed: Feed
     reading: asyncio.Lock
+    connections: ConnectionLimits | None = None
     stopping: bool = False
 
     def apply_settings(self) -> None:

@@ -99,13 +99,18 @@ def _listener(family: int, address: object) -> socket.socket:
 
 
 def limits_of(parts: Parts, most: int | None = None) -> ConnectionLimits:
-    """The limits on clients' connections, at most `most` of which are open at once."""
+    """The limits on clients' connections, at most `most` of which are open at once.
+
+    They become those of `parts`.
+    """
     settings = parts.settings
-    return ConnectionLimits(
+    limits = ConnectionLimits(
         most=most,
         stall_seconds=lambda: settings.config.stall_timeout,
         now=parts.clock.now,
     )
+    parts.connections = limits
+    return limits
 
 
 def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:

@@ -5,7 +5,7 @@ from starlette.types import Scope
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .keys import EVERYTHING, INCLUDED, NOTHING, Key, Right
+from .keys import EVERYTHING, INCLUDED, NOTHING, Key, KeyCounts, Right
 from .zones import UNKNOWN_CLIENT, ClientAddress, Zone
 
 
@@ -23,13 +23,15 @@ class Caller(Struct, frozen=True, kw_only=True):
 
     `rights` are what it may do. `is_proven`: by a key, a session or the secret file, and not by
     where it comes from alone. `by_session`: by a session. `was_wrong`: it gave a key that is none.
-    `crosses_sites`: a browser sends it for a page of another site that it does not name.
+    `crosses_sites`: a browser sends it for a page of another site that it does not name. `counts`:
+    those of its key, in which its refusals count.
     """
 
     client: ClientAddress
     name: str
     rights: Right = NOTHING
     key: Key | None = None
+    counts: KeyCounts | None = None
     is_proven: bool = False
     by_session: bool = False
     is_browser: bool = False
@@ -43,6 +45,7 @@ class Caller(Struct, frozen=True, kw_only=True):
         """
         needed = named(right)
         if self.key is not None:
+            self._refused()
             return Denied(403, f"the key '{self.key.name}' may not do this: it needs {needed}")
         return Denied(
             401,
@@ -58,9 +61,14 @@ class Caller(Struct, frozen=True, kw_only=True):
             Denied: 403.
         """
         if self.key is not None and not self.key.may_use(model):
+            self._refused()
             listed = ", ".join(self.key.models)
             text = f"the key '{self.key.name}' may not use this model; it may use: {listed}"
             raise Denied(403, text)
+
+    def _refused(self) -> None:
+        if self.counts is not None:
+            self.counts.refusals += 1
 
 
 NOBODY = Caller(client=ClientAddress(UNKNOWN_CLIENT, Zone.PUBLIC), name="")

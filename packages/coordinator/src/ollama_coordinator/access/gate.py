@@ -220,6 +220,7 @@ class Access:
             name=name,
             rights=key.allowed,
             key=key,
+            counts=self.usage.counts_of(key),
             is_proven=True,
             by_session=by_session,
             crosses_sites=_crosses_sites(headers),

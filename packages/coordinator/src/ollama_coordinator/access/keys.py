@@ -200,6 +200,18 @@ def new_secret() -> str:
     return PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
+class KeyCounts(Struct):
+    """What was asked with the keys of one name since the start of the process.
+
+    `requests`: for inference, that were let in. `tokens`: read and written for them. `refusals`:
+    requests of any kind that a key's limits, rights or models did not allow.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    refusals: int = 0
+
+
 class KeyRing:
     """All keys of a coordinator, in memory and in its database.
 

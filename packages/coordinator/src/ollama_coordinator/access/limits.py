@@ -17,7 +17,7 @@ from msgspec import Struct, field
 from ollama_coordinator.db import Store
 
 from .caller import Denied
-from .keys import NO_LIMITS, Key
+from .keys import NO_LIMITS, Key, KeyCounts
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,15 @@ class Usage(Struct):
 
 
 class KeyUsage:
-    """How much of its limits each key has used."""
+    """How much of its limits each key has used.
+
+    `counts`: by the names of keys. Operators alone make names, so that there are few.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._used: dict[str, Usage] = {}
+        self.counts: dict[str, KeyCounts] = {}
 
     async def restore(self) -> None:
         """Take the day's sums over from the database; unreadable ones begin at nothing.
@@ -80,18 +84,28 @@ class KeyUsage:
         Raises:
             Denied: 429, a limit is reached.
         """
-        if key is None or key.limits == NO_LIMITS:
-            yield _UNLIMITED
+        if key is None:
+            yield _OF_NO_KEY
+            return
+        counts = self.counts_of(key)
+        if key.limits == NO_LIMITS:
+            counts.requests += 1
+            yield Account(counts)
             return
         at = time.time()
         used = self._of(key, at)
-        _check(key, used, at)
+        try:
+            _check(key, used, at)
+        except Denied:
+            counts.refusals += 1
+            raise
+        counts.requests += 1
         output = UNKNOWN_TOKENS if output_limit is None else output_limit
         held = min(prompt_tokens + max(output, 0), MOST_TOKENS)
         used.arrivals.append(at)
         used.open += 1
         used.held_tokens += held
-        account = Account(used.day)
+        account = Account(counts, used.day)
         try:
             yield account
         finally:
@@ -99,6 +113,13 @@ class KeyUsage:
             used.held_tokens -= held
             if account.has_used:
                 self._store.note_document(DOCUMENT, self._encoded)
+
+    def counts_of(self, key: Key) -> KeyCounts:
+        """What was asked with a key, and with others of its name, since the start."""
+        counts = self.counts.get(key.name)
+        if counts is None:
+            counts = self.counts[key.name] = KeyCounts()
+        return counts
 
     def tokens_today(self, key: Key) -> int:
         """The tokens that a key has used today."""
@@ -116,21 +137,24 @@ class KeyUsage:
 
 
 class Account:
-    """What one request uses is added to its key's sums."""
+    """What one request uses is added to its key's counts, and to the day's sums of its limits."""
 
-    def __init__(self, sums: DaySums | None) -> None:
+    def __init__(self, counts: KeyCounts | None, sums: DaySums | None = None) -> None:
+        self._counts = counts
         self._sums = sums
         self.has_used = False
 
     def add(self, tokens: int, gpu_seconds: float) -> None:
         """A lease of the request has ended."""
+        if self._counts is not None:
+            self._counts.tokens += tokens
         if self._sums is not None:
             self._sums.tokens += tokens
             self._sums.gpu_seconds += gpu_seconds
             self.has_used = True
 
 
-_UNLIMITED = Account(None)
+_OF_NO_KEY = Account(None)
 
 
 def _check(key: Key, used: Usage, at: float) -> None:

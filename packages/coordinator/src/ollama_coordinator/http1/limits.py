@@ -117,6 +117,11 @@ class ConnectionLimits:
         self._refusals_under_way = 0
         self.closing = False
 
+    @property
+    def open(self) -> int:
+        """How many connections are open, those of agents' links too."""
+        return len(self._open)
+
     def admit(
         self, transport: asyncio.Transport, reader: asyncio.StreamReader | None = None
     ) -> ClientConnection | None:
