@@ -54,6 +54,8 @@ PASSED = 299
 
 FREE_ROUTES = {
     *(("GET", "/"), ("GET", "/healthz"), ("GET", "/readyz")),
+    # The program and how to start it; a registration has its own gate.
+    *(("GET", "/join"), ("GET", "/join/{file}")),
     # The log-in itself, and its end.
     *(("POST", "/dashboard/session"), ("DELETE", "/dashboard/session")),
 }

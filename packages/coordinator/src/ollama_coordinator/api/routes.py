@@ -19,6 +19,7 @@ from .own.agents import AgentsApi
 from .own.dashboard import DashboardApi, EventsApi
 from .own.health import HealthApi
 from .own.history import HistoryApi
+from .own.joining import InstallApi
 from .own.link import LinkApi
 from .own.operations import OperationsApi
 from .own.requests import RequestsApi
@@ -73,7 +74,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
     keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
-    joining = JoiningApi(parts)
+    joining, install = JoiningApi(parts), InstallApi()
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
@@ -86,6 +87,8 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/agents/{agent_id}/log", OPERATE, agents.log),
         Endpoint("POST", "/api/agents/{agent_id}/log", JOIN, agents.take_log),
         Endpoint("GET", "/api/agents/{agent_id}/link", JOIN, LinkApi(parts, health)),
+        Endpoint("GET", "/join", FREE, install.join),
+        Endpoint("GET", "/join/{file}", FREE, install.file),
         # models and operations
         Endpoint("GET", "/api/models", READ, fleet.models),
         Endpoint("GET", "/api/aliases", READ | MANAGE, aliases.list),

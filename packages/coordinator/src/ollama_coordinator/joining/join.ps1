@@ -1,0 +1,68 @@
+# Joins this machine to the Ollama Coordinator at @URL:
+#   irm @URL/join | iex
+# The same line again starts the agent again, in the version of its coordinator.
+& {
+    $ErrorActionPreference = 'Stop'
+    $ProgressPreference = 'SilentlyContinue'
+    $url = '@URL'
+    $common = '@COMMON'
+    $agent = '@AGENT'
+    $version = '@VERSION'
+    $folder = Join-Path $env:LOCALAPPDATA 'ollama-coordinator-agent'
+    $at = Join-Path $folder 'Scripts\python.exe'
+    $program = Join-Path $folder 'Scripts\ollama-coordinator-agent.exe'
+
+    function Test-Run([scriptblock]$command) {
+        try { & $command 2>$null | Out-Null; return $LASTEXITCODE -eq 0 } catch { return $false }
+    }
+    function Invoke-Step([scriptblock]$command) {
+        & $command
+        if ($LASTEXITCODE -ne 0) { throw "join: this failed: $command" }
+    }
+
+    $uv = [bool](Get-Command uv -ErrorAction SilentlyContinue)
+    $python = @('python', 'python3', 'py') | Where-Object {
+        $name = $_
+        Test-Run { & $name -c 'import sys; sys.exit(sys.version_info < (3, 11))' }
+    } | Select-Object -First 1
+    if ($uv) { $tool = 'uv' }
+    elseif ($python) { $tool = 'pip' }
+    else { throw 'join: this needs Python 3.11 or later, or uv (https://docs.astral.sh/uv/)' }
+
+    Write-Host "This machine joins the Ollama Coordinator at $url."
+    Write-Host "  1. The agent, version $version, is installed with $tool into $folder"
+    Write-Host '     (its own environment; aiohttp and the others come from your package index).'
+    Write-Host "  2. $program starts here, until Ctrl-C."
+    Write-Host 'Nothing else is changed. To undo it, delete that folder.'
+
+    $got = Join-Path ([IO.Path]::GetTempPath()) ([Guid]::NewGuid())
+    New-Item -ItemType Directory -Path $got | Out-Null
+    try {
+        $wheels = foreach ($name in @($common, $agent)) {
+            $file = Join-Path $got $name
+            Invoke-WebRequest -UseBasicParsing "$url/join/$name" -OutFile $file
+            $file
+        }
+        if ($uv) {
+            if (-not (Test-Run { & $at -c '' })) { Invoke-Step { uv venv -q --clear -p '>=3.11' $folder } }
+            Invoke-Step {
+                uv pip install -q --python $at --reinstall-package ollama-coordinator-common `
+                    --reinstall-package ollama-coordinator-agent $wheels
+            }
+        }
+        else {
+            if (-not (Test-Run { & $at -c '' })) {
+                Invoke-Step { & $python -m venv --clear --without-pip $folder }
+            }
+            $pip = Join-Path $got 'pip.whl'
+            Invoke-WebRequest -UseBasicParsing "$url/join/pip.whl" -OutFile $pip
+            $run = "import sys, runpy; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+            # Another build of the same version replaces the one that is there.
+            Invoke-Step { & $at -c $run $pip install -q --no-deps --force-reinstall $wheels }
+            Invoke-Step { & $at -c $run $pip install -q $wheels }
+        }
+    }
+    finally { Remove-Item -Recurse -Force $got }
+    $env:COORDINATOR_URL = $url
+    & $program
+}
