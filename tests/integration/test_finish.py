@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -19,22 +19,33 @@ CHATS = 12
 
 
 @asynccontextmanager
+async def machines(
+    coordinator: Running, *hardware: Hardware
+) -> AsyncIterator[list[tuple[StandIn, AgentId]]]:
+    """Machines with one slot, of known speeds; the model is in memory on all."""
+    async with AsyncExitStack() as stack:
+        made: list[tuple[StandIn, AgentId]] = []
+        for one in hardware:
+            ollama = await stack.enter_async_context(StandIn(hardware=one))
+            made.append((ollama, AgentId(await coordinator.register(ollama))))
+            for _, other in made[:-1]:
+                await drain(coordinator, other, True)
+            for stream in (True, False):
+                for _ in range(4):
+                    await chat(coordinator, "/api/chat", stream=stream)
+            for _, other in made[:-1]:
+                await drain(coordinator, other, False)
+        yield made
+
+
+@asynccontextmanager
 async def two_machines(
     coordinator: Running,
 ) -> AsyncIterator[tuple[StandIn, AgentId, StandIn, AgentId]]:
-    """Equal ones with one slot, of known speeds; the model is in memory on both."""
+    """Two equal ones."""
     equal = Hardware(prefill_tokens_per_second=4000, decode_tokens_per_second=TOKENS_PER_SECOND)
-    async with StandIn(hardware=equal) as used, StandIn(hardware=equal) as idle:
-        ids = []
-        for ollama in (used, idle):
-            ids.append(AgentId(await coordinator.register(ollama)))
-            for drained in (True, False):  # each alone, and both in the end
-                for other in ids[:-1]:
-                    await drain(coordinator, other, drained)
-                if drained:
-                    for _ in range(4):
-                        assert (await coordinator.chat(options={"num_predict": 20}))[0] == 200
-        yield used, ids[0], idle, ids[1]
+    async with machines(coordinator, equal, equal) as ((used, first), (idle, second)):
+        yield used, first, idle, second
 
 
 async def drain(coordinator: Running, agent: str, draining: bool) -> None:
@@ -72,7 +83,10 @@ async def chat(coordinator: Running, path: str, *, stream: bool) -> None:
         "stream": stream,
         **({"options": {"num_predict": 20}} if path == "/api/chat" else {"max_tokens": 20}),
     }
-    async with coordinator.session.post(coordinator.url + path, json=body) as response:
+    lane = {"X-Ollama-Coordinator-Lane": "interactive"}  # so many alike would be a batch
+    async with coordinator.session.post(
+        coordinator.url + path, json=body, headers=lane
+    ) as response:
         assert response.status == 200, await response.text()
         await response.read()
 
@@ -138,3 +152,21 @@ async def asked(coordinator: Running) -> Any:
     )
     assert status == 200, why
     return why
+
+
+@pytest.mark.spec("SCHED-23")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_no_slot_is_tried_on_a_slow_machine_where_waiting_for_a_fast_one_costs_less(
+    stream: bool,
+) -> None:
+    """Nobody reports slots here: more are tried, but not where that ends later."""
+    fast = Hardware(prefill_tokens_per_second=4000, decode_tokens_per_second=400)
+    slow = Hardware(prefill_tokens_per_second=400, decode_tokens_per_second=20)
+    async with (
+        running() as coordinator,
+        machines(coordinator, fast, slow) as ((quick, _), (lame, _)),
+    ):
+        before = served(quick), served(lame)
+        asked_at_once = (chat(coordinator, "/api/chat", stream=stream) for _ in range(4))
+        await asyncio.gather(*asked_at_once)
+        assert (served(quick) - before[0], served(lame) - before[1]) == (4, 0)

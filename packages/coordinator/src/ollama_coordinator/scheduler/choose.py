@@ -210,20 +210,27 @@ class Chooser:
         return self._plans.wait(queue, entry, position, now).cost < other.cost
 
     def beyond(self, queue: Queue, entry: QueueEntry, now: float) -> Choice | None:
-        """A place where one request more than is known to run at once may be tried."""
+        """A place where one request more than is known to run at once may be tried.
+
+        Only where it would cost less than waiting if there is such a slot.
+        """
         open_places = [
             place
             for place in queue.hot
             if place.slots.fixed is None
             and place.draining_until <= now
             and place.machine.id not in entry.request.excluded
-            and len(place.running) < place.slots.allowance(now)
+            and place.slots.limit <= len(place.running) < place.slots.allowance(now)
         ]
         if not open_places:
             return None
-        place = min(open_places, key=_share_taken)
-        run = run_seconds(place, entry.request.prompt_tokens, entry.receiver, now)
-        return Choice(Action.GO, place, run, 0.0, run)
+        wait = next_slot(queue, entry, self.hits(entry), now)
+        for place in sorted(open_places, key=_share_taken):
+            run = run_seconds(place, entry.request.prompt_tokens, entry.receiver, now)
+            cost = run / place.machine.preference + place.machine.backup
+            if cost < wait.cost:
+                return Choice(Action.GO, place, cost, 0.0, run, others=(wait,))
+        return None
 
 
 def _before(place: Place, other: Place) -> bool:
