@@ -3,8 +3,10 @@
 import base64
 import json
 import logging
+import shutil
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -205,6 +207,30 @@ async def test_the_ollama_program_gets_403_with_our_sentence(behind: Running) ->
     status, text = await asked(behind, of=PRIVATE, **{"User-Agent": agent})
     assert status == 403
     assert "/k/KEY" in text
+
+
+@pytest.mark.spec("ACCESS-9")
+@pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be copied there")
+async def test_a_key_that_was_answered_is_in_the_database(tmp_path: Path) -> None:
+    """The files as they are at the answer: what a coordinator leaves that is killed then."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    async with running(database_url=f"sqlite://{before}/a.db") as coordinator:
+        url = f"{coordinator.url}/api/keys"
+        texts = {}
+        for name in ("anna", "ben"):
+            async with coordinator.session.post(url, json={"name": name}) as answer:
+                assert answer.status == 201
+                texts[name] = (await answer.json())["key"].encode()
+        async with coordinator.session.delete(f"{url}/ben") as answer:
+            assert answer.status == 200
+        shutil.copytree(before, after)
+    async with running(database_url=f"sqlite://{after}/a.db") as coordinator:
+        keys = coordinator.parts.access.keys
+        found = keys.by_secret(texts["anna"], time.time())
+        assert found is not None
+        assert found.name == "anna"
+        assert keys.by_secret(texts["ben"], time.time()) is None
 
 
 @pytest.mark.spec("ACCESS-9")
