@@ -519,6 +519,41 @@ async def test_a_browser_logs_in_with_a_key_and_out() -> None:
             await expect(page.get_by_label("Key")).to_be_visible()
 
 
+@pytest.mark.spec("ACCESS-24")
+async def test_a_machine_that_wants_to_join_is_admitted_or_refused_on_the_fleet_page() -> None:
+    async with running(access="keys", trusted_proxies=("127.0.0.1",)) as coordinator:
+        _, key = coordinator.parts.access.keys.create(NewKey(name="anna", rights=("operate",)))
+        async with StandIn() as wanted, StandIn() as unwanted, visiting(coordinator.url) as visit:
+            page = visit.page
+
+            async def asks(name: str, ollama: StandIn) -> int:
+                facts: dict[str, Any] = {"machine_name": name, "ip_address": "192.168.1.7"}
+                facts |= {"ollama_version": "0.24.0", "ollama_port": ollama.port}
+                headers = {"X-Agent-Secret": name * 8, "X-Forwarded-For": "192.168.1.7"}
+                url = f"{coordinator.url}/api/agents"
+                async with coordinator.session.post(url, json=facts, headers=headers) as answer:
+                    return answer.status
+
+            await page.goto(f"{coordinator.url}/dashboard")
+            await page.get_by_label("Key").fill(key)
+            await page.get_by_role("button", name="Log in").click()
+            await expect(page.locator(".link-state")).to_contain_text("Live")
+            assert await asks("gpu-1", wanted) == 403
+            assert await asks("gpu-2", unwanted) == 403
+            rows = page.locator("tr[data-join]")
+            first, second = (rows.filter(has_text=name) for name in ("gpu-1", "gpu-2"))
+            shown = {one.machine_name: one for one in coordinator.parts.machines.requests()}
+            await expect(first).to_contain_text(shown["gpu-1"].fingerprint)
+            await expect(first).to_contain_text("192.168.1.7")
+            await first.get_by_role("button", name="Admit").click()
+            await second.get_by_role("button", name="Refuse").click()
+            await expect(rows).to_have_count(0)
+            assert await asks("gpu-1", wanted) == 201
+            assert await asks("gpu-2", unwanted) == 403
+            await expect(page.locator("article.agent .agent-name")).to_have_text("gpu-1")
+            assert coordinator.parts.machines.requests() == []
+
+
 async def test_the_models_page_says_what_would_have_cut_waiting(
     coordinator: Running, visit: Visit
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from ollama_coordinator.access import NewKey
 from support.coordinator import Running, running
@@ -164,6 +165,30 @@ async def test_a_key_is_taken_in_each_of_its_forms(behind: Running) -> None:
     assert (await asked(behind, f"/k/{key}", of=PUBLIC))[1] == "Ollama is running"
     assert (await asked(behind, f"/k/{key}x/api/tags", of=PUBLIC))[0] == 401
     assert (await asked(behind, f"/api/tags?api_key={key}", of=PUBLIC))[0] == 401
+
+
+@pytest.mark.spec("ACCESS-7")
+@pytest.mark.parametrize(
+    ("method", "path", "clean"),
+    [
+        ("GET", "/api//tags?a=b", "/api/tags?a=b"),
+        ("POST", "/api/./show", "/api/show"),
+        ("GET", "/v1/models/", "/v1/models"),
+        ("POST", "/api/show/", "/api/show"),
+    ],
+)
+async def test_a_redirect_to_a_clean_path_keeps_the_key(
+    behind: Running, method: str, path: str, clean: str
+) -> None:
+    key = await made(behind, in_path=True)
+    url = URL(f"{behind.url}/k/{key}{path}", encoded=True)
+    sent = {"X-Forwarded-For": PUBLIC}
+    async with behind.session.request(
+        method, url, headers=sent, json={"model": "none"}, allow_redirects=False
+    ) as answer:
+        assert answer.headers["location"] == f"/k/{key}{clean}"
+    async with behind.session.request(method, url, headers=sent, json={"model": "none"}) as answer:
+        assert answer.status == (503 if "show" in path else 200)  # there is no agent
 
 
 @pytest.mark.spec("ACCESS-7")

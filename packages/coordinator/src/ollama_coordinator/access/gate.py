@@ -411,9 +411,13 @@ def _secret_of(authorization: bytes) -> bytes:
 
 
 def _taken_from_path(scope: Scope) -> bytes:
-    """The key in a path; the path is without it from now on, wherever it is read."""
+    """The key in a path; the path is without it from now on, wherever it is read.
+
+    A redirect alone has it again, from `scope["key_prefix"]`.
+    """
     raw: bytes = scope["raw_path"]
     text, _, rest = raw.removeprefix(PATH_KEY.encode()).partition(b"/")
+    scope["key_prefix"] = PATH_KEY + text.decode("latin-1")
     raw = b"/" + rest.lstrip(b"/")
     scope["raw_path"], scope["path"] = raw, unquote(raw.decode("latin-1"))
     return unquote_to_bytes(text)

@@ -263,8 +263,7 @@ class NearMiss:
             return _to_clean_path(clean, scope)
         trimmed = path.rstrip("/")
         if trimmed and trimmed != path and self._serves({**scope, "path": trimmed}):
-            query = scope["query_string"].decode("latin-1")
-            target = f"{trimmed}?{query}" if query else trimmed
+            target = _target(trimmed, scope)
             return RedirectResponse(target, 301 if scope["method"] == "GET" else 307)
         return _text("404 page not found", 404)
 
@@ -287,9 +286,14 @@ def clean_path(path: str) -> str:
     return "/" + "/".join(kept) + ("/" if kept and path.endswith("/") else "")
 
 
-def _to_clean_path(clean: str, scope: Scope) -> Response:
+def _target(path: str, scope: Scope) -> str:
+    """Where a redirect leads: below the key that stood in the path, with the query."""
     query = scope["query_string"].decode("latin-1")
-    target = f"{clean}?{query}" if query else clean
+    return f"{scope.get('key_prefix', '')}{path}" + (f"?{query}" if query else "")
+
+
+def _to_clean_path(clean: str, scope: Scope) -> Response:
+    target = _target(clean, scope)
     if scope["method"] not in ("GET", "HEAD"):
         return Response(status_code=307, headers={"location": target})
     page = f'<a href="{escape(target)}">Temporary Redirect</a>.\n\n'
