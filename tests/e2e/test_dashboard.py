@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ pytest.importorskip("playwright")
 from playwright.async_api import Route, expect
 
 from ollama_coordinator.access import NewKey
+from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.network import public_address
 from support.browser import Visit, chromium, visiting
@@ -56,12 +58,89 @@ async def test_an_empty_fleet_says_what_to_type(coordinator: Running, visit: Vis
     # The page's own address, 127.0.0.1, would lead another machine to itself.
     host = public_address(coordinator.parts.settings.config.host) or "THIS-HOST"
     url = f"http://{host}:{coordinator.url.rpartition(':')[2]}"
-    command = f"ollama-coordinator-agent run --coordinator-url {url}"
-    await expect(visit.page.locator("main pre")).to_contain_text(command)
+    command = f"curl -fsSL {url}/join | sh"
+    await expect(visit.page.locator("main pre").first).to_have_text(command)
     await visit.open("settings")
     shown = visit.page.locator("main pre")
-    await expect(shown.first).to_contain_text(command)
+    await expect(shown.first).to_have_text(command)
     await expect(shown.last).to_contain_text(f"OLLAMA_HOST={url}")
+
+
+@pytest.mark.spec("JOIN-4")
+async def test_a_machine_is_added_from_any_view_and_appears_while_one_looks(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    for view in ("fleet", "now", "attention", "models", "history", "try", "access", "settings"):
+        await visit.open(view)
+        await page.get_by_role("button", name="Add a machine").click()
+        dialog = page.get_by_role("dialog")
+        await expect(dialog.locator("pre").first).to_contain_text("/join | sh")
+        await expect(dialog.locator("pre").last).to_contain_text(re.compile(r"^irm .*/join | iex$"))
+        await page.keyboard.press("Escape")
+    await page.get_by_role("button", name="Add a machine").click()
+    come = dialog.locator(".come li")
+    await expect(dialog).to_contain_text("Waiting for the machine")
+    await expect(come).to_have_count(0)  # what is in the fleet already is none that has come
+    # A page without TLS, as most are, has no clipboard of its own.
+    await page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
+        "addEventListener('copy', () => { window.copied = String(getSelection()); })"
+    )
+    await dialog.get_by_role("button", name="Copy the command").first.click()
+    assert await page.evaluate("window.copied") == await dialog.locator("pre").first.inner_text()
+    async with StandIn() as second:
+        await coordinator.register(second, "second")
+        await expect(come).to_contain_text("second")
+        await expect(come.locator(".pill")).to_have_text("Online")
+        # For a machine of another network, a token without being asked for one.
+        await dialog.get_by_role("button", name="Make a join token").click()
+        await expect(dialog.locator("pre").first).to_contain_text("| AGENT_JOIN_TOKEN=oc1.")
+        await come.get_by_role("link").click()
+        await expect(page.locator("h1")).to_have_text("second")
+        await expect(dialog).to_have_count(0)
+
+
+@pytest.mark.spec("JOIN-4")
+async def test_where_keys_are_asked_for_the_line_has_a_join_token() -> None:
+    async with running(access="keys") as coordinator, StandIn() as ollama:
+        keys = coordinator.parts.access.keys
+        _, key = keys.create(NewKey(name="anna", rights=("operate",)))
+        _, watcher = keys.create(NewKey(name="ben", rights=("watch",)))
+        async with visiting(coordinator.url) as visit:
+            page = visit.page
+            await page.goto(f"{coordinator.url}/dashboard")
+            await page.get_by_label("Key").fill(key)
+            await page.get_by_role("button", name="Log in").click()
+            dialog = page.get_by_role("dialog")
+            for _ in range(2):  # a page makes one token
+                await page.get_by_role("button", name="Add a machine").click()
+                shown = dialog.locator("pre")
+                await expect(shown.first).to_contain_text("AGENT_JOIN_TOKEN=oc1.")
+                await expect(shown.last).to_contain_text("$env:AGENT_JOIN_TOKEN='oc1.")
+                line = await shown.first.inner_text()
+                await page.keyboard.press("Escape")
+            assert len([one for one in keys if one.is_token]) == 1
+            await page.get_by_role("button", name="Add a machine").click()
+            secret = JoinToken.parse(line.partition("TOKEN=")[2].split()[0]).secret
+            facts = {
+                "machine_name": "new", "ip_address": "127.0.0.1", "ollama_version": "0.33.0",
+                "ollama_port": ollama.port,
+            }  # fmt: skip
+            async with coordinator.session.post(
+                f"{coordinator.url}/api/agents", json=facts, headers={"X-Api-Key": secret}
+            ) as answer:
+                assert answer.status == 201
+            await expect(dialog.locator(".come li")).to_contain_text("new")
+        async with visiting(coordinator.url) as visit:
+            page = visit.page
+            await page.goto(f"{coordinator.url}/dashboard")
+            await page.get_by_label("Key").fill(watcher)
+            await page.get_by_role("button", name="Log in").click()
+            await page.get_by_role("button", name="Add a machine").click()
+            await expect(page.locator("dialog pre").first).to_contain_text("/join | sh")
+            await page.get_by_role("button", name="Make a join token").click()
+            await expect(page.locator(".toast.bad")).to_contain_text("'operate'")
 
 
 async def test_every_view_shows_without_complaint(

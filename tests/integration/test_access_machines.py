@@ -15,6 +15,7 @@ from ollama_coordinator.access import NewKey
 from ollama_coordinator.main import app
 from ollama_coordinator_agent.daemon import Daemon
 from ollama_coordinator_common.join_token import JoinToken
+from ollama_coordinator_common.network import public_address
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
 from support.coordinator import Running, running
@@ -80,6 +81,23 @@ async def test_a_token_lets_machines_in_until_it_ends() -> None:
         coordinator.parts.access.mode = "keys"
         async with StandIn() as three:
             assert await joined(coordinator, three, lasting, name="o", ip_address="10.0.0.9") == 401
+
+
+@pytest.mark.spec("JOIN-4")
+async def test_a_token_comes_with_the_line_that_joins() -> None:
+    async with running() as coordinator:
+        runner = CliRunner(env={"COORDINATOR_URL": coordinator.url})
+        done = await asyncio.to_thread(runner.invoke, app, ["join-token", "create", "rack"])
+        # The tests' loopback address would lead another machine to itself.
+        host, port = public_address("") or "127.0.0.1", coordinator.url.rpartition(":")[2]
+        url, token = f"http://{host}:{port}", done.stdout.strip()
+        assert f"curl -fsSL {url}/join | AGENT_JOIN_TOKEN={token} sh\n" in done.stderr
+        assert f"$env:AGENT_JOIN_TOKEN='{token}'; irm {url}/join | iex\n" in done.stderr
+        session = await coordinator.get("/api/session")
+        assert not session["join_token_needed"]
+        coordinator.parts.access.keys.create(NewKey(name="anna", rights=("operate",)))
+        session = await coordinator.get("/api/session")
+        assert session["join_token_needed"]
 
 
 @pytest.mark.spec("ACCESS-21")

@@ -117,6 +117,12 @@ class Access:
         """What the operator should know of who came in, or did not, within the last day."""
         return self._notice if time.monotonic() - self._noticed_at < NOTICE_SECONDS else ""
 
+    @property
+    def needs_join_token(self) -> bool:
+        """Whether a machine of the private network joins with a token, or has to ask."""
+        machine = ClientAddress("", Zone.PRIVATE)
+        return not granted(self.mode, machine, any_key=self.keys.any_made) & Right.JOIN
+
     async def restore(self, key_file: Path | None, join_token: str) -> None:
         """Take keys and sessions over from the database; the first ones, from the settings.
 

@@ -2,11 +2,13 @@
 
 import secrets
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from ollama_coordinator_common.network import is_loopback, public_address
 
 from .client import Client, Json, asks
 from .keys import Expires, expiry, shown_time, state_of
@@ -53,9 +55,14 @@ async def create(
     typer.echo(made["join_token"])
     hints = Console(stderr=True, soft_wrap=True)
     text = f"It is shown this once; the list calls it '{made['name']}'. On the machine that joins:"
-    hints.print(text, highlight=False, markup=False)
-    line = f"  COORDINATOR_URL={client.url} AGENT_JOIN_TOKEN={made['join_token']}"
-    hints.print(f"{line} ollama-coordinator-agent", highlight=False, markup=False)
+    url, token = _url_for_others(client.url), made["join_token"]
+    lines = (
+        text,
+        f"  curl -fsSL {url}/join | AGENT_JOIN_TOKEN={token} sh",
+        f"  in PowerShell: $env:AGENT_JOIN_TOKEN='{token}'; irm {url}/join | iex",
+    )
+    for line in lines:
+        hints.print(line, highlight=False, markup=False)
 
 
 @tokens.command("list")
@@ -82,6 +89,17 @@ async def revoke(client: Client, name: Name) -> None:
     """End a join token; the machines that joined with it stay."""
     await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
     typer.echo(f"'{name}' is revoked")
+
+
+def _url_for_others(url: str) -> str:
+    """A URL of this machine's loopback as other machines have to write it."""
+    parts = urlsplit(url)
+    if not is_loopback(parts.hostname or ""):
+        return url
+    address = public_address("")
+    if address is None:
+        return url
+    return urlunsplit(parts._replace(netloc=f"{address}:{parts.port}" if parts.port else address))
 
 
 async def _tokens(client: Client) -> list[dict[str, Any]]:

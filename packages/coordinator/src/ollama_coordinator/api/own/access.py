@@ -170,11 +170,15 @@ class JoiningApi:
 
 
 class SessionView(Struct, frozen=True):
-    """Who is looking: the name and the rights, and whether a log-in can be ended."""
+    """Who is looking: the name and the rights, and whether a log-in can be ended.
+
+    `join_token_needed`: a machine of the private network joins with a join token, or has to ask.
+    """
 
     name: str
     rights: list[str]
     session: bool
+    join_token_needed: bool
 
 
 PAGE = Media("text/html")
@@ -193,7 +197,8 @@ class SessionsApi:
         """Who asks, and what it may do."""
         caller = caller_of(request.scope)
         rights = [right.name.lower() for right in Right if caller.rights & right and right.name]
-        return reply(SessionView(caller.name, rights, caller.by_session))
+        needed = self._access.needs_join_token
+        return reply(SessionView(caller.name, rights, caller.by_session, needed))
 
     @operation(gives={303: None, 401: PAGE, 403: PAGE, 429: PAGE}, errors=(408, 413))
     async def begin(self, request: Request) -> Response:

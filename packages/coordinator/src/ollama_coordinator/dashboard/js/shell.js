@@ -6,6 +6,7 @@ import { count, rate } from "./format.js";
 import { live } from "./live.js";
 import { store } from "./store.js";
 import { help } from "./keys.js";
+import { openJoining } from "./parts/joining.js";
 import "./parts/spark.js";
 import "./parts/clock.js";
 
@@ -42,6 +43,7 @@ export function buildShell() {
   const side = h("div.side", null,
     h("a.brand", { href: "#/fleet" }, icon("fleet"), h("span", null, "Ollama Coordinator")),
     h("nav.nav", { "aria-label": "Views" }, links),
+    h("button.add-machine", { onclick: openJoining, title: "Add a machine" }, icon("add"), h("span", null, "Add a machine")),
     h("footer", null, version, leave,
       h("button.ghost.small.end", { onclick: toggleTheme, "aria-label": "Switch between dark and light", title: "Dark or light" }, icon("theme")),
       h("button.ghost.small", { onclick: () => help(), "aria-label": "Keyboard help", title: "Keyboard (?)" }, icon("help"))));

@@ -24,15 +24,15 @@ export const requestPill = () => pill(REQUEST_STATES);
 
 /** A command to type, with a button that copies it. */
 export function command(text) {
+  const shown = h("pre", null, text);
   const copy = async () => {
-    try {
-      await navigator.clipboard.writeText(text);
-      toast("Copied", "good");
-    } catch {
-      toast("The browser does not let this page copy; select the text instead.", "bad");
-    }
+    // Browsers have no clipboard for a page without TLS; the old command still works there.
+    getSelection().selectAllChildren(shown);
+    const done = navigator.clipboard ? await navigator.clipboard.writeText(text).then(() => true, () => false) : document.execCommand("copy");
+    if (done) toast("Copied", "good");
+    else toast("The browser does not let this page copy; the text is selected.", "bad");
   };
-  return h("div.command", null, h("pre", null, text), h("button", { onclick: copy, "aria-label": "Copy the command" }, icon("copy")));
+  return h("div.command", null, shown, h("button", { onclick: copy, "aria-label": "Copy the command" }, icon("copy")));
 }
 
 /** What to show where there is nothing yet. */
@@ -40,17 +40,12 @@ export function empty(name, title, ...content) {
   return h("div.empty", null, icon(name), h("h2", null, title), ...content);
 }
 
-/** A command with the coordinator's URL in it, to type on any machine; below it, what is left to do. */
-export function commandWithUrl(text) {
+/** What `build` makes of the coordinator's URL, to type on any machine; below it, what is left to do. */
+export function withUrl(build) {
   const url = urlForOthers(location, store.state.coordinator.address);
-  if (!url.includes(UNKNOWN)) return [command(text(url))];
+  if (!url.includes(UNKNOWN)) return build(url);
   const hint = `Put an address of the coordinator's machine for ${UNKNOWN}, one on which it listens (COORDINATOR_HOST).`;
-  return [command(text(url)), h("p.muted.small", null, hint)];
-}
-
-/** The very commands that add a machine to this coordinator, in a copy of the project. */
-export function howToAddAnAgent() {
-  return commandWithUrl((url) => `uv tool install ./packages/agent\nollama-coordinator-agent run --coordinator-url ${url}`);
+  return [...build(url), h("p.muted.small", null, hint)];
 }
 
 /** A labelled value for lists of facts; `set` changes it. */

@@ -1,13 +1,12 @@
 /** Fleet: every machine at a glance. Cards for a few, rows for many. */
 
 import { View } from "../view.js";
-import { call, get, path } from "../api.js";
 import { h, keyed, setText } from "../dom.js";
 import { store } from "../store.js";
-import { empty, howToAddAnAgent, segmented } from "../parts/bits.js";
+import { empty, segmented } from "../parts/bits.js";
 import { agentCard } from "../parts/agent-card.js";
 import { agentRow, agentRowHead } from "../parts/agent-row.js";
-import { act } from "../parts/toast.js";
+import { joinLines, joinRequests } from "../parts/joining.js";
 
 const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
@@ -51,13 +50,13 @@ class FleetView extends View {
     this.table = h("div.table-box", { hidden: true }, h("table.fleet-table", null, agentRowHead(), this.rows));
     this.nothing = h("div");
     this.most = AT_ONCE;
-    this.joining = h("div");
+    this.joining = joinRequests();
     this.append(this.head("Fleet", this.controls), this.joining, this.nothing, this.cards, this.table);
   }
 
   changed(changed) {
     if (this.concerns(changed, "agents")) this.draw(changed?.get("agents") ?? null);
-    if (this.concerns(changed, "attention")) this.tellJoining();
+    if (this.concerns(changed, "attention")) this.joining.update();
   }
 
   /** @param {Set<string> | null} stale ids of the agents that changed, if only those have to be drawn anew */
@@ -95,29 +94,6 @@ class FleetView extends View {
     });
   }
 
-  /** The machines that want to join, as long as the list of what needs a person has one. */
-  async tellJoining() {
-    if (!store.ready) return;
-    const known = Object.values(store.state.attention).filter((one) => one.kind === "join").map((one) => one.id).sort().join();
-    if (known === (this.known ?? "")) return;
-    this.known = known;
-    const answer = known ? await act(() => get("/api/join-requests")) : null;
-    const rows = (answer?.join_requests ?? []).map((one) => this.joinRow(one));
-    this.joining.replaceChildren(...(rows.length ? [h("div.table-box", null, h("table.stacked", null, h("caption", null, "Machines that want to join"),
-      h("thead", null, h("tr", null, ["Machine", "From", "Fingerprint", "Since", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)))] : []));
-  }
-
-  joinRow(one) {
-    const answer = async (method, said) => {
-      if (await act(() => call(method, path(["api", "join-requests", one.id])), said)) row.remove();
-    };
-    const row = h("tr", { "data-join": one.id }, h("th", { scope: "row" }, one.machine_name), h("td", null, one.address), h("td.mono", null, one.fingerprint),
-      h("td", null, new Date(one.asked_at).toLocaleString()),
-      h("td", null, h("div.row", null, h("button.small.primary", { onclick: () => answer("POST", "Admitted: it joins within seconds") }, "Admit"),
-        h("button.small.danger", { onclick: () => answer("DELETE", "Refused") }, "Refuse"))));
-    return row;
-  }
-
   wanted(agent) {
     if (this.state && agent.state !== this.state) return false;
     if (!this.text) return true;
@@ -129,8 +105,8 @@ class FleetView extends View {
     if (count) return this.nothing.replaceChildren();
     if (this.nothing.firstElementChild) return;
     this.nothing.append(empty("fleet", "No machine yet",
-      h("p", null, "On each machine that has Ollama, run this in a copy of the project. It registers by itself and appears on this page within seconds."),
-      howToAddAnAgent(),
+      h("p", null, "Run one line on each machine that has Ollama. It appears on this page within seconds."),
+      joinLines(),
       h("p", null, "An Ollama without an agent can be added too: POST its machine_name, ip_address, ollama_version and ollama_port to /api/agents.")));
   }
 }

@@ -6,6 +6,7 @@ import { h, icon, keyed, setAttr, setText } from "../dom.js";
 import { bytes, hue, model, time } from "../format.js";
 import { store } from "../store.js";
 import { command, empty } from "../parts/bits.js";
+import { openJoining } from "../parts/joining.js";
 import { asked, confirmed } from "../parts/dialog.js";
 import { isPartial, operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
@@ -119,7 +120,7 @@ class ModelsView extends View {
     const agents = Object.keys(store.state.agents).length;
     const content = this.list.length ? empty("search", "No model matches")
       : agents ? empty("models", "No model on any machine yet", h("p", null, "Pull one for the fleet, here or with any Ollama client:"), command(`OLLAMA_HOST=${base(location)} ollama pull llama3.2`))
-      : empty("models", "No machine yet, so no model", h("a.button", { href: "#/fleet" }, "Add a machine"));
+      : empty("models", "No machine yet, so no model", h("button", { onclick: openJoining }, "Add a machine"));
     this.nothing.replaceChildren(content);
   }
 

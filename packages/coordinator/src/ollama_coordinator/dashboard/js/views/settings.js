@@ -3,7 +3,8 @@
 import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h, icon } from "../dom.js";
-import { commandWithUrl, howToAddAnAgent } from "../parts/bits.js";
+import { command, withUrl } from "../parts/bits.js";
+import { joinLines } from "../parts/joining.js";
 import { act } from "../parts/toast.js";
 
 const PLACES = { default: "default", dashboard: "set here", environment: "set by the environment" };
@@ -11,11 +12,11 @@ const PLACES = { default: "default", dashboard: "set here", environment: "set by
 class SettingsView extends View {
   build() {
     this.form = h("form.settings", { onsubmit: (event) => this.save(event) });
-    this.joining = h("div");
+    this.joining = joinLines();
     this.asking = h("div");
     this.append(this.head("Settings"), this.form,
       h("h2.section", null, "Agents"),
-      h("p.muted", null, "Name, labels, notes, drain and remove are on each agent's card and page in ", h("a", { href: "#/fleet" }, "Fleet"), ". To add a machine, run this there in a copy of the project:"),
+      h("p.muted", null, "Name, labels, notes, drain and remove are on each agent's card and page in ", h("a", { href: "#/fleet" }, "Fleet"), ". To add a machine, run one line there:"),
       this.joining,
       h("h2.section", null, "For your clients"),
       h("p.muted", null, "Any Ollama or OpenAI client works with this address:"),
@@ -25,8 +26,8 @@ class SettingsView extends View {
 
   changed(changed) {
     if (!this.concerns(changed, "coordinator")) return;
-    this.joining.replaceChildren(...howToAddAnAgent());
-    this.asking.replaceChildren(...commandWithUrl((url) => `OLLAMA_HOST=${url}\nOPENAI_BASE_URL=${url}/v1`));
+    this.joining.update();
+    this.asking.replaceChildren(...withUrl((url) => [command(`OLLAMA_HOST=${url}\nOPENAI_BASE_URL=${url}/v1`)]));
   }
 
   async load() {
