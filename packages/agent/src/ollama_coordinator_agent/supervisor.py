@@ -84,7 +84,7 @@ class Supervisor:
             return
         log.warning("restarting ollama serve", extra={"pid": self.child.pid, "reason": reason})
         await self.child.stop(self._pace.stop)
-        self._not_before = 0.0
+        self._not_before = self._absent_since = 0.0  # nobody else starts one: not a moment is lost
         self._forget_child()
 
     def _forget_child(self) -> None:

@@ -27,7 +27,8 @@ class Held:
     The block of the lease sets `outcome`. `progress_at` and `began_at` are monotonic seconds of the
     last and the first byte, `records` counts streamed ones, `status` is the client's HTTP status,
     and `note` the runner that serves it where its context is larger than what was asked for.
-    `late`: it is silent for much longer than predicted.
+    `late`: it is silent for much longer than predicted; `restarts`: it hangs, and its agent was
+    asked to restart Ollama.
     """
 
     def __init__(self, lease: Lease, agent: AgentState, now: float) -> None:
@@ -41,6 +42,7 @@ class Held:
         self.status = 0
         self.ended = False
         self.late = False
+        self.restarts = False
         self.note = ""
         self.num_ctx = lease.request.options.num_ctx
 

@@ -29,7 +29,7 @@ LATE_FACTOR = 3.0
 that were never measured are off by less than three times, and Ollama pauses for less than 2 s."""
 
 LATE_REQUESTS = 2
-"""One may have a prompt that is stranger than it looks."""
+"""One may have a prompt that is stranger than it looks. None can follow one in the only slot."""
 
 GAP_SECONDS = 20.0
 GAP_TOKENS = 100
@@ -81,17 +81,18 @@ class ModelProbes:
 
     # ── who is late ───────────────────────────────────────────────────────────────────────────
 
-    def _is_late(self, held: Held, now: float) -> bool:
+    def _is_late(self, held: Held, now: float, *, longest: bool = False) -> bool:
+        """Whether it is silent for much longer than predicted; `longest`: for any answer."""
         lease, scheduler = held.lease, self._dispatch.scheduler
         silent = now - held.progress_at
         if silent < LATE_SECONDS or lease.request.client == PROBER:
             return False
         if held.began_at is not None:
-            estimate = scheduler.estimate(lease.agent_id, lease.request.model)
-            if not held.records or estimate is None:
+            gap = scheduler.token_seconds(lease.agent_id, lease.request.model)
+            if not held.records or gap is None:
                 return False
-            return silent > max(GAP_SECONDS, GAP_TOKENS / estimate.decode_tokens_per_second)
-        due_at = scheduler.first_byte_at(lease.id)
+            return silent > max(GAP_SECONDS, GAP_TOKENS * gap)
+        due_at = scheduler.first_byte_at(lease.id, longest=longest)
         if due_at is None or not held.agent.inventory.is_loaded(lease.request.model):
             return False
         predicted = due_at - lease.granted_at
@@ -102,7 +103,8 @@ class ModelProbes:
         held.late = True
         late = self._registry.note_late(agent, model)
         log.warning("request late on agent", extra=_facts(agent, model, requests=late))
-        if late >= LATE_REQUESTS and not agent.is_stuck(model):
+        is_enough = late >= LATE_REQUESTS or self._all_late(agent, model)
+        if is_enough and not agent.is_stuck(model):
             self._registry.doubt(agent, model, "requests are late; it is being probed", now)
             self._dispatch.plan()
 
@@ -128,7 +130,7 @@ class ModelProbes:
                     waiting.reschedule(None)
                     await self._ask(held, row)
         except (TimeoutError, SchedulerError):
-            if self._all_late(agent, key):
+            if self._all_hang(agent, key):
                 self._hangs(agent, key)
             else:  # every slot is taken by requests of ours, which may be slow only
                 self._again(agent, key)
@@ -193,14 +195,24 @@ class ModelProbes:
         else:
             held.outcome = Outcome(Result.MODEL_FAILED, f"answered {response.status} to a probe")
 
+    def _there(self, agent: AgentState, key: str) -> list[Held]:
+        """The attempts under way of one model on one agent."""
+        held = self._dispatch.held()
+        return [one for one in held if one.agent is agent and one.lease.request.model == key]
+
     def _all_late(self, agent: AgentState, key: str) -> bool:
-        """Whether all that this model has in flight there is late."""
-        there = [
-            held
-            for held in self._dispatch.held()
-            if held.agent is agent and held.lease.request.model == key
-        ]
-        return bool(there) and all(held.late and held.began_at is None for held in there)
+        """Whether late requests have every slot, so that no other can become late."""
+        is_full = self._dispatch.scheduler.is_full(agent.id, key)
+        return is_full and all(held.late for held in self._there(agent, key))
+
+    def _all_hang(self, agent: AgentState, key: str) -> bool:
+        """Whether all that this model has in flight there is silent for longer than any answer
+        could take: who waits for a whole answer hears nothing of a long one.
+        """
+        there, now = self._there(agent, key), self._clock.now()
+        return bool(there) and all(
+            held.began_at is None and self._is_late(held, now, longest=True) for held in there
+        )
 
     # ── what hangs ────────────────────────────────────────────────────────────────────────────
 
@@ -209,19 +221,15 @@ class ModelProbes:
 
         A slot that others use is no proof.
         """
-        report = agent.report
-        if report is not None and report.active_requests > self._dispatch.scheduler.in_flight(
-            agent.id
-        ):
+        if _others_use(agent, self._dispatch.scheduler.in_flight(agent.id)):
             self._again(agent, key)
             return
         if agent.model_cooldowns[key].reason != STUCK:
             log.warning("model stuck on agent", extra=_facts(agent, key, reason=STUCK))
         self._again(agent, key, STUCK)
         agent.wants_restart = agent.report is not None
-        for held in list(self._dispatch.held()):
-            mine = held.agent is agent and held.lease.request.model == key
-            if mine and held.late and held.began_at is None and self._others_serve(held):
+        for held in self._there(agent, key):
+            if _is_hung(held) and self._others_serve(held):
                 held.move(f"agent {agent.name} does not answer for this model")
 
     def _again(self, agent: AgentState, key: str, reason: str = "") -> None:
@@ -255,6 +263,44 @@ def _question(request: Request, context: int | None) -> tuple[str, bytes]:
         return "/api/embed", msgspec.json.encode({**body, "input": "1"})
     messages = [{"role": "user", "content": "1"}]
     return "/api/chat", msgspec.json.encode({**body, "messages": messages})
+
+
+def take_restart(agent: AgentState, dispatch: Dispatch) -> str | None:
+    """Why an agent should restart its Ollama now: a model hangs, and so does all that runs there.
+
+    What hangs there ends with the restart, and is then tried once more.
+    """
+    there = [held for held in dispatch.held() if held.agent is agent]
+    if not agent.wants_restart or _others_use(agent, len(there)) or not all(map(_is_hung, there)):
+        return None
+    agent.wants_restart = False
+    rows = agent.inventory.available.values()
+    stuck = [row.model.name for row in rows if agent.is_stuck(row.key)]
+    if not stuck:
+        return None
+    for held in there:
+        held.restarts = True
+    return f"it does not answer for {', '.join(stuck)}"
+
+
+def _is_hung(held: Held) -> bool:
+    """Whether an attempt is known to hang: late without a byte, on a model that is stuck there.
+
+    So does a probe, which is given up by itself.
+    """
+    request = held.lease.request
+    waits = held.began_at is None and held.agent.is_stuck(request.model)
+    return waits and (held.late or request.client == PROBER)
+
+
+def _others_use(agent: AgentState, ours: int) -> bool:
+    """Whether the agent reports requests that are not ours: by its count, or beyond so many."""
+    report = agent.report
+    if report is None:
+        return False
+    if report.other_requests is not None:
+        return report.other_requests > 0
+    return report.active_requests > ours
 
 
 def _facts(agent: AgentState, model: str, **more: object) -> dict[str, object]:

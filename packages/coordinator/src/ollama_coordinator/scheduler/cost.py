@@ -5,7 +5,7 @@ The formula, its symbols and an example: `DESIGN.md`.
 
 from .queue import Receiver
 from .state import Place, Running
-from .types import Form
+from .types import Form, Kind
 
 NO_PLACE = float("inf")  # the cost where no place comes into question: anything is cheaper
 # The delay of others is half as bad: their first token is there, and others will end.
@@ -116,3 +116,16 @@ def first_byte_at(run: Running, output: float) -> float | None:
     elif place.mean_service:
         seconds += place.mean_service  # it may have come behind another
     return run.lease.granted_at + seconds * max(place.slow_down, 1.0)
+
+
+def longest_output(run: Running) -> float | None:
+    """The most tokens that an answer may get before its first byte: as the request says, or as its
+    context holds; `None` where neither is known.
+    """
+    request, place = run.lease.request, run.place
+    if request.kind is Kind.EMBED or request.form is Form.STREAM:
+        return run.output
+    limit = request.output_limit
+    if limit is not None and limit >= 0:
+        return limit
+    return place.context or place.machine.context_length

@@ -102,7 +102,9 @@ class CountingScheduler(Scheduler):
         self._by_agent: defaultdict[AgentId, set[LeaseId]] = defaultdict(set)
         self._last_id = 0
         self._warm: set[LeaseId] = set()
+        self._began: dict[LeaseId, float] = {}
         self._first_bytes: dict[FirstByteKey, Mean] = {}
+        self._token_seconds: dict[tuple[AgentId, str], Mean] = {}
         self._learned = Learned()
         self._last_chosen: dict[AgentId, int] = {}
 
@@ -110,7 +112,7 @@ class CountingScheduler(Scheduler):
         found = eligible(self._registry, request, now, runs=self._runs)
         if not found.agents and not found.recovering:
             raise unavailable(self._registry, request, found, now)
-        can_start = any(self._has_slot(agent, request) for agent in found.agents)
+        can_start = any(self._has_slot(agent, request.model) for agent in found.agents)
         if len(self._waiting) >= self.max_queue and not (request.admitted or can_start):
             last = makes_room(list(self._waiting.values()), request.client)
             if last is None:
@@ -124,6 +126,8 @@ class CountingScheduler(Scheduler):
 
     def began(self, lease_id: LeaseId, now: float) -> None:
         lease = self._leases.get(lease_id)
+        if lease is not None:
+            self._began[lease_id] = now
         if lease is not None and lease_id in self._warm:
             seen = self._first_bytes.setdefault(_kind(lease), Mean())
             seen.learn(log(max(now - lease.granted_at, SHORTEST_FIRST_BYTE) / _work(lease)))
@@ -132,6 +136,15 @@ class CountingScheduler(Scheduler):
         lease = self._leases.pop(lease_id)
         self._warm.discard(lease_id)
         self._by_agent[lease.agent_id].discard(lease_id)
+        began, timings = self._began.pop(lease_id, None), outcome.timings
+        if timings is not None and timings.output_tokens > 1:
+            written = timings.output_seconds
+            if written is None and began is not None and lease.request.form is Form.STREAM:
+                written = now - began
+            if written:
+                place = lease.agent_id, lease.request.model
+                seen = self._token_seconds.setdefault(place, Mean())
+                seen.learn(log(written / timings.output_tokens))
 
     def plan(self, now: float) -> Plan:
         granted: list[Lease] = []
@@ -154,7 +167,7 @@ class CountingScheduler(Scheduler):
 
     def _decide(self, request: Request, now: float) -> Lease | SchedulerError | None:
         found = eligible(self._registry, request, now, runs=self._runs)
-        free = [agent for agent in found.agents if self._has_slot(agent, request)]
+        free = [agent for agent in found.agents if self._has_slot(agent, request.model)]
         if free:
             free.sort(key=lambda agent: self._last_chosen.get(agent.id, 0))
             return self._grant(request, self._choose(free, request, self.in_flight), now)
@@ -167,11 +180,11 @@ class CountingScheduler(Scheduler):
             return unavailable(self._registry, request, found, now)
         return None
 
-    def _has_slot(self, agent: AgentState, request: Request) -> bool:
+    def _has_slot(self, agent: AgentState, model: str) -> bool:
         runner = agent.report.runner if agent.report else None
         if runner is None or runner.num_parallel is None:
             return True
-        return self._running(agent.id, request.model) < runner.num_parallel
+        return self._running(agent.id, model) < runner.num_parallel
 
     def _running(self, agent_id: AgentId, model: str) -> int:
         leases = self._by_agent.get(agent_id, ())
@@ -208,12 +221,22 @@ class CountingScheduler(Scheduler):
         later = [time for time in times if time > now]
         return min(later, default=None)
 
-    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+    def first_byte_at(self, lease_id: LeaseId, *, longest: bool = False) -> float | None:
         lease = self._leases.get(lease_id)
         seen = self._first_bytes.get(_kind(lease)) if lease is not None else None
         if lease is None or seen is None:
             return None
+        if longest and lease.request.form is not Form.STREAM:
+            return None  # answers in one piece were seen whole: how long others get is not known
         return lease.granted_at + exp(seen.value) * _work(lease)
+
+    def token_seconds(self, agent_id: AgentId, model: str) -> float | None:
+        seen = self._token_seconds.get((agent_id, model))
+        return None if seen is None else exp(seen.value)
+
+    def is_full(self, agent_id: AgentId, model: str) -> bool:
+        agent = self._registry.find(agent_id)
+        return agent is not None and not self._has_slot(agent, model)
 
     def leases(self) -> Iterable[Lease]:
         return self._leases.values()

@@ -12,7 +12,7 @@ from ollama_coordinator_common.types import AgentId
 
 from . import observations
 from .choose import Chooser
-from .cost import first_byte_at
+from .cost import first_byte_at, longest_output
 from .eligibility import eligible, makes_room, unavailable
 from .eviction import Drains, Evictions
 from .explain import NO_TAG, Accounts, Decision, brief, explain
@@ -290,19 +290,33 @@ class PredictedScheduler(Scheduler):
     def waiting_count(self) -> int:
         return len(self._serving.entries)
 
-    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+    def first_byte_at(self, lease_id: LeaseId, *, longest: bool = False) -> float | None:
         known = self._leases.running.get(lease_id)
         if known is None:
             return None
         run, _ = known
         request = run.lease.request
+        if longest:
+            most = longest_output(run)
+            return None if most is None else first_byte_at(run, most)
         is_known = (request.model, request.form) in self._lengths.models
         return first_byte_at(run, run.output if is_known else min(run.output, BRIEF_TOKENS))
 
+    def token_seconds(self, agent_id: AgentId, model: str) -> float | None:
+        place = self._place(agent_id, model)
+        return None if place is None else place.decode
+
+    def is_full(self, agent_id: AgentId, model: str) -> bool:
+        place = self._place(agent_id, model)
+        return place is not None and len(place.running) >= place.slots.limit
+
     def runner_options(self, agent_id: AgentId, model: str) -> RunnerOptions:
-        machine = self._machines.by_agent.get(agent_id)
-        place = machine.places.get(model) if machine is not None else None
+        place = self._place(agent_id, model)
         return (place.options if place is not None else None) or NO_OPTIONS
+
+    def _place(self, agent_id: AgentId, model: str) -> Place | None:
+        machine = self._machines.by_agent.get(agent_id)
+        return None if machine is None else machine.places.get(model)
 
     def decision(self, lease_id: LeaseId) -> Decision | None:
         known = self._leases.running.get(lease_id)

@@ -111,12 +111,21 @@ class Scheduler(Protocol):
 
     # ── explanations ──────────────────────────────────────────────────────────────────────────
 
-    def first_byte_at(self, lease_id: LeaseId) -> float | None:
+    def first_byte_at(self, lease_id: LeaseId, *, longest: bool = False) -> float | None:
         """When the first byte of a lease's answer is predicted (monotonic seconds).
 
-        `None` for a lease that waits for a load or has ended, and where nothing is predicted.
+        `longest`: if the answer gets as long as the request and its context allow. `None` for a
+        lease that waits for a load or has ended, and where nothing is predicted.
         """
         return None
+
+    def token_seconds(self, agent_id: AgentId, model: str) -> float | None:
+        """The predicted seconds per token written; `None` where nothing is predicted."""
+        return None
+
+    def is_full(self, agent_id: AgentId, model: str) -> bool:
+        """Whether all slots of a model there are taken, as far as they are known."""
+        return False
 
     def runner_options(self, agent_id: AgentId, model: str) -> RunnerOptions:
         """Options with which a request reloads nothing there, as far as is known."""

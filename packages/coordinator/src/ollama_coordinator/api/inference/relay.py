@@ -261,13 +261,15 @@ class Relay:
         if isinstance(error, ModelStuck):
             result = Result.MODEL_FAILED
         reason = f"agent {held.agent.name}: {error}"
-        held.outcome = Outcome(result, str(error), died=isinstance(error, ConnectionLost | Cut))
+        died = isinstance(error, ConnectionLost | Cut) and not held.restarts
+        held.outcome = Outcome(result, str(error), died=died)
         log.warning(
             "attempt failed",
             extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
         )
         if not self._started:
-            was_sent = not isinstance(error, NotConnected)
+            # One that hung until its Ollama was restarted is as if it had never been sent there.
+            was_sent = not (isinstance(error, NotConnected) or held.restarts)
             return Failure(held.agent, Outcome(result, reason), was_sent=was_sent)
         if isinstance(error, AgentLost):
             reason = str(error)

@@ -11,6 +11,7 @@ from ollama_coordinator.api.http.openapi import Media, operation
 from ollama_coordinator.attention import OpenConcern
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.metrics import CONTENT_TYPE, Metrics
+from ollama_coordinator.model_probes import take_restart
 from ollama_coordinator.monitor import LIST_BYTES
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
@@ -92,7 +93,7 @@ class HealthApi:
         return HealthReply(
             log_after=UNSET if log_after is None else log_after,
             problem=self._problem(agent, now) or UNSET,
-            restart=self._restart(agent) or UNSET,
+            restart=take_restart(agent, self._dispatch) or UNSET,
             reached=False if self._is_cut_off(agent) else UNSET,
         )
 
@@ -109,17 +110,6 @@ class HealthApi:
         if agent.ollama_running and (reason := agent.out_of_rotation()) is not None:
             return f"it sends no requests to {agent.way}: {reason}"
         return self._registry.conflict(agent, now)
-
-    def _restart(self, agent: AgentState) -> str | None:
-        """Why the agent should restart its Ollama: a model hangs, and nothing else runs there."""
-        report = agent.report
-        idle = report is not None and not report.active_requests
-        if not (agent.wants_restart and idle) or self._dispatch.scheduler.in_flight(agent.id):
-            return None
-        agent.wants_restart = False
-        rows = agent.inventory.available.values()
-        stuck = [row.model.name for row in rows if agent.is_stuck(row.key)]
-        return f"it does not answer for {', '.join(stuck)}" if stuck else None
 
     @operation(gives={200: HealthView})
     async def healthz(self, request: Request) -> Response:
