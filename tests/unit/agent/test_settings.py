@@ -71,7 +71,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "right"),
     [
-        ("COORDINATOR_URL", "coordinator:8080", "http://coordinator:8080"),
+        ("COORDINATOR_URL", "ws://coordinator:8080", "http://coordinator:8080"),
         ("COORDINATOR_URL", "http://c:99999", "http://coordinator:8080"),
         ("COORDINATOR_URL", "http://[::1", "http://coordinator:8080"),
         ("OLLAMA_PORT", "http", "1 to 65535"),
@@ -79,6 +79,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("OLLAMA_PORT", "70000", "1 to 65535"),
         ("OLLAMA_BINARY", "/no/such/ollama", "path"),
         ("AGENT_IP_ADDRESS", "http://192.168.1.2:1", "192.168.1.20"),
+        ("AGENT_IP_ADDRESS", "300.1.1.1", "192.168.1.20"),
         ("AGENT_MANAGE_OLLAMA", "maybe", "true or false"),
         ("AGENT_KEEP_OLLAMA", "2", "true or false"),
         ("AGENT_TRANSPORT", "tunnel", "auto, direct, link"),

@@ -90,6 +90,10 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("COORDINATOR_STALL_TIMEOUT", "-1", "seconds from 0.01 to 31536000, or 0 for ever"),
         ("COORDINATOR_HISTORY_DAYS", "1e300", "days from 0.001 to 365000"),
         ("COORDINATOR_PULL_PLACEMENT", "label:", "label:NAME"),
+        ("COORDINATOR_ORIGINS", "not an origin", "https://chat.example.org"),
+        ("COORDINATOR_ORIGINS", "https://chat.example.org/", "without a path"),
+        ("COORDINATOR_HOSTS", "http://fleet.lan", "coordinator.example.org"),
+        ("COORDINATOR_USER_HEADER", "X User", "X-User"),
         ("COORDINATOR_LOG_LEVEL", "LOUD", "DEBUG"),
     ],
 )
@@ -115,11 +119,20 @@ def test_text_becomes_what_it_means() -> None:
     assert (config.host, config.policy, config.log_level) == ("::1", POLICIES[-1], "DEBUG")
 
 
-def test_an_address_that_is_not_here_is_explained(tmp_path: Path) -> None:
-    arguments = ["--host", "no-such-host.invalid", "--database-url", f"sqlite://{tmp_path}/c.db"]
+@pytest.mark.spec("OPERATION-2")
+def test_origins_are_taken_as_browsers_send_them_and_as_ollama_takes_them() -> None:
+    origins = "https://chat.example.org:8443,chrome-extension://abc,http://*.lan,*,null,*.lan"
+    assert read({"origins": origins}).origins == tuple(origins.split(","))
+
+
+@pytest.mark.spec("OPERATION-4")
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.9"])
+def test_an_address_that_is_not_here_is_explained(tmp_path: Path, host: str) -> None:
+    arguments = ["--host", host, "--database-url", f"sqlite://{tmp_path}/c.db"]
     result = CliRunner().invoke(main.app, arguments)
-    assert result.exit_code != 0
-    assert "COORDINATOR_HOST=no-such-host.invalid does not work" in result.output
+    assert result.exit_code == 1
+    assert f"COORDINATOR_HOST={host} does not work" in result.output
+    assert "give an address of this machine" in result.output
 
 
 def test_every_command_says_what_it_does() -> None:

@@ -7,13 +7,13 @@ import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import platformdirs
+from msgspec import structs
 
 from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.join_token import JoinToken
-from ollama_coordinator_common.network import is_address
+from ollama_coordinator_common.network import coordinator_url, is_address
 from ollama_coordinator_common.settings import AgentConfig
 
 from .relay import parse_networks
@@ -27,7 +27,10 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
         ConfigError: one of the values cannot work.
     """
     config = AgentConfig.read(texts)
-    _check_url(config.coordinator_url)
+    try:
+        config = structs.replace(config, coordinator_url=coordinator_url(config.coordinator_url))
+    except ValueError as exc:
+        raise ConfigError("COORDINATOR_URL", config.coordinator_url, str(exc)) from exc
     if config.ip_address and not is_address(config.ip_address):
         expected = "give an address such as 192.168.1.20, without scheme and port"
         raise ConfigError("AGENT_IP_ADDRESS", config.ip_address, expected)
@@ -51,18 +54,6 @@ def join_token(config: AgentConfig) -> JoinToken | None:
         return JoinToken.parse(config.join_token)
     except ValueError as exc:
         raise ConfigError("AGENT_JOIN_TOKEN", "a text that is none", str(exc)) from None
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as exc:
-        expected = f"{exc}; give a URL such as http://coordinator:8080"
-        raise ConfigError("COORDINATOR_URL", url, expected) from exc
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        expected = "give a URL such as http://coordinator:8080"
-        raise ConfigError("COORDINATOR_URL", url, expected)
 
 
 def _check_networks(entries: tuple[str, ...]) -> None:

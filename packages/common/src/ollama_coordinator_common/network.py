@@ -6,6 +6,7 @@ import re
 import socket
 from asyncio.trsock import TransportSocket
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from .types import AgentId
 
@@ -52,15 +53,48 @@ LINK_DOMAIN = ".link.internal"
 for it; an Ollama on loopback takes requests for hosts in `internal`, and in few others."""
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+_NUMBERS = re.compile(r"(?:.*\.)?[0-9]+\.?")
+
+COORDINATOR_PORT = 8080
+"""Of a coordinator whose URL has neither scheme nor port."""
 
 
 def is_address(text: str) -> bool:
-    """Whether the text is an IP address or could be a host name."""
+    """Whether the text is an IP address or could be a host name.
+
+    A name whose last label is a number is neither (RFC 1123, section 2.1): 300.1.1.1.
+    """
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        return _HOST.fullmatch(text) is not None
+        return _HOST.fullmatch(text) is not None and not _NUMBERS.fullmatch(text)
     return True
+
+
+def coordinator_url(text: str) -> str:
+    """A coordinator's URL, without a slash at its end, from what a person wrote.
+
+    As Ollama takes OLLAMA_HOST: without a scheme it is http, and then port 8080 if not given.
+
+    Raises:
+        ValueError: it is none; the text says what would be right.
+    """
+    scheme, separator, rest = text.strip().rpartition("://")
+    host, slash, path = rest.partition("/")
+    address = parse_address(host)
+    if address is not None and address.version == 6:
+        host = f"[{host}]"
+    try:
+        parts = urlsplit(f"{scheme if separator else 'http'}://{host}")
+        port = parts.port
+    except ValueError as exc:
+        raise ValueError(f"{exc}; give a URL such as http://coordinator:8080") from None
+    known = parts.scheme in ("http", "https")
+    if not known or not parts.hostname or any(character.isspace() for character in text.strip()):
+        raise ValueError("give a URL such as http://coordinator:8080")
+    if not separator and port is None:
+        host = f"{host}:{COORDINATOR_PORT}"
+    return f"{parts.scheme}://{host}{slash}{path}".rstrip("/")
 
 
 def link_host(agent_id: AgentId) -> str:

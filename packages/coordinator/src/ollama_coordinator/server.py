@@ -7,6 +7,7 @@ clients do, what the coordinator consists of is closed in order at the end.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -46,6 +47,9 @@ first should be the side that sends the requests."""
 MOST_REQUESTS = 1_000_000_000
 """A connection serves any number of requests: closing one under load costs a request its retry."""
 
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""The system has no such address, or no addresses of its kind."""
+
 HEAD_BYTES = 64 * 1024
 """For a request's head; browsers behind single sign-on send 16 KiB of cookies."""
 
@@ -70,8 +74,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as exc:
         for sock in sockets:
             sock.close()
-        expected = f"cannot listen on {host} port {port}: {exc.strerror}; stop what uses it or"
-        raise ConfigError("COORDINATOR_PORT", port, f"{expected} give another") from exc
+        if exc.errno in NOT_HERE:
+            expected = f"{exc.strerror}; give an address of this machine, or 0.0.0.0 for all"
+            raise ConfigError("COORDINATOR_HOST", host, expected) from exc
+        taken = "stop what uses it or " if exc.errno == errno.EADDRINUSE else ""
+        expected = f"cannot listen on {host} port {port}: {exc.strerror}; {taken}give another"
+        raise ConfigError("COORDINATOR_PORT", port, expected) from exc
     return sockets
 
 

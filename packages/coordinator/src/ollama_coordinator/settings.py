@@ -6,6 +6,7 @@ given there.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 from msgspec import structs
 
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
+from ollama_coordinator_common.network import is_address
 from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
 from .access import networks, token_in
@@ -57,6 +59,24 @@ def _check_webhook(url: str) -> None:
         raise ConfigError(TABLE["webhook"].variable, "a text that is no URL", expected)
 
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+|[^\s/]*\*[^\s]*")
+"""As browsers send it (RFC 6454, section 6.2), and with `*` for any text as Ollama takes it."""
+
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+"""A header's name (RFC 9110, section 5.6.2)."""
+
+
+def _check_each(name: str, is_right: Callable[[str], object], expected: str) -> Callable[..., None]:
+    """A check of a list: the first text that is not right is refused."""
+
+    def check(texts: tuple[str, ...]) -> None:
+        wrong = next((text for text in texts if not is_right(text)), None)
+        if wrong is not None:
+            raise ConfigError(TABLE[name].variable, wrong, expected)
+
+    return check
+
+
 def _check_placement(text: str) -> None:
     try:
         Placement.parse(text)
@@ -69,6 +89,18 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "pull_placement": _check_placement,
     "webhook": _check_webhook,
     "loop": loop_of,
+    "origins": _check_each(
+        "origins",
+        _ORIGIN.fullmatch,
+        "give origins such as https://chat.example.org, without a path and split by commas; "
+        "* is any text",
+    ),
+    "hosts": _check_each(
+        "hosts", is_address, "give names such as coordinator.example.org, split by commas"
+    ),
+    "user_header": _check_each(
+        "user_header", _HEADER.fullmatch, "give names of headers such as X-User, split by commas"
+    ),
     "join_token": lambda text: token_in(text) if text else None,
     "trusted_proxies": partial(networks, "COORDINATOR_TRUSTED_PROXIES"),
     "trusted_networks": partial(networks, "COORDINATOR_TRUSTED_NETWORKS"),

@@ -16,7 +16,7 @@ import typer
 from ollama_coordinator.access import key_in, secret_path
 from ollama_coordinator.db import files_beside
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
-from ollama_coordinator_common.network import is_loopback
+from ollama_coordinator_common.network import coordinator_url, is_loopback
 from ollama_coordinator_common.printable import all_printable, printable
 from ollama_coordinator_common.settings import CoordinatorConfig
 
@@ -64,7 +64,7 @@ class Client:
     """Requests to the coordinator at `url`; `key` is sent with each, where there is one."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, key: str = "") -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         self._session = session
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -140,10 +140,11 @@ def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @wraps(command)
     def run(coordinator: str, key_file: Path | None, database_url: str, **values: Any) -> None:
         async def work() -> None:
-            key = _key(coordinator, key_file, database_url)
+            url = url_of(coordinator)
+            key = _key(url, key_file, database_url)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
             async with aiohttp.ClientSession(timeout=timeout) as session:
-                await command(Client(coordinator, session, key), **values)
+                await command(Client(url, session, key), **values)
 
         finished(work())
 
@@ -152,6 +153,18 @@ def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return run
+
+
+def url_of(text: str) -> str:
+    """The coordinator that a person means.
+
+    Raises:
+        NoAnswer: the text is no URL.
+    """
+    try:
+        return coordinator_url(text)
+    except ValueError as exc:
+        raise NoAnswer(f"'{text}' is no coordinator: {exc}") from exc
 
 
 def _key(url: str, key_file: Path | None, database_url: str) -> str:

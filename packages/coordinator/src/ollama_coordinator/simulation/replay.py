@@ -35,7 +35,7 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # A replay ends so long after its last arrival at the latest: what runs then never ends.
 AFTERWARDS_SECONDS = 600.0
 
-NOWHERE = "192.0.2.1"  # RFC 5737: an address of nothing
+NOWHERE = "invalid"  # RFC 2606: a domain of nothing
 
 
 Event = Callable[[float], object]
