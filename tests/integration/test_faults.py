@@ -16,7 +16,8 @@ from msgspec import structs
 
 from ollama_coordinator.registry import AgentState
 from support.coordinator import Running, running
-from support.ollama import Hardware, Injected, StandIn
+from support.deadline import DEADLINE_SECONDS
+from support.ollama import Fault, Hardware, Injected, StandIn
 
 CHAT = ("/api/chat", "/v1/chat/completions")
 
@@ -254,18 +255,18 @@ async def test_an_error_in_mid_stream_counts_unless_the_model_wrote_it(
 
 # ── poison ────────────────────────────────────────────────────────────────────────────────────
 
-DEATHS: dict[str, Callable[[StandIn], Any]] = {
-    "reset": lambda node: node.faults.rst(paths=CHAT),
-    "closed": lambda node: node.faults.fin(paths=CHAT),
-    "cut": lambda node: node.faults.cut(after=0, paths=CHAT),
-    "stopped": says(500, "model runner has unexpectedly stopped, this may be due to"),
-    "EOF": says(500, 'Post "http://127.0.0.1:37017/completion": EOF'),
+DEATHS: dict[str, Fault] = {
+    "reset": Fault(kind="rst", paths=CHAT),
+    "closed": Fault(kind="fin", paths=CHAT),
+    "cut": Fault(kind="cut", paths=CHAT),
+    "stopped": Fault(kind="status", paths=CHAT, body="model runner has unexpectedly stopped"),
+    "EOF": Fault(kind="status", paths=CHAT, body='Post "http://127.0.0.1:37017/completion": EOF'),
 }
 
 
 async def count(coordinator: Running, nodes: list[StandIn], deaths: str) -> list[int]:
     """How often each machine is asked by one request under which all of them die."""
-    faults = [DEATHS[deaths](node) for node in nodes]
+    faults = [node.faults.add(DEATHS[deaths]) for node in nodes]
     before = [asked(node) for node in nodes]
     async with coordinator.stream(messages=[{"role": "user", "content": "poison"}]) as response:
         assert response.status >= 500 or b"error" in await response.read()
@@ -304,7 +305,7 @@ async def test_machines_that_failed_before_are_no_evidence_against_a_request() -
         assert (await coordinator.chat("other"))[0] == 200
         for node in nodes[:3]:
             node.faults.clear()
-            DEATHS["stopped"](node)
+            node.faults.add(DEATHS["stopped"])
         assert (await coordinator.chat())[0] == 200
 
 
@@ -313,8 +314,44 @@ async def test_machines_that_failed_before_are_no_evidence_against_a_request() -
 async def test_machines_that_never_answered_are_no_evidence_against_a_request(deaths: str) -> None:
     async with running() as coordinator, fleet(coordinator, 4) as nodes:
         for node in nodes[:3]:
-            DEATHS[deaths](node)
+            node.faults.add(DEATHS[deaths])
         assert (await coordinator.chat())[0] == 200
+
+
+@pytest.mark.spec("PROXY-28")
+@pytest.mark.parametrize("policy", ["predicted", "round-robin"])
+@pytest.mark.parametrize("deaths", DEATHS)
+async def test_a_request_that_kills_touches_two_machines_that_never_answered(
+    deaths: str, policy: str
+) -> None:
+    """They answer the question whether they were well, and so it was the request."""
+    async with running(policy=policy) as coordinator, fleet(coordinator, 5) as nodes:
+        for node in nodes:
+            node.faults.add(structs.replace(DEATHS[deaths], saying="poison"))
+        async with coordinator.stream(messages=[{"role": "user", "content": "poison"}]) as response:
+            assert response.status >= 500 or b"error" in await response.read()
+        assert sum(asked(node) > 0 for node in nodes) == 2
+        assert (await coordinator.chat())[0] == 200
+        await coordinator.until(coordinator.at_rest)
+
+
+@pytest.mark.spec("PROXY-28")
+@pytest.mark.parametrize("proven", [False, True])
+async def test_machines_that_are_gone_were_well_until_the_request(proven: bool) -> None:
+    """Also where they go so soon that the request is sent once more, and finds nobody."""
+    async with running() as coordinator, fleet(coordinator, 4) as nodes:
+        if proven:
+            all_have_answered(coordinator)
+        for node in nodes:
+            node.hold_prompts()
+        killing = asyncio.create_task(coordinator.chat())
+        for _ in range(2):
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while not (busy := [node for node in nodes if node.seen.active]):
+                    await asyncio.sleep(0.01)
+            await busy[0].kill()
+        assert (await killing)[0] == 503
+        assert sum(asked(node) > 0 for node in nodes) == 2
 
 
 @pytest.mark.spec("PROXY-28")

@@ -228,12 +228,16 @@ async def probed_again(coordinator: Running, ollama: StandIn, agent: AgentState)
 
 
 @pytest.mark.spec("FLEET-18")
-async def test_a_model_that_failed_is_probed_when_its_time_is_over() -> None:
+@pytest.mark.parametrize(
+    ("status", "raw"), [(500, '{"error":"CUDA error"}'), (200, "<html>Sign in</html>"), (200, "")]
+)
+async def test_a_model_that_failed_is_probed_when_its_time_is_over(status: int, raw: str) -> None:
     async with running() as coordinator, fleet(coordinator) as (first, _, agent):
-        first.faults.status(500, "CUDA error", paths=CHAT)
+        first.faults.status(status, raw=raw, paths=CHAT)
         while not agent.model_cooldowns:
             assert (await coordinator.chat())[0] == 200
         await probed_again(coordinator, first, agent)
+        assert agent.model_cooldowns
         first.faults.clear()
         await probed_again(coordinator, first, agent)
         await coordinator.until(lambda: not agent.model_cooldowns)

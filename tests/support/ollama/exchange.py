@@ -134,9 +134,10 @@ class Exchange:
     async def before_answer(self) -> Answer | None:
         """A fault's own answer, or None; also decides what will befall the stream."""
         faults = self.node.faults
-        hit = faults.pick(REQUEST_KINDS, self.path, self.record.model)
+        concerned = self.path, self.record.model, self.record.body
+        hit = faults.pick(REQUEST_KINDS, *concerned)
         if hit is None:
-            self._trouble = faults.pick(STREAM_KINDS, self.path, self.record.model)
+            self._trouble = faults.pick(STREAM_KINDS, *concerned)
             return None
         kind = hit.fault.kind
         if kind == "fin" or kind == "rst":

@@ -32,6 +32,7 @@ class Fault(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     kind: Kind
     paths: tuple[str, ...] = ()  # empty: every route; a trailing * matches any ending
     model: str | None = None  # only requests that name this model
+    saying: str = ""  # only requests whose body has this text
     times: int | None = None  # the next so many; None: until cleared
     probability: float = 1.0
     after: int = 0  # stream faults: so many pieces come first
@@ -68,8 +69,10 @@ class Injected:
     def __exit__(self, *_: object) -> None:
         self.clear()
 
-    def concerns(self, path: str, model: str) -> bool:
+    def concerns(self, path: str, model: str, body: bytes = b"") -> bool:
         fault = self.fault
+        if fault.saying.encode() not in body:
+            return False
         if fault.paths and not any(_matches(path, pattern) for pattern in fault.paths):
             return False
         return fault.model is None or names.canonical(fault.model) == names.canonical(model)
@@ -100,11 +103,15 @@ class Faults:
         for injected in list(self._injected):
             injected.clear()
 
-    def pick(self, kinds: Iterable[str], path: str = "", model: str = "") -> Injected | None:
+    def pick(
+        self, kinds: Iterable[str], path: str = "", model: str = "", body: bytes = b""
+    ) -> Injected | None:
         """The first fault of these kinds that befalls this request; counts as a hit."""
         for injected in self._injected:
             fault = injected.fault
-            if fault.kind not in kinds or injected.spent or not injected.concerns(path, model):
+            if fault.kind not in kinds or injected.spent:
+                continue
+            if not injected.concerns(path, model, body):
                 continue
             if fault.probability < 1 and self._random.random() >= fault.probability:
                 continue

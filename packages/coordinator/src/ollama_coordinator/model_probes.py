@@ -11,7 +11,7 @@ from functools import partial
 from secrets import token_hex
 
 import msgspec
-from msgspec import structs
+from msgspec import Raw, Struct, structs
 
 from ollama_coordinator_common.types import AgentId
 
@@ -19,7 +19,16 @@ from .dispatch import Dispatch, Held
 from .registry import AgentState, AvailableRow
 from .scheduler import Kind, Outcome, Request, RequestId, Result, SchedulerError
 from .scheduler.eligibility import eligible
-from .upstream import ConnectionLost, Cut, Unreachable, UpstreamError, Upstreams, chunks
+from .upstream import (
+    SMALL_ANSWER_BYTES,
+    ConnectionLost,
+    Cut,
+    NotConnected,
+    Unreachable,
+    UpstreamError,
+    Upstreams,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +46,9 @@ GAP_TOKENS = 100
 
 TOKEN_SECONDS = 5.0
 """The time limit of a probe, for a slot and then for its token: the model is in memory."""
+
+WELL_SECONDS = 30.0
+"""The same for an agent whose runner died, with the load; a client waits for it."""
 
 LISTED_SECONDS = 2.0
 """Time limit for the list of models in memory."""
@@ -128,7 +140,8 @@ class ModelProbes:
             async with asyncio.timeout(TOKEN_SECONDS) as waiting:
                 async with self._dispatch.lease(self._request(agent, row)) as held:
                     waiting.reschedule(None)
-                    await self._ask(held, row)
+                    if await self._ask(held, row, TOKEN_SECONDS) is None:
+                        self._hangs(agent, key)
         except (TimeoutError, SchedulerError):
             if self._all_hang(agent, key):
                 self._hangs(agent, key)
@@ -168,32 +181,53 @@ class ModelProbes:
             excluded=frozenset(others),
         )
 
-    async def _ask(self, held: Held, row: AvailableRow) -> None:
+    async def _ask(self, held: Held, row: AvailableRow, seconds: float) -> bool | None:
+        """Whether the agent answers with a token; `None`: it answered nothing for so long."""
         request, agent = held.lease.request, held.agent
         runner = agent.inventory.runner(row.key)
         path, body = _question(request, runner.model.context_length if runner else None)
         try:
             async with (
-                asyncio.timeout(TOKEN_SECONDS),
+                asyncio.timeout(seconds),
                 self._upstreams.open("POST", agent.url + path, body=body) as response,
             ):
-                answer = b"".join([chunk async for chunk in chunks(response)])
+                answer = await whole(response, SMALL_ANSWER_BYTES)
         except TimeoutError:
-            self._hangs(agent, row.key)
-            return
+            return None
         except UpstreamError as exc:
             died = isinstance(exc, ConnectionLost | Cut)
             held.outcome = Outcome(Result.UNREACHABLE, str(exc), died=died)
-            return
+            return None if isinstance(exc, NotConnected) else False
         if agent.is_stuck(row.key):
             self._registry.pardon(agent, row.key)
-        if response.status == 200 and not answer.startswith(b'{"error"'):
+        if response.status == 200 and _is_answer(answer):
             # Two tokens teach no rate: the scheduler learns nothing from them.
             held.outcome = Outcome(Result.REJECTED)
             self._registry.succeeded(agent, row.key)
             log.info("model answers on agent", extra=_facts(agent, row.key))
-        else:
-            held.outcome = Outcome(Result.MODEL_FAILED, f"answered {response.status} to a probe")
+            return True
+        held.outcome = Outcome(Result.MODEL_FAILED, f"answered {response.status} to a probe")
+        return False
+
+    async def was_well(self, agent: AgentState, key: str) -> bool:
+        """Whether an agent that never answered was well until it died under a request.
+
+        It was if it answers another one now. It was, too, if its Ollama is gone, or takes too long:
+        then nobody else should die of the request.
+        """
+        row = agent.inventory.available.get(key)
+        if row is None:
+            return False
+        try:
+            async with (
+                asyncio.timeout(WELL_SECONDS),
+                self._dispatch.lease(self._request(agent, row)) as held,
+            ):
+                return await self._ask(held, row, WELL_SECONDS) is not False
+        except (TimeoutError, SchedulerError):
+            return True
+        finally:
+            self._dispatch.plan()
 
     def _there(self, agent: AgentState, key: str) -> list[Held]:
         """The attempts under way of one model on one agent."""
@@ -245,6 +279,24 @@ class ModelProbes:
         request, now = held.lease.request.without([held.agent.id]), self._clock.now()
         found = eligible(self._registry, request, now)
         return any(not one.avoids(request.model, now) for one in found.agents)
+
+
+class _Token(Struct):
+    """What an answer to a probe has."""
+
+    message: Raw = Raw()
+    embeddings: Raw = Raw()
+
+
+_token = msgspec.json.Decoder(_Token)
+
+
+def _is_answer(body: bytes) -> bool:
+    try:
+        token = _token.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return bool(bytes(token.message) or bytes(token.embeddings))
 
 
 def _question(request: Request, context: int | None) -> tuple[str, bytes]:

@@ -85,7 +85,8 @@ _version = msgspec.json.Decoder(VersionReply)
 class Monitor:
     """Watches the agents; `run` is its loop, the other methods may be called at any time.
 
-    `interval` is the time in seconds between questions to agents that report no models.
+    `interval` is the time in seconds between questions to agents that report no models. `models`
+    probes models.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Monitor:
         self.interval = interval
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}  # failed probes in a row, last probe
-        self._models = ModelProbes(dispatch, upstreams)
+        self.models = ModelProbes(dispatch, upstreams)
         self._asked_at: dict[AgentId, float] = {}  # for the lists of models
         self._gaps = self._clock.gaps
         self._shown: set[str] = set()  # manifests whose capabilities were asked for
@@ -167,7 +168,7 @@ class Monitor:
             log.warning("agent forgotten: it never answered", extra=_facts(agent, url=agent.url))
             self._registry.remove(agent.id)
             tasks.create_task(self._agent_store.forget(agent.id))
-        self._models.look(tasks, now)
+        self.models.look(tasks, now)
         silent = self._silent_agents(now)
         awaited = self._awaited_agents(now)
         # After a gap nobody is judged by what was not heard: everybody is asked.

@@ -3,6 +3,7 @@
 UpstreamError
 ├── Unreachable   nothing of an answer arrived: refused, timed out, no HTTP
 │   ├── NotConnected     no connection was made
+│   │   └── Gone         but for one that ended as the request went out
 │   ├── TimedOut         no whole answer in time
 │   └── ConnectionLost   the connection ended after the request had gone out
 ├── Cut           the answer ended before its end
@@ -92,6 +93,13 @@ class NotConnected(Unreachable):
     """There was no connection: the request has not reached the agent, and did no work there."""
 
 
+class Gone(NotConnected):
+    """The kept connection ended as the request went out, and there is no other to be had.
+
+    Either the agent's Ollama was stopped just then and never saw the request, or died of it.
+    """
+
+
 class TimedOut(Unreachable):
     """There was no whole answer in time."""
 
@@ -179,6 +187,7 @@ class Upstreams:
 
         Raises:
             aiohttp.ClientError, TimeoutError, OSError, UnicodeError: there is none.
+            Gone: the agent went away meanwhile.
         """
         if self._kept is None or self._fresh is None:
             raise RuntimeError("the upstream connections are not open")
@@ -200,9 +209,13 @@ class Upstreams:
             now = asyncio.get_running_loop().time()
             if stream is not None or not sending.was_stale(exc, now):
                 raise
-        return await self._fresh.request(
-            method, url, headers=headers, data=_payload(body, sending), allow_redirects=False
-        )
+        try:
+            return await self._fresh.request(
+                method, url, headers=headers, data=_payload(body, sending), allow_redirects=False
+            )
+        except aiohttp.ClientConnectorError as exc:
+            _forget_frames(exc)
+            raise Gone(_reason(exc)) from exc
 
     async def fetch(
         self,

@@ -39,8 +39,8 @@ def endpoints(parts: Parts) -> list[Endpoint]:
 
 def _of_ollama(parts: Parts) -> list[Endpoint]:
     context_fit, lists, show = ContextFit(parts), ListsApi(parts), ShowApi(parts)
-    transfer, cloud, poison = TransferApi(parts), CloudApi(parts), Poison()
-    batches = Batches()
+    transfer, cloud = TransferApi(parts), CloudApi(parts)
+    batches, poison = Batches(), Poison(parts.monitor.models.was_well)
     proxies = [
         (one.path, Proxy(parts, one, context_fit, poison, batches)) for one in INFERENCE_ROUTES
     ]

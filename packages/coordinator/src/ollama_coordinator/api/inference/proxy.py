@@ -336,7 +336,8 @@ class Proxy:
                         failure = await self._attempt(call, held)
                     finally:
                         account.add(_tokens_of(held), self._clock.now() - held.lease.granted_at)
-                    stopped = self._poison.stops(request, call.body, held, self._clock.now())
+                now = self._clock.now()
+                stopped = await self._poison.stops(request, call.body, held, now)
             except ModelNotFound as exc:
                 if not failures:
                     raise self._missing(request) from exc

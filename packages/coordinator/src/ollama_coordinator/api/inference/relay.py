@@ -37,6 +37,7 @@ from ollama_coordinator.upstream import (
     AgentLost,
     ConnectionLost,
     Cut,
+    Gone,
     ModelStuck,
     NotConnected,
     RequestCancelled,
@@ -261,7 +262,7 @@ class Relay:
         if isinstance(error, ModelStuck):
             result = Result.MODEL_FAILED
         reason = f"agent {held.agent.name}: {error}"
-        died = isinstance(error, ConnectionLost | Cut) and not held.restarts
+        died = isinstance(error, ConnectionLost | Cut | Gone) and not held.restarts
         held.outcome = Outcome(result, str(error), died=died)
         log.warning(
             "attempt failed",

@@ -4,16 +4,18 @@ Only before the client has seen a byte. What Ollama says of the request itself w
 everywhere and is passed on; every other answer is the agent's until another agent says the same.
 """
 
+import asyncio
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 
 from msgspec import Struct
 
 from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Held
+from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Outcome, Request, Result
 from ollama_coordinator_common.types import AgentId
 
@@ -149,27 +151,34 @@ MOST_SUSPECTS = 256
 
 
 class Suspect(Struct):
-    """A request under which agents died: which, and until when it is remembered.
+    """A request under which agents died: which healthy ones, which that had never answered, and
+    until when it is remembered.
 
     One crash of an agent ends every request that runs there, so that copies of a request on one
     agent are one death.
     """
 
-    agents: set[AgentId]
-    until: float
+    agents: set[AgentId] = set()
+    unproven: dict[AgentId, AgentState] = {}
+    until: float = 0.0
+
+
+WasWell = Callable[[AgentState, str], Awaitable[bool]]
+"""Whether an agent that never answered was well until it died under a request for this model."""
 
 
 class Poison:
     """Requests that killed healthy agents, by model and hash of the body."""
 
-    def __init__(self) -> None:
+    def __init__(self, was_well: WasWell) -> None:
+        self._was_well = was_well
         self._suspects: OrderedDict[tuple[str, bytes], Suspect] = OrderedDict()
 
-    def stops(self, request: Request, body: Body, held: Held, now: float) -> bool:
+    async def stops(self, request: Request, body: Body, held: Held, now: float) -> bool:
         """Note how an attempt ended; whether its request may be tried nowhere else.
 
-        A death counts only if the agent's last answer before the attempt was good: one that never
-        answered well may be broken. Call it before the lease ends.
+        A death counts only if the agent's last answer before the attempt was good. One that never
+        answered well may be broken: it is asked something else before a third agent could die.
         """
         outcome = held.outcome
         if outcome.result is Result.SERVED:
@@ -181,15 +190,31 @@ class Poison:
         fingerprint = _fingerprint(request, body)
         suspect = self._suspects.get(fingerprint)
         if suspect is None or suspect.until <= now:
-            suspect = Suspect(set(), 0.0)
-        if outcome.died and held.agent.was_good_at(held.lease.granted_at):
-            suspect.agents.add(held.agent.id)
+            suspect = Suspect()
+        agent = held.agent
+        was_good = agent.was_good_at(held.lease.granted_at)
+        if outcome.died and (was_good or not agent.proven):
+            if was_good:
+                suspect.agents.add(agent.id)
+            else:
+                suspect.unproven[agent.id] = agent
             suspect.until = now + SUSPECT_SECONDS
             self._suspects[fingerprint] = suspect
             self._suspects.move_to_end(fingerprint)
             if len(self._suspects) > MOST_SUSPECTS:
                 self._suspects.popitem(last=False)
+        if len(suspect.agents) < MOST_DEATHS <= len(suspect.agents | suspect.unproven.keys()):
+            await self._examine(suspect, request.model)
         return len(suspect.agents) >= MOST_DEATHS
+
+    async def _examine(self, suspect: Suspect, model: str) -> None:
+        """Find out which deaths of agents that had never answered count."""
+        unproven = list(suspect.unproven.values())
+        well = await asyncio.gather(*(self._was_well(agent, model) for agent in unproven))
+        for agent, was in zip(unproven, well, strict=True):
+            suspect.unproven.pop(agent.id, None)
+            if was:
+                suspect.agents.add(agent.id)
 
 
 HASHED_BYTES = 256 * 1024
