@@ -148,9 +148,7 @@ async def test_a_password_is_in_no_log_and_no_answer(
             again = programs.command("ollama-coordinator")
             settings = {"DATABASE_URL": url, "COORDINATOR_PORT": str(programs.free_port())}
             async with programs.program(tmp_path / "second.log", again, **settings) as second:
-                assert await second.ended() == 1
-                assert "another coordinator uses it" in second.output
-                assert len(second.output.splitlines()) == 1
+                await second.says("stands by")
             line.cut()
             await program.says("database not writable")
             program.send(programs.TERMINATE)

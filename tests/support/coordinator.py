@@ -13,7 +13,6 @@ from ollama_coordinator.app import create_app
 from ollama_coordinator.http1 import ConnectionLimits, serve
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.server import limits_of
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .deadline import DEADLINE_SECONDS
@@ -101,8 +100,11 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
     config = CoordinatorConfig(**settings)
     app = await asyncio.to_thread(create_app, config)
     parts: Parts = app.state.parts
+    parts.connections = ConnectionLimits(
+        stall_seconds=lambda: parts.settings.config.stall_timeout, now=parts.clock.now
+    )
     async with (
-        serving(app, config.http, limits=limits_of(parts)) as url,
+        serving(app, config.http, limits=parts.connections) as url,
         aiohttp.ClientSession() as session,
     ):
         yield Running(url, parts, session)

@@ -60,6 +60,7 @@ LAYERS = (
     {"main"},
     {"server"},
     {"app"},
+    {"front"},
     {"api"},
     {"metrics"},
     {"parts"},
@@ -71,7 +72,7 @@ LAYERS = (
     {"journal", "monitor", "commands"},
     {"model_probes"},
     {"aliases", "dispatch", "simulation"},
-    {"scheduler", "upstream", "agent_store", "saved_state", "access"},
+    {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster"},
     {"registry", "db", "http1", "aio", "clock", "agent_logs", "batches", "link", "agent_wheels"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""

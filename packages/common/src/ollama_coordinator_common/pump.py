@@ -10,6 +10,7 @@ import math
 import re
 import socket
 import struct
+from typing import cast
 
 from .network import keep_alive
 
@@ -77,11 +78,10 @@ class Pipe(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is connected."""
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a pipe needs a stream")
-        self._transport = transport
+        # Not by its class: uvloop's transports are none of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         keep_alive(transport.get_extra_info("socket"))
-        transport.pause_reading()
+        self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""

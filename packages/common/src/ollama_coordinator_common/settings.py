@@ -303,6 +303,10 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "The database: sqlite://FILE in the working folder, or postgresql://USER@HOST/DATABASE",
         metavar="URL",
     )] = "sqlite://coordinator.db"
+    advertise: Annotated[str, Setting(
+        "COORDINATOR_ADVERTISE",
+        "The URL at which other coordinators on its PostgreSQL reach this one", metavar="URL",
+    )] = ""
     origins: Annotated[tuple[str, ...], Setting(
         "COORDINATOR_ORIGINS",
         "Web pages that may use the coordinator, beside those of this machine; * is any text",

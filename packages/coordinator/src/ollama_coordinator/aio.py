@@ -111,6 +111,19 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         yield
 
 
+async def first_of(*work: Coroutine[Any, Any, object]) -> None:
+    """Run `work` until one of it has ended; the rest is cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Slices:
     """A long computation in the event loop, in slices: `await slices.pause()` often.
 

@@ -29,9 +29,11 @@ from .api.http.routing import AccessLog, CircleGuard, Gate, NearMiss, Shortcut, 
 from .api.routes import endpoints
 from .attention import Attention
 from .clock import Clock
+from .cluster import Cluster
 from .db import Store, database_of, files_beside
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
+from .front import Fronted
 from .journal import Limits, Observation, SavedSparklines
 from .link import Links
 from .monitor import Monitor
@@ -55,7 +57,7 @@ SPARKLINES_SECONDS = 60.0
 """How often they are saved while serving: they are no more than the last minutes."""
 
 
-def assembled(config: CoordinatorConfig) -> Parts:
+def assembled(config: CoordinatorConfig, cluster: Cluster) -> Parts:
     """The parts of a coordinator, put together but not yet running."""
     clock = Clock()
     store = Store(database_of(config.database_url))
@@ -93,6 +95,7 @@ def assembled(config: CoordinatorConfig) -> Parts:
         access=access,
         machines=machines,
         clock=clock,
+        cluster=cluster,
         registry=registry,
         aliases=aliases,
         scheduler=scheduler,
@@ -129,10 +132,11 @@ async def running(parts: Parts) -> AsyncIterator[None]:
     """Open everything, serve, close everything in the opposite order.
 
     Raises:
-        DatabaseError: the database cannot be opened.
+        DatabaseError: the database cannot be opened, or another coordinator leads.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(parts.store)
+        await stack.enter_async_context(parts.cluster.leading(parts.store))
         stack.enter_context(parts.clock.watching())
         await parts.agent_store.restore()
         await parts.machines.restore()
@@ -166,9 +170,12 @@ def _saved_state(parts: Parts) -> list[SavedState[Any]]:
     ]
 
 
-def create_app(config: CoordinatorConfig) -> Starlette:
-    """The ASGI application of one coordinator; `app.state.parts` are its parts."""
-    parts = assembled(config)
+def create_app(config: CoordinatorConfig, cluster: Cluster | None = None) -> Starlette:
+    """The ASGI application of one coordinator; `app.state.parts` are its parts.
+
+    It is alone, unless a `cluster` says otherwise.
+    """
+    parts = assembled(config, Cluster(None) if cluster is None else cluster)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -205,7 +212,8 @@ class _App(Starlette):
         guarded: ASGIApp = CircleGuard(timed, parts.upstreams.instance_id)
         if parts.settings.config.access_log:
             guarded = AccessLog(guarded)
-        return Cors(Gate(guarded, parts.access), self.state.origins)
+        served: ASGIApp = Cors(Gate(guarded, parts.access), self.state.origins)
+        return Fronted(served, parts.cluster) if parts.cluster.is_shared else served
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

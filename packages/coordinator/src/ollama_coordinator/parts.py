@@ -11,6 +11,7 @@ from .agent_store import AgentStore
 from .aliases import Aliases
 from .attention import Attention
 from .clock import Clock
+from .cluster import Cluster
 from .db import Store
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
@@ -39,6 +40,7 @@ class Parts(Struct, kw_only=True, eq=False):
     access: Access
     machines: KnownMachines
     clock: Clock
+    cluster: Cluster
     registry: Registry
     aliases: Aliases
     scheduler: Scheduler

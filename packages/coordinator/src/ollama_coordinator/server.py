@@ -17,14 +17,22 @@ from types import FrameType
 
 from hypercorn.config import Config
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from ollama_coordinator_common.error import ConfigError
-from ollama_coordinator_common.network import keep_alive
+from ollama_coordinator_common.network import keep_alive, netloc
 from ollama_coordinator_common.settings import CoordinatorConfig
 
+from .aio import beside, first_of
 from .app import create_app, running
+from .clock import Clock
+from .cluster import Cluster
+from .db import DatabaseError, SharedDatabase, Store, database_of
+from .front import Front
 from .http1 import BACKLOG, ConnectionLimits, capacity, serve
 from .parts import Parts
+from .settings import Settings
+from .upstream import Upstreams
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +60,10 @@ NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 HEAD_BYTES = 64 * 1024
 """For a request's head; browsers behind single sign-on send 16 KiB of cookies."""
+
+
+EVERYWHERE = ("", "0.0.0.0", "::")
+"""Values of `COORDINATOR_HOST` that are no address at which others reach this machine."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -106,21 +118,6 @@ def _listener(family: int, address: object) -> socket.socket:
     return sock
 
 
-def limits_of(parts: Parts, most: int | None = None) -> ConnectionLimits:
-    """The limits on clients' connections, at most `most` of which are open at once.
-
-    They become those of `parts`.
-    """
-    settings = parts.settings
-    limits = ConnectionLimits(
-        most=most,
-        stall_seconds=lambda: settings.config.stall_timeout,
-        now=parts.clock.now,
-    )
-    parts.connections = limits
-    return limits
-
-
 def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:
     """Hypercorn's settings; it takes the sockets over and closes them.
 
@@ -144,19 +141,12 @@ async def run(config: CoordinatorConfig) -> None:
         ConfigError: the address cannot be listened on.
         DatabaseError: the database cannot be opened.
     """
-    # In a thread: the database's server is asked for the settings that are kept there.
-    app = await asyncio.to_thread(create_app, config)
-    parts: Parts = app.state.parts
-    # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
-    app.router.lifespan_context = _empty_lifespan
-    collect_seldom()
     stop = Stop()
     with contextlib.ExitStack() as sockets, stop.on_signals():
         listening = listen(config.host, config.port)
         for sock in listening:
             sockets.enter_context(sock)
-        async with _opened(parts):
-            await _serve(app, parts, stop, listening)
+        await Process(config, stop, listening).run()
 
 
 @contextlib.asynccontextmanager
@@ -164,56 +154,194 @@ async def _empty_lifespan(app: Starlette) -> AsyncIterator[None]:
     yield
 
 
-@contextlib.asynccontextmanager
-async def _opened(parts: Parts) -> AsyncIterator[None]:
-    """The coordinator's parts, open during the block and closed after it, however it ends."""
-    try:
-        async with asyncio.timeout(None) as closing, running(parts):
+class Process:
+    """This process while it serves: one server, and a coordinator as long as this one leads.
+
+    Where the database cannot be shared, that is always.
+    """
+
+    def __init__(
+        self, config: CoordinatorConfig, stop: "Stop", listening: list[socket.socket]
+    ) -> None:
+        self._config = config
+        self._stop = stop
+        self._listening = listening
+        self._port = int(listening[0].getsockname()[1])
+        self._database = database_of(config.database_url)
+        self._clock = Clock()
+        self._parts: Parts | None = None
+        self._capacity = capacity()
+        self._limits = ConnectionLimits(
+            most=self._capacity.connections,
+            stall_seconds=lambda: self._in_force.stall_timeout,
+            now=self._clock.now,
+        )
+        self._ready = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    @property
+    def _in_force(self) -> CoordinatorConfig:
+        return self._config if self._parts is None else self._parts.settings.config
+
+    async def run(self) -> None:
+        """Serve until a signal, then end in order.
+
+        Raises:
+            DatabaseError: the database cannot be opened.
+        """
+        with self._clock.watching():
+            if isinstance(self._database, SharedDatabase):
+                await self._share(self._database)
+            else:
+                async with self._leading(None) as app:
+                    await self._serve(app)
+
+    @contextlib.asynccontextmanager
+    async def _leading(self, cluster: Cluster | None) -> AsyncIterator[Starlette]:
+        """A coordinator, open during the block and closed after it, however it ends.
+
+        Raises:
+            DatabaseError: the database cannot be opened, or another coordinator leads.
+        """
+        # In a thread: the database's server is asked for the settings that are kept there.
+        app = await asyncio.to_thread(create_app, self._config, cluster)
+        parts: Parts = app.state.parts
+        # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
+        app.router.lifespan_context = _empty_lifespan
+        try:
+            async with asyncio.timeout(None) as closing, running(parts):
+                self._parts, parts.connections = parts, self._limits
+                try:
+                    yield app
+                finally:
+                    closing.reschedule(asyncio.get_running_loop().time() + CLOSING_SECONDS)
+        except TimeoutError:
+            log.error("not everything could be closed", extra={"within_seconds": CLOSING_SECONDS})
+        finally:
+            self._parts = None
+
+    # ── one of several ────────────────────────────────────────────────────────────────────────
+
+    async def _share(self, shared: SharedDatabase) -> None:
+        cluster = Cluster(shared, self._url_at)
+        settings = await asyncio.to_thread(Settings, self._config, Store(shared))
+        upstreams = Upstreams(self._clock)
+        front = Front(cluster, upstreams, settings, self._clock)
+        async with upstreams, beside(front.run()):
+            part = asyncio.create_task(self._take_part(cluster, front))
+            ready = asyncio.create_task(self._ready.wait())
             try:
-                yield
+                await asyncio.wait({part, ready}, return_when=asyncio.FIRST_COMPLETED)
+                if not part.done():
+                    await self._serve(front)
+                self._ended.set()
+                await part
             finally:
-                closing.reschedule(asyncio.get_running_loop().time() + CLOSING_SECONDS)
-    except TimeoutError:
-        log.error("not everything could be closed", extra={"within_seconds": CLOSING_SECONDS})
+                ready.cancel()
+                part.cancel()
 
+    def _url_at(self, address: str) -> str:
+        """Where the others reach this one, at its address towards the database."""
+        host = address if self._config.host in EVERYWHERE else self._config.host
+        return self._config.advertise.rstrip("/") or f"http://{netloc(host, self._port)}"
 
-async def _serve(
-    app: Starlette, parts: Parts, stop: "Stop", listening: list[socket.socket]
-) -> None:
-    config, allowed = parts.settings.config, capacity()
-    limits = limits_of(parts, allowed.connections)
-    server = hypercorn_config(listening, allowed.backlog)
+    async def _take_part(self, cluster: Cluster, front: Front) -> None:
+        """Lead as often as nobody else does, until the server has ended."""
+        while not self._stop.asked.is_set():
+            try:
+                async with self._leading(cluster) as app:
+                    front.lead(app)
+                    await self._lead(cluster)
+            except DatabaseError as exc:
+                if not (exc.in_use or self._ready.is_set()):
+                    raise
+                if not exc.in_use:
+                    log.error("cannot lead", extra={"problem": str(exc)})
+            finally:
+                front.lead(None)
+            if not self._stop.asked.is_set():
+                await self._follow(cluster, front)
 
-    async def asked() -> None:
-        await stop.asked.wait()
-        # Hypercorn reads it only now; the setting may have changed while serving.
-        drain = parts.settings.config.drain_timeout
-        server.graceful_timeout = drain + LAST_RECORDS_SECONDS + ABORTED_SECONDS
+    async def _lead(self, cluster: Cluster) -> None:
+        """Lead until the server has ended, or another coordinator has the database."""
+        if self._parts is None:
+            raise RuntimeError("nothing serves")
+        self._ready.set()
+        lost = self._parts.store.lost
+        await first_of(lost.wait(), self._stop.asked.wait())
+        if self._stop.asked.is_set():
+            with contextlib.suppress(DatabaseError):  # the others see that nobody answers
+                await cluster.give_way(self._parts.store)
+            await self._ended.wait()
+        else:
+            log.warning("another coordinator leads now; what runs through this one ends")
+            self._parts.stop_serving("another coordinator leads now")
 
-    log.info(
-        "coordinator listens",
-        extra={
-            "host": config.host,
-            "port": config.port,
-            "connections": allowed.connections,
-            "database": parts.store.name,
-        },
-    )
-    serving = asyncio.create_task(serve(app, server, asked, http=config.http, limits=limits))
-    ending = asyncio.create_task(_end_in_order(parts, stop, limits))
-    try:
-        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
-        if not serving.done():
-            log.warning("the server does not end by itself; it is made to")
-            serving.cancel()
+    async def _follow(self, cluster: Cluster, front: Front) -> None:
+        """Pass requests on until nobody leads, or a signal comes."""
+        log.info("coordinator stands by", extra={"database": self._database.name})
+        self._ready.set()
+        await first_of(cluster.follow(front.still_leads), self._stop.asked.wait())
+
+    # ── the server ────────────────────────────────────────────────────────────────────────────
+
+    async def _serve(self, app: ASGIApp) -> None:
+        collect_seldom()
+        config = self._in_force
+        server = hypercorn_config(self._listening, self._capacity.backlog)
+
+        async def asked() -> None:
+            await self._stop.asked.wait()
+            # Hypercorn reads it only now; the setting may have changed while serving.
+            drain = self._in_force.drain_timeout
+            server.graceful_timeout = drain + LAST_RECORDS_SECONDS + ABORTED_SECONDS
+
+        log.info(
+            "coordinator listens",
+            extra={
+                "host": config.host,
+                "port": config.port,
+                "connections": self._capacity.connections,
+                "database": self._database.name,
+            },
+        )
+        serving = asyncio.create_task(
+            serve(app, server, asked, http=config.http, limits=self._limits)
+        )
+        ending = asyncio.create_task(self._end_in_order())
+        try:
+            await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
-        if serving.done() and not serving.cancelled():
-            serving.result()
-    finally:
-        serving.cancel()
-        ending.cancel()
-        await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
+            if not serving.done():
+                log.warning("the server does not end by itself; it is made to")
+                serving.cancel()
+                await asyncio.wait({serving}, timeout=ABORTED_SECONDS)
+            if serving.done() and not serving.cancelled():
+                serving.result()
+        finally:
+            serving.cancel()
+            ending.cancel()
+            await asyncio.wait({serving, ending}, timeout=ABORTED_SECONDS)
+
+    async def _end_in_order(self) -> None:
+        stop, limits = self._stop, self._limits
+        await stop.asked.wait()
+        parts, under_way = self._parts, limits.open
+        if parts is not None:
+            parts.begin_stopping()
+            under_way = len(list(parts.scheduler.leases()))
+        seconds = self._in_force.drain_timeout
+        log.info(
+            "coordinator stops", extra={"answers_under_way": under_way, "at_most_seconds": seconds}
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await stop.insisted.wait()
+        if parts is not None:
+            parts.stop_serving("the coordinator is shutting down")
+        await asyncio.sleep(LAST_RECORDS_SECONDS)
+        # Only clients that do not read their answer are left. Closing would wait for them.
+        limits.end_all("the coordinator is shutting down")
 
 
 def collect_seldom() -> None:
@@ -252,20 +380,3 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-async def _end_in_order(parts: Parts, stop: Stop, limits: ConnectionLimits) -> None:
-    await stop.asked.wait()
-    parts.begin_stopping()
-    under_way = len(list(parts.scheduler.leases()))
-    seconds = parts.settings.config.drain_timeout
-    log.info(
-        "coordinator stops", extra={"answers_under_way": under_way, "at_most_seconds": seconds}
-    )
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await stop.insisted.wait()
-    parts.stop_serving("the coordinator is shutting down")
-    await asyncio.sleep(LAST_RECORDS_SECONDS)
-    # Only clients that do not read their answer are left. Closing would wait for them.
-    limits.end_all("the coordinator is shutting down")

@@ -52,11 +52,11 @@ def read(texts: Mapping[str, str]) -> CoordinatorConfig:
     return config
 
 
-def _check_webhook(url: str) -> None:
+def _check_url(name: str, example: str, url: str) -> None:
     parts = urlsplit(url)
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
-        expected = "give a URL such as https://example.org/hook"
-        raise ConfigError(TABLE["webhook"].variable, "a text that is no URL", expected)
+        shown = "a text that is no URL" if TABLE[name].secret else url
+        raise ConfigError(TABLE[name].variable, shown, f"give a URL such as {example}")
 
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+|[^\s/]*\*[^\s]*")
@@ -87,7 +87,8 @@ def _check_placement(text: str) -> None:
 CHECKS: Mapping[str, Callable[[Any], object]] = {
     "database_url": database_of,
     "pull_placement": _check_placement,
-    "webhook": _check_webhook,
+    "webhook": partial(_check_url, "webhook", "https://example.org/hook"),
+    "advertise": partial(_check_url, "advertise", "http://10.0.0.5:8080"),
     "loop": loop_of,
     "origins": _check_each(
         "origins",

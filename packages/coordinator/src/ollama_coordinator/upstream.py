@@ -27,6 +27,7 @@ from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import RawResponseMessage
+from yarl import URL
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.network import (
@@ -156,7 +157,7 @@ class Upstreams:
     def open(
         self,
         method: str,
-        url: str,
+        url: str | URL,
         *,
         headers: Iterable[tuple[str, str]] = (),
         body: bytes | bytearray = b"",
@@ -177,7 +178,7 @@ class Upstreams:
     async def _send(
         self,
         method: str,
-        url: str,
+        url: str | URL,
         headers: list[tuple[str, str]],
         body: bytes | bytearray,
         stream: AsyncIterator[bytes] | None,

@@ -1,9 +1,14 @@
 """What survives a restart: SQLite or PostgreSQL, behind one thread."""
 
-from .address import database_of, database_path, files_beside, without_password
+from .address import (
+    database_of,
+    database_path,
+    files_beside,
+    without_password,
+)
 from .agents import AgentRow
 from .backup import back_up, move, restored
-from .database import Database, DatabaseError
+from .database import Database, DatabaseError, SharedDatabase
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket, Wait
 from .store import Store
@@ -16,6 +21,7 @@ __all__ = [
     "Filter",
     "Finished",
     "History",
+    "SharedDatabase",
     "Status",
     "Store",
     "StoredBucket",

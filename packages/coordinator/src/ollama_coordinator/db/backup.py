@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from .database import Database, DatabaseError
+from .database import IN_USE, Database, DatabaseError, InUse
 from .schema import STEPS, Table
 from .sqlite import SqliteDatabase
 
@@ -136,5 +136,7 @@ def _named(db: Database) -> Iterator[None]:
     """An engine's error as that of this database."""
     try:
         yield
+    except InUse as exc:
+        raise DatabaseError(db.name, IN_USE, in_use=True) from exc
     except db.errors as exc:
         raise DatabaseError(db.name, db.advice(exc)) from exc

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
@@ -10,10 +10,21 @@ IN_USE = "another coordinator uses it; stop that one, or give another DATABASE_U
 
 
 class DatabaseError(OllamaCoordinatorError):
-    """The database cannot be opened, read or written; the text has its name and the reason."""
+    """The database cannot be opened, read or written; the text has its name and the reason.
 
-    def __init__(self, name: str, reason: str) -> None:
+    `in_use`: because another coordinator has it.
+    """
+
+    def __init__(self, name: str, reason: str, *, in_use: bool = False) -> None:
         super().__init__(f"database {name}: {reason}")
+        self.in_use = in_use
+
+
+class InUse(Exception):
+    """Another coordinator has the database."""
+
+    def __init__(self) -> None:
+        super().__init__(IN_USE)
 
 
 class Database(Protocol):
@@ -33,7 +44,11 @@ class Database(Protocol):
         """A document before the database is open; `None` if there is none or it is unreadable."""
 
     def open(self) -> None:
-        """Connect, be the only coordinator, bring the schema up to date, and try to write."""
+        """Connect, be the only coordinator, bring the schema up to date, and try to write.
+
+        Raises:
+            InUse: another coordinator has it.
+        """
 
     def open_to_read(self) -> None:
         """Connect and see what is in it now, whoever uses it; `query` and `close` work then."""
@@ -61,3 +76,20 @@ class Database(Protocol):
 
     def advice(self, error: Exception) -> str:
         """The text of one of `errors`, with what an operator can do about it."""
+
+
+@runtime_checkable
+class SharedDatabase(Database, Protocol):
+    """A database that several coordinators have: whoever has opened it with `open` leads."""
+
+    def open_beside(self) -> None:
+        """Connect as a coordinator that does not lead."""
+
+    def address_here(self) -> str:
+        """This machine's address towards the database's server."""
+
+    def is_led(self) -> bool:
+        """Whether any coordinator leads."""
+
+    def yield_lead(self) -> None:
+        """Let another coordinator lead; this one may still read and write."""

@@ -1,13 +1,12 @@
 """A process's claim to SQLite's file."""
 
 import logging
-import sqlite3
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .database import IN_USE
+from .database import InUse
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +35,14 @@ class FileClaim:
         lock, that is logged.
 
         Raises:
-            sqlite3.OperationalError: another process has it.
+            InUse: another process has it.
         """
         if self._path is None or self._lock is None or not self._path.parent.is_dir():
             return  # a missing folder would be made
         try:
             self._lock.acquire(blocking=False)
         except Timeout as exc:
-            raise sqlite3.OperationalError(IN_USE) from exc
+            raise InUse from exc
         except (OSError, NotImplementedError) as exc:
             extra = {"database": str(self._path), "reason": str(exc)}
             log.warning("a second coordinator on this database would go unnoticed", extra=extra)

@@ -21,7 +21,7 @@ from psycopg.rows import dict_row
 
 from ollama_coordinator_common.error import ConfigError
 
-from .database import IN_USE
+from .database import InUse
 from .schema import STEPS, Column, Table, Type, newer, opened
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,10 @@ CONNECT_SECONDS = 5
 ANSWER_SECONDS = 20.0
 """For one transaction. Pruning a million rows takes five; a frozen server answers never."""
 
-SILENT_SECONDS = 15
+SILENT_SECONDS = 3
 """After so much silence the server ends the session; it hears of the coordinator every second."""
+
+LOOPBACK = "127.0.0.1"
 
 LOCK_KEY = 0x6F6C6C61
 """The first half of the advisory lock's key ("olla"); the second is made of the schema's name."""
@@ -78,6 +80,7 @@ class PostgresDatabase:
         self._conninfo = make_conninfo("", **(usual | given))
         self._name = shown
         self._session: Session | None = None
+        self._way_back = self.open
 
     @property
     def name(self) -> str:
@@ -101,7 +104,7 @@ class PostgresDatabase:
         session: Session = psycopg.connect(self._conninfo, autocommit=True, row_factory=dict_row)
         try:
             self._take(session)
-        except (psycopg.Error, ValueError):
+        except (psycopg.Error, ValueError, InUse):
             session.close()
             raise
         self._session = session
@@ -124,7 +127,7 @@ class PostgresDatabase:
         if facts["schema"] is None:
             raise psycopg.NotSupportedError("its search_path has no schema; create it")
         if not facts["locked"]:
-            raise psycopg.errors.LockNotAvailable(IN_USE)
+            raise InUse
         with session.transaction():
             _migrate(session)
             # A schema that is up to date needed no write: find out now whether one works.
@@ -146,6 +149,25 @@ class PostgresDatabase:
             raise
         self._session = session
 
+    def open_beside(self) -> None:
+        """Connect as a coordinator that does not lead."""
+        self._session = psycopg.connect(self._conninfo, autocommit=True, row_factory=dict_row)
+        self._way_back = self.open_beside
+
+    def address_here(self) -> str:
+        """This machine's address towards the server; loopback's if that is on this machine."""
+        with closing(_socket_of(self._db)) as connection:
+            name = connection.getsockname()
+        return str(name[0]) if isinstance(name, tuple) else LOOPBACK
+
+    def is_led(self) -> bool:
+        """Whether a session has the advisory lock."""
+        return bool(self.query(_LED, [LOCK_KEY]))
+
+    def yield_lead(self) -> None:
+        """Release the advisory lock; the session stays."""
+        self.execute("SELECT pg_advisory_unlock(?, hashtext(current_schema()))", [LOCK_KEY])
+
     def close(self) -> None:
         """End the session, and with it the lock."""
         if self._session is not None:
@@ -161,7 +183,7 @@ class PostgresDatabase:
     def _reopen(self) -> None:
         if self._session is not None:
             self._session.close()
-        self.open()
+        self._way_back()
         log.warning("the database ended the session; opened anew", extra={"database": self.name})
 
     @property
@@ -214,6 +236,14 @@ class PostgresDatabase:
         return f"{text} ({hint})" if hint else text
 
 
+_LED = """
+    SELECT 1 AS led FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = ?
+    AND objid = (hashtext(current_schema())::bigint & 4294967295)::oid
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+"""A lock with two keys: the server shows the second one unsigned (pg_locks, objsubid 2)."""
+
 _UNREACHABLE = (
     "check that PostgreSQL runs there, and the user, password and database in DATABASE_URL"
 )
@@ -241,10 +271,13 @@ def _taken(values: Sequence[Any]) -> list[Any]:
 
 def _cut(session: Session) -> None:
     """End a connection that another thread waits for: that one gets an error at once."""
-    with suppress(psycopg.Error, OSError, ValueError):
-        handle = session.fileno()
-        with closing(socket.fromfd(handle, socket.AF_INET, socket.SOCK_STREAM)) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
+    with suppress(psycopg.Error, OSError, ValueError), closing(_socket_of(session)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _socket_of(session: Session) -> socket.socket:
+    """The socket of a session, once more; its family is asked of nobody and may be another."""
+    return socket.fromfd(session.fileno(), socket.AF_INET, socket.SOCK_STREAM)
 
 
 def _migrate(session: Session) -> None:

@@ -105,6 +105,22 @@ BUCKETS = Table(
 )
 """The fleet's (no name) and the agents' numbers over time; `body` is JSON."""
 
+COORDINATORS = Table(
+    "coordinators",
+    {
+        "id": str,
+        "url": str,
+        "version": str,
+        "started_ms": int,
+        "seen_ms": int,
+        "epoch": int,
+        "leads_since_ms": int,
+    },
+    key=("id",),
+    required=frozenset({"url", "seen_ms", "epoch"}),
+)
+"""Which coordinators have the database; the one with the highest `epoch` leads, 0 never did."""
+
 STEPS: Mapping[str, Table | Column] = {
     "create_agents": AGENTS,
     "create_documents": DOCUMENTS,
@@ -112,6 +128,7 @@ STEPS: Mapping[str, Table | Column] = {
     "create_buckets": BUCKETS,
     "add_lane": Column("requests", "lane", str),
     "add_alias": Column("requests", "alias", str),
+    "create_coordinators": COORDINATORS,
 }
 """The steps in their order, and what each one makes."""
 

@@ -18,7 +18,7 @@ import msgspec
 from ollama_coordinator_common.types import AgentId
 
 from .agents import PUT_AGENT, SELECT_AGENTS, AgentRow, from_columns, to_columns
-from .database import Database, DatabaseError
+from .database import IN_USE, Database, DatabaseError, InUse, SharedDatabase
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,10 @@ FLUSH_SECONDS = 1.0
 
 
 class Store:
-    """The database of one coordinator; open between `async with` only."""
+    """The database of one coordinator; open between `async with` only.
+
+    `lost` is set when another coordinator has it now; nothing is written then.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -40,6 +43,8 @@ class Store:
         self._flusher: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
         self.problem: str | None = None
+        self.lost = asyncio.Event()
+        self._is_yielded = False
 
     @property
     def name(self) -> str:
@@ -68,6 +73,17 @@ class Store:
         await self.flush()
         await self._run(self._database.close)
         self._thread.shutdown()
+
+    async def yield_lead(self) -> None:
+        """Let another coordinator lead at once: what is noted by now is written, and nothing later.
+
+        The history of requests that still run is written.
+        """
+        await self.flush()
+        self._is_yielded = True
+        database = self._database
+        if isinstance(database, SharedDatabase):
+            await self._run(database.yield_lead)
 
     # ── agents ────────────────────────────────────────────────────────────────────────────────
 
@@ -181,6 +197,9 @@ class Store:
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except InUse as exc:
+            self.lost.set()
+            raise DatabaseError(self._database.name, IN_USE, in_use=True) from exc
         except (ValueError, msgspec.DecodeError) as exc:
             text = f"{exc} (a row is damaged; restore a copy, or move the database away)"
             raise DatabaseError(self._database.name, text) from exc
@@ -197,6 +216,8 @@ class Store:
     ) -> None:
         db = self._database
         db.check()
+        if self._is_yielded or self.lost.is_set():
+            return
         if not agents and not seen and not documents:
             return
         with db.atomic():

@@ -110,6 +110,15 @@ _ANTHROPIC_TYPES = {
 }
 
 
+_DIALECTS = {route.path: route.dialect for route in INFERENCE_ROUTES}
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of a route's errors."""
+    other = Dialect.OPENAI if path.startswith("/v1/") else Dialect.NATIVE
+    return _DIALECTS.get(path, other)
+
+
 LONGEST_MESSAGE = 4000
 """Characters; longer is only what echoes a client's own text, such as a model's name."""
 

@@ -90,13 +90,13 @@ def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
     if any(lowered == b"connection" for lowered, _, _ in received):
         dropped |= _named_by_connection((lowered, value) for lowered, _, value in received)
     return [
-        (name.decode("latin-1"), value.decode() if value.isascii() else _text(value))
+        (name.decode("latin-1"), value.decode() if value.isascii() else as_text(value))
         for lowered, name, value in received
         if lowered not in dropped
     ]
 
 
-def _text(value: bytes) -> str:
+def as_text(value: bytes) -> str:
     """A header's value such that aiohttp, which sends UTF-8, sends the same bytes where it can."""
     try:
         return value.decode()

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ollama_coordinator.access import Access, Denied, Right, caller_of
 from ollama_coordinator.upstream import VIA_HEADER, passed
 
-from .dialects import INFERENCE_ROUTES, Dialect
+from .dialects import dialect_of
 from .errors import JSON, HttpError, error_reply, login_page
 from .headers import first
 
@@ -129,19 +129,13 @@ class Methods:
         await guarded.app(scope, receive, send)
 
 
-_DIALECTS = {route.path: route.dialect for route in INFERENCE_ROUTES}
-
-
 def refusal(scope: Scope, denied: Denied) -> Response:
     """The answer to a request that may not come in, in the dialect of its route."""
     path: str = scope["path"]
     takes_key = denied.status == 401 or caller_of(scope).key is not None
     if path == "/dashboard" and takes_key and _wants_html(scope):
         return login_page(str(denied), denied.status)
-    dialect = _DIALECTS.get(path)
-    if dialect is None:
-        dialect = Dialect.OPENAI if path.startswith("/v1/") else Dialect.NATIVE
-    return error_reply(denied, dialect)
+    return error_reply(denied, dialect_of(path))
 
 
 def _wants_html(scope: Scope) -> bool:

@@ -1,7 +1,9 @@
 """`POST /api/health`, the agents' heartbeats; `/healthz`, `/readyz`, `/metrics`: our own health."""
 
+from datetime import UTC, datetime
+
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -21,8 +23,27 @@ REPORT_COMMAS = 30_000
 """Of a heartbeat: some twelve for each of `MOST_MODELS` models, and one for its weights."""
 
 
+class LeaderView(Struct, frozen=True):
+    """The coordinator that leads, since when, and how many led before it, with it counted."""
+
+    url: str
+    since: datetime
+    epoch: int
+
+
+class CoordinatorView(Struct, frozen=True):
+    """One of the coordinators of a database; `since`: when it started."""
+
+    url: str
+    version: str
+    since: datetime
+
+
 class HealthView(Struct, frozen=True):
-    """`GET /healthz`. `status` is ok or stopping; `database` is ok or its problem."""
+    """`GET /healthz`. `status` is ok or stopping; `database` is ok or its problem.
+
+    `leader` and `coordinators` are there where several coordinators can share the database.
+    """
 
     status: str
     agents: int
@@ -30,6 +51,8 @@ class HealthView(Struct, frozen=True):
     in_flight: int
     waiting: int
     database: str
+    leader: LeaderView | UnsetType = UNSET
+    coordinators: list[CoordinatorView] | UnsetType = UNSET
 
 
 class AttentionView(Struct, frozen=True):
@@ -145,4 +168,21 @@ class HealthApi:
             in_flight=len(list(self._dispatch.scheduler.leases())),
             waiting=self._dispatch.scheduler.waiting_count(),
             database=self._parts.store.problem or "ok",
+            leader=self._leader(),
+            coordinators=self._coordinators(),
         )
+
+    def _leader(self) -> LeaderView | UnsetType:
+        leader = self._parts.cluster.leader
+        if leader is None:
+            return UNSET
+        since = datetime.fromtimestamp((leader.leads_since_ms or 0) / 1000, UTC)
+        return LeaderView(leader.url, since, leader.epoch)
+
+    def _coordinators(self) -> list[CoordinatorView] | UnsetType:
+        return [
+            CoordinatorView(
+                one.url, one.version, datetime.fromtimestamp(one.started_ms / 1000, UTC)
+            )
+            for one in self._parts.cluster.coordinators
+        ] or UNSET

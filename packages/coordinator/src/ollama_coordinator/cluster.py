@@ -1,0 +1,243 @@
+"""The coordinators that share a database: who is there, and which of them leads.
+
+Whoever has the database open leads; the server frees that lead when the leader's session ends. The
+others look several times a second whether anybody leads. Each time that another one begins to lead
+is an epoch, which counts upwards.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from secrets import token_hex, token_urlsafe
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from .aio import beside
+from .db import Database, DatabaseError, SharedDatabase, Store
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+"""Between two looks of a coordinator that does not lead."""
+
+BEAT_SECONDS = 1.0
+"""Between two notes of the leader in the database."""
+
+SILENT_MS = 10_000
+"""A coordinator that was not heard of for so long is listed no more."""
+
+RETURN_SECONDS = 3.0
+"""How long a leader that answers may take to open the database again, after its server restarted.
+
+Another leader would end the answers that run through this one.
+"""
+
+DOCUMENT = "cluster"
+
+
+class Coordinator(Struct, frozen=True):
+    """One of the coordinators; times in milliseconds of the database's clock.
+
+    `url`: where the others reach it. `epoch`: 0 if it never led. `leads_since_ms`: not there after
+    it gave way, and ends its answers.
+    """
+
+    id: str
+    url: str
+    version: str
+    started_ms: int
+    seen_ms: int
+    epoch: int
+    leads_since_ms: int | None = None
+
+
+class ClusterSecret(Struct, frozen=True):
+    """The document by which coordinators know each other."""
+
+    secret: str
+
+
+class Cluster:
+    """This coordinator among those of its database; alone where the database cannot be shared.
+
+    `leader`: the last one that began to lead, as far as is known here. `secret`: what coordinators
+    show each other; empty until the first one has led.
+    """
+
+    def __init__(self, database: SharedDatabase | None, url_at: Callable[[str], str] = str) -> None:
+        """`url_at` gives this coordinator's URL at its address towards the database."""
+        self.is_shared = database is not None
+        self.id = token_hex(8)
+        self.secret = ""
+        self.coordinators: list[Coordinator] = []
+        self._database = database
+        self._url_at = url_at
+        self._url = ""
+        self._is_beside = False
+        self._changed = asyncio.Event()
+
+    @property
+    def leader(self) -> Coordinator | None:
+        """Who leads, or led last; `None` before anybody did."""
+        leader = max(self.coordinators, key=lambda one: one.epoch, default=None)
+        return leader if leader is not None and leader.epoch else None
+
+    async def changed(self) -> None:
+        """Wait until another coordinator leads."""
+        await self._changed.wait()
+
+    def _take(self, rows: list[dict[str, Any]]) -> None:
+        before = self.leader
+        self.coordinators = [msgspec.convert(row, Coordinator) for row in rows]
+        after = self.leader
+        if after is not None and (before is None or before.epoch != after.epoch):
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    # ── leading ───────────────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def leading(self, store: Store) -> AsyncIterator[None]:
+        """Lead during the block, with the database that this one has just opened.
+
+        Raises:
+            DatabaseError: the database failed.
+        """
+        if self._database is None:
+            yield
+            return
+        await store.run(self._begin)
+        self._take(await store.run(_coordinators))
+        log.info("coordinator leads", extra={"url": self._url, "epoch": self._epoch()})
+        async with beside(self._beat(store)):
+            yield
+
+    async def give_way(self, store: Store) -> None:
+        """Let another coordinator lead, while this one ends its answers.
+
+        Raises:
+            DatabaseError: the database failed.
+        """
+        await store.run(lambda db: db.execute(_GIVE_WAY, [self.id]))
+        await store.yield_lead()
+
+    def gave_way(self, leader: Coordinator) -> bool:
+        """Whether one that led has let another one lead by itself."""
+        return any(one.id == leader.id and one.leads_since_ms is None for one in self.coordinators)
+
+    def _epoch(self) -> int:
+        return next((one.epoch for one in self.coordinators if one.id == self.id), 0)
+
+    def _begin(self, db: Database) -> None:
+        if isinstance(db, SharedDatabase):
+            self._url = self._url_at(db.address_here())
+        self.secret = _secret(db)
+        if not self.secret:
+            self.secret = token_urlsafe(32)
+            body = msgspec.json.encode(ClusterSecret(self.secret)).decode()
+            db.execute("INSERT INTO documents (name, body) VALUES (?, ?)", [DOCUMENT, body])
+        self._note(db)
+        db.execute(_LEAD, [self.id])
+        db.execute(_FORGET, [SILENT_MS])
+
+    async def _beat(self, store: Store) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            if store.problem is not None or store.lost.is_set():
+                continue  # the store says so, and tries again by itself
+
+            def beat(db: Database) -> list[dict[str, Any]]:
+                self._note(db)
+                db.execute(_FORGET, [SILENT_MS])
+                return _coordinators(db)
+
+            try:
+                self._take(await store.run(beat))
+            except DatabaseError as exc:
+                log.debug("not noted in the database", extra={"reason": str(exc)})
+
+    def _note(self, db: Database) -> None:
+        db.execute(_NOTE, [self.id, self._url, version("ollama-coordinator")])
+
+    # ── following ─────────────────────────────────────────────────────────────────────────────
+
+    async def follow(self, answers: Callable[[str], Awaitable[bool]]) -> None:
+        """Follow the coordinator that leads, until none does.
+
+        `answers` tells whether the coordinator at a URL still leads. While the database cannot be
+        reached, nobody begins to lead.
+        """
+        if self._database is None:
+            return
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "cluster")
+        errors: tuple[type[Exception], ...] = (*self._database.errors, ValueError)
+        free_since, problem = 0.0, ""
+        try:
+            while True:
+                try:
+                    is_led, rows = await loop.run_in_executor(thread, self._look, self._database)
+                    self._take(rows)
+                    problem = ""
+                except errors as exc:
+                    is_led = True
+                    if not problem:
+                        problem = self._database.advice(exc)
+                        log.warning("cannot see who leads", extra={"problem": problem})
+                if is_led:
+                    free_since = loop.time()
+                elif not await self._may_return(loop.time() - free_since, answers):
+                    return
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            await loop.run_in_executor(thread, self._database.close)
+            thread.shutdown()
+            self._is_beside = False
+
+    async def _may_return(
+        self, free_seconds: float, answers: Callable[[str], Awaitable[bool]]
+    ) -> bool:
+        """Whether the last leader may lead again, as after a restart of the database's server."""
+        leader = self.leader
+        return leader is not None and free_seconds < RETURN_SECONDS and await answers(leader.url)
+
+    def _look(self, db: SharedDatabase) -> tuple[bool, list[dict[str, Any]]]:
+        """Note this coordinator, and find the others; whether anybody leads."""
+        if not self._is_beside:
+            db.open_beside()
+            self._is_beside = True
+        with db.atomic():
+            self._url = self._url_at(db.address_here())
+            self._note(db)
+            self.secret = _secret(db) or self.secret
+            return db.is_led(), _coordinators(db)
+
+
+def _secret(db: Database) -> str:
+    rows = db.query("SELECT body FROM documents WHERE name = ?", [DOCUMENT])
+    return msgspec.json.decode(rows[0]["body"], type=ClusterSecret).secret if rows else ""
+
+
+def _coordinators(db: Database) -> list[dict[str, Any]]:
+    return db.query("SELECT * FROM coordinators ORDER BY url, id")
+
+
+_NOTE = """
+    INSERT INTO coordinators (id, url, version, started_ms, seen_ms, epoch)
+    SELECT ?, ?, ?, now_ms, now_ms, 0
+    FROM (SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::bigint AS now_ms) AS clock
+    ON CONFLICT (id) DO UPDATE SET url = excluded.url, seen_ms = excluded.seen_ms
+"""
+_LEAD = """
+    UPDATE coordinators
+    SET epoch = (SELECT MAX(epoch) FROM coordinators) + 1, leads_since_ms = seen_ms WHERE id = ?
+"""
+_GIVE_WAY = "UPDATE coordinators SET leads_since_ms = NULL WHERE id = ?"
+_FORGET = """
+    DELETE FROM coordinators WHERE epoch < (SELECT MAX(epoch) FROM coordinators)
+    AND seen_ms < (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::bigint - ?
+"""
