@@ -1,6 +1,7 @@
 """What needs a person: the list, its command, and the webhook."""
 
 import asyncio
+import io
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ollama_coordinator.attention import concerns, watch
@@ -115,7 +117,15 @@ async def test_what_its_machine_lacks(coordinator: Running) -> None:
         assert "a file is missing" in found["broken"].text
         assert found["left"].text == "a killed Ollama left a model runner: end process 7."
         (row,) = [row for row in await coordinator.get("/api/agents") if row["id"] == first]
-        assert "left a model runner" in str(agents_table([row], 200).columns[1]._cells[0])
+        for width in (80, 200):
+            screen = Console(width=width, file=io.StringIO())
+            screen.print(agents_table([row], width))
+            assert isinstance(screen.file, io.StringIO)
+            lines = screen.file.getvalue().splitlines()
+            # Where there is room it is in the row; else the row stays short, and a line follows.
+            assert [n for n, line in enumerate(lines) if "left a model" in line] == [
+                1 if width == 200 else 2
+            ]
         assert found["version"].text == "Its Ollama is 0.5.7, others have 0.24.0."
         assert found["version"].severity is concerns.Severity.NOTE
 

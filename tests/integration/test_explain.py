@@ -5,8 +5,10 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ollama_coordinator.api.http.errors import OWN_BODY_LIMIT
+from ollama_coordinator.simulation import TraceRequest, write_trace
 from support import programs
 from support.coordinator import Running, running
 from support.ollama import Hardware, StandIn
@@ -112,11 +114,19 @@ async def test_what_was_recorded_is_played_again_under_other_policies(tmp_path: 
             code, output = await command(tmp_path, coordinator.url, "replay", *arguments)
             assert code == 0, output
             assert "12 requests" in output
+            assert "too low" not in output  # most of them wait for a load
             lines = [line.split() for line in output.splitlines()]
             assert [line[0] for line in lines if line and line[-1] == "0"] == [
                 "predicted",
                 "random",
             ]
+            seldom = tmp_path / "seldom"
+            request = TraceRequest(at=0.0, model="llama3.2:latest", client="c", output_tokens=9)
+            seldom.write_bytes(write_trace(replace(request, at=60.0 * n) for n in range(9)))
+            code, output = await command(
+                tmp_path, coordinator.url, "replay", "--trace", str(seldom)
+            )
+            assert "The load was too low to tell: at most 0 of 9 requests waited" in output
             code, output = await command(tmp_path, coordinator.url, "replay", "--add", "nobody")
             assert code == 1
             assert "nobody" in output

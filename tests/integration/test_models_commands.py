@@ -1,7 +1,9 @@
 """The command line's `models` and `ps`, asked of a running coordinator."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -62,6 +64,36 @@ async def test_load_ps_show_unload(fleet: tuple[Running, list[StandIn]]) -> None
     assert "gguf" in (await _run(coordinator, "models", "show", "llama3.2")).output
     assert (await _run(coordinator, "models", "unload", "llama3.2")).exit_code == 0
     assert ollamas[0].loaded == []
+
+
+@pytest.mark.spec("SURFACE-29")
+async def test_each_command_answers_in_json_also_where_it_fails(
+    fleet: tuple[Running, list[StandIn]],
+) -> None:
+    coordinator, ollamas = fleet
+
+    async def answer(*arguments: str, code: int = 0) -> Any:
+        done = await _run(coordinator, *arguments, "--json")
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    pulled = await answer("models", "pull", "tiny", "--replicas", "2")
+    assert [target["state"] for target in pulled["targets"]] == ["done", "done"]
+    assert (await answer("models", "cp", "tiny", "mine"))["state"] == "done"
+    assert (await answer("models", "load", "tiny"))["kind"] == "load"
+    (row,) = await answer("ps")
+    assert (row["name"], len(row["agents"])) == ("tiny:latest", 1)
+    assert (await answer("models", "show", "tiny"))["models"][0]["name"] == "tiny:latest"
+    assert (await answer("models", "unload", "tiny"))["state"] == "done"
+    assert (await answer("models", "rm", "tiny"))["kind"] == "delete"
+    assert {row["name"] for row in await answer("models", "list")} == {
+        "llama3.2:latest", "mine:latest",
+    }  # fmt: skip
+    for ollama in ollamas:
+        ollama.faults.error_line("no space left on device", after=1, paths=["/api/pull"])
+    failed = await answer("models", "pull", "tiny", code=1)
+    assert {target["state"] for target in failed["targets"]} == {"failed"}
+    assert "error" in await answer("models", "show", "nothing", code=1)
 
 
 @pytest.mark.spec("SURFACE-29")

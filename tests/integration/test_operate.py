@@ -161,3 +161,43 @@ async def test_each_row_is_one_line_where_nobody_looks(coordinator: Running) -> 
         done = await asyncio.to_thread(runner.invoke, app, ["agents"])
         assert len(done.stdout.splitlines()) == 2
         assert "127.0.0.1" in done.stdout
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_every_command_that_changes_something_answers_in_json(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        for command, expected in (
+            (("drain", "gpu-1"), {"status": "draining"}),
+            (("resume", "gpu-1"), {"status": "online"}),
+            (("label", "gpu-1", "a"), {"labels": ["a"]}),
+            (("rename", "gpu-1", "quick"), {"display_name": "quick"}),
+            (("prefer", "quick", "2"), {"id": agent_id}),
+            (("add", f"127.0.0.1:{ollama.port}"), {"id": agent_id}),
+            (("rm", agent_id), {"removed": agent_id}),
+        ):
+            row = await answer(coordinator, "agents", *command)
+            assert {name: row[name] for name in expected} == expected
+        changed = await answer(coordinator, "settings", "set", "max_queue", "7")
+        assert (changed["name"], changed["value"]) == ("max_queue", 7)
+        runner = CliRunner(env={"COORDINATOR_URL": coordinator.url})
+        gone = ["agents", "show", "nobody", "--json"]
+        done = await asyncio.to_thread(runner.invoke, app, gone)
+        assert (done.exit_code, list(json.loads(done.stdout))) == (1, ["error"])
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_a_decision_fits_into_80_columns_with_long_names_and_reasons(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as one, StandIn() as two:
+        await coordinator.register(one, "gpu-1")
+        await coordinator.register(two, "a-workstation-in-the-cellar.example.lan")
+        await coordinator.register(two, "away", ollama_port=9)
+        code, output = await run(coordinator, "explain", "llama3.2", "hello")
+        assert code == 0
+        assert widest(output) <= 80
+        rows = output.splitlines()
+        assert rows[0].split()[:3] == ["AGENT", "WOULD", "COST"]
+        assert any(row.startswith("gpu-1 ") for row in rows)
+        assert any(row.startswith("a-workstation-in-the-cell") for row in rows)

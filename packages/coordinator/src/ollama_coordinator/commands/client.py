@@ -146,7 +146,7 @@ def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             async with aiohttp.ClientSession(timeout=timeout) as session:
                 await command(Client(url, session, key), **values)
 
-        finished(work())
+        finished(work(), json=bool(values.get("json")))
 
     # Typer reads a command's options from its signature.
     signature = inspect.Signature([*own, *options])
@@ -190,11 +190,16 @@ def _key(url: str, key_file: Path | None, database_url: str) -> str:
         return ""
 
 
-def finished(work: Coroutine[Any, Any, None]) -> None:
-    """Run a command; an error is one sentence and exit code 1, Ctrl-C is exit code 130."""
+def finished(work: Coroutine[Any, Any, None], *, json: bool = False) -> None:
+    """Run a command; an error is one sentence and exit code 1, Ctrl-C is exit code 130.
+
+    `json`: an error is an object on the standard output too, for what reads that.
+    """
     try:
         asyncio.run(work)
     except NoAnswer as exc:
+        if json:
+            typer.echo(msgspec.json.encode({"error": str(exc)}))
         typer.echo(f"Error: {printable(str(exc))}", err=True)
         raise typer.Exit(1) from exc
     except KeyboardInterrupt as exc:

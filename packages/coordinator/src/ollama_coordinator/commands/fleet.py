@@ -1,6 +1,7 @@
 """`models …`, `ps` and `attention`: the fleet from the command line."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -60,9 +61,12 @@ async def attention(client: Client, json: Json = False) -> None:
 
 @models.command("list")
 @asks
-async def list_models(client: Client) -> None:
+async def list_models(client: Client, json: Json = False) -> None:
     """List every model, the agents that have it, and where it is in memory."""
     listed = (await client.json("GET", "/api/models"))["models"]
+    if json:
+        shown_json(listed)
+        return
     console().print(models_table(listed, await _names(client)))
 
 
@@ -74,10 +78,11 @@ async def pull(
     replicas: Replicas = None,
     on: On = None,
     detach: Detach = False,
+    json: Json = False,
 ) -> None:
     """Pull a model onto agents. It goes on when this command is interrupted."""
     wanted = {"kind": "pull", "model": model, **_placement(replicas, on)}
-    await _operation(client, wanted, detach=detach)
+    await _operation(client, wanted, detach=detach, json=json)
 
 
 @models.command()
@@ -90,17 +95,19 @@ async def load(
     keep_alive: Annotated[
         str | None, typer.Option("--keep-alive", metavar="DURATION", help="Such as 30m or -1s.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Bring a model into memory, on one agent if not said otherwise."""
     kept = {} if keep_alive is None else {"keep_alive": keep_alive}
-    await _operation(client, {"kind": "load", "model": model, **kept, **_placement(replicas, on)})
+    wanted = {"kind": "load", "model": model, **kept, **_placement(replicas, on)}
+    await _operation(client, wanted, json=json)
 
 
 @models.command()
 @asks
-async def unload(client: Client, model: Model) -> None:
+async def unload(client: Client, model: Model, json: Json = False) -> None:
     """Drop a model from memory on every agent."""
-    await _operation(client, {"kind": "unload", "model": model})
+    await _operation(client, {"kind": "unload", "model": model}, json=json)
 
 
 @models.command()
@@ -109,9 +116,11 @@ async def cp(
     client: Client,
     source: Model,
     destination: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
+    json: Json = False,
 ) -> None:
     """Give a model a second name on every agent that has it."""
-    await _operation(client, {"kind": "copy", "model": source, "destination": destination})
+    wanted = {"kind": "copy", "model": source, "destination": destination}
+    await _operation(client, wanted, json=json)
 
 
 @models.command()
@@ -119,11 +128,16 @@ async def cp(
 async def rm(
     client: Client,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")],
+    json: Json = False,
 ) -> None:
     """Delete models on every agent; those that are away do it when they return."""
     for model in models:
         wanted = {"kind": "delete", "model": model}
-        console().print(targets_table(await client.json("POST", "/api/operations", wanted)))
+        operation = await client.json("POST", "/api/operations", wanted)
+        if json:
+            shown_json(operation)
+        else:
+            console().print(targets_table(operation))
 
 
 @models.command()
@@ -166,27 +180,33 @@ async def alias(
 
 @models.command()
 @asks
-async def show(client: Client, model: Model) -> None:
+async def show(client: Client, model: Model, json: Json = False) -> None:
     """Show what a model is and which agents have it."""
     shown = await client.json("POST", "/api/show", {"model": model})
+    listed = (await client.json("GET", "/api/models"))["models"]
+    key = ModelName.parse(model).key
+    same = [one for one in listed if ModelName.parse(one["name"]).key == key]
+    if json:
+        shown_json({"show": shown, "models": same})
+        return
     screen = console()
     for name, value in shown.get("details", {}).items():
         screen.print(f"{name:<20} {readable(value)}", highlight=False, markup=False)
     capabilities = ", ".join(shown.get("capabilities") or ())
     screen.print(f"{'capabilities':<20} {capabilities}", highlight=False, markup=False)
     screen.print(shown.get("parameters", ""), highlight=False, markup=False)
-    listed = (await client.json("GET", "/api/models"))["models"]
-    key = ModelName.parse(model).key
-    same = [one for one in listed if ModelName.parse(one["name"]).key == key]
     screen.print(holders_table(same, await _names(client)))
 
 
 @asks
-async def ps(client: Client) -> None:
+async def ps(client: Client, json: Json = False) -> None:
     """List the models in memory and the agents they are on."""
     rows = (await client.json("GET", "/api/ps"))["models"] or ()
     listed = (await client.json("GET", "/api/models"))["models"]
     where = {model["name"]: model["loaded_on"] for model in listed}
+    if json:
+        shown_json([{**row, "agents": where.get(row["name"], ())} for row in rows])
+        return
     console().print(loaded_table(rows, where, await _names(client)))
 
 
@@ -201,22 +221,34 @@ async def _names(client: Client) -> dict[str, str]:
     return {agent["id"]: agent["display_name"] or agent["machine_name"] for agent in agents}
 
 
-async def _operation(client: Client, wanted: Mapping[str, Any], *, detach: bool = False) -> None:
+async def _operation(
+    client: Client, wanted: Mapping[str, Any], *, detach: bool = False, json: bool = False
+) -> None:
     """Start an operation, show its progress until its end, then the outcome on every agent."""
     screen = console()
     operation = await client.json("POST", "/api/operations", wanted)
     path = f"/api/operations/{operation['id']}"
+    if detach and json:
+        shown_json(operation)
+        return
     if detach:
         screen.print(f"operation {operation['id']} goes on by itself", highlight=False)
         return
     bars = Bars(screen)
     failure: NoAnswer | None = None
     try:
-        with bars.progress:
+        with nullcontext() if json else bars.progress:
             async for line in client.lines(f"{path}/progress"):
-                bars.show(line)
+                if not json:
+                    bars.show(line)
     except NoAnswer as exc:
         failure = exc
-    screen.print(targets_table(await client.json("GET", path)))
+    outcome = await client.json("GET", path)
+    if json:
+        shown_json(outcome)
+        if failure is not None:
+            raise typer.Exit(1)
+        return
+    screen.print(targets_table(outcome))
     if failure is not None:
         raise failure

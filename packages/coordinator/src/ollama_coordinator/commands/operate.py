@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from .client import Client, Json, NoAnswer, asks
-from .scheduling import decided
+from .scheduling import print_decision
 from .tables import (
     agents_table,
     console,
@@ -89,6 +89,7 @@ async def add(
         str, typer.Argument(metavar="HOST[:PORT]", help="Where an Ollama without agent answers.")
     ],
     name: Annotated[str, typer.Option("--name", help="What people call it.")] = "",
+    json: Json = False,
 ) -> None:
     """Add an Ollama that runs without an agent; it must be reachable from the coordinator."""
     host, _, port = address.rpartition(":") if address.count(":") == 1 else (address, "", "11434")
@@ -97,21 +98,24 @@ async def add(
     facts = {"machine_name": name or host, "ip_address": host, "ollama_port": int(port)}
     answer = await client.json("POST", "/api/agents", {**facts, "ollama_version": "unknown"})
     row = await client.json("GET", f"/api/agents/{answer['agent_id']}")
+    if json:
+        shown_json(row)
+        return
     console().print(Text(f"{answer['status']}: {name or host}, {_state(row)}"))
 
 
 @agents.command("drain")
 @asks
-async def drain(client: Client, agent: Agent) -> None:
+async def drain(client: Client, agent: Agent, json: Json = False) -> None:
     """Let an agent finish what it has, and give it nothing new."""
-    await _change(client, agent, draining=True)
+    await _change(client, agent, json=json, draining=True)
 
 
 @agents.command("resume")
 @asks
-async def resume(client: Client, agent: Agent) -> None:
+async def resume(client: Client, agent: Agent, json: Json = False) -> None:
     """Give a drained agent requests again."""
-    await _change(client, agent, draining=False)
+    await _change(client, agent, json=json, draining=False)
 
 
 @agents.command("label")
@@ -122,9 +126,10 @@ async def label(
     labels: Annotated[
         list[str] | None, typer.Argument(metavar="[LABEL...]", help="All of its labels.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Set an agent's labels; none takes them away."""
-    await _change(client, agent, labels=list(labels or ()))
+    await _change(client, agent, json=json, labels=list(labels or ()))
 
 
 @agents.command("rename")
@@ -133,9 +138,10 @@ async def rename(
     client: Client,
     agent: Agent,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The new name; '' for its own.")],
+    json: Json = False,
 ) -> None:
     """Give an agent another name."""
-    await _change(client, agent, display_name=name or None)
+    await _change(client, agent, json=json, display_name=name or None)
 
 
 @agents.command("prefer")
@@ -152,17 +158,21 @@ async def prefer(
             "--backup", metavar="SECONDS", help="Only if others would take so much longer."
         ),
     ] = 0.0,
+    json: Json = False,
 ) -> None:
     """Set how an agent is preferred, or keep it as a backup."""
-    await _change(client, agent, preference=preference, backup_seconds=backup)
+    await _change(client, agent, json=json, preference=preference, backup_seconds=backup)
 
 
 @agents.command("rm")
 @asks
-async def remove(client: Client, agent: Agent) -> None:
+async def remove(client: Client, agent: Agent, json: Json = False) -> None:
     """Forget an agent; one that still runs registers again."""
     row = await _agent(client, agent)
     await client.json("DELETE", f"/api/agents/{row['id']}")
+    if json:
+        shown_json({"removed": row["id"]})
+        return
     console().print(Text(f"removed {_name(row)}"))
 
 
@@ -185,9 +195,12 @@ async def _agent(client: Client, wanted: str) -> Mapping[str, Any]:
     raise NoAnswer(f"no agent is called {wanted}; there are: {names}")
 
 
-async def _change(client: Client, wanted: str, **changes: object) -> None:
+async def _change(client: Client, wanted: str, *, json: bool, **changes: object) -> None:
     row = await _agent(client, wanted)
     row = await client.json("PATCH", f"/api/agents/{row['id']}", changes)
+    if json:
+        shown_json(row)
+        return
     console().print(Text(f"{_name(row)}: {_state(row)}"))
 
 
@@ -218,9 +231,12 @@ async def list_requests(client: Client, json: Json = False) -> None:
 
 @requests.command("cancel")
 @asks
-async def cancel(client: Client, request: RequestId) -> None:
+async def cancel(client: Client, request: RequestId, json: Json = False) -> None:
     """End a request: its client gets an error, its agent stops working on it."""
     await client.json("DELETE", f"/api/requests/{quote(request, safe='')}")
+    if json:
+        shown_json({"cancelled": request})
+        return
     typer.echo(f"cancelled {request}")
 
 
@@ -240,9 +256,9 @@ async def why(client: Client, request: RequestId, json: Json = False) -> None:
         for name, refused in attempt.get("refused", {}).items():
             screen.print(Text(f"   not {name}: {refused}"))
         if attempt.get("decision"):
-            screen.print(decided(attempt["decision"], screen.width))
+            print_decision(attempt["decision"], screen)
     if row.get("now") and not row["attempts"]:
-        screen.print(decided(row["now"], screen.width))
+        print_decision(row["now"], screen)
 
 
 @asks
@@ -315,13 +331,18 @@ async def change(
     value: Annotated[
         str | None, typer.Argument(metavar="[VALUE]", help="The default if not given.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Change a setting, at once and for later starts."""
     listed = (await client.json("GET", "/api/settings"))["settings"]
     known = _setting(listed, name)
     taken = _value(known, value) if value is not None else None
     listed = (await client.json("PATCH", "/api/settings", {known["name"]: taken}))["settings"]
-    typer.echo(f"{known['name']} = {_text(_setting(listed, known['name'])['value'])}")
+    row = _setting(listed, known["name"])
+    if json:
+        shown_json(row)
+    else:
+        typer.echo(f"{row['name']} = {_text(row['value'])}")
 
 
 def _setting(listed: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:

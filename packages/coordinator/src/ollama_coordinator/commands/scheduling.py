@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 from msgspec import Struct, structs
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ from ollama_coordinator.simulation import (
     Fleet,
     MachineSpec,
     ModelSpec,
+    Record,
     Simulation,
     Summary,
     TraceRequest,
@@ -33,6 +35,15 @@ from ollama_coordinator_common.names import model_key
 
 from .client import Client, Model, NoAnswer, asks
 from .tables import WIDE, console, shown_json, table
+
+SEEN_SECONDS = 0.005
+"""What is less is shown as 0.00."""
+
+FEW_WAITED = 0.05
+"""Where fewer requests than this share wait for a slot under every policy, none of them chooses."""
+
+WAITED_SECONDS = 1.0
+"""A request that had a slot so soon did not wait."""
 
 TERMS = ("wait", "load", "evict", "prefill", "decode", "crowding", "failure")
 """The terms of an estimate, in the order of its table."""
@@ -71,31 +82,40 @@ async def explain(
         shown_json(decision)
         return
     screen = console()
-    screen.print(decided(decision, screen.width))
+    print_decision(decision, screen)
     screen.print(_sentence(decision))
 
 
-def decided(decision: Mapping[str, Any], width: int) -> Table:
-    """The candidates of a decision; where `width` is small, only terms that differ from zero."""
-    known = [one for one in decision["candidates"] if one["cost"] is not None]
-    terms = [t for t in TERMS if width >= WIDE or any(one[f"{t}_seconds"] for one in known)]
-    numbers = ("COST", *(term.upper() for term in terms), "CACHED")
+def print_decision(decision: Mapping[str, Any], screen: Console) -> None:
+    """Print the candidates of a decision, the cheapest first, then why others were none.
+
+    In a narrow terminal only terms of which something is seen are columns.
+    """
+    candidates = decision["candidates"]
+    known = [one for one in candidates if one["cost"] is not None]
+    least = 0.0 if screen.width >= WIDE else SEEN_SECONDS
+    terms = [t for t in TERMS if any(one[f"{t}_seconds"] >= least for one in known)]
+    cached = ["CACHED"] if any(one["cached_tokens"] for one in known) else []
+    numbers = ("COST", *(term.upper() for term in terms), *cached)
     made = table("AGENT", "WOULD", *numbers, "", right=numbers)
-    refused = [one for one in decision["candidates"] if one["cost"] is None]
-    for one in (*sorted(known, key=lambda one: float(one["cost"])), *refused):
-        seconds = [f"{one[f'{term}_seconds']:.2f}" for term in terms]
+    for column in made.columns[1:]:
+        column.no_wrap = True
+    for one in sorted(known, key=lambda one: float(one["cost"])):
         is_chosen = one["agent_id"] == decision["chosen"]
-        cost = "" if one["cost"] is None else f"{one['cost']:.2f}"
         made.add_row(
             Text(one["agent"]),
             one["action"],
-            cost,
-            *(seconds if cost else [""] * len(terms)),
-            str(one["cached_tokens"] or ""),
-            Text(one["refused"] or ("← chosen" if is_chosen else "")),
-            style="bold" if is_chosen else "dim" if not cost else "",
+            f"{one['cost']:.2f}",
+            *(f"{one[f'{term}_seconds']:.2f}" for term in terms),
+            *(str(one["cached_tokens"] or "") for _ in cached),
+            "← chosen" if is_chosen else "",
+            style="bold" if is_chosen else "",
         )
-    return made
+    if known:
+        screen.print(made)
+    for one in candidates:
+        if one["cost"] is None:
+            screen.print(Text(f"not {one['agent']}: {one['refused']}", "dim"))
 
 
 def _sentence(decision: Mapping[str, Any]) -> str:
@@ -172,10 +192,23 @@ async def replay(
     screen.print(f"{len(played)} requests over {played[-1].at:.0f} s")
     figures = ("MEAN", "P50", "P95", "P99", "WITHIN 10 s", "LOADS/h", "FAILED")
     made = table("POLICY", *figures, right=figures)
+    most = 0
     for name in policies:
-        simulation = Simulation(fleet, partial(_create, name))
-        _add_summary(made, name, summarise(simulation.run(played), fleet))
+        run = Simulation(fleet, partial(_create, name)).run(played)
+        most = max(most, sum(_waited(record) for record in run.records))
+        _add_summary(made, name, summarise(run, fleet))
     screen.print(made)
+    if most < FEW_WAITED * len(played):
+        screen.print(
+            f"The load was too low to tell: at most {most} of {len(played)} requests waited more "
+            f"than {WAITED_SECONDS:.0f} s for a slot under any policy.",
+            highlight=False,
+        )
+
+
+def _waited(record: Record) -> bool:
+    granted = record.granted_at
+    return granted is None or granted - record.request.at > WAITED_SECONDS
 
 
 def _create(policy: str, registry: Registry) -> Scheduler:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -50,22 +50,39 @@ def table(*columns: str, right: Collection[str] = (), is_cut: bool = False) -> T
     return made
 
 
-def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Table:
-    """Every agent, how it is, and what it does; its URL and id where `width` has room for them."""
-    wide = ("URL", "ID") if width >= WIDE else ()
+def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Group:
+    """Every agent, how it is, and what it does; its URL and id where `width` has room for them.
+
+    Where it has not, what is wrong with an agent is a line of its own below the table.
+    """
+    is_wide = width >= WIDE
+    wide = ("URL", "ID") if is_wide else ()
     made = table("NAME", "STATUS", "IN FLIGHT", "LOADED", "ON DISK", "OLLAMA", *wide)
+    for column in made.columns[1:3] + made.columns[4:]:
+        column.no_wrap = not is_wide
+    notes = []
     for agent in agents:
         # As texts, not as markup: a machine may be called anything.
+        name = Text(agent["display_name"] or agent["machine_name"])
+        status, note = _status(agent)
+        whole = Text.assemble(status, ": " if note else "", note)
+        if note and not is_wide:
+            notes.append(Text.assemble(name, f": {note}"))
         made.add_row(
-            Text(agent["display_name"] or agent["machine_name"]),
-            _status(agent),
+            name,
+            whole if is_wide else status,
             Text(str(agent["in_flight"])),
-            Text(", ".join(agent["loaded_models"]) or "-"),
+            Text(", ".join(map(_short, agent["loaded_models"])) or "-"),
             Text(str(len(agent["models"]))),
             Text(agent["ollama_version"]),
             *(Text(agent[name.lower()]) for name in wide),
         )
-    return made
+    return Group(made, *notes)
+
+
+def _short(model: str) -> str:
+    """A model's name without the tag that goes without saying."""
+    return model.removesuffix(":latest")
 
 
 def aliases_table(aliases: Iterable[Mapping[str, Any]]) -> Table:
@@ -144,18 +161,19 @@ def attention_table(listed: Iterable[Mapping[str, Any]]) -> Table:
     return made
 
 
-def _status(agent: Mapping[str, Any]) -> Text:
+def _status(agent: Mapping[str, Any]) -> tuple[Text, str]:
+    """An agent's state in a word or three, and what is wrong with it."""
     status = str(agent["status"])
     if agent.get("conflict"):
-        return Text(f"{status}; {agent['conflict']}", "red")
+        return Text(status, "red"), agent["conflict"]
     if status != "offline" and agent["out_of_rotation"]:
-        return Text(f"out of rotation: {agent['out_of_rotation']}", "red")
+        return Text("out of rotation", "red"), agent["out_of_rotation"]
     if status != "offline" and agent["avoided_models"]:
         avoided = "; ".join(f"{name}: {why}" for name, why in agent["avoided_models"].items())
-        return Text(f"{status}; others are asked first for {avoided}", "yellow")
+        return Text(status, "yellow"), f"others are asked first for {avoided}"
     if status != "offline" and agent.get("left_behind"):
-        return Text(f"{status}; {agent['left_behind']}", "yellow")
-    return Text(status, STATUS_COLOURS[status])
+        return Text(status, "yellow"), agent["left_behind"]
+    return Text(status, STATUS_COLOURS[status]), ""
 
 
 def models_table(models: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> Table:

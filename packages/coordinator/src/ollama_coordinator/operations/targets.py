@@ -198,7 +198,9 @@ class TargetChooser:
         holders.sort(key=lambda agent: (not agent.inventory.is_loaded(key), agent.id))
         count = placement.count if placement.rule is Rule.COUNT else len(holders)
         if not holders:
-            raise NoAgentForModel(f"placement {placement.text} leaves no agent that has the model")
+            raise NoAgentForModel(
+                f"of the agents that have the model, none is in '{placement.text}'"
+            )
         return holders[:count]
 
     def _check(
@@ -212,7 +214,7 @@ class TargetChooser:
             return
         away = self._queries.why_not(agents or others or list(self._registry))
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(away.items()))
-        raise NoAgentForModel(
-            f"no agent that placement {placement.text} means can be reached "
-            f"({reasons or 'no agent is registered'})"
-        )
+        if not reasons:
+            raise NoAgentForModel("no agent is registered yet")
+        which = "" if placement.rule is Rule.ALL else f" of '{placement.text}'"
+        raise NoAgentForModel(f"no agent{which} can be reached ({reasons})")
