@@ -222,9 +222,130 @@ async def test_a_running_request_is_shown_explained_and_cancelled(
         await expect(page.locator("dialog.panel")).to_contain_text("Why this agent")
         await page.keyboard.press("Escape")
         await row.get_by_role("button", name="Cancel").click()
+        asks = page.get_by_role("dialog")
+        await expect(asks.get_by_role("button", name="Keep")).to_be_focused()
+        await asks.get_by_role("button", name="Cancel it").click()
         assert "cancelled by the operator" in (await answer.read()).decode()
+    await page.mouse.move(0, 0)  # what is under the pointer stays
     await expect(page.locator("tbody tr", has_text="Cancelled")).to_be_visible()
     await expect(page.locator(".empty h2")).to_have_text("Nothing runs and nothing waits")
+
+
+@pytest.mark.spec("DASH-70")
+async def test_the_keyboard_alone_opens_closes_and_keeps_what_is_running(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    ollama.hold(after=3)
+    async with coordinator.stream() as answer:
+        await answer.content.readline()
+        await visit.open("now")
+        row = page.locator("tbody tr.clickable").first
+        await expect(row).to_contain_text("Writing")
+        await row.focus()
+        await page.keyboard.press("Enter")
+        panel = page.locator("dialog.panel")
+        await expect(panel).to_contain_text("Decided by the only agent that can serve it")
+        await page.keyboard.press("Escape")
+        await expect(panel).to_have_count(0)
+        await row.get_by_role("button", name="Cancel").focus()
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("dialog")).to_contain_text("Cancel the request of 127.0.0.1?")
+        # What has the focus is harmless: a second Enter ends nothing.
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("dialog")).to_have_count(0)
+        assert len(await coordinator.get("/api/requests")) == 1
+        ollama.release()
+
+
+@pytest.mark.spec("DASH-70")
+async def test_rows_stay_where_they_are_under_the_pointer(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    ollama.hold(after=2)
+    async with coordinator.stream() as first:
+        await first.content.readline()
+        await visit.open("now")
+        rows = page.locator("tbody").first.locator("tr.clickable")
+        await expect(rows).to_have_count(1)
+        await rows.first.hover()
+        second = asyncio.create_task(coordinator.chat(options={"seed": 1}))
+        await expect(rows).to_have_count(2)
+        ollama.release()
+        await first.read()
+        await second
+        # Both have ended, and still nothing else is under the pointer.
+        await expect(page.locator("tr.gone")).to_have_count(2)
+        await page.mouse.move(0, 0)
+        await expect(rows).to_have_count(0)
+
+
+@pytest.mark.spec("DASH-71")
+async def test_an_unstreamed_answer_is_shown_as_written_with_its_expected_end(
+    coordinator: Running, visit: Visit
+) -> None:
+    page = visit.page
+    hardware = Hardware(decode_tokens_per_second=20, reference_bytes=2_000_000_000)
+    async with StandIn(hardware=hardware) as ollama:
+        await coordinator.register(ollama, "first")
+        await coordinator.chat(options={"num_predict": 20})
+        ollama.hold(after=1)
+        chat = asyncio.create_task(coordinator.chat(options={"num_predict": 400}))
+        await visit.open("now")
+        row = page.locator("tbody tr.clickable").first
+        await expect(row).to_contain_text("Writing")
+        await expect(row).to_contain_text("ends ")
+        (request,) = await coordinator.get("/api/requests")
+        assert request["ends_at"] > request["granted_at"]
+        ollama.release()
+        await chat
+
+
+@pytest.mark.spec("DASH-72")
+async def test_one_error_of_several_machines_is_said_once_and_can_be_tried_again(
+    coordinator: Running, visit: Visit
+) -> None:
+    page, registry = visit.page, [Model("tiny")]
+    async with (
+        StandIn([], registry=registry) as one,
+        StandIn([], registry=registry) as two,
+        StandIn([], registry=registry) as three,
+    ):
+        for name, node in (("one", one), ("two", two), ("three", three)):
+            await beat(coordinator, await coordinator.register(node, name))
+        for node in (two, three):
+            node.faults.error_line("no space left on device", after=1, paths=["/api/pull"], times=1)
+        await coordinator.post("/api/operations", {"kind": "pull", "model": "tiny"})
+        await visit.open("models")
+        targets = page.locator(".operation .targets li")
+        await expect(page.locator(".operation")).to_contain_text("Done in part")
+        await expect(targets).to_have_count(1)
+        await expect(targets).to_contain_text("2 machines")
+        await expect(targets).to_contain_text("two, three")
+        await page.get_by_role("button", name="Try again").click()
+        await expect(page.locator(".operation")).to_have_count(2)
+        await expect(page.locator(".operation").first).to_contain_text("Done")
+        assert "tiny:latest" in [model.name for model in three.models]
+        await page.locator(".operation").last.get_by_role("button", name="Dismiss").click()
+        await expect(page.locator(".operation")).to_have_count(1)
+
+
+@pytest.mark.spec("DASH-73")
+async def test_filters_are_in_the_address_and_come_back_with_it(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    await coordinator.chat()
+    await visit.open("history")
+    await page.get_by_label("Result").select_option("failed")
+    await expect(page.locator(".empty h2")).to_have_text("No request matches")
+    await expect(page).to_have_url(f"{coordinator.url}/dashboard#/history?status=failed")
+    await page.reload()
+    await expect(page.locator(".empty h2")).to_have_text("No request matches")
+    await visit.open("fleet?search=nobody")
+    await expect(page.locator(".empty h2")).to_have_text("No agent matches")
+    await expect(page.get_by_label("Search agents")).to_have_value("nobody")
 
 
 async def test_a_pull_that_failed_on_some_agents_shows_where_and_why(

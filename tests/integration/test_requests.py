@@ -50,11 +50,66 @@ async def test_a_cold_model_is_loading_and_a_warm_one_reads_the_prompt(
     ollama.release()
     await cold
     ollama.hold(after=0)
-    warm = asyncio.create_task(coordinator.chat())
+    warm = asyncio.create_task(coordinator.chat(stream=True))
     await ollama.seen.wait_for(lambda seen: seen.held == 1)
     assert (await only_request(coordinator))["state"] == "reading"
     ollama.release()
-    await warm
+    warm.cancel()
+
+
+@pytest.mark.spec("DASH-71")
+async def test_an_answer_in_one_piece_is_written_once_its_prompt_must_have_been_read(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    await coordinator.chat()
+    ollama.hold(after=1)
+    chat = asyncio.create_task(coordinator.chat())
+    await ollama.seen.wait_for(lambda seen: seen.held == 1)
+    (entry,) = coordinator.parts.observation.journal.live.values()
+    await coordinator.until(lambda: entry.attempts[0].writes_at is not None)
+    attempt = entry.attempts[0]
+    assert attempt.writes_at is not None
+    assert attempt.ends_at is not None
+    assert attempt.held.lease.granted_at <= attempt.writes_at <= attempt.ends_at
+    assert entry.state(attempt.held.lease.granted_at - 1).value == "reading"
+    assert entry.state(attempt.writes_at).value == "writing"
+    assert (await only_request(coordinator))["ends_at"]
+    ollama.release()
+    await chat
+
+
+@pytest.mark.spec("DASH-74")
+async def test_an_agent_that_is_drained_is_shown_as_drained_before_the_next_sample(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    (agent,) = coordinator.parts.registry
+    snapshots = coordinator.parts.snapshots
+    assert snapshots.agent(agent)["state"] == "online"
+    url = f"{coordinator.url}/api/agents/{agent.id}"
+    async with coordinator.session.patch(url, json={"draining": True}):
+        assert snapshots.agent(agent)["state"] == "draining"
+
+
+@pytest.mark.spec("DASH-3")
+async def test_why_names_what_decided_and_sorts_by_it() -> None:
+    slow = Hardware(decode_tokens_per_second=5, reference_bytes=2_000_000_000)
+    async with (
+        running(policy="predicted") as coordinator,
+        StandIn(hardware=slow) as tortoise,
+        StandIn() as hare,
+    ):
+        await coordinator.register(tortoise, "tortoise")
+        await coordinator.register(hare, "hare")
+        _, decision = await coordinator.post("/api/explain", {"model": "llama3.2", "prompt": "x"})
+        costs = [one["cost"] for one in decision["candidates"]]
+        assert costs == sorted(costs)
+        assert decision["rule"].startswith(f"lowest cost, {costs[0]:.2f} s; next best: ")
+    async with running(policy="round-robin") as coordinator, StandIn() as ollama:
+        await coordinator.register(ollama)
+        await coordinator.chat()
+        (row,) = (await coordinator.get("/api/history"))["requests"]
+        (attempt,) = (await coordinator.get(f"/api/requests/{row['id']}"))["attempts"]
+        assert attempt["rule"] == "round-robin: each agent in turn"
 
 
 async def one_slot(coordinator: Running, ollama: StandIn) -> str:

@@ -101,7 +101,7 @@ def constants(module: Path) -> set[str]:
 
 def numbers(value: object) -> list[float]:
     if isinstance(value, dict):
-        return [float(one) for one in value.values()]
+        return [float(one) for one in value.values() if isinstance(one, int | float)]
     return [float(value)] if isinstance(value, int | float) else []
 
 

@@ -253,6 +253,8 @@ async def why(client: Client, request: RequestId, json: Json = False) -> None:
         ended = attempt.get("result") or "in progress"
         reason = f": {attempt['reason']}" if attempt.get("reason") else ""
         screen.print(Text(f"{number}. {attempt['agent']}: {ended}{reason}"))
+        if attempt.get("rule"):
+            screen.print(Text(f"   decided by {attempt['rule']}"))
         for name, refused in attempt.get("refused", {}).items():
             screen.print(Text(f"   not {name}: {refused}"))
         if attempt.get("decision"):

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from ollama_coordinator.attention import Attention, OpenConcern
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.journal import Observation, RequestView
+from ollama_coordinator.journal import Observation, RequestView, state_of
 from ollama_coordinator.operations import Operations
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Estimate
@@ -155,8 +155,10 @@ class Snapshots:
         standing = self._sampler.standing.get(agent.id)
         row["models"] = len(agent.inventory.available)
         row["name"] = agent.name
-        row["state"] = standing.state if standing else row["status"]
-        row["since"] = _iso(self._clock.utc(standing.since)) if standing else row["registered_at"]
+        # As it is now: an agent that was drained a moment ago has not been sampled yet.
+        row["state"] = state = state_of(agent, now, self._registry.agent_timeout)
+        since = standing.since if standing and standing.state == state else now
+        row["since"] = _iso(self._clock.utc(since))
         row["relay"] = agent.registration.relay_port is not None
         row["preference"] = agent.settings.preference
         row["backup_seconds"] = agent.settings.backup_seconds

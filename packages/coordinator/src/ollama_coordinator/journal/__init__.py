@@ -6,7 +6,7 @@ from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name
 from .events import AgentEvent
 from .journal import Journal
 from .observation import Limits, Observation
-from .sampler import SavedSparklines, Sparklines
+from .sampler import SavedSparklines, Sparklines, state_of
 from .statistics import TIERS, Bucket, Point, Series, SeriesRow
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "SeriesRow",
     "Sparklines",
     "short_name",
+    "state_of",
 ]

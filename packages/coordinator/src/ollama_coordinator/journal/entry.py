@@ -31,9 +31,9 @@ class RequestState(Enum):
 class Attempt(Struct, frozen=True, omit_defaults=True):
     """One attempt on one agent, and why on this one, as the API shows it.
 
-    `decision` is what the scheduler compared, if it predicts. `refused` are the holders of the
-    model that could not take the request, with the reason by their names. `runner` is the context
-    that serves it, if that is larger than what it asked for.
+    `rule` is what decided, in words. `decision` is what the scheduler compared, if it predicts.
+    `refused` are the holders of the model that could not take the request, with the reason by their
+    names. `runner` is the context that serves it, if that is larger than what it asked for.
     """
 
     agent_id: AgentId
@@ -44,12 +44,15 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
     decision: Decision | None = None
     refused: dict[str, str] = {}
     runner: str = ""
+    rule: str = ""
 
 
 class RequestView(Struct, frozen=True, kw_only=True):
     """A request in progress, as the API shows it; times are UTC. `tokens` counts records.
 
-    `alias` is the name that the client asked for, where that stands for the model.
+    `alias` is the name that the client asked for, where that stands for the model. `ends_at` is
+    when the end of an answer in one piece is predicted: before it nothing of that is seen, so
+    `writing` is a prediction too.
     """
 
     id: str
@@ -69,6 +72,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
     start_in_seconds: float | None = None
     granted_at: datetime | None = None
     first_byte_at: datetime | None = None
+    ends_at: datetime | None = None
     tokens: int = 0
     tokens_per_second: float | None = None
     attempts: int = 0
@@ -85,7 +89,8 @@ class JournalAttempt(Struct):
     """An attempt in progress or over, with what was known when its agent was chosen.
 
     `loads`: the model was not in memory there. `first_byte_at` is when its first byte was predicted
-    (monotonic seconds).
+    (monotonic seconds). Of an answer in one piece, `writes_at` and `ends_at` are when its writing
+    and its end were predicted. `rule` is that of the policy.
     """
 
     held: Held
@@ -93,6 +98,9 @@ class JournalAttempt(Struct):
     refused: dict[str, str]
     loads: bool = False
     first_byte_at: float | None = None
+    writes_at: float | None = None
+    ends_at: float | None = None
+    rule: str = ""
 
 
 class JournalEntry:
@@ -115,15 +123,18 @@ class JournalEntry:
         """Whether it has no slot: not yet, or not since its last attempt failed."""
         return self.held is None or self.held.ended
 
-    def state(self) -> RequestState:
-        """The request's state."""
+    def state(self, now: float) -> RequestState:
+        """The request's state at `now`, in monotonic seconds."""
         held = self.held
         if held is None or held.ended:
             return RequestState.WAITING
         if held.began_at is not None:
             return RequestState.WRITING
-        loaded = held.agent.inventory.is_loaded(self.request.model)
-        return RequestState.READING if loaded else RequestState.LOADING
+        if not held.agent.inventory.is_loaded(self.request.model):
+            return RequestState.LOADING
+        writes_at = self.attempts[-1].writes_at
+        is_written = writes_at is not None and now >= writes_at
+        return RequestState.WRITING if is_written else RequestState.READING
 
     def view(self, clock: Clock, now: float) -> RequestView:
         """The request as the API shows it, without its position in the queue."""
@@ -131,9 +142,10 @@ class JournalEntry:
         granted = held if held is not None and not held.ended else None
         began_at = granted.began_at if granted else None
         tokens = granted.records if granted else 0
+        ends_at = self.attempts[-1].ends_at if granted and began_at is None else None
         return RequestView(
             id=request.id,
-            state=self.state(),
+            state=self.state(now),
             model=short_name(request.model),
             path=self.path,
             client=request.client,
@@ -147,6 +159,7 @@ class JournalEntry:
             agent=granted.agent.name if granted else None,
             granted_at=clock.utc(granted.lease.granted_at) if granted else None,
             first_byte_at=clock.utc(began_at) if began_at is not None else None,
+            ends_at=clock.utc(ends_at) if ends_at is not None else None,
             tokens=tokens,
             tokens_per_second=_rate(tokens, began_at, now),
             attempts=len(self.attempts),
@@ -168,6 +181,7 @@ def _attempt_view(attempt: JournalAttempt, clock: Clock) -> Attempt:
         decision=attempt.decision,
         refused=attempt.refused,
         runner=held.note,
+        rule=attempt.decision.rule if attempt.decision else attempt.rule,
     )
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from msgspec import structs
 
 from ollama_coordinator.dispatch import Dispatch, Held
-from ollama_coordinator.scheduler import Request, SchedulerError, Waiting
+from ollama_coordinator.scheduler import Form, Kind, Lease, Request, SchedulerError, Waiting
 from ollama_coordinator.scheduler.eligibility import eligible
 from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.error import OllamaCoordinatorError
@@ -71,7 +71,7 @@ class Journal:
         """An attempt got a slot. The decision is explained once the request is on its way."""
         refused = self._refused(held.lease.request, held.lease.granted_at)
         loads = not held.agent.inventory.is_loaded(held.lease.request.model)
-        attempt = JournalAttempt(held, None, refused, loads)
+        attempt = JournalAttempt(held, None, refused, loads, rule=self._dispatch.scheduler.rule)
         entry.attempts.append(attempt)
         entry.counted = 0
         asyncio.get_running_loop().call_soon(self._explain, attempt)
@@ -81,6 +81,21 @@ class Journal:
         scheduler, lease_id = self._dispatch.scheduler, attempt.held.lease.id
         attempt.decision = scheduler.account(lease_id)
         attempt.first_byte_at = scheduler.first_byte_at(lease_id)
+        self._predict(attempt, attempt.held.lease)
+
+    def _predict(self, attempt: JournalAttempt, lease: Lease) -> None:
+        """When an answer in one piece is written, and when it is there."""
+        request, decision = lease.request, attempt.decision
+        if request.form is Form.STREAM or request.kind is Kind.EMBED:
+            return
+        attempt.ends_at = attempt.first_byte_at
+        chosen = decision.candidate if decision is not None else None
+        if decision is None or chosen is None:
+            return
+        attempt.writes_at = lease.granted_at + chosen.load_seconds + chosen.prefill_seconds
+        token = self._dispatch.scheduler.token_seconds(lease.agent_id, request.model)
+        if attempt.ends_at is None and token is not None:
+            attempt.ends_at = attempt.writes_at + decision.expected_output_tokens * token
 
     def _refused(self, request: Request, now: float) -> dict[str, str]:
         """The holders of a model that cannot serve it; looked up anew when the registry changed."""

@@ -72,6 +72,15 @@ def _used_percent(agent: AgentState) -> float:
     return 0.0 if report is None else report.cpu_usage + report.memory_usage
 
 
+RULES = {
+    "loaded-first": "an agent with the model in memory, then the one with the fewest requests",
+    "least-connections": "the agent with the fewest requests",
+    "round-robin": "each agent in turn",
+    "random": "any agent",
+    "cpu": "the agent whose CPU and memory are used least",
+}
+"""What each policy decides by, among the agents that have a slot."""
+
 FirstByteKey = tuple[AgentId, str, Form]
 
 SHORTEST_FIRST_BYTE = 0.01
@@ -93,6 +102,7 @@ class CountingScheduler(Scheduler):
 
     def __init__(self, policy: str, registry: Registry, choose: Choose, *, max_queue: int) -> None:
         self.policy = policy
+        self.rule = f"{policy}: {RULES[policy]}"
         self._registry = registry
         self._choose = choose
         self.max_queue = max_queue

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator_common.types import AgentId
@@ -61,7 +61,7 @@ class Decision(Struct, frozen=True):
     `chosen` is `None` when no agent may serve it; `action` is `go`, `load` or `wait`. `position`
     counts from 1 in the queue of its model; a request not sent would be the last. `unevaluated`
     holders of the model were not evaluated. `lane_reason` says why it is in a lane that it did not
-    ask for.
+    ask for. `rule` says in words what decided. The candidates are in the order of their costs.
     """
 
     request_id: RequestId
@@ -75,6 +75,47 @@ class Decision(Struct, frozen=True):
     unevaluated: int = 0
     lane: str = Lane.INTERACTIVE.value
     lane_reason: str = ""
+    rule: str = ""
+
+    @property
+    def candidate(self) -> Candidate | None:
+        """The chosen one."""
+        return next((one for one in self.candidates if self.is_chosen(one)), None)
+
+    def is_chosen(self, one: Candidate) -> bool:
+        """Whether a candidate is the chosen one: an agent may be there twice, now and later."""
+        return one.agent_id == self.chosen and one.action == self.action
+
+
+TERMS = {
+    "wait_seconds": "the wait for a slot",
+    "load_seconds": "the load of the model",
+    "evict_seconds": "the models that would be pushed out",
+    "prefill_seconds": "the reading of the prompt",
+    "decode_seconds": "the writing of the answer",
+    "crowding_seconds": "the requests beside it",
+    "failure_seconds": "recent failures",
+    "backup_seconds": "that it is a backup",
+}
+"""The terms of a cost, in words."""
+
+
+def _rule(decision: Decision) -> str:
+    """What decided: the lowest cost, and the term that made most of the difference to the next."""
+    chosen = decision.candidate
+    if chosen is None or chosen.cost is None:
+        return ""
+    others = [one for one in decision.candidates if one is not chosen and one.cost is not None]
+    if not others:
+        return "the only agent that can serve it"
+    second = min(others, key=_dearest_last)
+    margins = {term: getattr(second, term) - getattr(chosen, term) for term in TERMS}
+    term = max(margins, key=margins.__getitem__)
+    says = f"lowest cost, {chosen.cost:.2f} s; next best: "
+    says += f"{second.agent} ({second.action}), {second.cost:.2f} s"
+    if chosen.preference > second.preference and sum(margins.values()) <= 0:
+        return f"{says}; the difference is its preference"
+    return f"{says}; most of the difference: {TERMS[term]}" if margins[term] > 0 else says
 
 
 def brief(run: Running) -> Decision:
@@ -124,7 +165,6 @@ class Accounts:
                 for one in unknown
                 if one in slots or not (choice.slots_left and one.running)  # the plan has it
             ]
-            others.sort(key=_dearest_last)
             candidates += others
         unevaluated = max(len(holders) - len({one.agent_id for one in candidates}), 0)
         return _decision(request, choice, run.output, candidates, unevaluated=unevaluated)
@@ -164,7 +204,6 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
     slots = soonest_slots(left, places)
     hits = chooser.hits(entry)
     candidates += [_evaluate(chooser, entry, place, hits, slots, now) for place in places]
-    candidates.sort(key=_dearest_last)
     return _decision(request, choice, entry.receiver.output, candidates, position=queue.size + 1)
 
 
@@ -177,7 +216,8 @@ def _decision(
     position: int = 1,
     unevaluated: int = 0,
 ) -> Decision:
-    return Decision(
+    candidates.sort(key=_dearest_last)
+    decision = Decision(
         request_id=request.id,
         model=request.model,
         action=choice.action.value,
@@ -190,6 +230,7 @@ def _decision(
         lane=request.lane.value,
         lane_reason=request.lane_reason,
     )
+    return structs.replace(decision, rule=_rule(decision))
 
 
 def _dearest_last(one: Candidate) -> tuple[bool, float, str]:

@@ -40,11 +40,13 @@ class Scheduler(Protocol):
     follows from them. `plan` reads changes of the registry. `now` is in monotonic seconds and
     never decreases.
 
-    `policy` is the name that `create_scheduler` knows. `max_queue` is how many requests may wait;
+    `policy` is the name that `create_scheduler` knows, `rule` what it decides by, in words; empty
+    where each decision has its own. `max_queue` is how many requests may wait;
     it can be changed at any time, and requests that wait already stay.
     """
 
     policy: str
+    rule: str = ""
     max_queue: int
 
     # ── events ────────────────────────────────────────────────────────────────────────────────

@@ -111,7 +111,9 @@ function buildStrip() {
     return { value, element: h("div.stat", { title }, value, h("span", null, label)) };
   };
   const online = stat("online", "Agents in rotation, of all agents");
-  const flight = stat("in flight", "Requests on an agent, and the slots of all loaded models");
+  const flight = stat("in flight", "Requests on an agent");
+  const slots = h("span");
+  flight.element.append(slots);
   const waiting = stat("waiting", "Requests in the queue");
   const speed = stat("tokens/s", "Tokens written in the whole fleet, in the last 5 seconds");
   const spark = document.createElement("oc-spark");
@@ -123,7 +125,9 @@ function buildStrip() {
   const update = () => {
     const { fleet } = store.state;
     setText(online.value, `${count(fleet.states?.online ?? 0)}/${count(fleet.agents ?? 0)}`);
-    setText(flight.value, fleet.slots ? `${count(fleet.in_flight)}/${count(Math.max(fleet.slots, fleet.in_flight))}` : count(fleet.in_flight));
+    setText(flight.value, count(fleet.in_flight));
+    setText(slots, fleet.slots ? `of ${count(Math.max(fleet.slots, fleet.in_flight))} slots` : "");
+    setAttr(slots, "title", "Slots of all models in memory: so many requests can run at once");
     setText(waiting.value, count(fleet.waiting));
     setText(speed.value, rate(fleet.sparkline?.[1] ?? 0));
     spark.points = store.sparks.fleet;

@@ -40,7 +40,7 @@ export async function remove(agent) {
 
 /** A menu button for an agent that is looked up when it opens. */
 export function agentMenu(id) {
-  const button = h("button.ghost.small.end", { "aria-label": "Actions", "aria-haspopup": "menu", onclick: (event) => { event.stopPropagation(); open(button, id); } }, icon("more"));
+  const button = h("button.small.end.dots-button", { "aria-label": "Actions", title: "Drain, edit, remove", "aria-haspopup": "menu", onclick: (event) => { event.stopPropagation(); open(button, id); } }, icon("more"));
   return button;
 }
 

@@ -10,7 +10,7 @@ import { agentMenu } from "./agent-actions.js";
 export function agentCard(agent) {
   const state = agentPill();
   const name = h("a.agent-name.clip", { href: `#/agents/${encodeURIComponent(agent.id)}` });
-  const since = h("oc-since.muted.small");
+  const since = h("oc-since");
   const about = h("p.muted.small.clip");
   const reason = h("p.reason.small", { hidden: true });
   const labels = h("div.row.wrap.labels");
@@ -21,8 +21,8 @@ export function agentCard(agent) {
   const spark = h("oc-spark", { label: "Tokens per second in the last minutes" });
   const speed = h("b");
   const card = h("article.card.agent", { "aria-label": "Agent" },
-    h("header", null, name, state, since, agentMenu(agent.id)), about, reason, labels, bars, models,
-    h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small", null, speed, h("span.muted", null, " tok/s")))));
+    h("header", null, name, state, h("span.muted.small.nowrap", null, "for ", since), agentMenu(agent.id)), about, reason, labels, bars, models,
+    h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small.nowrap", { title: "Tokens written, in the last 5 seconds" }, h("span.muted", null, "now "), speed, h("span.muted", null, " tok/s")))));
   card.update = (now) => {
     setText(name, now.name);
     setAttr(name, "title", now.name);
@@ -67,11 +67,11 @@ function loadedModel(row) {
   const mark = h("i.swatch", { style: { background: hue(row.name) } });
   const name = h("span.clip.grow", { title: row.name }, model(row.name));
   const size = h("span.muted");
-  const speed = h("span.speed", { title: "Learned: tokens read · written per second" });
+  const speed = h("span.speed", { title: "Learned: tokens of the prompt read, and of the answer written, per second" });
   const item = h("li", null, mark, name, speed, size);
   item.update = (now) => {
     setText(size, now.size ? bytes(now.size) : "");
-    setText(speed, now.samples ? `${rate(now.prefill)} · ${rate(now.decode)} tok/s` : "");
+    setText(speed, now.samples ? `reads ${rate(now.prefill)}, writes ${rate(now.decode)} tok/s` : "");
   };
   return item;
 }
@@ -102,15 +102,15 @@ function meter(reading) {
 
 const MOST_DOTS = 8;
 
-/** Places used and free: dots while they are few. */
+/** Slots in use and free: dots while they are few. */
 export function slotDots() {
   const dots = h("span.dots", { "aria-hidden": "true" });
   const text = h("span.small");
   const element = h("span.slots", null, dots, text);
   element.update = (agent) => {
     const total = Math.max(agent.slots, agent.in_flight);
-    setText(text, `${agent.in_flight}/${total}${total > MOST_DOTS ? " places" : ""}`);
-    setAttr(element, "title", `${agent.in_flight} of ${total} places used`);
+    setText(text, `${agent.in_flight} of ${total} slot${total === 1 ? "" : "s"} in use`);
+    setAttr(element, "title", "Requests in flight here, and how many the models in memory can run at once");
     const few = total <= MOST_DOTS;
     const wanted = few ? Array.from({ length: total }, (_, index) => ({ key: String(index), used: index < agent.in_flight })) : [];
     keyed(dots, wanted, (dot) => dot.key, () => { const dot = h("i"); dot.update = ({ used }) => dot.classList.toggle("used", used); return dot; });

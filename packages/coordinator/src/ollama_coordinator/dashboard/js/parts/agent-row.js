@@ -9,7 +9,7 @@ import { slotDots } from "./agent-card.js";
 import { agentMenu } from "./agent-actions.js";
 
 export function agentRowHead() {
-  const columns = ["Agent", "State", "Memory and what is loaded in it", "Free", "CPU", "GPU", "Places", "Tokens/s", ""];
+  const columns = ["Agent", "State", "Memory and what is loaded in it", "Free", "CPU", "GPU", "In flight", "Tokens/s", ""];
   return h("thead", null, h("tr", null, columns.map((text) => h("th", { scope: "col" }, text || h("span.visually-hidden", null, "Actions")))));
 }
 
@@ -17,14 +17,14 @@ export function agentRow(agent) {
   const name = h("a.agent-name", { href: `#/agents/${encodeURIComponent(agent.id)}` });
   const about = h("div.muted.small.clip");
   const state = agentPill();
-  const since = h("oc-since.muted.small");
+  const since = h("oc-since");
   const track = h("div.track.thin", { role: "img" });
   const [free, cpu, gpu, speed] = [h("td.num"), h("td.num"), h("td.num"), h("span")];
   const slots = slotDots();
   const spark = h("oc-spark", { label: "Tokens per second in the last minutes" });
   const row = h("tr.agent-row", null,
     h("th.name-cell", { scope: "row" }, h("div.clip", null, name), about),
-    h("td.nowrap", null, h("div.row", null, state, since)), h("td.memory-cell", null, track), free, cpu, gpu,
+    h("td.nowrap", null, h("div.row", null, state, h("span.muted.small", null, "for ", since))), h("td.memory-cell", null, track), free, cpu, gpu,
     h("td", null, slots), h("td", null, h("div.row.speed-cell", null, spark, speed)), h("td", null, agentMenu(agent.id)));
   row.update = (now) => {
     setText(name, now.name);

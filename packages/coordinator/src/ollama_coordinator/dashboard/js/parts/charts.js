@@ -12,6 +12,7 @@ const REFRESH_MS = 10_000;
 const one = "var(--series-0)";
 const two = "var(--series-4)";
 const three = "var(--series-1)";
+const four = "var(--series-2)";
 
 const COMMON = [
   { title: "Tokens written", unit: (value) => `${rate(value)}/s`, series: [{ label: "tokens per second", field: "tokens_per_second", tone: one, fill: true }] },
@@ -21,7 +22,7 @@ const COMMON = [
 const FLEET = [
   ...COMMON,
   { title: "Speed of one request", unit: (value) => `${rate(value)}/s`, series: [{ label: "tokens per second, mean", field: "request_tokens_per_second", tone: three }] },
-  { title: "In flight and waiting", unit: rate, series: [{ label: "waiting, mean", field: "waiting", tone: two, fill: true }, { label: "waiting, most", field: "waiting_most", tone: two, dash: true }, { label: "in flight, mean", field: "in_flight", tone: one }] },
+  { title: "In flight and waiting", unit: rate, series: [{ label: "waiting, mean", field: "waiting", tone: two, fill: true }, { label: "waiting, most", field: "waiting_most", tone: four, dash: true }, { label: "in flight, mean", field: "in_flight", tone: one }] },
 ];
 const AGENT = [
   ...COMMON,

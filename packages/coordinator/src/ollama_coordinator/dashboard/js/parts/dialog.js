@@ -17,15 +17,18 @@ export function openDialog(title, content, { panel = false } = {}) {
   return dialog;
 }
 
-/** Ask before something that cannot be taken back. Resolves to whether it was wanted. */
-export function confirmed(title, text, verb) {
+/**
+ * Ask before something that cannot be taken back; `listed` is what it is done to, one a line. Enter
+ * does nothing yet. Resolves to whether it was wanted.
+ */
+export function confirmed(title, text, verb, listed = []) {
   return new Promise((resolve) => {
     let answer = false;
-    const dialog = openDialog(title, h("div", null, h("p.muted", null, text), h("div.actions", null,
-      h("button", { onclick: () => dialog.close() }, "Keep"),
+    const keep = h("button", { onclick: () => dialog.close() }, "Keep");
+    const dialog = openDialog(title, h("div", null, listed.length ? h("ul.listed", null, listed.map((one) => h("li", null, one))) : null, h("p.muted", null, text), h("div.actions", null, keep,
       h("button.danger.primary", { onclick: () => { answer = true; dialog.close(); } }, verb))));
     dialog.addEventListener("close", () => resolve(answer));
-    dialog.querySelector(".danger").focus();
+    keep.focus();
   });
 }
 

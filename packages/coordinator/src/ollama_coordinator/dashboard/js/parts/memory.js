@@ -15,13 +15,17 @@ export function memoryBars() {
     element.hidden = !pool;
     if (!pool) return;
     setText(title, pool.title);
-    setText(value, `${memory(pool.used)} of ${memory(pool.total)}`);
+    const other = pool.parts.find((part) => !part.tone);
+    setText(value, `${bare(pool.used)} of ${memory(pool.total)} used${other ? `, ${bare(other.bytes)} by others` : ""}`);
+    setAttr(value, "title", other ? "The hatched part: what other programs and Ollama itself use beside the models" : null);
     setAttr(track, "aria-label", spoken(pool));
     keyed(track, pool.parts, (part) => part.key, segment);
     keyed(each, agent.gpus.length > 1 ? agent.gpus.map((gpu, place) => ({ ...gpu, place })) : [], (gpu) => String(gpu.place), gpuLine);
   };
   return element;
 }
+
+const bare = (bytes) => memory(bytes).replace(" GiB", "");
 
 /** @returns {{title: string, total: number, used: number, parts: {key: string, label: string, bytes: number, share: number, tone: string}[]} | null} */
 export function poolOf(agent) {

@@ -2,7 +2,7 @@
 
 import { get, path } from "../api.js";
 import { h } from "../dom.js";
-import { count, fullTime, model, rate, seconds } from "../format.js";
+import { count, fullTime, model, rate, seconds, time } from "../format.js";
 import { requestPill } from "./bits.js";
 import { openDialog } from "./dialog.js";
 
@@ -29,7 +29,7 @@ export async function openWhy(id) {
 function content(request) {
   const state = requestPill();
   state.update(request.status ?? request.state);
-  const parts = [facts(request, state)];
+  const parts = [h("div.row", null, state, h("span.muted", null, model(request.model))), facts(request)];
   const lane = request.lane_reason || attempts(request).map((one) => one.decision?.lane_reason).find(Boolean);
   if (lane) parts.push(h("p.notice", null, `Lane: ${lane}. The header X-Ollama-Coordinator-Lane: interactive overrules it.`));
   if (request.error) parts.push(h("p.notice.bad", null, request.error));
@@ -37,19 +37,19 @@ function content(request) {
   if (tried.length) parts.push(h("h2", null, tried.length > 1 ? `${tried.length} attempts` : "Why this agent"));
   else parts.push(h("p.muted", null, request.state === "waiting" ? "It has no lease yet; this is what would be decided now." : "It never got a lease on an agent."));
   for (const attempt of tried) parts.push(attemptPart(attempt, tried.length > 1));
-  if (request.now) parts.push(h("h2", null, "If it were decided now"), h("p.muted.small", null, sentence(request.now)), candidates(request.now));
-  return parts;
+  if (request.now) parts.push(h("h2", null, "If it were decided now"), request.now.rule ? h("p.rule", null, h("b", null, "Decided by "), `${request.now.rule}.`) : null, h("p.muted.small", null, sentence(request.now)), candidates(request.now));
+  return parts.filter(Boolean);
 }
 
 const attempts = (request) => (Array.isArray(request.attempts) ? request.attempts : []);
 const tokens = (many) => `${count(many)} ${many === 1 ? "token" : "tokens"}`;
 
-function facts(request, state) {
+function facts(request) {
   const list = [
-    ["State", state], ["Model", model(request.model)], ["Asked for", request.alias], ["Lane", request.lane], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
+    ["Asked for", request.alias], ["Lane", request.lane], ["Route", request.path], ["Client", request.client], ["Agent", request.agent],
     ["Arrived", fullTime(request.arrived_at)], ["Waited", request.waited_seconds !== undefined && seconds(request.waited_seconds)],
     ["Loading", request.load_seconds && seconds(request.load_seconds)], ["First token", request.first_token_seconds && seconds(request.first_token_seconds)],
-    ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["Prompt", request.prompt_tokens && `${tokens(request.prompt_tokens)}${request.state === "finished" ? "" : " (estimate)"}`],
+    ["Took", request.total_seconds !== undefined && seconds(request.total_seconds)], ["End expected", request.ends_at && time(request.ends_at)], ["Prompt", request.prompt_tokens && `${tokens(request.prompt_tokens)}${request.state === "finished" ? "" : " (estimate)"}`],
     ["Written", request.output_tokens && tokens(request.output_tokens)], ["Speed", request.tokens_per_second && `${rate(request.tokens_per_second)} tokens/s`], ["Status", request.http_status || null],
   ];
   return h("dl.facts", null, list.filter(([, value]) => value).map(([label, value]) => h("div.fact", null, h("dt", null, label), h("dd", null, value))));
@@ -60,8 +60,8 @@ function attemptPart(attempt, several) {
   if (several || attempt.reason) {
     parts.push(h("p", null, h("b", null, attempt.agent), attempt.result ? ` – ${attempt.result}` : "", attempt.reason ? h("span.muted", null, `: ${attempt.reason}`) : ""));
   }
+  parts.push(h("p.rule", null, h("b", null, "Decided by "), attempt.rule || attempt.decision?.rule || "a policy that counts and does not predict", "."));
   if (attempt.decision) parts.push(h("p.muted.small", null, sentence(attempt.decision)), candidates(attempt.decision, attempt.agent_id));
-  else parts.push(h("p.muted", null, `${attempt.agent} was chosen by a policy that counts and does not predict.`));
   const refused = Object.entries(attempt.refused ?? {});
   if (refused.length) {
     parts.push(h("h3", null, "Holders that could not take it"),
@@ -72,7 +72,7 @@ function attemptPart(attempt, several) {
 
 function sentence(decision) {
   const expected = decision.expected_output_tokens ? ` An answer of about ${count(decision.expected_output_tokens)} tokens was expected.` : "";
-  return `The lowest cost wins. Costs are predicted seconds.${expected}`;
+  return `Sorted by cost, in predicted seconds: the lowest one wins.${expected}`;
 }
 
 function candidates(decision, chosen = decision.chosen) {

@@ -1,6 +1,6 @@
 /** Fleet: every machine at a glance. Cards for a few, rows for many. */
 
-import { View } from "../view.js";
+import { steady, View } from "../view.js";
 import { h, keyed, setText } from "../dom.js";
 import { store } from "../store.js";
 import { empty, segmented } from "../parts/bits.js";
@@ -33,13 +33,13 @@ function free(agent) {
 
 class FleetView extends View {
   build() {
-    this.text = "";
-    this.state = "";
+    this.text = (this.query.get("search") ?? "").toLowerCase();
+    this.state = this.query.get("state") ?? "";
     this.sort = localStorage.getItem("fleet-sort") ?? "name";
     this.form = localStorage.getItem("fleet-form") ?? "auto";
-    const search = h("input.inline-field", { type: "search", placeholder: "Search name, label, model", "aria-label": "Search agents", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
-    const filter = h("select.inline-field", { "aria-label": "State", onchange: (event) => { this.state = event.target.value; this.draw(); } },
-      STATE_CHOICES.map(([value, label]) => h("option", { value }, label)));
+    const search = h("input.inline-field", { type: "search", placeholder: "Search name, label, model", "aria-label": "Search agents", value: this.query.get("search") ?? "", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.remember({ search: event.target.value }); this.draw(); } });
+    const filter = h("select.inline-field", { "aria-label": "State", onchange: (event) => { this.state = event.target.value; this.remember({ state: this.state }); this.draw(); } },
+      STATE_CHOICES.map(([value, label]) => h("option", { value, selected: value === this.state }, label)));
     this.states = filter;
     const sort = h("select.inline-field", { "aria-label": "Sort by", onchange: (event) => { this.sort = event.target.value; localStorage.setItem("fleet-sort", this.sort); this.draw(); } },
       Object.entries(SORTS).map(([value, [label]]) => h("option", { value, selected: value === this.sort }, `By ${label.toLowerCase()}`)));
@@ -71,7 +71,8 @@ class FleetView extends View {
     const inRows = this.form === "rows" || (this.form === "auto" && all.length > CARDS_AT_MOST && innerWidth > PHONE_PX);
     this.cards.hidden = inRows || !shown.length;
     this.table.hidden = !inRows || !shown.length;
-    const now = shown.slice(0, this.most);
+    const box = inRows ? this.rows : this.cards;
+    const now = steady(box, shown, (agent) => agent.id).filter((agent) => !agent.gone).slice(0, this.most);
     keyed(this.cards, inRows ? [] : now, (agent) => agent.id, agentCard, stale);
     keyed(this.rows, inRows ? now : [], (agent) => agent.id, agentRow, stale);
     if (now.length < shown.length) this.goOn();

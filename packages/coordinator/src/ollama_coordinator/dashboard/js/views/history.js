@@ -4,10 +4,11 @@ import { View } from "../view.js";
 import { get, path } from "../api.js";
 import { h, icon } from "../dom.js";
 import { count, fullTime, model, rate, seconds, time } from "../format.js";
-import { empty, requestPill } from "../parts/bits.js";
+import { empty, requestPill, segmented } from "../parts/bits.js";
 import { charts } from "../parts/charts.js";
 import { openWhy } from "../parts/why.js";
 import { act } from "../parts/toast.js";
+import { openByKey } from "./now.js";
 
 const COLUMNS = [["Ended"], ["Model"], ["Result"], ["Agent"], ["Client"], ["Waited", "num"], ["First token", "num"], ["Prompt", "num"], ["Tokens", "num"], ["Tokens/s", "num"], ["Took", "num"]];
 const STATUSES = [["", "Every result"], ["served", "Served"], ["failed", "Failed"], ["cancelled", "Cancelled"], ["refused", "Refused"]];
@@ -15,7 +16,7 @@ const STATUSES = [["", "Every result"], ["served", "Served"], ["failed", "Failed
 class HistoryView extends View {
   build() {
     this.filters = {};
-    for (const name of ["model", "agent", "client", "status"]) this.filters[name] = this.query.get(name) ?? "";
+    for (const name of ["model", "agent", "client", "status", "since", "until"]) this.filters[name] = this.query.get(name) ?? "";
     this.pages = [""];
     this.form = h("div.row.wrap.filters");
     this.body = h("tbody");
@@ -24,10 +25,21 @@ class HistoryView extends View {
     this.nothing = h("div");
     this.newer = h("button", { onclick: () => { this.pages.pop(); this.load(); } }, "Newer");
     this.older = h("button", { onclick: () => { this.pages.push(this.next); this.load(); } }, "Older");
-    this.append(this.head("History"), charts(this.stopping.signal), h("h2.section", null, "Finished requests"), this.form, this.nothing, this.table,
+    const list = h("section", { "aria-label": "Finished requests" }, this.form, this.nothing, this.table,
       h("div.row.pager", null, this.newer, this.older, h("button.ghost.end", { onclick: () => this.first() }, "Newest")));
+    this.parts = { list, charts: null };
+    const shown = this.query.get("show") === "charts" ? "charts" : "list";
+    this.append(this.head("History", h("div.end", null, segmented("Show", [["list", "Requests"], ["charts", "Charts"]], shown, (name) => this.show(name)))), list);
+    this.show(shown);
     this.fillFilters();
     this.load();
+  }
+
+  /** One of the two parts; the charts are made when they are first wanted. */
+  show(name) {
+    if (name === "charts" && !this.parts.charts) this.append((this.parts.charts = charts(this.stopping.signal)));
+    for (const [key, part] of Object.entries(this.parts)) if (part) part.hidden = key !== name;
+    this.remember({ show: name === "charts" ? name : "" });
   }
 
   async fillFilters() {
@@ -35,7 +47,7 @@ class HistoryView extends View {
     const select = (name, every, values, label = (value) => value) =>
       h("select.inline-field", { "aria-label": every, onchange: (event) => this.filter(name, event.target.value) },
         h("option", { value: "" }, every), withChosen(values, this.filters[name]).map((value) => h("option", { value, selected: value === this.filters[name] }, label(value))));
-    const when = (name, label) => h("label.row.small.muted", null, label, h("input.inline-field", { type: "datetime-local", onchange: (event) => this.filter(name, event.target.value ? new Date(event.target.value).toISOString() : "") }));
+    const when = (name, label) => h("label.row.small.muted", null, label, h("input.inline-field", { type: "datetime-local", value: local(this.filters[name]), onchange: (event) => this.filter(name, event.target.value ? new Date(event.target.value).toISOString() : "") }));
     this.form.replaceChildren(select("model", "Every model", choices.model, model), select("agent", "Every agent", choices.agent), select("client", "Every client", choices.client),
       h("select.inline-field", { "aria-label": "Result", onchange: (event) => this.filter("status", event.target.value) }, STATUSES.map(([value, label]) => h("option", { value, selected: value === this.filters.status }, label))),
       when("since", "From"), when("until", "to"), h("span.row.end", null, this.exportLink("csv"), this.exportLink("json")));
@@ -54,6 +66,7 @@ class HistoryView extends View {
 
   filter(name, value) {
     this.filters[name] = value;
+    this.remember({ [name]: value });
     this.setLinks();
     this.first();
   }
@@ -78,6 +91,13 @@ class HistoryView extends View {
   }
 }
 
+/** A time as `datetime-local` takes it, in the viewer's zone. */
+function local(iso) {
+  const at = new Date(iso);
+  if (Number.isNaN(at.getTime())) return "";
+  return new Date(at.getTime() - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+}
+
 function withChosen(values, chosen) {
   return chosen && !values.includes(chosen) ? [chosen, ...values] : values;
 }
@@ -87,7 +107,7 @@ export function historyRow(request) {
   const status = requestPill();
   status.update(request.status);
   const open = () => openWhy(request.id);
-  return h("tr.clickable", { tabindex: "0", onclick: open, onkeydown: (event) => { if (event.key === "Enter") open(); } },
+  return h("tr.clickable", { tabindex: "0", onclick: open, onkeydown: (event) => openByKey(event, request.id) },
     h("td.nowrap", { title: fullTime(request.finished_at) }, time(request.finished_at)), h("td", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
     h("td", { title: request.error }, status), h("td", null, request.agent ?? "–"), h("td.muted", null, request.client),
     [["waited", seconds(request.waited_seconds)], ["first token", seconds(request.first_token_seconds)], ["prompt", count(request.prompt_tokens)], ["tokens", count(request.output_tokens)],

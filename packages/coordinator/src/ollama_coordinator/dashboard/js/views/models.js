@@ -8,7 +8,7 @@ import { store } from "../store.js";
 import { command, empty } from "../parts/bits.js";
 import { openJoining } from "../parts/joining.js";
 import { asked, confirmed } from "../parts/dialog.js";
-import { isPartial, operationCard } from "../parts/operation.js";
+import { isPartial, isPutAway, operationCard } from "../parts/operation.js";
 import { act } from "../parts/toast.js";
 import { base } from "../parts/address.js";
 
@@ -16,6 +16,7 @@ const REFRESH_MS = 1500;
 /** Of a large fleet the fullest disks are listed. */
 const DISKS = 24;
 const DONE_SHOWN_MS = 60_000;
+const many = (count, one, more) => `${count} ${count === 1 ? one : more}`;
 const nameOf = (id) => store.state.agents[id]?.name ?? "an agent that left";
 
 /** Start an operation; its progress comes with the stream. */
@@ -23,10 +24,10 @@ const start = (wanted, done) => act(() => call("POST", "/api/operations", wanted
 
 class ModelsView extends View {
   build() {
-    this.text = "";
+    this.text = (this.query.get("search") ?? "").toLowerCase();
     this.list = [];
     this.details = new Map();
-    const search = h("input.inline-field", { type: "search", placeholder: "Search models", "aria-label": "Search models", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
+    const search = h("input.inline-field", { type: "search", placeholder: "Search models", "aria-label": "Search models", value: this.query.get("search") ?? "", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.remember({ search: event.target.value }); this.draw(); } });
     this.operations = h("div.operations");
     this.body = h("tbody");
     this.table = h("div.table-box", null, h("table.models-table.stacked", null, h("caption.visually-hidden", null, "Models of the fleet"), h("thead", null, h("tr", null,
@@ -125,7 +126,7 @@ class ModelsView extends View {
   }
 
   drawOperations() {
-    const shown = Object.values(store.state.operations ?? {}).filter((one) => one.state !== "done" || isPartial(one) || store.now() - Date.parse(one.ended_at) < DONE_SHOWN_MS);
+    const shown = Object.values(store.state.operations ?? {}).filter((one) => !isPutAway(one) && (one.state !== "done" || isPartial(one) || store.now() - Date.parse(one.ended_at) < DONE_SHOWN_MS));
     const all = shown.sort((a, b) => b.started_at.localeCompare(a.started_at));
     keyed(this.operations, all, (one) => one.id, operationCard);
   }
@@ -213,7 +214,7 @@ async function pull() {
 }
 
 async function replicate(row) {
-  const values = await asked(`Replicate ${model(row.name)}`, [{ ...placementField(), value: "all", label: `To which agents? ${row.holders.length} have it already.` }], "Replicate");
+  const values = await asked(`Replicate ${model(row.name)}`, [{ ...placementField(), value: "all", label: `To which agents? ${many(row.holders.length, "agent has", "agents have")} it already.` }], "Replicate");
   if (values) await start({ kind: "pull", model: row.name, placement: values.placement || "all" });
 }
 
@@ -224,7 +225,8 @@ async function load(row) {
 }
 
 async function remove(row) {
-  const sure = await confirmed(`Delete ${model(row.name)}?`, `It is removed from the disks of ${row.contents.flatMap((one) => one.holders).length} agents: ${row.contents.flatMap((one) => one.holders).map(nameOf).join(", ")}. Agents that are away delete it when they return.`, "Delete");
+  const holders = row.contents.flatMap((one) => one.holders.map((id) => `${nameOf(id)} · ${bytes(one.size)}`)).sort();
+  const sure = await confirmed(`Delete ${model(row.name)}?`, `It is removed from the disk of ${many(holders.length, "agent", "agents")}. Agents that are away delete it when they return.`, "Delete", holders);
   if (sure) await start({ kind: "delete", model: row.name }, "Deleting");
 }
 

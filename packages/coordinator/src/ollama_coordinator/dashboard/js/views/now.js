@@ -1,11 +1,12 @@
 /** Now: every request in flight and waiting, live, and the last that ended. */
 
-import { View } from "../view.js";
+import { isUsed, steady, View } from "../view.js";
 import { call, path } from "../api.js";
 import { h, icon, keyed, setAttr, setText } from "../dom.js";
 import { count, fullTime, model, rate, seconds, time } from "../format.js";
 import { store } from "../store.js";
 import { empty, requestPill } from "../parts/bits.js";
+import { confirmed } from "../parts/dialog.js";
 import { act } from "../parts/toast.js";
 import { openWhy } from "../parts/why.js";
 
@@ -13,14 +14,16 @@ const ORDER = { writing: 0, reading: 1, loading: 2, waiting: 3 };
 
 class NowView extends View {
   build() {
-    this.text = "";
-    const search = h("input.inline-field.end", { type: "search", placeholder: "Search model, client, agent", "aria-label": "Search requests", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.draw(); } });
+    this.text = (this.query.get("search") ?? "").toLowerCase();
+    const search = h("input.inline-field.end", { type: "search", placeholder: "Search model, client, agent", "aria-label": "Search requests", value: this.query.get("search") ?? "", oninput: (event) => { this.text = event.target.value.toLowerCase(); this.remember({ search: event.target.value }); this.draw(); } });
     this.live = h("tbody");
-    this.liveTable = table(["Model", "State", "Agent", "Place", "Tokens", "Tokens/s", "Elapsed", "Client", ""], this.live, "Requests in flight and waiting");
+    this.liveTable = table(["Model", "State", "Agent", "Next", "Tokens", "Tokens/s", "Elapsed", "Client", ""], this.live, "Requests in flight and waiting");
     this.more = h("p.muted.small");
     this.over = h("tbody");
     this.overTable = table(["Model", "Result", "Agent", "Waited", "First token", "Tokens", "Tokens/s", "Took", "Client", "Ended"], this.over, "Requests that just ended");
     this.nothing = h("div");
+    // What stood still for the pointer goes on when it leaves.
+    for (const box of [this.liveTable, this.overTable]) for (const kind of ["pointerleave", "focusout"]) box.addEventListener(kind, () => requestAnimationFrame(() => { if (store.ready && this.isConnected) this.draw(); }));
     this.append(this.head("Now", search), this.nothing, this.liveTable, this.more, h("h2.section", null, "Just finished"), this.overTable);
   }
 
@@ -33,14 +36,14 @@ class NowView extends View {
     live.sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.position ?? 0) - (b.position ?? 0) || a.arrived_at.localeCompare(b.arrived_at) || a.id.localeCompare(b.id));
     const over = Object.values(store.state.finished).filter((one) => this.wanted(one));
     over.sort((a, b) => b.finished_at.localeCompare(a.finished_at) || a.id.localeCompare(b.id));
-    keyed(this.live, live, (one) => one.id, liveRow);
-    keyed(this.over, over, (one) => one.id, overRow);
-    this.liveTable.hidden = !live.length;
+    keyed(this.live, steady(this.live, live, (one) => one.id), (one) => one.id, liveRow);
+    if (!isUsed(this.over)) keyed(this.over, over, (one) => one.id, overRow);
+    this.liveTable.hidden = !this.live.childElementCount;
     this.overTable.hidden = !over.length;
     this.overTable.previousElementSibling.hidden = !over.length;
     const hidden = store.state.fleet.in_flight + store.state.fleet.waiting - Object.keys(store.state.requests).length;
     setText(this.more, hidden > 0 && !this.text ? `and ${count(hidden)} more` : "");
-    this.tellNothing(live.length > 0);
+    this.tellNothing(this.live.childElementCount > 0);
   }
 
   tellNothing(some) {
@@ -62,7 +65,14 @@ function table(columns, body, caption) {
 
 /** A row that opens why it went where it went, by click or Enter. */
 function openable(id, ...cells) {
-  return h("tr.clickable", { tabindex: "0", onclick: () => openWhy(id), onkeydown: (event) => { if (event.key === "Enter" && event.target === event.currentTarget) openWhy(id); } }, cells);
+  return h("tr.clickable", { tabindex: "0", onclick: () => openWhy(id), onkeydown: (event) => openByKey(event, id) }, cells);
+}
+
+/** Enter opens the panel of a row; prevented, as it would also press the button that gets the focus. */
+export function openByKey(event, id) {
+  if (event.key !== "Enter" || event.target !== event.currentTarget) return;
+  event.preventDefault();
+  openWhy(id);
 }
 
 function liveRow(request) {
@@ -75,7 +85,11 @@ function liveRow(request) {
   const elapsed = h("oc-since", { at: request.arrived_at });
   const cancel = async (event) => {
     event.stopPropagation();
-    event.currentTarget.disabled = true;
+    const button = event.currentTarget;
+    const { client, agent, tokens } = store.state.requests[request.id] ?? request;
+    const done = tokens ? ` ${count(tokens)} tokens are lost.` : "";
+    if (!await confirmed(`Cancel the request of ${client}?`, `Its client is told that an operator ended it${agent ? `, and ${agent} stops working on it` : ""}.${done}`, "Cancel it")) return;
+    button.disabled = true;
     await act(() => call("DELETE", path(["api", "requests", request.id])), "Cancelled");
   };
   const row = openable(request.id, h("td", null, name, h("span.muted.small", null, ` ${request.path}`)), h("td", null, state), agent, place, tokens, speed,
@@ -88,10 +102,15 @@ function liveRow(request) {
     state.update(now.state);
     setText(agent, now.agent ?? (now.attempts ? `tried ${now.attempts}` : ""));
     const waiting = now.state === "waiting" && now.position;
-    const text = waiting ? `#${now.position}${now.starts_at ? ", starts in " : ""}` : "";
+    const until = (waiting ? now.starts_at : now.state === "writing" && now.ends_at) || null;
+    const late = !waiting && until && Date.parse(until) < store.now();
+    const text = waiting ? `#${now.position}${until ? ", starts in " : ""}` : late ? "ends later than predicted" : until ? "ends in about " : "";
     if (line.data !== text) line.data = text;
-    setAttr(starts, "until", waiting ? now.starts_at ?? null : null);
-    if (!waiting) setText(starts, "");
+    setAttr(starts, "until", late ? null : until);
+    if (!until || late) setText(starts, "");
+    row.classList.toggle("gone", Boolean(now.gone));
+    row.querySelector("button").hidden = Boolean(now.gone);
+    if (now.gone) setText(state, "Ended");
     setText(tokens, now.tokens ? count(now.tokens) : "");
     const span = now.first_byte_at ? (store.now() - Date.parse(now.first_byte_at)) / 1000 : 0;
     setText(speed, now.tokens && span > 0.2 ? rate(now.tokens / span) : "");
