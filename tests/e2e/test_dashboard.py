@@ -101,6 +101,38 @@ async def test_a_machine_is_added_from_any_view_and_appears_while_one_looks(
         await expect(dialog).to_have_count(0)
 
 
+@pytest.mark.spec("JOIN-5")
+async def test_an_agent_that_is_older_than_the_coordinator_says_so_on_its_card(
+    coordinator: Running, visit: Visit
+) -> None:
+    async with StandIn() as ollama:
+        agent = await coordinator.register(ollama, "old", agent_version="0.0.9")
+        say = re.compile(r"agent 0\.0\.9 is older than this coordinator.*-agent upgrade there")
+        await visit.open("fleet")
+        await expect(visit.page.locator("article.agent")).to_contain_text(say)
+        await visit.open(f"agents/{agent}")
+        await expect(visit.page.locator("main .notice:not(.bad)")).to_contain_text(say)
+        version = visit.page.locator("main").get_by_text("is older than")
+        await coordinator.register(ollama, "old", agent_version="99.0.0")
+        await expect(version).to_be_hidden()
+
+
+@pytest.mark.spec("LINK-9")
+async def test_a_card_says_that_a_machine_is_reached_by_its_link(
+    coordinator: Running, visit: Visit
+) -> None:
+    async with StandIn() as ollama:
+        agent = await coordinator.register(ollama, "far", link=True)
+        await visit.open("fleet")
+        card = visit.page.locator("article.agent")
+        # Its own port is nobody's matter.
+        await expect(card).to_contain_text("127.0.0.1 by its link")
+        await expect(card).to_contain_text("its link is not open")
+        await expect(card).not_to_contain_text(str(ollama.port))
+        await visit.open(f"agents/{agent}")
+        await expect(visit.page.locator("main")).to_contain_text("the link that its agent opens")
+
+
 @pytest.mark.spec("JOIN-4")
 async def test_where_keys_are_asked_for_the_line_has_a_join_token() -> None:
     async with running(access="keys") as coordinator, StandIn() as ollama:

@@ -17,7 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from ollama_coordinator.agent_wheels import agent_wheels, pip_wheel
+from ollama_coordinator.agent_wheels import (
+    CHECKOUT,
+    PACKAGES,
+    agent_wheels,
+    build_wheel,
+    pip_wheel,
+)
 from ollama_coordinator.api.own import joining
 from support.coordinator import Running
 from support.deadline import DEADLINE_SECONDS
@@ -80,9 +86,8 @@ class Joined:
             self.output += piece
 
 
-@asynccontextmanager
-async def line(url: str, home: Path, links: Path, ollama: StandIn) -> AsyncIterator[Joined]:
-    """Run `curl … | sh` where there is nothing but Python, curl and a few tools of a shell."""
+def machine(home: Path, links: Path) -> dict[str, str]:
+    """The environment of a machine with nothing but Python, curl and a few tools of a shell."""
     tools = home / "tools"
     if not tools.exists():
         tools.mkdir(parents=True)
@@ -93,15 +98,20 @@ async def line(url: str, home: Path, links: Path, ollama: StandIn) -> AsyncItera
         # Its path is its own, and not that of the virtual environment of the tests.
         (tools / "python3").write_text(f'#!/bin/sh\nexec "{sys.base_prefix}/bin/python3" "$@"\n')
         (tools / "python3").chmod(0o755)
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)}
+    return {"PATH": str(tools), "HOME": str(home), **index}
+
+
+@asynccontextmanager
+async def line(url: str, home: Path, links: Path, ollama: StandIn) -> AsyncIterator[Joined]:
+    """Run `curl … | sh` on such a machine."""
+    environment = machine(home, links)
     process = await asyncio.create_subprocess_exec(
-        str(tools / "sh"),
+        f"{environment['PATH']}/sh",
         "-c",
         f"curl -fsSL {url}/join | sh",
         env={
-            "PATH": str(tools),
-            "HOME": str(home),
-            "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": str(links),
+            **environment,
             "AGENT_STATE_DIR": str(home / "state"),
             "AGENT_MANAGE_OLLAMA": "false",
             "MACHINE_NAME": "joined",
@@ -147,6 +157,89 @@ async def test_a_machine_with_python_and_curl_joins_in_one_line(
                 assert str(folder) in said
         assert len(await coordinator.get("/api/agents")) == 1
         assert (folder / "bin" / "ollama-coordinator-agent").is_file()
+
+
+async def done(*command: str, environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code of a command and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(INSTALLING_SECONDS):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+def newer(folder: Path, version: str) -> dict[str, bytes]:
+    """The wheels as a coordinator of another version would have them."""
+    wheels = {}
+    for name in PACKAGES:
+        project = folder / name
+        shutil.copytree(CHECKOUT / name, project, ignore=shutil.ignore_patterns("__pycache__"))
+        facts = project / "pyproject.toml"
+        own = f'version = "{importlib.metadata.version("ollama-coordinator")}"'
+        facts.write_text(facts.read_text("utf-8").replace(own, f'version = "{version}"'), "utf-8")
+        file, content = build_wheel(project)
+        wheels[file] = content
+    return wheels
+
+
+@pytest.mark.spec("JOIN-6")
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is PowerShell's script")
+async def test_an_agent_that_joined_in_one_line_takes_its_coordinators_version(
+    coordinator: Running, tmp_path: Path, links: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "opt" / "an agent"
+    environment = machine(tmp_path, links) | {"JOIN_FOLDER": str(folder), "JOIN_START": "no"}
+    shell = f"{environment['PATH']}/sh"
+    joining_line = f"curl -fsSL {coordinator.url}/join | sh"
+    code, said = await done(shell, "-c", joining_line, environment=environment)
+    assert code == 0, said
+    agent = str(folder / "bin" / "ollama-coordinator-agent")
+    wheels = newer(tmp_path / "newer", "99.1.0")
+    monkeypatch.setattr(joining, "agent_wheels", lambda: wheels)
+    # It knows its folder and its coordinator by itself.
+    code, said = await done(agent, "upgrade", environment=machine(tmp_path, links))
+    assert code == 0, said
+    assert str(folder) in said
+    code, said = await done(agent, "--version", environment=environment)
+    assert said.split() == ["ollama-coordinator-agent", "99.1.0"]
+    monkeypatch.setattr(joining, "agent_wheels", dict)
+    code, said = await done(agent, "upgrade", environment=environment)
+    assert (code, "install the agent from the repository" in said) == (1, True)
+
+
+@pytest.mark.spec("JOIN-6")
+async def test_an_agent_that_was_installed_otherwise_is_not_upgraded(coordinator: Running) -> None:
+    agent = str(Path(sys.executable).with_name("ollama-coordinator-agent"))
+    environment = {**os.environ, "COORDINATOR_URL": coordinator.url}
+    code, said = await done(agent, "upgrade", environment=environment)
+    assert code == 1
+    assert "not installed by its coordinator's join line" in said
+    assert "uv tool install --reinstall" in said
+
+
+@pytest.mark.spec("JOIN-5")
+async def test_an_agent_that_is_older_than_its_coordinator_is_known_as_such(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    own = importlib.metadata.version("ollama-coordinator")
+    (known,) = await coordinator.get("/api/agents")
+    snapshots = coordinator.parts.snapshots
+    assert not snapshots.agent(coordinator.agent(known["id"]))["outdated"]  # a bare Ollama
+    for given, is_older in (
+        ("0.0.9", True), (own, False), ("99.0rc1", False), ("unknown", False),
+    ):  # fmt: skip
+        agent = await coordinator.register(ollama, "first", agent_version=given)
+        assert snapshots.agent(coordinator.agent(agent))["outdated"] is is_older, given
 
 
 @pytest.mark.spec("JOIN-2")

@@ -130,6 +130,16 @@ class CoordinatorClient:
         self._check(status, body)
         return self._decode(body, list[AgentView])
 
+    async def join_script(self, shell: str) -> bytes:
+        """The script that installs the coordinator's version of the agent; for `sh` or PowerShell.
+
+        Raises:
+            CoordinatorError: see the module's tree; never `Forgotten`.
+        """
+        status, body = await self._call("GET", f"/join?shell={shell}", None)
+        self._check(status, body)
+        return body
+
     async def upgrade(self, path: str) -> Dialled:
         """A connection of a link, at a path below the coordinator's URL.
 

@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from rich.logging import RichHandler
 from ollama_coordinator_common.commandline import (
     JSON,
     PLAIN,
+    is_given,
     is_typed,
     last_words,
     log_json,
@@ -29,6 +32,7 @@ from . import __version__
 from .assembly import assembled, examined
 from .display import render, show
 from .settings import read
+from .upgrade import joined_to, upgrade
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 """SIGHUP is POSIX's closed terminal, SIGBREAK Windows' Ctrl-Break and closed console."""
@@ -82,6 +86,22 @@ def status(settings: AgentConfig) -> None:
     Console().print(render(view))
     if view.coordinator_trouble or view.ollama_trouble:
         raise typer.Exit(1)
+
+
+@app.command("upgrade")
+@with_settings(read, AgentConfig.settings(), typer.Option)
+def to_coordinators_version(context: typer.Context, settings: AgentConfig) -> None:
+    """Install the coordinator's version, where its join line has installed this one."""
+    folder = Path(sys.prefix)
+    try:
+        url = joined_to(folder)
+        if is_given(context, "coordinator_url"):
+            url = settings.coordinator_url
+        asyncio.run(upgrade(url, folder, os.environ))
+    except OllamaCoordinatorError as exc:
+        last_words(str(exc), settings.log_format)
+        raise typer.Exit(1) from exc
+    typer.echo("Done. An agent that runs has its new version once it is started again.")
 
 
 def _run(settings: AgentConfig) -> None:

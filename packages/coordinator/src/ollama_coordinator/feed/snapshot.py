@@ -4,6 +4,7 @@ A row is the API's own view and what the page shows beside it. It has no nulls a
 changes as time goes by: the page counts seconds itself.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -160,6 +161,7 @@ class Snapshots:
         since = standing.since if standing and standing.state == state else now
         row["since"] = _iso(self._clock.utc(since))
         row["relay"] = agent.registration.relay_port is not None
+        row["outdated"] = _is_older(agent.registration.agent_version or "", self._version)
         row["preference"] = agent.settings.preference
         row["backup_seconds"] = agent.settings.backup_seconds
         row["loaded_models"] = self._loaded(agent)
@@ -225,6 +227,12 @@ class Snapshots:
         last = [recent[-1 - back].request for back in range(min(len(recent), FINISHED_SHOWN))]
         self._finished = {one.id: self._finished.get(one.id) or _row(one) for one in last}
         return self._finished
+
+
+def _is_older(version: str, than: str) -> bool:
+    """Whether a release is older, by its numbers; one that has none is not."""
+    mine, other = ([*map(int, re.findall(r"\d+", text)), 0, 0][:3] for text in (version, than))
+    return bool(re.match(r"\d", version)) and mine < other
 
 
 def _row(value: Any) -> Row:

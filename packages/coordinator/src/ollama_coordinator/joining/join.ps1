@@ -1,6 +1,7 @@
 # Joins this machine to the Ollama Coordinator at @URL:
 #   irm @URL/join | iex
 # The same line again starts the agent again, in the version of its coordinator.
+# $env:JOIN_FOLDER is another folder; with $env:JOIN_START='no' nothing is started.
 & {
     $ErrorActionPreference = 'Stop'
     $ProgressPreference = 'SilentlyContinue'
@@ -8,7 +9,7 @@
     $common = '@COMMON'
     $agent = '@AGENT'
     $version = '@VERSION'
-    $folder = Join-Path $env:LOCALAPPDATA 'ollama-coordinator-agent'
+    $folder = if ($env:JOIN_FOLDER) { $env:JOIN_FOLDER } else { Join-Path $env:LOCALAPPDATA 'ollama-coordinator-agent' }
     $at = Join-Path $folder 'Scripts\python.exe'
     $program = Join-Path $folder 'Scripts\ollama-coordinator-agent.exe'
 
@@ -32,7 +33,8 @@
     Write-Host "This machine joins the Ollama Coordinator at $url."
     Write-Host "  1. The agent, version $version, is installed with $tool into $folder"
     Write-Host '     (its own environment; aiohttp and the others come from your package index).'
-    Write-Host "  2. $program starts here, until Ctrl-C."
+    if ($env:JOIN_START -eq 'no') { Write-Host '  2. Nothing is started.' }
+    else { Write-Host "  2. $program starts here, until Ctrl-C." }
     Write-Host 'Nothing else is changed. To undo it, delete that folder.'
 
     $got = Join-Path ([IO.Path]::GetTempPath()) ([Guid]::NewGuid())
@@ -63,6 +65,8 @@
         }
     }
     finally { Remove-Item -Recurse -Force $got }
+    Set-Content -Path (Join-Path $folder 'joined-to') -Value $url -Encoding ascii
+    if ($env:JOIN_START -eq 'no') { return }
     $env:COORDINATOR_URL = $url
     & $program
 }

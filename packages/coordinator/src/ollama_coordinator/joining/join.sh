@@ -2,13 +2,15 @@
 # Joins this machine to the Ollama Coordinator at @URL:
 #   curl -fsSL @URL/join | sh
 # The same line again starts the agent again, in the version of its coordinator.
+# JOIN_FOLDER is another folder; with JOIN_START=no nothing is started.
 set -eu
 
 url='@URL'
 common='@COMMON'
 agent='@AGENT'
 version='@VERSION'
-folder="${XDG_DATA_HOME:-${HOME:?is not set}/.local/share}/ollama-coordinator-agent"
+folder="${JOIN_FOLDER:-${XDG_DATA_HOME:-${HOME:?is not set}/.local/share}/ollama-coordinator-agent}"
+start="${JOIN_START:-yes}"
 
 fail() { echo "join: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
@@ -30,7 +32,8 @@ main() {
     echo "This machine joins the Ollama Coordinator at $url."
     echo "  1. The agent, version $version, is installed with $tool into $folder"
     echo "     (its own environment; aiohttp and the others come from your package index)."
-    echo "  2. $folder/bin/ollama-coordinator-agent starts here, until Ctrl-C."
+    if [ "$start" = no ]; then echo "  2. Nothing is started."
+    else echo "  2. $folder/bin/ollama-coordinator-agent starts here, until Ctrl-C."; fi
     echo "Nothing else is changed. To undo it, delete that folder."
 
     mkdir -p "$folder"
@@ -54,6 +57,8 @@ main() {
         pip install -q "$got/$common" "$got/$agent"
     fi
     rm -rf "$got"
+    echo "$url" > "$folder/joined-to"
+    [ "$start" != no ] || exit 0
     export COORDINATOR_URL="$url"
     exec "$folder/bin/ollama-coordinator-agent"
 }

@@ -13,6 +13,7 @@ export function agentCard(agent) {
   const since = h("oc-since");
   const about = h("p.muted.small.clip");
   const reason = h("p.reason.small", { hidden: true });
+  const outdated = h("p.muted.small", { hidden: true });
   const labels = h("div.row.wrap.labels");
   const bars = memoryBars();
   const models = h("ul.loaded");
@@ -21,7 +22,7 @@ export function agentCard(agent) {
   const spark = h("oc-spark", { label: "Tokens per second in the last minutes" });
   const speed = h("b");
   const card = h("article.card.agent", { "aria-label": "Agent" },
-    h("header", null, name, state, h("span.muted.small.nowrap", null, "for ", since), agentMenu(agent.id)), about, reason, labels, bars, models,
+    h("header", null, name, state, h("span.muted.small.nowrap", null, "for ", since), agentMenu(agent.id)), about, reason, outdated, labels, bars, models,
     h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small.nowrap", { title: "Tokens written, in the last 5 seconds" }, h("span.muted", null, "now "), speed, h("span.muted", null, " tok/s")))));
   card.update = (now) => {
     setText(name, now.name);
@@ -35,6 +36,8 @@ export function agentCard(agent) {
     const why = whyText(now);
     reason.hidden = !why;
     setText(reason, why);
+    outdated.hidden = !now.outdated;
+    setText(outdated, outdatedText(now));
     keyed(labels, now.labels, (label) => label, (label) => h("span.tag.clip", null, label));
     labels.hidden = !now.labels.length;
     bars.update(now);
@@ -56,9 +59,14 @@ export function whyText(agent) {
   return agent.conflict || [agent.left_behind, ...broken, ...avoided].filter(Boolean).join("; ");
 }
 
-/** Version, address or relay, and the agent's own version. */
+/** What to do about an agent that is older than its coordinator; empty where it is not. */
+export function outdatedText(agent) {
+  return agent.outdated ? `Its agent ${agent.agent_version} is older than this coordinator, ${store.state.coordinator.version}: run ollama-coordinator-agent upgrade there.` : "";
+}
+
+/** Version, address with relay or link, and the platform. */
 export function aboutText(agent) {
-  const address = `${agent.ip_address}:${agent.ollama_port}${agent.relay ? " by relay" : ""}`;
+  const address = `${agent.ip_address}${agent.link ? " by its link" : `:${agent.ollama_port}${agent.relay ? " by relay" : ""}`}`;
   return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.models && `${count(agent.models)} model${agent.models === 1 ? "" : "s"} on disk`, agent.platform]
     .filter(Boolean).join(" · ");
 }

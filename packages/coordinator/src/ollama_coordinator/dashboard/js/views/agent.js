@@ -7,7 +7,7 @@ import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../f
 import { setTitle } from "../shell.js";
 import { store } from "../store.js";
 import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
-import { aboutText, slotDots, whyText } from "../parts/agent-card.js";
+import { aboutText, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
 import { drain, edit, remove } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
@@ -28,6 +28,7 @@ class AgentView extends View {
       h("button", { onclick: () => edit(agent()) }, "Edit"),
       h("button.danger", { onclick: async () => { if (await remove(agent())) location.hash = "#/fleet"; } }, "Remove")));
     this.reason = h("p.notice.bad", { hidden: true });
+    this.outdated = h("p.notice", { hidden: true });
     this.about = h("p.muted");
     this.labels = h("div.row.wrap");
     this.bars = memoryBars();
@@ -36,7 +37,7 @@ class AgentView extends View {
     this.models = h("tbody");
     this.requests = h("tbody");
     this.events = h("ol.events");
-    this.content = h("div.stack", null, this.reason, this.about, this.labels,
+    this.content = h("div.stack", null, this.reason, this.outdated, this.about, this.labels,
       h("div.card.stack", null, this.bars, this.slots), h("dl.facts.card", null, Object.values(this.facts)),
       charts(this.stopping.signal, this.argument),
       h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
@@ -67,12 +68,14 @@ class AgentView extends View {
     const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
+    this.outdated.hidden = !agent.outdated;
+    setText(this.outdated, outdatedText(agent));
     setText(this.about, aboutText(agent));
     this.labels.replaceChildren(...agent.labels.map((label) => h("span.tag", null, label)));
     this.bars.update(agent);
     this.slots.update(agent);
     const values = {
-      Address: `${agent.ip_address}:${agent.ollama_port}`, "Reached at": agent.relay ? `${agent.url} (the agent's relay)` : null,
+      Address: `${agent.ip_address}:${agent.ollama_port}`, "Reached at": agent.link ? "the link that its agent opens" : agent.relay ? `${agent.url} (the agent's relay)` : null,
       Ollama: agent.ollama_version, Agent: agent.agent_version ?? "none, bare Ollama", Platform: agent.platform,
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
       "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),
