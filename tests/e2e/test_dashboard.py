@@ -101,6 +101,27 @@ async def test_a_machine_is_added_from_any_view_and_appears_while_one_looks(
         await expect(dialog).to_have_count(0)
 
 
+@pytest.mark.spec("JOIN-7")
+async def test_ollamas_are_added_by_their_urls(coordinator: Running, visit: Visit) -> None:
+    page = visit.page
+    async with StandIn() as one, StandIn() as two:
+        await visit.open("fleet")
+        await page.locator("main").get_by_role("button", name="Add a machine").click()
+        dialog = page.get_by_role("dialog")
+        await dialog.get_by_text("An Ollama without an agent").click()
+        urls = dialog.get_by_label("Its URL")
+        await urls.fill(f"{one.url}\nhttp://127.0.0.1:1\n{two.url}/")
+        # What is refused stays in the list, and says why.
+        visit.page.remove_listener("console", visit._console)  # the browser reports the 400
+        await dialog.get_by_role("button", name="Add", exact=True).click()
+        await expect(dialog.get_by_role("alert")).to_contain_text("cannot connect")
+        await expect(urls).to_have_value("http://127.0.0.1:1")
+        await expect(dialog.locator(".come li")).to_have_count(2)
+        await page.keyboard.press("Escape")
+        await expect(page.locator("article.agent").first).to_contain_text("Online")
+    assert len(await coordinator.get("/api/agents")) == 2
+
+
 @pytest.mark.spec("JOIN-5")
 async def test_an_agent_that_is_older_than_the_coordinator_says_so_on_its_card(
     coordinator: Running, visit: Visit

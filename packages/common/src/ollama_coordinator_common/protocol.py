@@ -35,9 +35,9 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     `machine_id` is a random id on the agent's disk: a machine with another name or address keeps
     it. `relay_port` is the agent's own port where Ollama listens on loopback only; the coordinator
     connects to it in place of `ollama_port`. `link`: the coordinator does not reach that port, and
-    the agent opens a link. `instance_id` is new in every agent process,
-    `previous_instance_id` is that of the run before on the same disk: they distinguish copies of
-    one disk.
+    the agent opens a link. `instance_id` is new in every agent process, `previous_instance_id` is
+    that of the run before on the same disk: they distinguish copies of one disk. `url` is that of
+    an Ollama without an agent that an operator added; no agent sends it.
     """
 
     machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
@@ -51,6 +51,7 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
     previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
     link: bool = False
+    url: Annotated[str, Meta(max_length=2000)] | None = None
 
     def __post_init__(self) -> None:
         for name in ("machine_name", "ollama_version", "agent_version", "platform"):

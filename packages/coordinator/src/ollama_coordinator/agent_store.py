@@ -39,14 +39,16 @@ class AgentStore:
         now = self._clock.now()
         for row in await self._store.agents():
             registration = row.registration
-            is_linked, address = registration.link, registration.ip_address
+            # The address of a machine with a link is of another network.
+            address = registration.ip_address
+            machine = "" if registration.link else machine_of(address)
             agent = AgentState(
                 row.id,
                 registration,
                 registered_at=row.registered_at,
                 heard_at=min(now, self._clock.monotonic(row.last_seen)),
                 left=row.has_left,
-                host=place_of(registration) if is_linked else machine_of(address),
+                host=place_of(registration, machine),
                 settings=msgspec.json.decode(row.settings, type=AgentSettings),
             )
             if row.tags:

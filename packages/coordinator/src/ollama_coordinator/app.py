@@ -70,7 +70,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster) -> Parts:
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
     links = Links()
-    upstreams = Upstreams(clock, links)
+    upstreams = Upstreams(clock, links, registry.api_keys)
     limits = Limits(config.history_rows, config.history_days)
     aliases = Aliases(registry, store)
     observation = Observation(dispatch, store, limits, status_of=status_of)

@@ -20,7 +20,7 @@ from .agent_store import AgentStore
 from .dispatch import Dispatch, Held
 from .model_probes import ModelProbes
 from .registry import AgentState, shown_capabilities, shown_content
-from .upstream import TimedOut, Unreachable, Upstreams
+from .upstream import TimedOut, Unreachable, Upstreams, bearer
 
 log = logging.getLogger(__name__)
 
@@ -262,16 +262,21 @@ class Monitor:
         if self._registry.note_probe(agent, found.version, frozenset(found.coordinators)):
             self._agent_store.keep(agent)
 
-    async def version_at(self, url: str) -> VersionReply:
-        """What the Ollama at a URL says of itself.
+    async def version_at(self, url: str, *, api_key: str = "") -> VersionReply:
+        """What the Ollama at a URL says of itself; `api_key` is of one that is not an agent yet.
 
         Raises:
             InCircles: it is a coordinator that asks this one.
             Unreachable: it does not answer as an Ollama does.
         """
         status, body = await self._upstreams.fetch(
-            "GET", f"{url}/api/version", seconds=PROBE_SECONDS
+            "GET",
+            f"{url}/api/version",
+            seconds=PROBE_SECONDS,
+            headers=[bearer(api_key)] if api_key else (),
         )
+        if status == 401:
+            raise Unreachable("asks for an API key (401): add its URL again, with the right one")
         if status == 403:
             raise Unreachable("refuses requests from here; set OLLAMA_HOST=0.0.0.0 on that machine")
         if status not in (200, LOOP_DETECTED):

@@ -16,7 +16,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from secrets import token_hex
@@ -82,6 +82,14 @@ UNACKNOWLEDGED_MILLISECONDS = 20_000
 """The same for a machine that does not acknowledge what it is sent."""
 
 
+NO_KEYS: Mapping[str, str] = {}
+
+
+def bearer(key: str) -> tuple[str, str]:
+    """The header with an API key (RFC 6750)."""
+    return ("Authorization", f"Bearer {key}")
+
+
 class UpstreamError(OllamaCoordinatorError):
     """An agent's Ollama did not give a whole answer."""
 
@@ -132,14 +140,23 @@ class Upstreams:
     A machine that vanished is noticed by TCP itself (keep-alive, unacknowledged data) and by the
     monitor's probes.
 
+    `api_keys` are by URLs of Ollamas. A request gets the key of its own Ollama and of no other; no
+    redirect is followed.
+
     A kept connection that its agent closes just when a request goes out says nothing about the
     agent. Where it ends at once and before a byte of an answer, the request is sent once more, on
     a new connection. One that ends later may have been worked on meanwhile, as in a cold load.
     """
 
-    def __init__(self, clock: Clock | None = None, links: Links | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        links: Links | None = None,
+        api_keys: Mapping[str, str] = NO_KEYS,
+    ) -> None:
         self._clock = Clock() if clock is None else clock
         self._links = Links() if links is None else links
+        self._api_keys = api_keys
         self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
@@ -173,7 +190,15 @@ class Upstreams:
         """
         before = passed.get()
         via = f"{before},{self.instance_id}" if before else self.instance_id
-        return _Opened(self._send(method, url, [*headers, (VIA_HEADER, via)], body, stream))
+        sent = [*headers, (VIA_HEADER, via)]
+        if self._api_keys and (key := self._key_of(str(url))):
+            sent.append(bearer(key))
+        return _Opened(self._send(method, url, sent, body, stream))
+
+    def _key_of(self, url: str) -> str:
+        """The API key of the Ollama that a URL leads to; empty where it has none."""
+        bases = (base for base in self._api_keys if url.startswith((f"{base}/api/", f"{base}/v1/")))
+        return self._api_keys.get(max(bases, key=len, default=""), "")
 
     async def _send(
         self,
@@ -224,6 +249,7 @@ class Upstreams:
         url: str,
         *,
         seconds: float,
+        headers: Iterable[tuple[str, str]] = (),
         body: bytes = b"",
         tries: int = LAG_TRIES,
         limit: int = SMALL_ANSWER_BYTES,
@@ -237,12 +263,22 @@ class Upstreams:
         """
         began = self._clock.now()
         try:
-            async with asyncio.timeout(seconds), self.open(method, url, body=body) as response:
+            async with (
+                asyncio.timeout(seconds),
+                self.open(method, url, headers=headers, body=body) as response,
+            ):
                 return response.status, await whole(response, limit)
         except TimeoutError as exc:
             if tries and self._clock.has_lagged_since(began):
+                tries -= 1
                 return await self.fetch(
-                    method, url, seconds=seconds, body=body, tries=tries - 1, limit=limit
+                    method,
+                    url,
+                    seconds=seconds,
+                    headers=headers,
+                    body=body,
+                    tries=tries,
+                    limit=limit,
                 )
             other = "" if LINK_DOMAIN in url else ", or a firewall in the way"
             text = f"no answer within {seconds:g} s; is its Ollama stuck{other}?"

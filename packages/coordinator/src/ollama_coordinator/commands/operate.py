@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
@@ -85,23 +86,56 @@ async def show_agent(client: Client, agent: Agent, json: Json = False) -> None:
 @asks
 async def add(
     client: Client,
-    address: Annotated[
-        str, typer.Argument(metavar="HOST[:PORT]", help="Where an Ollama without agent answers.")
+    addresses: Annotated[
+        list[str],
+        typer.Argument(metavar="URL|HOST[:PORT]...", help="Where Ollamas without agent answer."),
     ],
     name: Annotated[str, typer.Option("--name", help="What people call it.")] = "",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="A file with the key they ask for."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Add an Ollama that runs without an agent; it must be reachable from the coordinator."""
+    """Add Ollamas that run without an agent; the coordinator must reach them."""
+    if name and len(addresses) > 1:
+        raise NoAnswer("give --name for one address at a time")
+    try:
+        key = "" if api_key_file is None else api_key_file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise NoAnswer(f"{api_key_file} cannot be read: {exc}") from exc
+    added, failures = [], []
+    for address in addresses:
+        try:
+            answer = await client.json("POST", "/api/agents", _added(address, name, key))
+        except NoAnswer as exc:
+            failures.append(str(exc))
+            continue
+        row = await client.json("GET", f"/api/agents/{answer['agent_id']}")
+        added.append(row)
+        if not json:
+            console().print(Text(f"{answer['status']}: {row['machine_name']}, {_state(row)}"))
+    if json and added:
+        shown_json(added[0] if len(addresses) == 1 else added)
+    if failures:
+        raise NoAnswer("; ".join(failures))
+
+
+def _added(address: str, name: str, api_key: str) -> dict[str, object]:
+    """The body that adds an Ollama.
+
+    Raises:
+        NoAnswer: the text is no address.
+    """
+    if "://" in address:
+        return {"url": address, "machine_name": name, "api_key": api_key}
     host, _, port = address.rpartition(":") if address.count(":") == 1 else (address, "", "11434")
     if not port.isdigit():
-        raise NoAnswer(f"{address} is no address: give HOST or HOST:PORT")
+        raise NoAnswer(f"{address} is no address: give HOST, HOST:PORT or a URL")
+    if api_key:
+        raise NoAnswer(f"give the URL of an Ollama that asks for a key, such as http://{address}")
     facts = {"machine_name": name or host, "ip_address": host, "ollama_port": int(port)}
-    answer = await client.json("POST", "/api/agents", {**facts, "ollama_version": "unknown"})
-    row = await client.json("GET", f"/api/agents/{answer['agent_id']}")
-    if json:
-        shown_json(row)
-        return
-    console().print(Text(f"{answer['status']}: {name or host}, {_state(row)}"))
+    return {**facts, "ollama_version": "unknown"}
 
 
 @agents.command("drain")

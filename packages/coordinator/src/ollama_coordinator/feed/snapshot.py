@@ -161,6 +161,7 @@ class Snapshots:
         since = standing.since if standing and standing.state == state else now
         row["since"] = _iso(self._clock.utc(since))
         row["relay"] = agent.registration.relay_port is not None
+        row["by_url"] = agent.registration.url is not None
         row["outdated"] = _is_older(agent.registration.agent_version or "", self._version)
         row["preference"] = agent.settings.preference
         row["backup_seconds"] = agent.settings.backup_seconds

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from urllib.parse import urlsplit
 
 from msgspec import UNSET, Struct
 
@@ -21,7 +22,12 @@ its network for a moment is back within a second or two."""
 
 
 def url_of(registration: RegisterRequest) -> str:
-    """The URL of its port, where its Ollama listens or the relay before it; no trailing slash."""
+    """The URL that an operator added, or that of its Ollama's port, or of the relay before it.
+
+    It has no trailing slash.
+    """
+    if registration.url is not None:
+        return registration.url
     port = registration.relay_port or registration.ollama_port
     return f"http://{netloc(registration.ip_address, port)}"
 
@@ -40,8 +46,16 @@ def endpoints(registration: RegisterRequest, host: str = "") -> frozenset[tuple[
     return frozenset(found | {(host, registration.ollama_port)} if host == LOOPBACK else found)
 
 
-def place_of(registration: RegisterRequest) -> str:
-    """The `host` of a machine with a link: its disk, or its process, and its address there."""
+def place_of(registration: RegisterRequest, machine: str) -> str:
+    """The `host` of an agent whose address was found to be that of a machine.
+
+    Of one with a link: its disk, or its process, and its address in its own network. Behind one
+    address may be several Ollamas, each below a path of its own.
+    """
+    if registration.url is not None:
+        return machine + urlsplit(registration.url).path
+    if not registration.link:
+        return machine
     identity = registration.machine_id or registration.instance_id or registration.machine_name
     return f"link {identity} {same_host(registration.ip_address)}"
 
@@ -50,6 +64,7 @@ class AgentSettings(Struct, frozen=True):
     """What an operator sets for one agent; kept across restarts.
 
     A backup is taken only where all others would take `backup_seconds` longer; 0 for no backup.
+    `api_key` is sent to its Ollama and to nobody else; nothing shows it.
     """
 
     display_name: str | None = None
@@ -58,6 +73,7 @@ class AgentSettings(Struct, frozen=True):
     draining: bool = False
     preference: float = 1.0
     backup_seconds: float = 0.0
+    api_key: str = ""
 
 
 class Cooldown(Struct, frozen=True):

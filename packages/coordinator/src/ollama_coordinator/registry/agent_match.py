@@ -209,9 +209,13 @@ Identity = tuple[str, str | int]
 
 
 class Identities:
-    """The agents by each thing that identifies them: machine id, name, host and port."""
+    """The agents by each thing that identifies them: machine id, name, host and port.
+
+    `api_keys` are those of Ollamas that an operator added, by their URLs; empty where one has none.
+    """
 
     def __init__(self) -> None:
+        self.api_keys: dict[str, str] = {}
         self._agents: defaultdict[Identity, set[AgentId]] = defaultdict(set)
 
     def __len__(self) -> int:
@@ -221,6 +225,8 @@ class Identities:
         """Add an agent under everything that it reports."""
         for one in (*_claims(agent), *agent.endpoints):
             self._agents[one].add(agent.id)
+        if agent.registration.url is not None:
+            self.api_keys[agent.url] = agent.settings.api_key
 
     def discard(self, agent: AgentState) -> None:
         """Remove an agent: before it reports something else, or when it is removed."""
@@ -228,6 +234,8 @@ class Identities:
             self._agents[one].discard(agent.id)
             if not self._agents[one]:
                 del self._agents[one]
+        if agent.registration.url is not None:
+            self.api_keys.pop(agent.url, None)
 
     def alike(self, agent: AgentState) -> set[AgentId]:
         """The other agents with its Ollama port and its machine id or its name.

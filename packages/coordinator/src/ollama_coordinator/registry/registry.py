@@ -68,6 +68,11 @@ class Registry:
         self._capabilities: dict[str, list[str]] = {}
 
     @property
+    def api_keys(self) -> Mapping[str, str]:
+        """The API keys of Ollamas that an operator added, by their URLs."""
+        return self._identities.api_keys
+
+    @property
     def agent_timeout(self) -> float:
         """After how many seconds of silence an agent is offline."""
         return self._agent_timeout
@@ -261,7 +266,9 @@ class Registry:
             UnknownAgent: there is none.
         """
         agent = self.get(agent_id)
+        self._identities.discard(agent)
         agent.settings = settings
+        self._identities.add(agent)
         self.changes += 1
         return agent
 

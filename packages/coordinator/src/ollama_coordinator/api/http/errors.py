@@ -174,7 +174,15 @@ async def decode(
     Raises:
         HttpError: 400 with the field and its fault; 413 beyond `limit` bytes or so many `commas`.
     """
-    body = await own_body(request, limit)
+    return decoded(kind, await own_body(request, limit), commas=commas)
+
+
+def decoded(kind: type[T], body: bytes, *, commas: int = DECODED_COMMAS) -> T:
+    """A body that was read as a value of this type.
+
+    Raises:
+        HttpError: as `decode`.
+    """
     if body.count(b",") > commas:
         raise HttpError(413, f"request body has too many values: the limit is {commas} commas")
     if not body.strip():

@@ -48,7 +48,7 @@ class Media(Struct, frozen=True):
 
 
 class Either(Struct, frozen=True):
-    """An answer that is of one type or of another."""
+    """A body that is of one type or of another."""
 
     one: Any
     other: Any
@@ -57,10 +57,10 @@ class Either(Struct, frozen=True):
 class RouteDescription(Struct, frozen=True):
     """One method of one path.
 
-    `takes` is the type of the body; `gives` the body of each answer by its status: a type, an
-    `Either`, a `Media` or several of them for what is not JSON, `None` for no body. `errors` are
-    the statuses that have an `ErrorBody`. `relays`: it also answers
-    the errors of an agent's Ollama, with their status.
+    `takes` is the type of the body, or an `Either`; `gives` the body of each answer by its status:
+    a type, an `Either`, a `Media` or several of them for what is not JSON, `None` for no body.
+    `errors` are the statuses that have an `ErrorBody`. `relays`: it also answers the errors of an
+    agent's Ollama, with their status.
     """
 
     summary: str
@@ -179,8 +179,7 @@ def _own(path: str, declared: RouteDescription, types: "_Types") -> Json:
     if parameters:
         described["parameters"] = parameters
     if declared.takes is not None:
-        content = {"application/json": {"schema": types.of(declared.takes)}}
-        described["requestBody"] = {"required": True, "content": content}
+        described["requestBody"] = {"required": True, "content": types.content(declared.takes)}
     described["responses"] = _responses(declared, types)
     return described
 

@@ -1,8 +1,10 @@
 """`/api/agents`: registration, the list, an operator's settings of one agent, and its log."""
 
 import asyncio
+import re
 import socket
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import msgspec
@@ -13,15 +15,24 @@ from starlette.responses import Response
 from ollama_coordinator.access import Caller, Denied, Right, caller_of, check_address, secret_in
 from ollama_coordinator.agent_logs import LogView
 from ollama_coordinator.aio import Slices
-from ollama_coordinator.api.http.errors import JSON, HttpError, decode, log_event, reply
-from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.errors import (
+    DECODED_BYTES,
+    JSON,
+    HttpError,
+    decode,
+    decoded,
+    log_event,
+    own_body,
+    reply,
+)
+from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.journal import AgentEvent
-from ollama_coordinator.monitor import InCircles, VersionReply
+from ollama_coordinator.monitor import LIST_BYTES, InCircles, VersionReply
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentSettings, AgentState, Registration, place_of, url_of
 from ollama_coordinator.scheduler import Estimate
-from ollama_coordinator.upstream import Unreachable
-from ollama_coordinator_common.network import machine_of, parse_address
+from ollama_coordinator.upstream import Unreachable, bearer
+from ollama_coordinator_common.network import machine_of, netloc, parse_address
 from ollama_coordinator_common.printable import check_printable
 from ollama_coordinator_common.protocol import (
     AgentView,
@@ -37,6 +48,10 @@ FIRST_LOOK_SECONDS = 1.0
 
 LOOKUP_SECONDS = 1.0
 """How long a host name may take to look up: an agent waits 5 s for its registration."""
+
+
+CHECK_SECONDS = 10.0
+"""How long an Ollama that is added may take to list its models."""
 
 
 Label = Annotated[str, Meta(max_length=100)]
@@ -59,6 +74,52 @@ class SettingsPatch(Struct, frozen=True, forbid_unknown_fields=True):
             check_printable("a label", *self.labels)
         if isinstance(self.notes, str):
             check_printable("notes", self.notes, lines=True)
+
+
+class UrlRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /api/agents` with the URL of an Ollama without an agent, such as https://HOST/PATH.
+
+    It may be behind TLS, a path, or an API key, which is sent there as a bearer token.
+    """
+
+    url: Annotated[str, Meta(max_length=2000)]
+    api_key: Annotated[str, Meta(max_length=4096)] = ""
+    machine_name: Annotated[str, Meta(max_length=253)] = ""
+
+    def __post_init__(self) -> None:
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key is none that a header can carry")
+
+    def registration(self, version: str = "unknown") -> RegisterRequest:
+        """What is kept of it, but for the key.
+
+        Raises:
+            ValueError: the URL is none of an Ollama.
+        """
+        parts = urlsplit(self.url.strip())
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+            raise ValueError("give a URL such as https://gateway.example/ollama")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("give the key as api_key, and not in the URL, which is shown")
+        if parts.query or parts.fragment or not is_plain(parts.path):
+            raise ValueError("give a URL without a query, with a path of plain characters")
+        usual = DEFAULT_PORTS[parts.scheme]
+        port = parts.port or usual
+        where = netloc(parts.hostname, port)
+        place = (where.removesuffix(f":{port}") if port == usual else where) + parts.path.rstrip(
+            "/"
+        )
+        return RegisterRequest(
+            machine_name=self.machine_name or place,
+            ip_address=parts.hostname,
+            ollama_version=version,
+            ollama_port=port,
+            url=f"{parts.scheme}://{place}",
+        )
+
+
+is_plain = re.compile(r"[A-Za-z0-9._~/%@:+,-]*").fullmatch
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class ModelOnAgent(Struct, frozen=True):
@@ -99,6 +160,7 @@ class AgentsApi:
         self._registry = parts.registry
         self._dispatch = parts.dispatch
         self._monitor = parts.monitor
+        self._upstreams = parts.upstreams
         self._agent_store = parts.agent_store
         self._operations = parts.operations
         self._observation = parts.observation
@@ -110,7 +172,7 @@ class AgentsApi:
         self._keys = parts.access.keys
 
     @operation(
-        takes=RegisterRequest,
+        takes=Either(RegisterRequest, UrlRequest),
         gives={200: RegisterReply, 201: RegisterReply},
         errors=(403, 409, 503),
     )
@@ -118,9 +180,15 @@ class AgentsApi:
         """Register a machine, or renew its registration.
 
         201 `registered`, or 200 `updated` for a machine that is known already. One with `link` is
-        reached once it has opened that.
+        reached once it has opened that. With `url` an operator adds an Ollama that has no agent: it
+        is asked first, and kept if it answers.
         """
-        wanted = await decode(RegisterRequest, request)
+        body = await own_body(request, DECODED_BYTES)
+        if b'"url"' in body and "url" in decoded(dict[str, msgspec.Raw], body):
+            return await self._add(decoded(UrlRequest, body), request)
+        return await self._register(decoded(RegisterRequest, body), request)
+
+    async def _register(self, wanted: RegisterRequest, request: Request) -> Response:
         caller, secret = caller_of(request.scope), secret_in(request.scope)
 
         def believed(agent: AgentState) -> bool:
@@ -132,7 +200,7 @@ class AgentsApi:
             raise self._unknown(wanted, secret, request)
         host = await self._host_of(wanted.ip_address, caller)
         if wanted.link:
-            host = place_of(wanted)
+            host = place_of(wanted, host)
         now = self._clock.now()
         if not (may_join or self._registry.renews(wanted, now, believed, host=host)):
             raise self._unknown(wanted, secret, request)
@@ -169,6 +237,56 @@ class AgentsApi:
         reached = UNSET if wanted.link or found is not None else False
         answer = RegisterReply(agent.id, status, reached)
         return reply(answer, 201 if done.created else 200)
+
+    async def _add(self, asked: UrlRequest, request: Request) -> Response:
+        """Add an Ollama by its URL, or change the API key of one that was added."""
+        caller = caller_of(request.scope)
+        if not caller.rights & Right.OPERATE:
+            raise caller.needs(Right.OPERATE)
+        try:
+            wanted = asked.registration()
+        except ValueError as exc:
+            raise HttpError(400, f"url: {exc}") from exc
+        host = place_of(wanted, await self._host_of(wanted.ip_address, caller))
+        version = await self._checked(url_of(wanted), asked.api_key)
+        wanted = structs.replace(wanted, ollama_version=version)
+        now = self._clock.now()
+        done = self._registry.register(
+            wanted, AgentId(str(uuid4())), self._clock.utc(now), now, host=host
+        )
+        agent = done.agent
+        if agent.registration.url is not None:  # else a machine's own agent has this Ollama
+            settings = structs.replace(agent.settings, api_key=asked.api_key)
+            self._registry.update_settings(agent.id, settings)
+        await self._agent_store.keep_now(agent)
+        log_event("Ollama added" if done.created else "Ollama added again", agent, url=agent.way)
+        self._dispatch.agent_failed.set()
+        await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
+        status = "registered" if done.created else "updated"
+        return reply(RegisterReply(agent.id, status), 201 if done.created else 200)
+
+    async def _checked(self, url: str, api_key: str) -> str:
+        """The version of the Ollama at a URL, which answers to this key.
+
+        Raises:
+            HttpError: it does not (400).
+        """
+        try:
+            found = await self._monitor.version_at(url, api_key=api_key)
+            if not found.version:
+                raise Unreachable("is no Ollama: give the URL before its /api")
+            status, _ = await self._upstreams.fetch(
+                "GET",
+                f"{url}/api/tags",
+                seconds=CHECK_SECONDS,
+                headers=[bearer(api_key)] if api_key else (),
+                limit=LIST_BYTES,
+            )
+            if status != 200:
+                raise Unreachable(f"lists no models: /api/tags is answered with {status}")
+        except Unreachable as exc:
+            raise HttpError(400, f"{url} was not added: {exc}") from exc
+        return found.version
 
     def _note(self, done: Registration, secret: str, caller: Caller) -> None:
         """Note from where a machine of the fleet spoke, and that its token is used."""

@@ -66,7 +66,7 @@ export function outdatedText(agent) {
 
 /** Version, address with relay or link, and the platform. */
 export function aboutText(agent) {
-  const address = `${agent.ip_address}${agent.link ? " by its link" : `:${agent.ollama_port}${agent.relay ? " by relay" : ""}`}`;
+  const address = agent.by_url ? agent.url : `${agent.ip_address}${agent.link ? " by its link" : `:${agent.ollama_port}${agent.relay ? " by relay" : ""}`}`;
   return [agent.ollama_version && `Ollama ${agent.ollama_version}`, address, agent.models && `${count(agent.models)} model${agent.models === 1 ? "" : "s"} on disk`, agent.platform]
     .filter(Boolean).join(" · ");
 }

@@ -49,7 +49,7 @@ export async function openJoining() {
   const asking = joinRequests();
   const dialog = openDialog("Add a machine", h("div.stack", null,
     h("p", null, "Run one line on a machine that has Ollama. It needs Python 3.11 or uv, and no open port. ", h("a", { href: "join", target: "_blank" }, "What it does")),
-    lines, asking, waiting, come));
+    lines, urlForm(), asking, waiting, come));
   const draw = () => {
     if (!store.ready) return;
     const there = Object.values(store.state.agents).filter((agent) => agent.state !== "offline");
@@ -69,6 +69,34 @@ export async function openJoining() {
     await makeToken();
     lines.update();
   }
+}
+
+/** Ollamas without an agent, each by its URL; those that were added leave the list. */
+function urlForm() {
+  const urls = h("textarea", { rows: 2, required: true, placeholder: "https://gateway.example/ollama", spellcheck: "false" });
+  const key = h("input", { type: "password", autocomplete: "off" });
+  const add = h("button.primary", null, "Add");
+  const problems = h("ul.problems", { role: "alert" });
+  const submit = async (event) => {
+    event.preventDefault();
+    add.disabled = true;
+    problems.replaceChildren();
+    const left = [];
+    for (const url of urls.value.split(/\s+/).filter(Boolean)) {
+      try {
+        await call("POST", "/api/agents", { url, api_key: key.value });
+      } catch (error) {
+        left.push(url);
+        problems.append(h("li", null, error.message));
+      }
+    }
+    urls.value = left.join("\n");
+    if (!left.length) key.value = "";
+    add.disabled = false;
+  };
+  return h("details", null, h("summary", null, "An Ollama without an agent"),
+    h("form", { onsubmit: submit }, h("label.field", null, "Its URL; one on each line", urls), h("label.field", null, "API key, if they ask for one", key), problems,
+      h("div.actions", null, add)));
 }
 
 function joinedRow(agent) {

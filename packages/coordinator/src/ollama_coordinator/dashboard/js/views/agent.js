@@ -75,7 +75,7 @@ class AgentView extends View {
     this.bars.update(agent);
     this.slots.update(agent);
     const values = {
-      Address: `${agent.ip_address}:${agent.ollama_port}`, "Reached at": agent.link ? "the link that its agent opens" : agent.relay ? `${agent.url} (the agent's relay)` : null,
+      Address: `${agent.ip_address}:${agent.ollama_port}`, "Reached at": agent.by_url ? agent.url : agent.link ? "the link that its agent opens" : agent.relay ? `${agent.url} (the agent's relay)` : null,
       Ollama: agent.ollama_version, Agent: agent.agent_version ?? "none, bare Ollama", Platform: agent.platform,
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
       "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),

@@ -6,7 +6,7 @@ import { store } from "../store.js";
 import { empty, segmented } from "../parts/bits.js";
 import { agentCard } from "../parts/agent-card.js";
 import { agentRow, agentRowHead } from "../parts/agent-row.js";
-import { joinLines, joinRequests } from "../parts/joining.js";
+import { joinLines, joinRequests, openJoining } from "../parts/joining.js";
 
 const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
@@ -108,7 +108,7 @@ class FleetView extends View {
     this.nothing.append(empty("fleet", "No machine yet",
       h("p", null, "Run one line on each machine that has Ollama. It appears on this page within seconds."),
       joinLines(),
-      h("p", null, "An Ollama without an agent can be added too: POST its machine_name, ip_address, ollama_version and ollama_port to /api/agents.")));
+      h("p", null, "An Ollama without an agent can be added too, by its URL: ", h("button.small", { onclick: openJoining }, "Add a machine"))));
   }
 }
 
