@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,10 @@ class Machines:
         state = str(self._folder / "state")
         return self.run(
             self.network.machine, "agent", programs.command("ollama-coordinator-agent"),
-            COORDINATOR_URL=f"http://{COORDINATOR}:{PORT}", AGENT_STATE_DIR=state,
-            AGENT_MANAGE_OLLAMA="false", **settings,
+            **{
+                "COORDINATOR_URL": f"http://{COORDINATOR}:{PORT}", "AGENT_STATE_DIR": state,
+                "AGENT_MANAGE_OLLAMA": "false", **settings,
+            },
         )  # fmt: skip
 
     @asynccontextmanager
@@ -186,6 +189,45 @@ async def machines(network: Network, tmp_path: Path) -> AsyncIterator[Machines]:
     ):
         await coordinator.says("coordinator listens")
         yield machines
+
+
+MOVED = "10.77.0.9"
+
+
+@pytest.mark.spec("JOIN-9")
+@pytest.mark.skipif(find_spec("zeroconf") is None, reason="needs zeroconf, an extra")
+async def test_a_coordinator_is_found_by_multicast_dns_and_found_again_once_it_has_moved(
+    network: Network, tmp_path: Path
+) -> None:
+    machines = Machines(network, tmp_path)
+    network.unfilter("shut")  # an answer to a question to all looks unasked
+
+    def coordinator(name: str, port: int) -> Started:
+        return machines.run(
+            network.center, name, programs.command("ollama-coordinator"),
+            COORDINATOR_PORT=str(port), DATABASE_URL=f"sqlite:///{tmp_path}/{name}.db",
+        )  # fmt: skip
+
+    async with coordinator("first", PORT) as first, coordinator("second", 8081) as second:
+        await first.says("announced on the network")
+        await second.says("announced on the network")
+        async with machines.agent(COORDINATOR_URL="") as agent:
+            # Which one is meant?
+            await agent.says("several coordinators answer on the network")
+            await second.kill()
+            await agent.says(f"found the coordinator url=http://{COORDINATOR}:{PORT} ")
+            await first.says("agent registered")
+            async with coordinator("second", 8081) as second:
+                await second.says("announced on the network")
+                await first.kill()
+                await agent.says("another one is not followed")
+                for verb, address in (("del", COORDINATOR), ("add", MOVED)):
+                    where = (f"{address}/24", "dev", "cable")
+                    _run("ip", "-n", network.center, "address", verb, *where)
+                async with coordinator("first", 9090) as first:
+                    await agent.says(f"found the coordinator url=http://{MOVED}:9090 ")
+                    await first.says("agent updated")
+                assert "agent registered" not in second.output
 
 
 @pytest.mark.spec("LINK-3")

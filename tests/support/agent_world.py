@@ -42,8 +42,11 @@ class Report(HealthReport, frozen=True):
 class Coordinator:
     """Takes registrations and heartbeats on a real socket and keeps them."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", identity: str = "one") -> None:
+        self.identity = identity
         self.registrations: list[RegisterRequest] = []
+        self.asked_by: list[dict[str, str]] = []
+        self.tokens: list[str | None] = []
         self.reports: list[Report] = []
         self.known: set[str] = set()
         self.answer: web.Response | None = None
@@ -76,6 +79,7 @@ class Coordinator:
         app = web.Application()
         app.router.add_post(f"{self._prefix}/api/agents", self._register)
         app.router.add_get(f"{self._prefix}/api/agents", self._list)
+        app.router.add_get(f"{self._prefix}/healthz", self._healthz)
         app.router.add_post(f"{self._prefix}/api/health", self._health)
         app.router.add_post(f"{self._prefix}/api/agents/{{agent_id}}/log", self._log)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -100,12 +104,17 @@ class Coordinator:
 
     async def _register(self, request: web.Request) -> web.StreamResponse:
         registration = msgspec.json.decode(await request.read(), type=RegisterRequest)
+        self.tokens.append(request.headers.get("X-Api-Key"))
         await self._note(lambda: self.registrations.append(registration))
         if self.answer is not None:
             return _again(self.answer)
         agent_id = f"agent-{registration.ollama_port}"
         self.known.add(agent_id)
         return web.json_response({"agent_id": agent_id, "status": "registered"}, status=201)
+
+    async def _healthz(self, request: web.Request) -> web.StreamResponse:
+        self.asked_by.append(dict(request.headers))
+        return web.json_response({"status": "ok", "agents_online": 0, "id": self.identity})
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
         now = datetime.now(UTC).isoformat()

@@ -103,7 +103,7 @@ def test_a_wrong_setting_is_explained(
 @pytest.mark.spec("AGENT-3")
 def test_what_is_not_given_has_its_default() -> None:
     config = read({})
-    assert config.coordinator_url == "http://localhost:8080"
+    assert config.coordinator_urls == ()
     assert config.ollama_port == 11434
     assert (config.machine_name, config.ip_address, config.state_dir) == (None, None, None)
     assert config.manage_ollama

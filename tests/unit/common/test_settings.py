@@ -15,10 +15,7 @@ def test_the_defaults_are_those_of_the_first_version() -> None:
     assert (config.host, config.port) == ("0.0.0.0", 8080)
     assert config.database_url == "sqlite://coordinator.db"
     assert (config.health_check_interval, config.agent_timeout) == (30, 60)
-    assert (AgentConfig().coordinator_url, AgentConfig().ollama_port) == (
-        "http://localhost:8080",
-        11434,
-    )
+    assert AgentConfig().ollama_port == 11434
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentStatus
 
 from .client import CoordinatorClient, CoordinatorError
+from .coordinators import DEFAULT, Coordinators
 from .daemon import AgentParts, Daemon
 from .display import StatusView
 from .metrics import FIRST_SAMPLE_SECONDS, Meter
@@ -64,12 +65,13 @@ async def assembled(
         meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
         stack.enter_context(meter)
         ollama = Ollama(session, host, config.ollama_port)
+        client = CoordinatorClient(session, secret=state.secret(), token=join_token(config))
+        reach = Reach(config, relay, state, changed, pace)
         parts = AgentParts(
-            client=CoordinatorClient(
-                session, config.coordinator_url, secret=state.secret(), token=join_token(config)
-            ),
+            client=client,
+            coordinators=Coordinators(config, client, reach, state),
             watch=Watch(ollama, supervisor, environ, changed, pace),
-            reach=Reach(config, relay, state, changed, pace),
+            reach=reach,
             transport=Transport(config, state),
             meter=meter,
             state=state,
@@ -109,16 +111,20 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
     async with aiohttp.ClientSession() as session:
         ollama = Ollama(session, host, config.ollama_port)
         facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)
-        client = CoordinatorClient(session, config.coordinator_url)
-        coordinator_trouble = await _look_at_coordinator(client, agent_id)
-    address = await own_address(config)
+        client = CoordinatorClient(session)
+        for url in config.coordinator_urls or (state.last_run.coordinator_url or DEFAULT,):
+            client.follow(url)
+            coordinator_trouble = await _look_at_coordinator(client, agent_id)
+            if coordinator_trouble is None:
+                break
+    address = await own_address(config, client.url)
     is_relayed = address and await needs_relay(config, address, host)
     meter.read()
     await asyncio.sleep(FIRST_SAMPLE_SECONDS)  # the CPU's share is that since the previous look
     readings = meter.read()
     return StatusView(
         machine_name=machine_name(config),
-        coordinator_url=config.coordinator_url,
+        coordinator_url=client.url,
         ollama_url=ollama.url,
         facts=facts,
         readings=readings,

@@ -21,6 +21,7 @@ from ollama_coordinator_common.protocol import (
     AgentView,
     HealthReply,
     HealthReport,
+    Healthz,
     LogReport,
     RegisterReply,
     RegisterRequest,
@@ -35,6 +36,9 @@ refuse a host name that cannot be encoded."""
 
 NO_LINKS = (404, 426, 501)
 """An older coordinator, a proxy that leaves the upgrade out, a server that cannot change over."""
+
+HEALTHZ_BYTES = 64 * 1024
+"""More than a coordinator answers."""
 
 UNKNOWN = (401, 404)
 """No such agent, or its secret is of none: it registers again."""
@@ -71,7 +75,7 @@ class CoordinatorClient:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        url: str,
+        url: str = "",
         *,
         secret: str = "",
         token: JoinToken | None = None,
@@ -79,9 +83,28 @@ class CoordinatorClient:
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
+        self._gives_token = True
         self._headers = {PROOF_HEADER: secret} if secret else {}
         self._joining = {"X-Api-Key": token.secret} if token is not None else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+
+    def follow(self, url: str, *, gives_token: bool = True) -> None:
+        """Speak to the coordinator at another URL; a join token is not for everybody."""
+        self.url, self._gives_token = url.rstrip("/"), gives_token
+
+    async def identity_at(self, url: str) -> str | None:
+        """The id of the coordinator at a URL, empty where it tells none; `None`: none answers.
+
+        Nothing of this machine is sent.
+        """
+        try:
+            async with self._session.get(
+                f"{url}/healthz", timeout=self._timeout, allow_redirects=False
+            ) as response:
+                body = await response.content.read(HEALTHZ_BYTES)
+            return msgspec.json.decode(body, type=Healthz).id
+        except (*TRANSPORT_ERRORS, msgspec.DecodeError):
+            return None
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
         """Register this machine; the reply has the agent's id.
@@ -90,7 +113,8 @@ class CoordinatorClient:
             CoordinatorError: see the module's tree; never `Forgotten`.
         """
         content = msgspec.json.encode(request)
-        status, body = await self._call("POST", "/api/agents", content, self._joining)
+        joining = self._joining if self._gives_token else NONE
+        status, body = await self._call("POST", "/api/agents", content, joining)
         if status == 404:
             raise self._not_a_coordinator("it answers 404 to a registration")
         self._check(status, body)

@@ -22,6 +22,7 @@ from .client import (
     Forgotten,
     Rejected,
 )
+from .coordinators import Coordinators
 from .display import StatusView
 from .link.link import CoordinatorLink, LinkLost
 from .metrics import SHOWS_USE, Meter
@@ -39,6 +40,7 @@ class AgentParts(Struct, frozen=True, kw_only=True):
     """What a daemon works with; `changed` brings the next heartbeat forward."""
 
     client: CoordinatorClient
+    coordinators: Coordinators
     watch: Watch
     reach: Reach
     transport: Transport
@@ -92,6 +94,7 @@ class Daemon:
     async def _one_registration(self) -> float:
         """Register, then report until the coordinator forgets us or what was registered changes."""
         try:
+            await self.parts.coordinators.choose()
             request = self._request(await self.parts.reach.refresh())
             reply = await self.parts.client.register(request)
             if reply.agent_id != self.agent_id:
@@ -121,9 +124,7 @@ class Daemon:
             self._backoff.reset()
         except CoordinatorError as exc:
             self._note_trouble(exc)
-            if self.parts.transport.is_link and isinstance(exc, Rejected):
-                self.parts.transport.give_up(asyncio.get_running_loop().time())
-            return self._delay_after(exc)
+            return self._delay_after_registration(exc)
         return 0.0
 
     async def _open_link(self, agent_id: AgentId) -> None:
@@ -161,9 +162,9 @@ class Daemon:
             next_at = loop.time() + self._pace.heartbeat
             try:
                 is_watched = await self._beat(link or self.parts.client, agent_id)
-            except (Forgotten, LinkLost):
-                raise
             except CoordinatorError as exc:
+                if self._ends_registration(exc):
+                    raise
                 self._note_trouble(exc)
                 next_at = loop.time() + self._delay_after(exc)
             else:
@@ -175,6 +176,12 @@ class Daemon:
             if link is not None and link.reached is not None:
                 self.parts.transport.note(link.reached, is_running=self._is_running)
                 link.reached = None
+
+    def _ends_registration(self, exc: CoordinatorError) -> bool:
+        """Whether a heartbeat that failed is followed by another registration, maybe elsewhere."""
+        if isinstance(exc, Forgotten | LinkLost):
+            return True
+        return self.parts.coordinators.has_others and not isinstance(exc, Rejected)
 
     async def _beat(self, channel: CoordinatorClient | CoordinatorLink, agent_id: AgentId) -> bool:
         """Send one heartbeat, and do what its answer asks for; whether an operator looks on."""
@@ -245,6 +252,14 @@ class Daemon:
     def _delay_after(self, exc: CoordinatorError) -> float:
         """The seconds until the next try; after a refusal only an operator can change anything."""
         return self._pace.rejected if isinstance(exc, Rejected) else self._backoff.next()
+
+    def _delay_after_registration(self, exc: CoordinatorError) -> float:
+        """The same for one that failed; without a delay if there is another coordinator to try."""
+        if not isinstance(exc, Rejected):
+            return 0.0 if self.parts.coordinators.failed() else self._backoff.next()
+        if self.parts.transport.is_link:
+            self.parts.transport.give_up(asyncio.get_running_loop().time())
+        return self._delay_after(exc)
 
     def view(self) -> StatusView:
         """What the terminal shows."""

@@ -96,7 +96,7 @@ def to_coordinators_version(context: typer.Context, settings: AgentConfig) -> No
     try:
         url = joined_to(folder)
         if is_given(context, "coordinator_url"):
-            url = settings.coordinator_url
+            url = next(iter(settings.coordinator_urls), url)
         asyncio.run(upgrade(url, folder, os.environ))
     except OllamaCoordinatorError as exc:
         last_words(str(exc), settings.log_format)

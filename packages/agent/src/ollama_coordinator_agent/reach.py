@@ -90,7 +90,7 @@ class Reach:
         self._relay_is_open = asyncio.Event()
         self._reminder = Reminder()
         self._addresses: list[str] = []
-        self._coordinator = coordinator_address(config.coordinator_url)
+        self._coordinator = ("", 80)
 
     @property
     def relayed_requests(self) -> int:
@@ -101,6 +101,10 @@ class Reach:
     def target(self) -> tuple[str, int]:
         """Where Ollama listens on this machine."""
         return self._relay.target
+
+    def follow(self, url: str) -> None:
+        """Offer what the coordinator at a URL reaches."""
+        self._coordinator = coordinator_address(url)
 
     async def run(self) -> None:
         """Refresh the offer every now and then, and run the relay once it is needed."""
@@ -182,11 +186,11 @@ async def needs_relay(config: AgentConfig, address: str, ollama_host: str) -> bo
     return not await accepts(address, config.ollama_port)
 
 
-async def own_address(config: AgentConfig) -> str | None:
+async def own_address(config: AgentConfig, url: str) -> str | None:
     """The address under which the coordinator reaches this machine; `None` if it is unknown."""
     if config.ip_address:
         return config.ip_address
-    host, port = coordinator_address(config.coordinator_url)
+    host, port = coordinator_address(url)
     return local_address(await resolve(host, port), port)
 
 

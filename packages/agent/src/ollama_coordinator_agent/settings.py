@@ -28,9 +28,10 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
     """
     config = AgentConfig.read(texts)
     try:
-        config = structs.replace(config, coordinator_url=coordinator_url(config.coordinator_url))
+        urls = ",".join(map(coordinator_url, config.coordinator_urls))
     except ValueError as exc:
         raise ConfigError("COORDINATOR_URL", config.coordinator_url, str(exc)) from exc
+    config = structs.replace(config, coordinator_url=urls)
     if config.ip_address and not is_address(config.ip_address):
         expected = "give an address such as 192.168.1.20, without scheme and port"
         raise ConfigError("AGENT_IP_ADDRESS", config.ip_address, expected)

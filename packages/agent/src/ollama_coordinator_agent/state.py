@@ -108,12 +108,17 @@ class ChildRecord(Struct, frozen=True):
 
 
 class LastRun(Struct, frozen=True):
-    """What the agent of one Ollama knows of its last run; `linked`: it was reached by a link."""
+    """What the agent of one Ollama knows of its last run; `linked`: it was reached by a link.
+
+    `coordinator` is the id of the one that it found, which was at `coordinator_url` last.
+    """
 
     agent_id: str | None = None
     instance_id: str | None = None
     relay_port: int | None = None
     linked: bool = False
+    coordinator: str | None = None
+    coordinator_url: str | None = None
     child: ChildRecord | None = None
 
 

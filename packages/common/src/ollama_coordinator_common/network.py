@@ -40,6 +40,17 @@ NO_MACHINE = tuple(
 )
 """Networks in which no Ollama can be."""
 
+PRIVATE_NETWORKS = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
+        "fc00::/7",  # unique local addresses, RFC 4193
+        *("169.254.0.0/16", "fe80::/10"),  # link-local
+        "100.64.0.0/10",  # RFC 6598: carriers' networks, Tailscale
+    )
+)
+"""Exactly these; Python's `is_private` has others, such as 203.0.113.0/24, and lacks the last."""
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv4 addresses as IPv6 hosts see them (RFC 6052)."""
 
@@ -120,6 +131,11 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a host; a name other than localhost is not looked up."""
     address = parse_address(host)
     return host == "localhost" if address is None else address.is_loopback
+
+
+def is_private(address: Address) -> bool:
+    """Whether an address, which is not IPv4 inside IPv6, is of a private network."""
+    return any(address in network for network in PRIVATE_NETWORKS)
 
 
 def is_no_machine(address: Address) -> bool:

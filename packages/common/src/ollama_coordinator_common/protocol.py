@@ -63,6 +63,20 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
             )
 
 
+class Healthz(Struct, frozen=True):
+    """What an agent reads of `GET /healthz`: `id` is the coordinator's own, for as long as its
+    database lives; an earlier version gives none.
+    """
+
+    agents_online: int
+    id: str = ""
+
+
+SERVICE = "_ollama-coord._tcp.local."
+"""The coordinator as multicast DNS names it (RFC 6763; a name has at most 15 letters). Its TXT
+record has the `id`, and the `scheme` of its URL where that is not http."""
+
+
 class RegisterReply(Struct, frozen=True):
     """The agent's id, to be sent with every heartbeat, and `registered` or `updated`.
 

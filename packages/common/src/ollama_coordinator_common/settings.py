@@ -363,6 +363,10 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     log_format: Annotated[str, Setting(
         "COORDINATOR_LOG_FORMAT", "How a line of the log looks", choices=LOG_FORMATS,
     )] = LOG_FORMATS[0]
+    announce: Annotated[bool, Setting(
+        "COORDINATOR_ANNOUNCE",
+        "Whether agents on the private network that have no URL find it, by multicast DNS",
+    )] = True
     access_log: Annotated[bool, Setting(
         "COORDINATOR_ACCESS_LOG", "Whether each request is a line of the log",
     )] = False
@@ -377,8 +381,10 @@ class AgentConfig(Config, frozen=True, kw_only=True):
     """How an agent runs."""
 
     coordinator_url: Annotated[str, Setting(
-        "COORDINATOR_URL", "The coordinator", metavar="URL",
-    )] = "http://localhost:8080"
+        "COORDINATOR_URL",
+        "The coordinator; several, split by commas, are tried in turn; looked for if not given",
+        metavar="URL",
+    )] = ""
     join_token: Annotated[str, Setting(
         "AGENT_JOIN_TOKEN", "The join token with which this machine comes into the fleet",
         metavar="TOKEN", secret=True,
@@ -431,4 +437,9 @@ class AgentConfig(Config, frozen=True, kw_only=True):
     log_format: Annotated[str, Setting(
         "AGENT_LOG_FORMAT", "How a line of the log looks", choices=LOG_FORMATS,
     )] = LOG_FORMATS[0]
+
+    @property
+    def coordinator_urls(self) -> tuple[str, ...]:
+        """The coordinators that are tried in turn; none: it is looked for."""
+        return tuple(url.strip() for url in self.coordinator_url.split(",") if url.strip())
 # fmt: on

@@ -34,6 +34,7 @@ from .db import Store, database_of, files_beside
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
 from .front import Fronted
+from .identity import Identity
 from .journal import Limits, Observation, SavedSparklines
 from .link import Links
 from .monitor import Monitor
@@ -92,6 +93,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster) -> Parts:
     snapshots = Snapshots(dispatch, observation, operations, attention, config)
     return Parts(
         settings=settings,
+        identity=Identity(store),
         access=access,
         machines=machines,
         clock=clock,
@@ -139,6 +141,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.cluster.leading(parts.store))
         stack.enter_context(parts.clock.watching())
         await parts.agent_store.restore()
+        await parts.identity.restore()
         await parts.machines.restore()
         await parts.aliases.restore()
         config = parts.settings.config

@@ -16,6 +16,7 @@ from .db import Store
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
 from .http1 import ConnectionLimits
+from .identity import Identity
 from .journal import Observation
 from .link import Links
 from .monitor import Monitor
@@ -37,6 +38,7 @@ class Parts(Struct, kw_only=True, eq=False):
     """
 
     settings: Settings
+    identity: Identity
     access: Access
     machines: KnownMachines
     clock: Clock

@@ -12,8 +12,9 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from types import FrameType
+from typing import Any
 
 from hypercorn.config import Config
 from starlette.applications import Starlette
@@ -30,6 +31,7 @@ from .cluster import Cluster
 from .db import DatabaseError, SharedDatabase, Store, database_of
 from .front import Front
 from .http1 import BACKLOG, ConnectionLimits, capacity, serve
+from .identity import announce
 from .parts import Parts
 from .settings import Settings
 from .upstream import Upstreams
@@ -209,7 +211,11 @@ class Process:
         # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
         app.router.lifespan_context = _empty_lifespan
         try:
-            async with asyncio.timeout(None) as closing, running(parts):
+            async with (
+                asyncio.timeout(None) as closing,
+                running(parts),
+                beside(*self._announcing(parts)),
+            ):
                 self._parts, parts.connections = parts, self._limits
                 try:
                     yield app
@@ -219,6 +225,11 @@ class Process:
             log.error("not everything could be closed", extra={"within_seconds": CLOSING_SECONDS})
         finally:
             self._parts = None
+
+    def _announcing(self, parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
+        """What tells the network where this coordinator is, while it leads."""
+        if self._config.announce:
+            yield announce(parts.identity, self._config.host, self._port)
 
     # ── one of several ────────────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from msgspec import Struct
 
 from ollama_coordinator_common.error import ConfigError
-from ollama_coordinator_common.network import Address, parse_address
+from ollama_coordinator_common.network import Address, is_private, parse_address
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Hops = list[bytes]
@@ -30,17 +30,6 @@ class Zone(IntEnum):
     PRIVATE = 1
     PUBLIC = 2
 
-
-PRIVATE_NETWORKS = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
-        "fc00::/7",  # unique local addresses, RFC 4193
-        *("169.254.0.0/16", "fe80::/10"),  # link-local
-        "100.64.0.0/10",  # RFC 6598: carriers' networks, Tailscale
-    )
-)
-"""Exactly these; Python's `is_private` has others, such as 203.0.113.0/24, and lacks the last."""
 
 CHAINS = (b"x-forwarded-for", b"forwarded")
 """Headers with every hop, oldest first."""
@@ -71,7 +60,7 @@ def zone_of(address: Address) -> Zone:
     """The zone of an address that is not IPv4 inside IPv6."""
     if address.is_loopback:
         return Zone.LOOPBACK
-    return Zone.PRIVATE if _is_in(address, PRIVATE_NETWORKS) else Zone.PUBLIC
+    return Zone.PRIVATE if is_private(address) else Zone.PUBLIC
 
 
 def _is_in(address: Address, networks: Iterable[Network]) -> bool:

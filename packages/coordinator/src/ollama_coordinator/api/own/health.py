@@ -42,6 +42,7 @@ class CoordinatorView(Struct, frozen=True):
 class HealthView(Struct, frozen=True):
     """`GET /healthz`. `status` is ok or stopping; `database` is ok or its problem.
 
+    `id` stays the same as long as the database does: agents know their coordinator by it.
     `leader` and `coordinators` are there where several coordinators can share the database.
     """
 
@@ -51,6 +52,7 @@ class HealthView(Struct, frozen=True):
     in_flight: int
     waiting: int
     database: str
+    id: str
     leader: LeaderView | UnsetType = UNSET
     coordinators: list[CoordinatorView] | UnsetType = UNSET
 
@@ -170,6 +172,7 @@ class HealthApi:
             database=self._parts.store.problem or "ok",
             leader=self._leader(),
             coordinators=self._coordinators(),
+            id=self._parts.identity.id,
         )
 
     def _leader(self) -> LeaderView | UnsetType:
