@@ -19,6 +19,7 @@ from support.coordinator import serving
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 NEXT = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 
 MALFORMED = {
@@ -59,6 +60,7 @@ SMUGGLED = {
     "a huge chunk": CHUNKED + b"fffffffffffffffff\r\nabc\r\n",
     "a hexadecimal chunk": CHUNKED + b"0x3\r\nabc\r\n0\r\n\r\n",
     "a length as trailer": CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
+    "another expectation": HEAD + b"Expect: more\r\nContent-Length: 3\r\n\r\nabc",
     "CONNECT": b"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n",
     "HTTP/2 outright": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "HTTP/3": b"GET / HTTP/3.0\r\nHost: x\r\n\r\n",
@@ -72,7 +74,7 @@ SMUGGLED = {
     "a Host that is no name": b"GET / HTTP/1.1\r\nHost: <\xff>\r\n\r\n",
 }
 
-REFUSED = {400, 405, 431, 501, 505}
+REFUSED = {400, 405, 417, 431, 501, 505}
 
 HYPERCORN_ACCEPTS = {
     "a path with a broken escape",
@@ -88,6 +90,7 @@ HYPERCORN_ACCEPTS = {
     "control characters",
     "a huge chunk",
     "a length as trailer",
+    "another expectation",
     "CONNECT",
     "HTTP/2 outright",
     "HTTP/3",
@@ -238,6 +241,55 @@ async def test_the_head_goes_out_with_the_first_piece(client: Client, shows: Sho
     # From Python 3.12 on, a closing server waits for every answer that still runs.
     shows.release.set()
     assert (await client.reader.readuntil(b"0\r\n\r\n")).startswith(b"4\r\nlast")
+
+
+@AUTO  # Hypercorn's closes it.
+@pytest.mark.spec("OPERATION-10")
+@pytest.mark.parametrize("path", [b"echo", b"chunks"])
+async def test_http_1_0_keeps_a_connection_where_the_client_asks_for_it(
+    client: Client, path: bytes
+) -> None:
+    client.send(b"GET /%b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" % path)
+    answer = await client.answer()
+    assert answer.status == 200
+    if path == b"chunks":  # whose end would not be seen
+        assert await client.ends() == b""
+        return
+    assert answer.headers["connection"] == "keep-alive"
+    client.send(GET)
+    assert (await client.answer()).status == 200
+
+
+@AUTO  # Hypercorn's reads the rest of any body.
+@pytest.mark.spec("OPERATION-10")
+@pytest.mark.parametrize("length", [1, 256 * 1024])
+async def test_a_small_body_that_nobody_reads_is_read_and_the_connection_kept(
+    client: Client, length: int
+) -> None:
+    client.send(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length)
+    assert (await client.answer()).status == 413  # before any of the body
+    client.send(b"x" * length, GET)
+    assert (await client.answer()).status == 200
+
+
+@AUTO
+@pytest.mark.spec("OPERATION-10")
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"Content-Length: 262145\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 3\r\nExpect: 100-continue\r\n",
+    ],
+    ids=["large", "of unknown length", "not asked for"],
+)
+async def test_the_connection_ends_where_a_body_that_nobody_reads_may_not_end(
+    client: Client, more: bytes
+) -> None:
+    client.send(b"POST /refuse HTTP/1.1\r\nHost: x\r\n", more, b"\r\n")
+    answer = await client.answer()
+    assert (answer.status, answer.headers["connection"]) == (413, "close")
+    assert await client.ends() == b""
 
 
 # ── the hook ──────────────────────────────────────────────────────────────────────────────────

@@ -63,8 +63,9 @@ ROUTER = (
     Case("wrong method, blob", "PUT", f"/api/blobs/{DIGEST}", b"x", status=405),
     Case("wrong method, delete", "POST", "/api/delete", {}, status=405),
     Case("options without an origin", "OPTIONS", "/api/chat", status=405),
-    Case("slash too many, GET", "GET", "/api/tags/", status=301),
-    Case("slash too many, query", "GET", "/api/tags/?a=1", status=301),
+    Case("slash too many, GET", "GET", "/api/tags/", status=301, kind=HTML),
+    Case("slash too many, query", "GET", "/api/tags/?a=1", status=301, kind=HTML),
+    Case("slash too many, escape", "GET", "/api/tags%2F", status=301, kind=HTML),
     Case("slash too many, POST", "POST", "/api/chat/", {}, status=307),
     Case("slash too many, models", "GET", "/v1/models/", status=301),
     Case("slash too many, wrong method", "POST", "/api/tags/", {}, status=404),
@@ -108,6 +109,10 @@ SHOW = (
         {"model": 7},
         status=400,
         says=WRONG_TYPE.format("ShowRequest"),
+    ),
+    *(
+        Case(f"show, {body!r}", "POST", "/api/show", body, status=400, says="unexpected EOF")
+        for body in (b"1.", b"1e", b"-")
     ),
     Case("show, trailing data", "POST", "/api/show", b'{"model": ""} x', status=400),
 )
@@ -564,6 +569,22 @@ TRANSFER = (
         status=400,
         says='name "a b" is invalid',
     ),
+    Case(
+        "delete, a name in quotes",
+        "DELETE",
+        "/api/delete",
+        {"model": 'a"\\b'},
+        status=400,
+        says=r'name "a\"\\b" is invalid',
+    ),
+    Case(
+        "copy, a name in quotes",
+        "POST",
+        "/api/copy",
+        {"source": "é\n", "destination": "made"},
+        status=400,
+        says='source "é\\n" is invalid',
+    ),
     Case("blob, HEAD of none", "HEAD", f"/api/blobs/{DIGEST}", status=404),
     Case(
         "blob, bad digest",
@@ -803,6 +824,7 @@ HOSTS = (
 BROWSER = (
     Case("page of this machine", "GET", "/api/version", headers={"Origin": "http://localhost:3"}),
     Case("page of an app", "GET", "/api/version", headers={"Origin": "app://obsidian.md"}),
+    Case("a page in capitals", "GET", "/", headers={"Origin": "http://LOCALHOST"}, status=403),
     Case("foreign page", "GET", "/api/version", headers={"Origin": "https://a.test"}, status=403),
     Case(
         "foreign page, preflight",

@@ -7,7 +7,6 @@ import ipaddress
 import re
 import socket
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 ALLOWED_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0")
@@ -46,10 +45,10 @@ def host_allowed(header: str) -> bool:
 def origin_allowed(origin: str, host_header: str, extra: Sequence[str]) -> bool:
     if origin in (f"http://{host_header}", f"https://{host_header}"):
         return True
-    parts = urlsplit(origin)
-    if parts.scheme in ALLOWED_SCHEMES:
-        return True
-    if parts.scheme in ("http", "https") and parts.hostname in LOCAL_NAMES:
+    scheme, _, rest = origin.partition("://")
+    if scheme in ALLOWED_SCHEMES or (
+        scheme in ("http", "https") and rest.split(":")[0] in LOCAL_NAMES
+    ):
         return True
     return any(fnmatch.fnmatchcase(origin, pattern) for pattern in extra)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +27,8 @@ _COMPLAINTS = {
 }
 
 
+_CUT_NUMBER = re.compile(r"-|-?\d+(\.|(\.\d+)?[eE][-+]?)")
+
 EARLY_FLAGS = ("stream", "insecure", "verbose", "truncate", "raw")
 EARLY_TEXTS = ("role",)
 """They have the same type wherever they occur; checked before the route looks at anything."""
@@ -48,6 +51,8 @@ def first_value(body: bytes) -> Any:
     text = body.decode("utf-8", "replace").lstrip(" \t\r\n")
     if not text:
         raise BadBody("EOF")
+    if _CUT_NUMBER.fullmatch(text):
+        raise BadBody("unexpected EOF")
     try:
         value, _ = _DECODER.raw_decode(text)
     except json.JSONDecodeError as exc:

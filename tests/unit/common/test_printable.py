@@ -2,7 +2,12 @@
 
 import pytest
 
-from ollama_coordinator_common.printable import all_printable, check_printable, printable
+from ollama_coordinator_common.printable import (
+    all_printable,
+    check_printable,
+    printable,
+    quoted,
+)
 
 STEERING = (
     *("\x00", "\x07", "\x1b[2J", "\x7f", "\x9b31m"),
@@ -35,3 +40,23 @@ def test_what_is_shown_has_an_escape_for_each() -> None:
     assert [printable(text) for text in SHOWN] == SHOWN
     decoded = {"na\x07me": ["x\ty\nz\x1b", 7, None, {"a": "\ufeff"}]}
     assert all_printable(decoded) == {r"na\x07me": ["x\ty\nz\\x1b", 7, None, {"a": r"\ufeff"}]}
+
+
+@pytest.mark.spec("SURFACE-1")
+@pytest.mark.parametrize(
+    ("text", "as_go"),
+    [
+        ("a b", '"a b"'),
+        ("a\"'\\", '"a\\"\'\\\\"'),
+        ("\a\b\f\n\r\t\v", r'"\a\b\f\n\r\t\v"'),
+        ("\0\x1f\x7f", r'"\x00\x1f\x7f"'),
+        ("é模😀", '"é模😀"'),
+        ("\u00a0\u202e\U000e0001", r'"\u00a0\u202e\U000e0001"'),
+    ],
+)
+def test_a_text_in_quotes_is_as_go_writes_it(text: str, as_go: str) -> None:
+    assert quoted(text) == as_go
+
+
+def test_a_character_has_its_own_quotation_mark() -> None:
+    assert (quoted("'", "'"), quoted('"', "'")) == (r"'\''", "'\"'")

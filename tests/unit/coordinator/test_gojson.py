@@ -40,6 +40,10 @@ GO = "api.ShowRequest"
         (b"NaN", "invalid character 'N' looking for beginning of value"),
         (b"[]", "json: cannot unmarshal array into Go value of type api.ShowRequest"),
         (b"7", "json: cannot unmarshal number into Go value of type api.ShowRequest"),
+        (b"1.5e3 x", "json: cannot unmarshal number into Go value of type api.ShowRequest"),
+        (b"1.", "unexpected EOF"),
+        (b"-1.5e", "unexpected EOF"),
+        (b"1E+", "unexpected EOF"),
         (b"[" * 100_000, "json: exceeded max depth"),
     ],
 )

@@ -499,7 +499,15 @@ LONG_NAME = b'{"model":"' + b"m" * 10_000_000 + b'"}'
         (b'{"model":}', (400, "invalid character '}' looking for beginning of value")),
         (b'{"model":"m","messages":[1 2]}', (400, "invalid character '2' after array element")),
         (b"[]", (400, f"{GO} array into Go value of type api.ChatRequest")),
-        (b"7", (400, f"{GO} value into Go value of type api.ChatRequest")),
+        (b" []", (400, f"{GO} array into Go value of type api.ChatRequest")),
+        (b'"' + b"x" * 100_000 + b'"', (400, f"{GO} string into Go value of type api.ChatRequest")),
+        (b"7", (400, f"{GO} number into Go value of type api.ChatRequest")),
+        (b"x", (400, "invalid character 'x' looking for beginning of value")),
+        (b"null", (400, "model is required")),
+        (b"[1", (400, "unexpected EOF")),
+        (b"[" * 10_001, (400, "invalid character '[' exceeded max depth")),
+        (b"[" * 10_000, (400, "unexpected EOF")),
+        (b'{"a":' * 10_001, (400, "invalid character '{' exceeded max depth")),
         (
             b'{"model":7}',
             (400, f"{GO} number into {FIELD}"),
@@ -520,6 +528,12 @@ async def test_a_large_body_that_is_wrong_is_refused(body: bytes, answer: tuple[
     with pytest.raises(HttpError) as caught:
         await read(body)
     assert (caught.value.status, str(caught.value)) == answer
+
+
+@pytest.mark.spec("PROXY-21")
+async def test_what_only_go_reads_in_so_many_brackets_is_passed_over() -> None:
+    deep = b'{"model":"m","more":%b1%b}' % (b"[" * 5000, b"]" * 5000)
+    assert (await read(deep)).name == "m"
 
 
 @pytest.mark.spec("OPERATION-30")

@@ -6,6 +6,8 @@ OllamaCoordinatorError
     └── ConflictingSource   a name that asks for a local and a cloud model at once
 """
 
+from .printable import quoted
+
 
 class OllamaCoordinatorError(Exception):
     """The root of every error this project raises on purpose."""
@@ -33,4 +35,4 @@ class ConflictingSource(InvalidModelName):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.args = (f'use either :local or :cloud, not both: "{text}"',)
+        self.args = (f"use either :local or :cloud, not both: {quoted(text)}",)

@@ -53,3 +53,24 @@ def _escape_all_but_breaks(found: re.Match[str]) -> str:
 
 def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
+
+
+# ── as Go quotes it ──────────────────────────────────────────────────────────────────────────
+
+_ESCAPED = {"\a": "a", "\b": "b", "\t": "t", "\n": "n", "\v": "v", "\f": "f", "\r": "r", "\\": "\\"}
+
+
+def quoted(text: str, mark: str = '"') -> str:
+    """A text as Go's `%q` writes it, and so Ollama in its errors."""
+    return f"{mark}{''.join(_escaped(character, mark) for character in text)}{mark}"
+
+
+def _escaped(character: str, mark: str) -> str:
+    code = ord(character)
+    if character == mark or character in _ESCAPED:
+        return f"\\{_ESCAPED.get(character, character)}"
+    if character.isprintable():
+        return character
+    if code < 0x20 or code == 0x7F:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import posixpath
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import NamedTuple
 
 from aiohttp import web
@@ -107,11 +108,9 @@ async def not_allowed(exchange: Exchange) -> web.StreamResponse:
 
 
 async def _redirect(exchange: Exchange) -> web.StreamResponse:
-    moved = 301 if exchange.request.method == "GET" else 307
-    answer = exchange.nothing(moved)
     query = exchange.request.query_string
-    answer.headers["Location"] = exchange.path.rstrip("/") + (f"?{query}" if query else "")
-    return answer
+    location = exchange.path.rstrip("/") + (f"?{query}" if query else "")
+    return _moved(exchange, 301 if exchange.request.method == "GET" else 307, location)
 
 
 def unclean(exchange: Exchange) -> web.StreamResponse | None:
@@ -124,11 +123,13 @@ def unclean(exchange: Exchange) -> web.StreamResponse | None:
         clean += "/"
     if clean == path:
         return None
-    location = clean + (f"?{query}" if query else "")
-    if exchange.request.method not in ("GET", "HEAD"):
-        answer = exchange.nothing(307)
-    else:
-        page = f'<a href="{html.escape(location)}">Temporary Redirect</a>.\n\n'
-        answer = exchange.text(page, 307, "text/html; charset=utf-8")
+    return _moved(exchange, 307, clean + (f"?{query}" if query else ""))
+
+
+def _moved(exchange: Exchange, status: int, location: str) -> web.StreamResponse:
+    answer = exchange.nothing(status)
+    if exchange.request.method in ("GET", "HEAD"):
+        page = f'<a href="{html.escape(location)}">{HTTPStatus(status).phrase}</a>.\n\n'
+        answer = exchange.text(page, status, "text/html; charset=utf-8")
     answer.headers["Location"] = location
     return answer

@@ -17,6 +17,7 @@ from .lookup import (
     SIGNIN_URL,
     both_sources,
     cloud_refusal,
+    quoted,
     require_file,
     require_name,
     resolve,
@@ -74,11 +75,11 @@ async def copy(exchange: Exchange) -> web.StreamResponse:
     ends = {key: fields.text(key) for key in ("source", "destination")}
     for key, name in ends.items():
         if names.parse(name) is None or name != name.strip():
-            raise ApiError(400, f'{key} "{name}" is invalid')
+            raise ApiError(400, f"{key} {quoted(name)} is invalid")
     store = exchange.node.store
     source = store.find(ends["source"])
     if source is None:
-        raise ApiError(404, f'model "{ends["source"]}" not found')
+        raise ApiError(404, f"model {quoted(ends['source'])} not found")
     store.copy(source, ends["destination"])
     return exchange.nothing()
 
@@ -89,7 +90,7 @@ async def delete(exchange: Exchange) -> web.StreamResponse:
     if names.names_both_sources(asked):
         raise ApiError(400, both_sources(asked))
     if names.parse(names.split_source(asked)[0]) is None:
-        raise ApiError(400, f'name "{asked}" is invalid')
+        raise ApiError(400, f"name {quoted(asked)} is invalid")
     if exchange.node.store.remove(asked.strip()) is None:
         raise ApiError(404, single_quoted(asked))
     return exchange.nothing()

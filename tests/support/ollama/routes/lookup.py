@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from support.ollama import names
 from support.ollama.models import Model
 from support.ollama.node import Node
@@ -70,8 +72,12 @@ def require_file(model: Model, missing: str) -> None:
         raise ApiError(404, missing)
 
 
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # as Go's %q, but for what is not printable
+
+
 def both_sources(asked: str) -> str:
-    return f'use either :local or :cloud, not both: "{asked}"'
+    return f"use either :local or :cloud, not both: {quoted(asked)}"
 
 
 def single_quoted(asked: str) -> str:

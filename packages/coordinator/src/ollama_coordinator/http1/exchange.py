@@ -48,7 +48,7 @@ class Exchange:
     def keeps_connection(self) -> bool:
         """Whether another request may follow."""
         closes = self._framing is None or self._framing.closes
-        return self.ended and self.request.complete and not closes
+        return self.ended and not closes
 
     def scope(self, connection: Scope) -> Scope:
         """The request's ASGI scope; `connection` has what all of the connection's share."""
@@ -120,10 +120,17 @@ class Exchange:
                 await self._writer.resumed()
         elif message["type"] == "http.response.start" and not begun:
             self._start = message
+            if self.request.refusal is not None:
+                self._refuse(self.request.refusal)  # whatever the application makes of its body
+                return
             # The head goes out with the first piece of body, if that follows at once.
             asyncio.get_running_loop().call_soon(self._write_head)
         else:
             raise RuntimeError(f"'{message['type']}' is not due in this answer")
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._writer.write(refusal.response(self._writer.common.lines()))
+        self.ended = True
 
     def _write_body(self, data: bytes, *, last: bool) -> None:
         framing, head = self._framing, b""
@@ -139,8 +146,7 @@ class Exchange:
         if self._start is None:
             raise RuntimeError("there is no answer")
         request = self.request
-        # The rest of a body that is not read to its end would be taken for the next request.
-        closes = self._writer.last_response or not (request.keep_alive and request.complete)
+        closes = self._writer.last_response or not request.can_be_followed()
         self._framing = ResponseFraming(
             self._start["status"],
             self._start.get("headers", ()),
@@ -170,14 +176,15 @@ class Exchange:
     def finish(self) -> None:
         """The application has returned: respond where it did not; end a pending `receive`."""
         request = self.request
-        if self._framing is None and not self.handed_over:
+        if self._framing is None and not self.ended:
             refusal = request.refusal
             if refusal is None and not request.ended_early:
                 refusal = Refusal(500, "the log has the reason")
             if refusal is not None:
-                self._writer.write(refusal.response(self._writer.common.lines()))
+                self._refuse(refusal)
         self._start = None
         request.end_early()
+        request.discard()
 
 
 def _path_and_query(target: bytes) -> tuple[bytes, bytes]:

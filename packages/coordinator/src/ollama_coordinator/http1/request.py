@@ -20,6 +20,9 @@ MAX_HEADERS = 256
 PLENTY_BYTES = 128 * 1024
 """So much of a body may wait for the application before the client has to: two socket reads."""
 
+UNWANTED_BYTES = 256 * 1024
+"""Of a body that nobody wants: more is not waited for, the connection ends instead."""
+
 HOST = re.compile(rb"[A-Za-z0-9!$%&()*+,\-.:;=\[\]'_~]*")
 """The characters of a Host header, as Go's servers check them; an empty one is right."""
 
@@ -27,6 +30,8 @@ BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 """Go's servers refuse such a path, and take any query."""
 
 FRAMING = (b"content-length", b"transfer-encoding")
+
+CONTINUE = b"100-continue"
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -42,7 +47,7 @@ class IncomingRequest:
     __slots__ = (
         *("method", "target", "version", "headers", "keep_alive", "expects_continue"),
         *("_pieces", "waiting_bytes", "complete", "ended_early", "refusal", "changed"),
-        "on_early_end",
+        *("on_early_end", "_discards"),
     )
 
     def __init__(
@@ -61,9 +66,12 @@ class IncomingRequest:
         self.refusal: Refusal | None = None
         self.changed = asyncio.Event()
         self.on_early_end: Callable[[], None] | None = None
+        self._discards = False
 
     def add(self, data: bytes) -> None:
         """A piece of the body arrived."""
+        if self._discards:
+            return
         self._pieces.append(data)
         self.waiting_bytes += len(data)
         self.changed.set()
@@ -80,6 +88,24 @@ class IncomingRequest:
         self.changed.set()
         if self.on_early_end is not None:
             self.on_early_end()
+
+    def discard(self) -> None:
+        """Nobody wants the rest of the body."""
+        self._discards = True
+        self.take()
+
+    def can_be_followed(self) -> bool:
+        """Whether another request may come on the connection, wherever its body is now.
+
+        As in Go's servers, a small rest of a body that nobody wants is read and dropped. A client
+        that waits to be asked for its body sends none.
+        """
+        if not self.keep_alive or self.complete:
+            return self.keep_alive
+        announced = dict(self.headers).get(b"content-length", b"")
+        if self.expects_continue or not 0 < len(announced) <= len(str(UNWANTED_BYTES)):
+            return False
+        return int(announced) <= UNWANTED_BYTES
 
     def take(self) -> bytes:
         """The part of the body that arrived since the last call."""
@@ -169,12 +195,11 @@ class RequestParser:
         fields = dict(self._headers)
         self._check_line(method)
         self._check(method, version, fields)
-        keep_alive = version == "1.1" and self._parser.should_keep_alive()
+        keep_alive = self._parser.should_keep_alive()
         self._current = IncomingRequest(
             method, self._target, version, self._headers, keep_alive=keep_alive
         )
-        if b"expect" in fields and version == "1.1":
-            self._current.expects_continue = fields[b"expect"].lower() == b"100-continue"
+        self._current.expects_continue = b"expect" in fields and version == "1.1"
         self._on_request(self._current)
 
     def on_body(self, data: bytes) -> None:
@@ -211,16 +236,21 @@ class RequestParser:
             self._refuse(400, "malformed escape in the path")
         if method == "CONNECT":
             self._refuse(405, "this is no proxy")
-        hosts = [name for name, _ in self._headers].count(b"host")
-        if hosts > 1 or (hosts == 0 and version == "1.1"):
-            self._refuse(400, "exactly one Host header is required")
-        if hosts and HOST.fullmatch(fields[b"host"]) is None:
-            self._refuse(400, "malformed Host header")
+        if fields.get(b"expect", CONTINUE).lower() != CONTINUE:
+            self._refuse(417, "the only expectation is 100-continue")
+        self._check_host(version, fields)
         if b"transfer-encoding" in fields:
             if version != "1.1":
                 self._refuse(400, "Transfer-Encoding needs HTTP/1.1")
             if fields[b"transfer-encoding"].lower() != b"chunked":
                 self._refuse(501, "the only transfer encoding is chunked")
+
+    def _check_host(self, version: str, fields: dict[bytes, bytes]) -> None:
+        hosts = [name for name, _ in self._headers].count(b"host")
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            self._refuse(400, "exactly one Host header is required")
+        if hosts and HOST.fullmatch(fields[b"host"]) is None:
+            self._refuse(400, "malformed Host header")
 
     def _refuse(self, status: int, reason: str) -> None:
         # httptools replaces an exception of a callback by one of its own: `feed` raises this one.

@@ -16,6 +16,9 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 CLOSE = b"connection: close\r\n"
 
+KEEP_ALIVE = b"connection: keep-alive\r\n"
+"""What an HTTP/1.0 client that asked for it wants to read."""
+
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -151,7 +154,8 @@ class ResponseFraming:
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
             raise ValueError("a header of the answer has a control character")
-        self.head = b"%b%b%b\r\n" % (head, common, CLOSE if self.closes else b"")
+        kept = KEEP_ALIVE if version == "1.0" else b""
+        self.head = b"%b%b%b\r\n" % (head, common, CLOSE if self.closes else kept)
 
     def _add_headers(self, lines: list[bytes], headers: Iterable[tuple[bytes, bytes]]) -> None:
         """The application's headers but those that this server decides on."""

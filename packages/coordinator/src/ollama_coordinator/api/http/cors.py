@@ -7,7 +7,6 @@ itself serves is not a foreign origin.
 import logging
 import time
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,15 +59,10 @@ class Origins:
 
 
 def _is_local(origin: str) -> bool:
-    scheme, separator, _ = origin.partition("://")
-    if not separator:
-        return False
-    if scheme in APP_SCHEMES:
-        return True
-    try:
-        return scheme in ("http", "https") and urlsplit(origin).hostname in LOCAL_NAMES
-    except ValueError:
-        return False  # such as a bracket that is never closed
+    scheme, separator, rest = origin.partition("://")
+    if scheme in ("http", "https"):
+        return rest.partition(":")[0] in LOCAL_NAMES
+    return bool(separator) and scheme in APP_SCHEMES
 
 
 def _matches(origin: str, parts: list[str]) -> bool:

@@ -9,6 +9,8 @@ import re
 import string
 from typing import Any, NoReturn
 
+from ollama_coordinator_common.printable import quoted
+
 from .errors import UnreadableBody
 
 KINDS = {
@@ -25,17 +27,25 @@ _WHERE = {
     "Expecting ':'": "after object key",
     "Invalid \\": "in string escape code",
 }
+SINGLE = "'"
+"""The quotation mark of a character."""
+
 LITERALS = ("true", "false", "null")
-DELETE = 0x7F
-_ESCAPED = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 39: "'", 92: "\\"}
 _TEXT_OR_FLAT = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++', re.DOTALL)
 """Everything but the brackets that are not in a text."""
 
 _NO_UTF8 = re.compile("[\\udc80-\\udcff]")
 """A byte that is no UTF-8, as `surrogateescape` writes it."""
 
+_CUT_NUMBER = re.compile(r"-?\d+(?:\.|(?:\.\d+)?[eE][-+]?)")
+"""Python takes what comes before the cut."""
+
 LONGEST_INTEGER = 400
 """Digits; a longer number is read as a float, since Python refuses to convert one of thousands."""
+
+
+class TooDeep(UnreadableBody):
+    """JSON in more brackets than Python reads, which are fewer than in Go."""
 
 
 class _Constant(ValueError):
@@ -79,13 +89,15 @@ def first_value(body: bytes, empty: str) -> Any:
     text = _NO_UTF8.sub("\ufffd", bytewise)
     try:
         value, _ = _decoder.raw_decode(text)
+        if KINDS.get(type(value)) == "number" and _CUT_NUMBER.fullmatch(text):
+            raise UnreadableBody(400, "unexpected EOF")
         return _whole(value) if "\\ud" in text or "\\uD" in text else value
     except json.JSONDecodeError as exc:
         raise UnreadableBody(400, _complaint(bytewise, exc)) from exc
     except _Constant as exc:
         raise UnreadableBody(400, str(exc)) from exc
     except RecursionError as exc:
-        raise UnreadableBody(400, "json: exceeded max depth") from exc
+        raise TooDeep(400, "json: exceeded max depth") from exc
 
 
 def _whole(value: Any) -> Any:
@@ -104,8 +116,8 @@ def _complaint(text: str, error: json.JSONDecodeError) -> str:
     at, where = _place(text, error)
     if at >= len(text) or error.msg.startswith("Unterminated"):
         return "unexpected EOF"
-    byte = text[at].encode(errors="surrogateescape")[0]
-    return f"invalid character {quoted(byte)} {where}"
+    character = chr(text[at].encode(errors="surrogateescape")[0])
+    return f"invalid character {quoted(character, SINGLE)} {where}"
 
 
 def _place(text: str, error: json.JSONDecodeError) -> tuple[int, str]:
@@ -163,16 +175,6 @@ def _after(text: str, at: int, characters: str) -> int:
     while at < len(text) and text[at] in characters:
         at += 1
     return at
-
-
-def quoted(byte: int) -> str:
-    """A byte as Go quotes a character."""
-    if byte in _ESCAPED:
-        return f"'\\{_ESCAPED[byte]}'"
-    if byte < ord(" ") or byte == DELETE:
-        return f"'\\x{byte:02x}'"
-    character = chr(byte)
-    return f"'{character}'" if character.isprintable() else f"'\\u{byte:04x}'"
 
 
 class Fields:

@@ -8,20 +8,25 @@ whether a value between the brackets is right is for Ollama to say.
 import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 from msgspec import Struct
 
 from ollama_coordinator.aio import Slices
+from ollama_coordinator_common.printable import quoted
 
 from .errors import HttpError, UnreadableBody
-from .gojson import Fields, first_value, quoted, read_fields
+from .gojson import SINGLE, Fields, TooDeep, first_value, read_fields
 
 Body = bytes | bytearray
 """A body in one piece; a bytearray where it came in several."""
 
 MOST_VALUES = 1_000_000
 """Texts, objects and lists in one body. As many words fit into no model; a million take 0.3 s."""
+
+MOST_DEPTH = 10_000
+"""Go's decoder reads no more brackets in brackets."""
 
 MOST_KEYS = 10_000
 """Of one object. No route of Ollama's reads more than some thirty."""
@@ -99,7 +104,7 @@ class Scan:
             if self._byte(at, end) != _COLON:
                 raise self._stray(at, "after object key")
             start = self._space(at + 1, end)
-            after = await self._value_end(start, end)
+            after = await self._value_end(start, end, outer=1)
             if key is not None:
                 found[key] = Span(start, after)
             if len(found) > MOST_KEYS:
@@ -130,6 +135,10 @@ class Scan:
                 raise self._stray(at, "after array element")
             at = self._space(at + 1, end)
         return None
+
+    async def value(self) -> None:
+        """Pass over the first value, whatever it is."""
+        await self._value_end(*self._bounds(None))
 
     async def pause(self) -> None:
         """Let other tasks run, if this slice is over."""
@@ -173,7 +182,9 @@ class Scan:
         return after
 
     def _stray(self, at: int, where: str) -> HttpError:
-        return UnreadableBody(400, f"invalid character {quoted(self._body[at])} {where}")
+        return UnreadableBody(
+            400, f"invalid character {quoted(chr(self._body[at]), SINGLE)} {where}"
+        )
 
     def _key(self, start: int, end: int) -> str | None:
         if end - start > LONGEST_KEY:
@@ -208,14 +219,15 @@ class Scan:
             at = matched.end()
             await self._slices.pause()
 
-    async def _value_end(self, at: int, end: int) -> int:
+    async def _value_end(self, at: int, end: int, *, outer: int = 0) -> int:
+        """After the value that begins here, in so many brackets."""
         body = self._body
         first = self._byte(at, end)
         if first == _QUOTE:
             return await self._text_end(at + 1, end)
         if first not in _OPENING:
             return await self._scalar_end(at, end)
-        depth = 0
+        depth = outer
         while True:
             matched = _FLAT.match(body, at, min(at + WINDOW_BYTES, end))
             at = at if matched is None else matched.end()
@@ -224,12 +236,14 @@ class Scan:
                 at = await self._text_end(at + 1, end)
             elif byte in _OPENING:
                 depth += 1
+                if depth > MOST_DEPTH:
+                    raise self._stray(at, "exceeded max depth")
                 at += 1
                 await self._counted()
             elif byte in _CLOSING:
                 depth -= 1
                 at += 1
-                if depth == 0:
+                if depth == outer:
                     return at
             else:
                 await self._slices.pause()
@@ -258,6 +272,17 @@ def is_small(body: Body) -> bool:
     )
 
 
+async def no_object(body: Body, go_type: str) -> Fields:
+    """As `gojson.read_fields`, for a large body that is no object: there are no fields in `null`.
+
+    Raises:
+        HttpError: 400, as Go says it.
+    """
+    await Scan(body).value()
+    start = bytes(body[: 2 * WINDOW_BYTES]).lstrip(b" \t\r\n")[:WINDOW_BYTES]
+    return read_fields({b"[": b"[]", b'"': b'""'}.get(start[:1], start), go_type)
+
+
 READ = (
     *("model", "name", "stream", "insecure", "from", "source", "destination"),
     *("files", "adapters", "draft_files"),
@@ -274,12 +299,12 @@ async def fields_of(body: bytes, go_type: str, turn: asyncio.Lock) -> Fields:
         HttpError: as `read_fields`; 413, it has too many values.
     """
     if is_small(body):
-        return read_fields(body, go_type)
+        with suppress(TooDeep):
+            return read_fields(body, go_type)
     async with turn:
         found = await Scan(body).members()
-    if found is None:
-        text = body.lstrip(b" \t\r\n")
-        return read_fields(b"[]" if text.startswith(b"[") else text[:WINDOW_BYTES], go_type)
+        if found is None:
+            return await no_object(body, go_type)
     spans = {name: found[name] for name in READ if name in found}
     return Fields(
         {

@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from html import escape
+from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +24,9 @@ from .errors import JSON, HttpError, error_reply, login_page
 from .headers import first
 
 access_log = logging.getLogger("ollama_coordinator.access_log")
+
+IN_PATHS = "/:@$&+,;="
+"""The characters that Go's servers leave as they are in a path."""
 
 CLIENT_LEFT = 499
 """The status of a request without an answer, as nginx logs it."""
@@ -253,12 +258,14 @@ class NearMiss:
     def _answer(self, scope: Scope) -> Response:
         path: str = scope["path"]
         raw = scope["raw_path"].decode("latin-1")
+        if raw == "*":  # the server as a whole: RFC 9110, section 9.3.7
+            return Response(status_code=200 if scope["method"] == "OPTIONS" else 400)
         if raw.startswith("/") and (clean := clean_path(raw)) != raw:
-            return _to_clean_path(clean, scope)
+            return _redirect(clean, 307, scope)
         trimmed = path.rstrip("/")
         if trimmed and trimmed != path and self._serves({**scope, "path": trimmed}):
-            target = _target(trimmed, scope)
-            return RedirectResponse(target, 301 if scope["method"] == "GET" else 307)
+            status = 301 if scope["method"] == "GET" else 307
+            return _redirect(quote(trimmed, safe=IN_PATHS), status, scope)
         return _text("404 page not found", 404)
 
     def _serves(self, scope: Scope) -> bool:
@@ -280,15 +287,11 @@ def clean_path(path: str) -> str:
     return "/" + "/".join(kept) + ("/" if kept and path.endswith("/") else "")
 
 
-def _target(path: str, scope: Scope) -> str:
-    """Where a redirect leads: below the key that stood in the path, with the query."""
+def _redirect(path: str, status: int, scope: Scope) -> Response:
+    """A redirect, below the key that stood in the path, with the page that Go's servers add."""
     query = scope["query_string"].decode("latin-1")
-    return f"{scope.get('key_prefix', '')}{path}" + (f"?{query}" if query else "")
-
-
-def _to_clean_path(clean: str, scope: Scope) -> Response:
-    target = _target(clean, scope)
+    target = f"{scope.get('key_prefix', '')}{path}" + (f"?{query}" if query else "")
     if scope["method"] not in ("GET", "HEAD"):
-        return Response(status_code=307, headers={"location": target})
-    page = f'<a href="{escape(target)}">Temporary Redirect</a>.\n\n'
-    return Response(page, 307, {"location": target}, "text/html; charset=utf-8")
+        return Response(status_code=status, headers={"location": target})
+    page = f'<a href="{escape(target)}">{HTTPStatus(status).phrase}</a>.\n\n'
+    return Response(page, status, {"location": target}, "text/html; charset=utf-8")

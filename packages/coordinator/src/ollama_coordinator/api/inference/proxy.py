@@ -142,13 +142,13 @@ class Proxy:
         """
         is_named = not isinstance(error, NoSuchModel) or error.name != ""
         agent = next(iter(self._parts.queries.routable()), None)
-        encoded = self._route.path == audio.PATH or b"content-encoding" in dict(scope["headers"])
-        if agent is None or encoded or not is_small(body):
+        plain = await plain_body(self._route, dict(scope["headers"]), body)
+        if agent is None or self._route.path == audio.PATH or not is_small(plain):
             return False
-        absent: Body | None = body
+        absent: Body | None = plain
         try:
             if is_named:
-                absent = await edited(body, {"model": b'"%b"' % token_hex(16).encode()})
+                absent = await edited(plain, {"model": b'"%b"' % token_hex(16).encode()})
             if absent is None:
                 return False
             async with (
@@ -156,7 +156,7 @@ class Proxy:
                 self._upstreams.open(
                     "POST",
                     agent.url + self._route.path,
-                    headers=to_ollama(scope["headers"]),
+                    headers=_uncompressed(to_ollama(scope["headers"])),
                     body=absent,
                 ) as response,
             ):
@@ -307,8 +307,7 @@ class Proxy:
                 body = await edited(plain, {"model": msgspec.json.encode(model)}) or body
         request = structs.replace(wanted, model=model_key(model), name=model)
         call = await self._prepare(request, routing, scope, body, send)
-        sent = [header for header in call.headers if header[0].lower() != "content-encoding"]
-        return structs.replace(call, headers=sent)
+        return structs.replace(call, headers=_uncompressed(call.headers))
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
@@ -405,6 +404,11 @@ class Proxy:
     def _failed(self, call: Call, failures: Sequence[Failure]) -> HttpError:
         reason = failures[-1].outcome.reason
         return HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")
+
+
+def _uncompressed(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The headers that go with a body which `plain_body` has made of the client's."""
+    return [header for header in headers if header[0].lower() != "content-encoding"]
 
 
 def _tokens_of(held: Held) -> int:

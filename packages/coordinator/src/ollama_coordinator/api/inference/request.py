@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from math import inf
 from secrets import token_hex
@@ -30,8 +31,15 @@ from ollama_coordinator.api.http.errors import (
     NamesNoModel,
     NoSuchModel,
 )
-from ollama_coordinator.api.http.gojson import read_fields
-from ollama_coordinator.api.http.json_edit import WINDOW_BYTES, Body, Scan, Span, is_small
+from ollama_coordinator.api.http.gojson import TooDeep, read_fields
+from ollama_coordinator.api.http.json_edit import (
+    WINDOW_BYTES,
+    Body,
+    Scan,
+    Span,
+    is_small,
+    no_object,
+)
 from ollama_coordinator.batches import NO_OPENING, Opening
 from ollama_coordinator.scheduler import (
     NO_OPTIONS,
@@ -110,8 +118,7 @@ async def plain_body(route: InferenceRoute, headers: Mapping[bytes, bytes], body
     Raises:
         NotDecompressed: it is not zstd, or too large.
     """
-    encoding = headers.get(b"content-encoding", b"").strip().lower()
-    if encoding != b"zstd" or route.path not in ZSTD_ROUTES:
+    if headers.get(b"content-encoding") != b"zstd" or route.path not in ZSTD_ROUTES:
         return body
     return await asyncio.to_thread(_decompress, body)
 
@@ -265,7 +272,8 @@ async def read_any(route: InferenceRoute, body: Body, turn: asyncio.Lock) -> Rou
         HttpError: as `read_routing`; 413, it has too many values.
     """
     if is_small(body):
-        return read_routing(route, bytes(body))
+        with suppress(TooDeep):
+            return read_routing(route, bytes(body))
     async with turn:
         return await _Large(route, body).read()
 
@@ -434,9 +442,8 @@ class _Large:
         """The routing fields."""
         members = await self._scan.members()
         if members is None:
-            kind = "array" if self._body.lstrip(b" \t\r\n")[:1] == b"[" else "value"
-            text = f"json: cannot unmarshal {kind} into Go value of type {self._route.go_type}"
-            raise HttpError(400, text)
+            await no_object(self._body, self._route.go_type)
+            members = {}
         fields = _Fields(self._name(members.get("model")))
         for name in _RAW:
             if name in members:

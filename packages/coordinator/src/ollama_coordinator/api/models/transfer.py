@@ -29,6 +29,7 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.error import ConflictingSource, InvalidModelName
 from ollama_coordinator_common.names import ModelName, is_name, model_key
+from ollama_coordinator_common.printable import quoted
 
 PLACEMENT = "x-ollama-coordinator-placement"
 DETACH = "x-ollama-coordinator-detach"
@@ -102,12 +103,12 @@ class TransferApi:
         source, destination = fields.text("source"), fields.text("destination")
         for role, name in (("source", source), ("destination", destination)):
             if not is_name(name) or name != name.strip():  # other routes pass blanks over
-                raise HttpError(400, f'{role} "{name}" is invalid')
+                raise HttpError(400, f"{role} {quoted(name)} is invalid")
             caller_of(request.scope).check_model(name)
         try:
             await self._parts.queries.holders(source)
         except ModelNotFound as exc:
-            raise HttpError(404, f'model "{source}" not found') from exc
+            raise HttpError(404, f"model {quoted(source)} not found") from exc
         holders = self._parts.registry.holders(model_key(source))
         operation = self._operations.start(AgentCommand.copy(source, destination), holders)
         await _settled(self._parts, operation)
@@ -123,7 +124,7 @@ class TransferApi:
         except ConflictingSource:
             raise
         except InvalidModelName as exc:
-            raise HttpError(400, f'name "{name}" is invalid') from exc
+            raise HttpError(400, f"name {quoted(name)} is invalid") from exc
         caller_of(request.scope).check_model(name)
         await delete_everywhere(self._parts, name)
         return Response()
