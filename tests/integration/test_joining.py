@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import html
 import importlib.metadata
 import io
 import os
@@ -25,7 +26,7 @@ from ollama_coordinator.agent_wheels import (
     pip_wheel,
 )
 from ollama_coordinator.api.own import joining
-from support.coordinator import Running
+from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
@@ -103,13 +104,15 @@ def machine(home: Path, links: Path) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def line(url: str, home: Path, links: Path, ollama: StandIn) -> AsyncIterator[Joined]:
-    """Run `curl … | sh` on such a machine."""
+async def line(
+    url: str, home: Path, links: Path, ollama: StandIn, command: str = ""
+) -> AsyncIterator[Joined]:
+    """Run `curl … | sh`, or another command, on such a machine."""
     environment = machine(home, links)
     process = await asyncio.create_subprocess_exec(
         f"{environment['PATH']}/sh",
         "-c",
-        f"curl -fsSL {url}/join | sh",
+        command or f"curl -fsSL {url}/join | sh",
         env={
             **environment,
             "AGENT_STATE_DIR": str(home / "state"),
@@ -240,6 +243,45 @@ async def test_an_agent_that_is_older_than_its_coordinator_is_known_as_such(
     ):  # fmt: skip
         agent = await coordinator.register(ollama, "first", agent_version=given)
         assert snapshots.agent(coordinator.agent(agent))["outdated"] is is_older, given
+
+
+async def lines_of_page(coordinator: Running) -> list[str]:
+    """The lines on the page, as somebody copies them."""
+    async with coordinator.session.get(f"{coordinator.url}/join", headers=BROWSER) as answer:
+        return [html.unescape(one) for one in re.findall(r"<pre>(.*?)</pre>", await answer.text())]
+
+
+@pytest.mark.spec("JOIN-10")
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is PowerShell's script")
+async def test_a_machine_joins_a_coordinator_with_its_own_certificate(
+    tmp_path: Path, links: Path
+) -> None:
+    settings = {"database_url": f"sqlite:///{tmp_path}/a.db", "tls": "self"}
+    async with running(**settings) as coordinator, StandIn() as ollama:
+        command, by_wget, by_powershell = await lines_of_page(coordinator)
+        async with line(coordinator.url, tmp_path / "home", links, ollama, command) as joined:
+            await online(coordinator, joined)
+            assert (await coordinator.chat())[0] == 200
+        pin = coordinator.parts.tls.pin
+        assert pin in by_powershell
+        # The key that is pinned is the only one that is believed, by either program.
+        for one in (command, by_wget):
+            if shutil.which(one.split()[0]) is None:
+                continue
+            for wanted, is_given in ((pin, True), (f"sha256//{'A' * 43}=", False)):
+                fetch = one.replace(pin, wanted).removesuffix("| sh")
+                process = await asyncio.create_subprocess_shell(
+                    fetch, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+                )
+                text = (await process.communicate())[0].decode()
+                assert (process.returncode == 0, text.startswith("#!/bin/sh")) == (
+                    is_given,
+                    is_given,
+                )
+        # Who comes through a proxy sees that one's certificate.
+        behind = {**CURL, "x-forwarded-proto": "https", "host": "fleet.example"}
+        async with coordinator.session.get(f"{coordinator.url}/join", headers=behind) as answer:
+            assert "pin=''" in await answer.text()
 
 
 @pytest.mark.spec("JOIN-2")

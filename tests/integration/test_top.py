@@ -33,7 +33,7 @@ async def test_the_terminal_shows_agents_and_requests(coordinator: Running) -> N
         await coordinator.register(ollama, "[red]a<script>[/red]")
         await coordinator.chat()
         ollama.hold(after=2)
-        follower = Follower(coordinator.url)
+        follower = Follower(Client(coordinator.url, coordinator.session))
         async with (
             coordinator.stream() as answer,
             aclosing(follower.follow()) as states,
@@ -60,7 +60,7 @@ async def test_what_an_agent_says_steers_no_terminal(coordinator: Running) -> No
         }
         broken = {"m:latest": "gone\x1b[2J\u202e"}
         await coordinator.heartbeat(agent_id, tags=tags, broken_models=broken)
-        follower = Follower(coordinator.url)
+        follower = Follower(Client(coordinator.url, coordinator.session))
         async with aclosing(follower.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
             async for state in states:
                 if state:
@@ -73,13 +73,13 @@ async def test_what_an_agent_says_steers_no_terminal(coordinator: Running) -> No
 
 @pytest.mark.spec("DASH-31")
 async def test_the_follower_survives_a_restart(coordinator: Running) -> None:
-    follower = Follower("http://127.0.0.1:9")
+    follower = Follower(Client("http://127.0.0.1:9", coordinator.session))
     async with aclosing(follower.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
         async for _ in states:
             break
     assert follower.problem
     assert "reconnecting" in drawn(follower.state, follower.problem)
-    again = Follower(coordinator.url)
+    again = Follower(Client(coordinator.url, coordinator.session))
     async with aclosing(again.follow()) as states, asyncio.timeout(DEADLINE_SECONDS):
         async for _ in states:
             coordinator.parts.begin_stopping()

@@ -9,10 +9,12 @@ from typing import Any
 import aiohttp
 from hypercorn.config import Config
 
+from ollama_coordinator.aio import beside
 from ollama_coordinator.app import create_app
 from ollama_coordinator.http1 import ConnectionLimits, serve
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
+from ollama_coordinator.tls import Tls
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .deadline import DEADLINE_SECONDS
@@ -104,15 +106,21 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
         stall_seconds=lambda: parts.settings.config.stall_timeout, now=parts.clock.now
     )
     async with (
-        serving(app, config.http, limits=parts.connections) as url,
-        aiohttp.ClientSession() as session,
+        serving(app, config.http, limits=parts.connections, tls=parts.tls) as url,
+        beside(parts.tls.run()),
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False)) as session,
     ):
         yield Running(url, parts, session)
 
 
 @asynccontextmanager
 async def serving(
-    app: Any, http: str = "auto", *, limits: ConnectionLimits | None = None, **settings: Any
+    app: Any,
+    http: str = "auto",
+    *,
+    limits: ConnectionLimits | None = None,
+    tls: Tls | None = None,
+    **settings: Any,
 ) -> AsyncIterator[str]:
     """Serve an ASGI application in this event loop, with these of Hypercorn's; yields its URL."""
     sock = socket.socket()
@@ -123,10 +131,10 @@ async def serving(
     config.bind = [f"fd://{sock.detach()}"]  # Hypercorn closes it
     config.errorlog = None
     stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, config, stop.wait, http=http, limits=limits))
-    url = f"http://127.0.0.1:{port}"
+    server = asyncio.create_task(serve(app, config, stop.wait, http=http, limits=limits, tls=tls))
+    url = f"{'https' if tls and tls.context else 'http'}://127.0.0.1:{port}"
     try:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False)) as session:
             # The socket listens already: this waits for the application to start.
             asked = asyncio.ensure_future(session.get(url))
             await asyncio.wait({asked, server}, return_when=asyncio.FIRST_COMPLETED)

@@ -7,11 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ollama_coordinator_agent import main
-from ollama_coordinator_agent.settings import read
+from ollama_coordinator_agent.settings import certificate, read
 from ollama_coordinator_common.settings import AgentConfig
 
 VARIABLES = {
     "COORDINATOR_URL",
+    "COORDINATOR_CERTIFICATE",
     "OLLAMA_PORT",
     "OLLAMA_BINARY",
     "AGENT_MACHINE_NAME",
@@ -61,6 +62,22 @@ def test_help_names_every_variable(command: list[str]) -> None:
     assert set(re.findall(r"env var: (\w+)", " ".join(result.output.split()))) == VARIABLES
 
 
+@pytest.mark.spec("ACCESS-26")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"COORDINATOR_CERTIFICATE": "AB:" * 31 + "AB"},
+        {"AGENT_JOIN_TOKEN": f"oc1.{'ab' * 32}.oc_{'x' * 43}"},
+    ],
+)
+def test_a_certificate_needs_a_url_with_tls(ran: list[AgentConfig], given: dict[str, str]) -> None:
+    refused = CliRunner().invoke(main.app, [], env={"COORDINATOR_URL": "http://c:8080", **given})
+    assert (refused.exit_code, "https://" in refused.output, ran) == (2, True, [])
+    done = CliRunner().invoke(main.app, [], env={"COORDINATOR_URL": "https://c:8080", **given})
+    assert done.exit_code == 0
+    assert certificate(ran[0]) == "ab" * 32
+
+
 @pytest.mark.spec("AGENT-2")
 def test_the_version_is_that_of_the_distribution() -> None:
     result = CliRunner().invoke(main.app, ["--version"])
@@ -74,6 +91,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("COORDINATOR_URL", "ws://coordinator:8080", "http://coordinator:8080"),
         ("COORDINATOR_URL", "http://c:99999", "http://coordinator:8080"),
         ("COORDINATOR_URL", "http://[::1", "http://coordinator:8080"),
+        ("COORDINATOR_CERTIFICATE", "ab:cd", "64 hexadecimal digits"),
         ("OLLAMA_PORT", "http", "1 to 65535"),
         ("OLLAMA_PORT", "0", "1 to 65535"),
         ("OLLAMA_PORT", "70000", "1 to 65535"),

@@ -72,7 +72,7 @@ LAYERS = (
     {"journal", "monitor", "commands"},
     {"model_probes"},
     {"aliases", "dispatch", "simulation"},
-    {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster", "identity"},
+    {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster", "tls", "identity"},
     {"registry", "db", "http1", "aio", "clock", "agent_logs", "batches", "link", "agent_wheels"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""

@@ -30,7 +30,7 @@ from .process import ServeCommand, find_binary
 from .reach import Reach, Transport, needs_relay, own_address
 from .recent import Logs, Recent
 from .relay import TcpRelay, parse_networks
-from .settings import join_token, machine_name, state_folder
+from .settings import certificate, join_token, machine_name, state_folder
 from .state import StateFolder
 from .supervisor import GET_OLLAMA, Supervisor
 from .watch import Facts, Watch
@@ -65,7 +65,12 @@ async def assembled(
         meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
         stack.enter_context(meter)
         ollama = Ollama(session, host, config.ollama_port)
-        client = CoordinatorClient(session, secret=state.secret(), token=join_token(config))
+        client = CoordinatorClient(
+            session,
+            secret=state.secret(),
+            token=join_token(config),
+            certificate=certificate(config),
+        )
         reach = Reach(config, relay, state, changed, pace)
         parts = AgentParts(
             client=client,
@@ -111,7 +116,7 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
     async with aiohttp.ClientSession() as session:
         ollama = Ollama(session, host, config.ollama_port)
         facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)
-        client = CoordinatorClient(session)
+        client = CoordinatorClient(session, certificate=certificate(config))
         for url in config.coordinator_urls or (state.last_run.coordinator_url or DEFAULT,):
             client.follow(url)
             coordinator_trouble = await _look_at_coordinator(client, agent_id)

@@ -8,6 +8,7 @@ CoordinatorError   no answer, an answer of another program, or one that says "no
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from ssl import SSLError
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -28,7 +29,7 @@ from ollama_coordinator_common.protocol import (
 )
 from ollama_coordinator_common.types import AgentId
 
-from .link.dial import Dialled, NotUpgraded, dial
+from .link.dial import Dialled, NotUpgraded, WrongCertificate, dial
 
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 """aiohttp raises bare TimeoutError and OSError beside its own tree; ValueError is how yarl and idna
@@ -69,7 +70,8 @@ class ErrorReply(msgspec.Struct):
 class CoordinatorClient:
     """Sends requests to one coordinator; `url` may have a base path.
 
-    `secret` proves which machine speaks; `token` is what it may join with.
+    `secret` proves which machine speaks; `token` is what it may join with. `certificate`: the
+    SHA-256 of the only one that is believed, where it is given.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class CoordinatorClient:
         *,
         secret: str = "",
         token: JoinToken | None = None,
+        certificate: str = "",
         timeout_seconds: float = 5.0,
     ) -> None:
         self.url = url.rstrip("/")
@@ -86,6 +89,8 @@ class CoordinatorClient:
         self._gives_token = True
         self._headers = {PROOF_HEADER: secret} if secret else {}
         self._joining = {"X-Api-Key": token.secret} if token is not None else {}
+        self._certificate = bytes.fromhex(certificate)
+        self._ssl = aiohttp.Fingerprint(self._certificate) if certificate else True
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     def follow(self, url: str, *, gives_token: bool = True) -> None:
@@ -99,7 +104,7 @@ class CoordinatorClient:
         """
         try:
             async with self._session.get(
-                f"{url}/healthz", timeout=self._timeout, allow_redirects=False
+                f"{url}/healthz", timeout=self._timeout, allow_redirects=False, ssl=self._ssl
             ) as response:
                 body = await response.content.read(HEALTHZ_BYTES)
             return msgspec.json.decode(body, type=Healthz).id
@@ -174,7 +179,8 @@ class CoordinatorClient:
         """
         try:
             headers = {str(name): value for name, value in self._session.headers.items()}
-            return await dial(self.url, path, {**headers, **self._headers})
+            sent = {**headers, **self._headers}
+            return await dial(self.url, path, sent, self._certificate)
         except TRANSPORT_ERRORS as exc:
             raise CoordinatorError(f"no answer from {self.url}: {_reason(exc)}") from exc
         except NotUpgraded as exc:
@@ -206,6 +212,7 @@ class CoordinatorClient:
                 data=content,
                 headers=headers,
                 timeout=self._timeout,
+                ssl=self._ssl,
                 # A redirected POST becomes a GET; the operator should know the real URL instead.
                 allow_redirects=False,
             ) as response,
@@ -264,8 +271,17 @@ def _reason(exc: BaseException) -> str:
     match exc:
         case aiohttp.ClientConnectorDNSError():
             return "its host name does not resolve; check COORDINATOR_URL and the DNS"
-        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
-            return f"TLS fails ({_text(exc)}); check its certificate, or http against https"
+        case aiohttp.ServerFingerprintMismatch() | WrongCertificate():
+            return (
+                "its certificate is not the one that this agent believes: give it a new join token "
+                "(AGENT_JOIN_TOKEN) or its SHA-256 (COORDINATOR_CERTIFICATE), if it was replaced"
+            )
+        # An ssl.SSLCertVerificationError is a ValueError too.
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError() | SSLError():
+            return (
+                f"TLS fails ({_text(exc)}); check http against https, and give a certificate of "
+                "its own by AGENT_JOIN_TOKEN or COORDINATOR_CERTIFICATE"
+            )
         case ConnectionRefusedError():
             return "connection refused; is the coordinator running?"
         case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
@@ -273,7 +289,7 @@ def _reason(exc: BaseException) -> str:
         case TimeoutError():
             return "timed out; is it running, and does a firewall let this machine through?"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
-            return "it hung up"
+            return "it hung up; check http against https"
         case aiohttp.InvalidURL() | ValueError():
             return f"the URL cannot be used ({_text(exc)}); check COORDINATOR_URL"
         case _:

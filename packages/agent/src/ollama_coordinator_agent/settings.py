@@ -12,7 +12,7 @@ import platformdirs
 from msgspec import structs
 
 from ollama_coordinator_common.error import ConfigError
-from ollama_coordinator_common.join_token import JoinToken
+from ollama_coordinator_common.join_token import JoinToken, certificate_in
 from ollama_coordinator_common.network import coordinator_url, is_address
 from ollama_coordinator_common.settings import AgentConfig
 
@@ -39,8 +39,25 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
         expected = "give the path of an executable ollama program"
         raise ConfigError("OLLAMA_BINARY", config.ollama_binary, expected)
     _check_networks(config.relay_allow)
-    join_token(config)
+    secured = all(url.startswith("https:") for url in config.coordinator_urls)
+    if certificate(config) and not secured:
+        expected = "its coordinator has a certificate: give its URL with https://"
+        raise ConfigError("COORDINATOR_URL", config.coordinator_url, expected)
     return config
+
+
+def certificate(config: AgentConfig) -> str:
+    """The SHA-256 of the only certificate that is believed; empty: one that the system trusts.
+
+    Raises:
+        ConfigError: the text is none.
+    """
+    token = join_token(config)
+    try:
+        given = certificate_in(config.certificate)
+    except ValueError as exc:
+        raise ConfigError("COORDINATOR_CERTIFICATE", config.certificate, str(exc)) from None
+    return given or (token.certificate if token is not None else "")
 
 
 def join_token(config: AgentConfig) -> JoinToken | None:

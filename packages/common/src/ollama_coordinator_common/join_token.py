@@ -11,7 +11,21 @@ from msgspec import Struct
 
 _TEXT = re.compile(r"oc1\.(-|[0-9a-f]{64})\.(oc_[A-Za-z0-9_-]{43})")
 
+_CERTIFICATE = re.compile(r"[0-9a-f]{64}")
+
 EXPECTED = "give a join token: `ollama-coordinator join-token create` makes one"
+
+
+def certificate_in(text: str) -> str:
+    """The SHA-256 of a certificate, in hexadecimal digits with or without colons; or empty.
+
+    Raises:
+        ValueError: the text is none; its sentence says what would be one.
+    """
+    digits = text.strip().replace(":", "").lower()
+    if digits and _CERTIFICATE.fullmatch(digits) is None:
+        raise ValueError("give the 64 hexadecimal digits of its SHA-256; a join token has them")
+    return digits
 
 
 class JoinToken(Struct, frozen=True):

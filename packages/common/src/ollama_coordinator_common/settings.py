@@ -307,6 +307,12 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "COORDINATOR_ADVERTISE",
         "The URL at which other coordinators on its PostgreSQL reach this one", metavar="URL",
     )] = ""
+    tls: Annotated[str, Setting(
+        "COORDINATOR_TLS",
+        "What secures connections of clients and agents: nothing, a certificate that the"
+        " coordinator makes, or the files of one and its key",
+        metavar="off|self|CERT,KEY",
+    )] = "off"
     origins: Annotated[tuple[str, ...], Setting(
         "COORDINATOR_ORIGINS",
         "Web pages that may use the coordinator, beside those of this machine; * is any text",
@@ -388,6 +394,12 @@ class AgentConfig(Config, frozen=True, kw_only=True):
     join_token: Annotated[str, Setting(
         "AGENT_JOIN_TOKEN", "The join token with which this machine comes into the fleet",
         metavar="TOKEN", secret=True,
+    )] = ""
+    certificate: Annotated[str, Setting(
+        "COORDINATOR_CERTIFICATE",
+        "The SHA-256 of the coordinator's own certificate, the only one that is then believed; a"
+        " join token has it",
+        metavar="SHA256",
     )] = ""
     ollama_port: Annotated[int, _port("OLLAMA_PORT", "The local Ollama's port")] = 11434
     machine_name: Annotated[str | None, Setting(

@@ -52,13 +52,14 @@ from .registry import Registry
 from .saved_state import SavedState
 from .scheduler import Learned, create_scheduler
 from .settings import Settings
+from .tls import Tls
 from .upstream import Upstreams
 
 SPARKLINES_SECONDS = 60.0
 """How often they are saved while serving: they are no more than the last minutes."""
 
 
-def assembled(config: CoordinatorConfig, cluster: Cluster) -> Parts:
+def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     """The parts of a coordinator, put together but not yet running."""
     clock = Clock()
     store = Store(database_of(config.database_url))
@@ -90,10 +91,11 @@ def assembled(config: CoordinatorConfig, cluster: Cluster) -> Parts:
         return_seconds=config.pull_patience,
     )
     attention = Attention(dispatch, observation, settings, access, aliases)
-    snapshots = Snapshots(dispatch, observation, operations, attention, config)
+    snapshots = Snapshots(dispatch, observation, operations, attention, config, tls.pin)
     return Parts(
         settings=settings,
         identity=Identity(store),
+        tls=tls,
         access=access,
         machines=machines,
         clock=clock,
@@ -173,12 +175,16 @@ def _saved_state(parts: Parts) -> list[SavedState[Any]]:
     ]
 
 
-def create_app(config: CoordinatorConfig, cluster: Cluster | None = None) -> Starlette:
+def create_app(
+    config: CoordinatorConfig, cluster: Cluster | None = None, tls: Tls | None = None
+) -> Starlette:
     """The ASGI application of one coordinator; `app.state.parts` are its parts.
 
     It is alone, unless a `cluster` says otherwise.
     """
-    parts = assembled(config, Cluster(None) if cluster is None else cluster)
+    parts = assembled(
+        config, Cluster(None) if cluster is None else cluster, Tls(config) if tls is None else tls
+    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

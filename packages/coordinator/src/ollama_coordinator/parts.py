@@ -24,6 +24,7 @@ from .operations import Blobs, Operations, Placement, TargetChooser, Uploads
 from .registry import Registry
 from .scheduler import Scheduler
 from .settings import Settings
+from .tls import Tls
 from .upstream import Upstreams
 
 GIBIBYTE = 1024**3
@@ -39,6 +40,7 @@ class Parts(Struct, kw_only=True, eq=False):
 
     settings: Settings
     identity: Identity
+    tls: Tls
     access: Access
     machines: KnownMachines
     clock: Clock

@@ -34,6 +34,7 @@ from .http1 import BACKLOG, ConnectionLimits, capacity, serve
 from .identity import announce
 from .parts import Parts
 from .settings import Settings
+from .tls import Tls
 from .upstream import Upstreams
 
 log = logging.getLogger(__name__)
@@ -140,15 +141,15 @@ async def run(config: CoordinatorConfig) -> None:
     """Serve until a signal, then end in order.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        ConfigError: the address cannot be listened on, or the certificate not used.
         DatabaseError: the database cannot be opened.
     """
-    stop = Stop()
+    tls, stop = await asyncio.to_thread(Tls, config), Stop()
     with contextlib.ExitStack() as sockets, stop.on_signals():
         listening = listen(config.host, config.port)
         for sock in listening:
             sockets.enter_context(sock)
-        await Process(config, stop, listening).run()
+        await Process(config, tls, stop, listening).run()
 
 
 @contextlib.asynccontextmanager
@@ -163,9 +164,14 @@ class Process:
     """
 
     def __init__(
-        self, config: CoordinatorConfig, stop: "Stop", listening: list[socket.socket]
+        self,
+        config: CoordinatorConfig,
+        tls: Tls,
+        stop: "Stop",
+        listening: list[socket.socket],
     ) -> None:
         self._config = config
+        self._tls = tls
         self._stop = stop
         self._listening = listening
         self._port = int(listening[0].getsockname()[1])
@@ -192,11 +198,12 @@ class Process:
             DatabaseError: the database cannot be opened.
         """
         with self._clock.watching():
-            if isinstance(self._database, SharedDatabase):
-                await self._share(self._database)
-            else:
-                async with self._leading(None) as app:
-                    await self._serve(app)
+            async with beside(self._tls.run()):
+                if isinstance(self._database, SharedDatabase):
+                    await self._share(self._database)
+                else:
+                    async with self._leading(None) as app:
+                        await self._serve(app)
 
     @contextlib.asynccontextmanager
     async def _leading(self, cluster: Cluster | None) -> AsyncIterator[Starlette]:
@@ -206,7 +213,7 @@ class Process:
             DatabaseError: the database cannot be opened, or another coordinator leads.
         """
         # In a thread: the database's server is asked for the settings that are kept there.
-        app = await asyncio.to_thread(create_app, self._config, cluster)
+        app = await asyncio.to_thread(create_app, self._config, cluster, self._tls)
         parts: Parts = app.state.parts
         # Hypercorn skips the end of a lifespan when it is cancelled, so the lifespan is held here.
         app.router.lifespan_context = _empty_lifespan
@@ -253,8 +260,9 @@ class Process:
 
     def _url_at(self, address: str) -> str:
         """Where the others reach this one, at its address towards the database."""
+        scheme = "http" if self._tls.context is None else "https"
         host = address if self._config.host in EVERYWHERE else self._config.host
-        return self._config.advertise.rstrip("/") or f"http://{netloc(host, self._port)}"
+        return self._config.advertise.rstrip("/") or f"{scheme}://{netloc(host, self._port)}"
 
     async def _take_part(self, cluster: Cluster, front: Front) -> None:
         """Lead as often as nobody else does, until the server has ended."""
@@ -314,10 +322,11 @@ class Process:
                 "port": config.port,
                 "connections": self._capacity.connections,
                 "database": self._database.name,
+                "tls": config.tls.partition(",")[0],
             },
         )
         serving = asyncio.create_task(
-            serve(app, server, asked, http=config.http, limits=self._limits)
+            serve(app, server, asked, http=config.http, limits=self._limits, tls=self._tls)
         )
         ending = asyncio.create_task(self._end_in_order())
         try:

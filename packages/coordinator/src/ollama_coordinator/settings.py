@@ -23,6 +23,7 @@ from .access import networks, token_in
 from .aio import loop_of
 from .db import Store, database_of
 from .operations import Placement, WrongPlacement
+from .tls import files_of
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "user_header": _check_each(
         "user_header", _HEADER.fullmatch, "give names of headers such as X-User, split by commas"
     ),
+    "tls": files_of,
     "join_token": lambda text: token_in(text) if text else None,
     "trusted_proxies": partial(networks, "COORDINATOR_TRUSTED_PROXIES"),
     "trusted_networks": partial(networks, "COORDINATOR_TRUSTED_NETWORKS"),

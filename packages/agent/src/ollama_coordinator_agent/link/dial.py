@@ -4,6 +4,8 @@ import asyncio
 import re
 import ssl
 from collections.abc import Mapping
+from functools import cache
+from hashlib import sha256
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -39,8 +41,16 @@ class Dialled(Struct, frozen=True):
     rest: bytes
 
 
-async def dial(url: str, path: str, headers: Mapping[str, str]) -> Dialled:
+class WrongCertificate(OSError):
+    """The server shows another certificate than the one that is believed."""
+
+
+async def dial(
+    url: str, path: str, headers: Mapping[str, str], certificate: bytes = b""
+) -> Dialled:
     """Open a WebSocket at `path` below the coordinator's URL.
+
+    `certificate`: the SHA-256 of the only one that is believed; empty: any that the system trusts.
 
     Raises:
         NotUpgraded: the server answers, and not with an upgrade.
@@ -61,11 +71,13 @@ async def dial(url: str, path: str, headers: Mapping[str, str]) -> Dialled:
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
     request = f"GET {parts.path.rstrip('/')}{path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
-    context = ssl.create_default_context() if secure else None
+    context = _context(bool(certificate)) if secure else None
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(DIAL_SECONDS):
         transport, answering = await loop.create_connection(_Answering, host, port, ssl=context)
         try:
+            if certificate and _shown(transport) != certificate:
+                raise WrongCertificate("the certificate is another one")
             transport.write(request)
             head, rest = await answering.answer
             _check(head, rest, key)
@@ -73,6 +85,24 @@ async def dial(url: str, path: str, headers: Mapping[str, str]) -> Dialled:
             transport.abort()
             raise
     return Dialled(transport, rest)
+
+
+@cache
+def _context(is_pinned: bool) -> ssl.SSLContext:
+    """What connections are secured with; the caller compares a pinned certificate itself."""
+    if not is_pinned:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _shown(transport: asyncio.Transport) -> bytes:
+    """The SHA-256 of the server's certificate; empty without TLS."""
+    secured = transport.get_extra_info("ssl_object")
+    shown = None if secured is None else secured.getpeercert(binary_form=True)
+    return sha256(shown).digest() if shown else b""
 
 
 def _check(head: bytes, rest: bytes, key: str) -> None:

@@ -16,7 +16,6 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.types import Scope
 
-from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.network import parse_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
@@ -275,10 +274,6 @@ class Access:
             return True
         # Who is in the fleet stays in it when the first key is made.
         return not caller.is_proven and self.machines.knows(caller.client.address)
-
-    def join_token(self, secret: str) -> str:
-        """What a machine is given to join with, of the text of a key with that right."""
-        return JoinToken(secret).text
 
     def _note(self, text: str) -> None:
         self._notice, self._noticed_at = text, time.monotonic()

@@ -7,7 +7,6 @@ its owner alone: who can read it is on this machine and may do everything.
 import contextlib
 import hmac
 import logging
-import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from ollama_coordinator.db import Store
+from ollama_coordinator.db import Store, write_for_owner
 
 from .keys import Key, KeyRing, hash_of, new_secret
 
@@ -124,13 +123,9 @@ class SecretFile:
         """Make a new secret, for its owner alone to read; where that fails, none is in force."""
         if self._path is None:
             return
-        secret, draft = new_secret(), self._path.with_name(f"{self._path.name}.new")
+        secret = new_secret()
         try:
-            draft.unlink(missing_ok=True)
-            descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secret)
-            draft.replace(self._path)
+            write_for_owner(self._path, secret.encode())
         except OSError as exc:
             extra = {"file": str(self._path), "reason": str(exc)}
             log.warning("the command line cannot prove that it is on this machine", extra=extra)

@@ -74,7 +74,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
     keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
-    joining, install = JoiningApi(parts), InstallApi()
+    joining, install = JoiningApi(parts), InstallApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
@@ -15,7 +15,9 @@ import typer
 
 from ollama_coordinator.access import key_in, secret_path
 from ollama_coordinator.db import files_beside
+from ollama_coordinator.tls import OFF
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
+from ollama_coordinator_common.join_token import certificate_in
 from ollama_coordinator_common.network import coordinator_url, is_loopback
 from ollama_coordinator_common.printable import all_printable, printable
 from ollama_coordinator_common.settings import CoordinatorConfig
@@ -49,6 +51,18 @@ KeyFile = Annotated[
         show_envvar=True,
     ),
 ]
+Certificate = Annotated[
+    str,
+    typer.Option(
+        "--certificate",
+        envvar="COORDINATOR_CERTIFICATE",
+        metavar="SHA256",
+        help="The SHA-256 of its own certificate; this machine's needs none.",
+        show_envvar=True,
+    ),
+]
+OwnTls = Annotated[str, typer.Option("--tls", envvar="COORDINATOR_TLS", hidden=True)]
+"""The coordinator's own setting: how one on this machine is reached."""
 DatabaseUrl = Annotated[str, typer.Option("--database-url", envvar="DATABASE_URL", hidden=True)]
 """The coordinator's own setting: beside its database is the proof of being on its machine."""
 
@@ -74,7 +88,7 @@ class Client:
         Raises:
             NoAnswer: nothing answers, or the answer is an error.
         """
-        async with self._answer(method, path, body) as response:
+        async with self.answer(method, path, body) as response:
             text = await response.read()
             return all_printable(msgspec.json.decode(text)) if text else None
 
@@ -84,7 +98,7 @@ class Client:
         Raises:
             NoAnswer: the stream broke off, or one of the objects is an error.
         """
-        async with self._answer("GET", path) as response:
+        async with self.answer("GET", path) as response:
             try:
                 async for text in response.content:
                     line: dict[str, Any] = all_printable(msgspec.json.decode(text))
@@ -95,17 +109,31 @@ class Client:
                 raise NoAnswer(f"the coordinator broke off: {exc}") from exc
 
     @asynccontextmanager
-    async def _answer(
-        self, method: str, path: str, body: object = None
+    async def answer(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer to a request; `more` is aiohttp's.
+
+        Raises:
+            NoAnswer: nothing answers, or the answer is an error.
+        """
         data = None if body is None else msgspec.json.encode(body)
         try:
             response = await self._session.request(
-                method, self.url + path, data=data, headers=self._headers
+                method,
+                self.url + path,
+                data=data,
+                headers={**self._headers, **(headers or {})},
+                **more,
             )
         except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             raise NoAnswer(
-                f"no coordinator answers at {self.url} ({exc}); "
+                f"no coordinator answers at {self.url} ({_reason(exc)}); "
                 "start one, or give its address with --coordinator or COORDINATOR_URL"
             ) from exc
         async with response:
@@ -117,6 +145,18 @@ class Client:
             if response.status >= 400:
                 raise NoAnswer(_error_of(await response.read()) or f"status {response.status}")
             yield response
+
+
+def _reason(exc: Exception) -> str:
+    match exc:
+        case aiohttp.ServerFingerprintMismatch():
+            return "it has another certificate than COORDINATOR_CERTIFICATE"
+        case aiohttp.ClientConnectorCertificateError():
+            return f"{exc}; give the SHA-256 of its own certificate with --certificate"
+        case aiohttp.ServerDisconnectedError():
+            return "it hung up: check http against https"
+        case _:
+            return str(exc)
 
 
 def _error_of(body: bytes) -> str:
@@ -135,15 +175,25 @@ def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         inspect.Parameter("coordinator", kind, default=DEFAULT, annotation=CoordinatorUrl),
         inspect.Parameter("key_file", kind, default=None, annotation=KeyFile),
         inspect.Parameter("database_url", kind, default=DATABASE, annotation=DatabaseUrl),
+        inspect.Parameter("certificate", kind, default="", annotation=Certificate),
+        inspect.Parameter("tls", kind, default=OFF, annotation=OwnTls),
     ]
 
     @wraps(command)
-    def run(coordinator: str, key_file: Path | None, database_url: str, **values: Any) -> None:
+    def run(
+        coordinator: str,
+        key_file: Path | None,
+        database_url: str,
+        certificate: str,
+        tls: str,
+        **values: Any,
+    ) -> None:
         async def work() -> None:
-            url = url_of(coordinator)
+            url = url_of(coordinator, tls)
             key = _key(url, key_file, database_url)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-            async with aiohttp.ClientSession(timeout=timeout) as session:
+            connector = aiohttp.TCPConnector(ssl=_believed(url, certificate))
+            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
                 await command(Client(url, session, key), **values)
 
         finished(work(), json=bool(values.get("json")))
@@ -155,16 +205,33 @@ def asks(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     return run
 
 
-def url_of(text: str) -> str:
-    """The coordinator that a person means.
+def url_of(text: str, tls: str = OFF) -> str:
+    """The coordinator that a person means; `tls` is the setting of the one on this machine.
 
     Raises:
         NoAnswer: the text is no URL.
     """
+    if text == DEFAULT and tls.lower() != OFF:
+        text = text.replace("http:", "https:")
     try:
         return coordinator_url(text)
     except ValueError as exc:
         raise NoAnswer(f"'{text}' is no coordinator: {exc}") from exc
+
+
+def _believed(url: str, certificate: str) -> aiohttp.Fingerprint | bool:
+    """Which certificates are believed: one, any on this machine, or those the system trusts.
+
+    Raises:
+        NoAnswer: the text is no certificate's SHA-256.
+    """
+    try:
+        digits = certificate_in(certificate)
+    except ValueError as exc:
+        raise NoAnswer(f"COORDINATOR_CERTIFICATE: {exc}") from exc
+    if digits:
+        return aiohttp.Fingerprint(bytes.fromhex(digits))
+    return not is_loopback(urlsplit(url).hostname or "")
 
 
 def _key(url: str, key_file: Path | None, database_url: str) -> str:

@@ -56,10 +56,14 @@ async def create(
     hints = Console(stderr=True, soft_wrap=True)
     text = f"It is shown this once; the list calls it '{made['name']}'. On the machine that joins:"
     url, token = _url_for_others(client.url), made["join_token"]
+    curl, powershell = f"curl -fsSL {url}/join", f"irm {url}/join"
+    if pin := made.get("pin"):
+        curl = f"curl -fsSLk --pinnedpubkey '{pin}' {url}/join"
+        powershell = f"curl.exe{curl.removeprefix('curl')}?shell=powershell | Out-String"
     lines = (
         text,
-        f"  curl -fsSL {url}/join | AGENT_JOIN_TOKEN={token} sh",
-        f"  in PowerShell: $env:AGENT_JOIN_TOKEN='{token}'; irm {url}/join | iex",
+        f"  {curl} | AGENT_JOIN_TOKEN={token} sh",
+        f"  in PowerShell: $env:AGENT_JOIN_TOKEN='{token}'; {powershell} | iex",
     )
     for line in lines:
         hints.print(line, highlight=False, markup=False)

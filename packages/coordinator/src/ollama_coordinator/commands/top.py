@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ollama_coordinator_common.printable import all_printable
 
-from .client import CONNECT_SECONDS, DEFAULT, CoordinatorUrl, NoAnswer, finished
+from .client import CONNECT_SECONDS, Client, NoAnswer, asks
 from .tables import table
 
 Row = dict[str, Any]
@@ -68,35 +68,36 @@ class Follower:
     `problem` says why there is no stream just now.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = f"{url.rstrip('/')}/dashboard/events"
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._last_id = ""
         self.state: Row = {}
         self.problem: str | None = None
 
     async def follow(self) -> AsyncGenerator[Row, None]:
         """The state each time it changed, and when the stream is lost."""
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS
-        )
-        async with aiohttp.ClientSession(
-            timeout=timeout, read_bufsize=LONGEST_LINE_BYTES
-        ) as session:
-            while True:
-                try:
-                    async for _ in self._events(session):
-                        self.problem = None
-                        yield self.state
-                    self.problem = "the coordinator has stopped"
-                except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
-                    self.problem = str(exc) or "the coordinator does not answer"
-                yield self.state
-                await asyncio.sleep(AGAIN_SECONDS)
+        while True:
+            try:
+                async for _ in self._events():
+                    self.problem = None
+                    yield self.state
+                self.problem = "the coordinator has stopped"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+                self.problem = str(exc) or "the coordinator does not answer"
+            except NoAnswer as exc:
+                self.problem = str(exc)
+            yield self.state
+            await asyncio.sleep(AGAIN_SECONDS)
 
-    async def _events(self, session: aiohttp.ClientSession) -> AsyncIterator[None]:
-        headers = {"last-event-id": self._last_id} if self._last_id else {}
-        async with session.get(self._url, headers=headers) as response:
-            response.raise_for_status()
+    async def _events(self) -> AsyncIterator[None]:
+        more: dict[str, Any] = {
+            "headers": {"last-event-id": self._last_id} if self._last_id else {},
+            "timeout": aiohttp.ClientTimeout(
+                total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS
+            ),
+            "read_bufsize": LONGEST_LINE_BYTES,
+        }
+        async with self._client.answer("GET", "/dashboard/events", **more) as response:
             fields: dict[bytes, bytes] = {}
             async for line in response.content:
                 name, _, value = line.rstrip(b"\r\n").partition(b": ")
@@ -133,14 +134,15 @@ def merged(target: Any, change: Any) -> Any:
 Once = Annotated[bool, typer.Option("--once", help="Print one snapshot and end.")]
 
 
-def top(coordinator: CoordinatorUrl = DEFAULT, once: Once = False) -> None:
+@asks
+async def top(client: Client, once: Once = False) -> None:
     """Show the fleet and its requests, live; Ctrl-C ends it."""
     console = Console()
-    follower = Follower(coordinator)
+    follower = Follower(client)
     if once or not sys.stdout.isatty():
-        finished(_print_once(follower, console, coordinator))
+        await _print_once(follower, console, client.url)
     else:
-        finished(_live(follower, console))
+        await _live(follower, console)
 
 
 async def _print_once(follower: Follower, console: Console, url: str) -> None:
@@ -151,8 +153,7 @@ async def _print_once(follower: Follower, console: Console, url: str) -> None:
         ):
             async for state in states:
                 if follower.problem:
-                    text = f"no coordinator answers at {url} ({follower.problem})"
-                    raise NoAnswer(f"{text}; give its address with --coordinator")
+                    raise NoAnswer(follower.problem)
                 if state:
                     console.print(screen(state, None, datetime.now(UTC), None))
                     return

@@ -1,11 +1,6 @@
 """What survives a restart: SQLite or PostgreSQL, behind one thread."""
 
-from .address import (
-    database_of,
-    database_path,
-    files_beside,
-    without_password,
-)
+from .address import database_of, database_path, files_beside, without_password, write_for_owner
 from .agents import AgentRow
 from .backup import back_up, move, restored
 from .database import Database, DatabaseError, SharedDatabase
@@ -33,4 +28,5 @@ __all__ = [
     "move",
     "restored",
     "without_password",
+    "write_for_owner",
 ]

@@ -1,5 +1,6 @@
 """`DATABASE_URL`: which database it names, how it is shown, and which files are beside it."""
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -67,6 +68,20 @@ def files_beside(url: str) -> Path | None:
         ConfigError: the URL cannot work.
     """
     return WORKING_FOLDER_NAME if url.partition(":")[0] in POSTGRES else database_path(url)
+
+
+def write_for_owner(file: Path, content: bytes) -> None:
+    """Write a file beside a database that its owner alone may read, in place of the one before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = file.with_name(f"{file.name}.new")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as opened:
+        opened.write(content)
+    draft.replace(file)
 
 
 def without_password(url: str) -> str:

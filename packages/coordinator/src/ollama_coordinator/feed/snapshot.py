@@ -59,6 +59,7 @@ class Snapshots:
         operations: Operations,
         attention: Attention,
         config: CoordinatorConfig,
+        pin: str = "",
     ) -> None:
         self._dispatch = dispatch
         self._registry = dispatch.registry
@@ -69,6 +70,7 @@ class Snapshots:
         self._operations = operations
         self._attention = attention
         self._config = config
+        self._pin = pin
         self._version = version("ollama-coordinator")
         self._started_at = self._clock.now()
         self._estimates: dict[tuple[str, str], Estimate] = {}
@@ -99,6 +101,8 @@ class Snapshots:
         }
         if (address := public_address(self._config.host)) is not None:
             row["address"] = address
+        if self._pin:
+            row["pin"] = self._pin
         if self._store.problem:
             row["problem"] = self._store.problem
         return row

@@ -67,7 +67,7 @@ def _scope(transport: asyncio.Transport, config: Config, state: "LifespanState")
     return {
         "type": "http",
         "asgi": {"spec_version": "2.1", "version": "3.0"},
-        "scheme": "http",
+        "scheme": "http" if transport.get_extra_info("ssl_object") is None else "https",
         "root_path": config.root_path,
         "client": _address(transport, "peername"),
         "server": _address(transport, "sockname"),
@@ -186,8 +186,9 @@ class Http1Connection(asyncio.Protocol):
                 request.end_early()
         if self._exchange is not None:
             self._exchange.request.end_early()
-        # It may have closed only its own half: a response that is still made goes out.
-        return self._exchange is not None or bool(self._queue)
+        # It may have closed only its own half, which TLS has not: what is still made goes out.
+        under_way = self._exchange is not None or bool(self._queue)
+        return under_way and self._transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
@@ -316,8 +317,9 @@ class Http1Connection(asyncio.Protocol):
             self._transport.close()
             self._deadline.set(self._server.config.keep_alive_timeout)
         else:
-            with contextlib.suppress(OSError):  # it was reset meanwhile
-                self._transport.write_eof()
+            if self._transport.can_write_eof():
+                with contextlib.suppress(OSError):  # it was reset meanwhile
+                    self._transport.write_eof()
             if self._reading_paused:
                 self._transport.resume_reading()
             self._deadline.set(LINGER_SECONDS)

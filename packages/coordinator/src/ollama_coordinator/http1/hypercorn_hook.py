@@ -15,17 +15,19 @@ import asyncio
 import importlib.metadata
 import inspect
 import logging
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 
 import hypercorn.asyncio
 from hypercorn.config import Config
 from msgspec import Struct
 from starlette.types import ASGIApp
 
-from .limits import CLIENT_CONNECTION, ConnectionLimits
+from .limits import CLIENT_CONNECTION, ConnectionLimits, secured
 from .response import Refusal
 
 if TYPE_CHECKING:
@@ -56,6 +58,23 @@ RETRY_AFTER_SECONDS = 5
 """For a client over the limit: connections end within seconds, and a second more harms nobody."""
 
 
+HANDSHAKE_SECONDS = 10.0
+"""For a client to agree on TLS: two round trips."""
+
+
+class Secured(Protocol):
+    """What connections are secured with: `context` for the next one, `None` for no TLS.
+
+    `files` are those of its certificate and key.
+    """
+
+    @property
+    def context(self) -> ssl.SSLContext | None: ...
+
+    @property
+    def files(self) -> tuple[Path, Path] | None: ...
+
+
 async def serve(
     app: ASGIApp,
     config: Config,
@@ -63,11 +82,15 @@ async def serve(
     *,
     http: str,
     limits: ConnectionLimits | None = None,
+    tls: Secured | None = None,
 ) -> None:
     """Serve until `asked_to_stop` returns; `http` is the value of `COORDINATOR_HTTP`."""
     misfit = _misfit()
     if misfit:
         _warn(misfit)
+        if tls is not None and tls.files is not None:
+            config.certfile, config.keyfile = (str(file) for file in tls.files)
+            config.alpn_protocols = ["http/1.1"]
         await hypercorn.asyncio.serve(app, config, shutdown_trigger=asked_to_stop)  # type: ignore[arg-type]
         return
     limits = ConnectionLimits() if limits is None else limits
@@ -81,7 +104,7 @@ async def serve(
             if http1 is not None:
                 http1.close()
 
-    with _hooked(config, _Served(limits, http1)):
+    with _hooked(config, _Served(limits, http1, tls)):
         async with limits.watched():
             await hypercorn.asyncio.serve(app, config, shutdown_trigger=asked)  # type: ignore[arg-type]
 
@@ -113,10 +136,11 @@ def _warn(reason: str) -> None:
 
 
 class _Served(Struct, frozen=True):
-    """One running server: its limits, and our HTTP/1 (`None`: Hypercorn's)."""
+    """One running server: its limits, our HTTP/1 (`None`: Hypercorn's), and its TLS."""
 
     limits: ConnectionLimits
     http1: "Http1Server | None"
+    tls: Secured | None = None
 
 
 _served: dict[Config, _Served] = {}
@@ -139,27 +163,36 @@ async def _serve_connection(
     app: "AppWrapper",
     loop: asyncio.AbstractEventLoop,
     config: Config,
-    context: "WorkerContext",
+    worker: "WorkerContext",
     state: "LifespanState",
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     served = _served.get(config)
     if served is None:
-        await HYPERCORNS(app, loop, config, context, state, reader, writer)
+        await HYPERCORNS(app, loop, config, worker, state, reader, writer)
         return
-    http1 = served.http1 if writer.get_extra_info("ssl_object") is None else None
+    http1, context = served.http1, served.tls.context if served.tls is not None else None
     transport = cast(asyncio.Transport, writer.transport)
     connection = served.limits.admit(transport, reader if http1 is None else None)
     if connection is None:
-        await served.limits.refuse(_too_many(config), reader, writer)
+        await served.limits.refuse(_too_many(config), reader, writer, context)
         return
     state = cast("LifespanState", {**state, CLIENT_CONNECTION: connection})
     try:
+        # It is counted by now, and nothing is read of it yet: no loop reads before this step.
+        if context is not None:
+            try:
+                reader, writer = await secured(writer, context, HANDSHAKE_SECONDS)
+            except OSError as exc:
+                extra = {"client": writer.get_extra_info("peername"), "reason": str(exc)}
+                log.debug("no TLS with a client", extra=extra)
+                return
+            connection.reader = None if http1 is not None else reader
         if http1 is not None:
             await http1.serve(state, reader, writer)
         else:
-            await HYPERCORNS(app, loop, config, context, state, reader, writer)
+            await HYPERCORNS(app, loop, config, worker, state, reader, writer)
     finally:
         # Hypercorn leaves a connection open that does not close, when it is cancelled twice.
         transport.abort()

@@ -6,6 +6,7 @@ No HTTP here: the limits hold for our HTTP/1 and for Hypercorn's.
 import asyncio
 import contextlib
 import logging
+import ssl
 import struct
 import sys
 import time
@@ -52,12 +53,13 @@ else:
 class ClientConnection:
     """One open connection. `end_reason`: why the coordinator ended it; empty where it did not.
 
-    `of_link`: it belongs to an agent's link. It is no client's: the connections of clients to
-    agents go over it, it is not counted, and while stopping it lasts as long as a client is there.
+    `reader`: the stream that shows the end of the client's bytes, where one is in use. `of_link`:
+    it belongs to an agent's link. It is no client's: the connections of clients to agents go over
+    it, it is not counted, and while stopping it lasts as long as a client is there.
     """
 
     __slots__ = (
-        *("_reader", "_transport", "_unsent", "_unsent_since", "client", "end_reason"),
+        *("_transport", "reader", "_unsent", "_unsent_since", "client", "end_reason"),
         "of_link",
     )
 
@@ -65,7 +67,7 @@ class ClientConnection:
         self, transport: asyncio.Transport, reader: asyncio.StreamReader | None, now: float
     ) -> None:
         self._transport = transport
-        self._reader = reader
+        self.reader = reader
         self._unsent = 0
         self._unsent_since = now
         self.client = transport.get_extra_info("peername")
@@ -85,7 +87,7 @@ class ClientConnection:
 
     def client_has_left(self) -> bool:
         """Whether the client closed the connection, as far as can be seen."""
-        return self._transport.is_closing() or (self._reader is not None and self._reader.at_eof())
+        return self._transport.is_closing() or (self.reader is not None and self.reader.at_eof())
 
     def end(self, reason: str) -> None:
         """End the connection now; unsent bytes are lost."""
@@ -165,14 +167,18 @@ class ConnectionLimits:
             self.end_all("the coordinator is shutting down")
 
     async def refuse(
-        self, answer: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        answer: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         """End a connection that was not admitted, with `answer` unless too many are refused now."""
         try:
             if not self.closing and self._refusals_under_way < REFUSED_AT_ONCE:
                 self._refusals_under_way += 1
                 try:
-                    await _answer_and_read_on(answer, reader, writer)
+                    await _answer_and_read_on(answer, reader, writer, context)
                 finally:
                     self._refusals_under_way -= 1
         finally:
@@ -218,7 +224,10 @@ class ConnectionLimits:
 
 
 async def _answer_and_read_on(
-    answer: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    answer: bytes,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    context: ssl.SSLContext | None,
 ) -> None:
     """Send an answer and read for a moment.
 
@@ -226,12 +235,43 @@ async def _answer_and_read_on(
     """
     try:
         async with asyncio.timeout(REFUSAL_SECONDS):
+            if context is not None:
+                reader, writer = await secured(writer, context, REFUSAL_SECONDS)
             writer.write(answer)
-            writer.write_eof()
+            if writer.can_write_eof():
+                writer.write_eof()
             while await reader.read(65536):
                 pass
     except (OSError, TimeoutError):
         return
+
+
+class _SecuredProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's protocol of a stream, which learns too late that half of TLS cannot be closed."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False
+
+
+async def secured(
+    writer: asyncio.StreamWriter, context: ssl.SSLContext, seconds: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Agree on TLS with a client of which nothing was read yet; the streams inside it.
+
+    Raises:
+        OSError: the client does not agree; a TimeoutError is one, and an ssl.SSLError.
+    """
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(loop=loop)
+    protocol = _SecuredProtocol(reader, loop=loop)
+    transport = await loop.start_tls(
+        writer.transport, protocol, context, server_side=True, ssl_handshake_timeout=seconds
+    )
+    if transport is None:
+        raise ConnectionResetError("the client left")
+    protocol.connection_made(transport)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 # ── how many there can be: file descriptors run out first ─────────────────────────────────────

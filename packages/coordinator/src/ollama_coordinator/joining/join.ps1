@@ -1,5 +1,5 @@
 # Joins this machine to the Ollama Coordinator at @URL:
-#   irm @URL/join | iex
+#   @IRM | iex
 # The same line again starts the agent again, in the version of its coordinator.
 # $env:JOIN_FOLDER is another folder; with $env:JOIN_START='no' nothing is started.
 & {
@@ -9,6 +9,9 @@
     $common = '@COMMON'
     $agent = '@AGENT'
     $version = '@VERSION'
+    # The public key and the SHA-256 of a certificate that the coordinator has made itself.
+    $pin = '@PIN'
+    $certificate = '@CERTIFICATE'
     $folder = if ($env:JOIN_FOLDER) { $env:JOIN_FOLDER } else { Join-Path $env:LOCALAPPDATA 'ollama-coordinator-agent' }
     $at = Join-Path $folder 'Scripts\python.exe'
     $program = Join-Path $folder 'Scripts\ollama-coordinator-agent.exe'
@@ -19,6 +22,11 @@
     function Invoke-Step([scriptblock]$command) {
         & $command
         if ($LASTEXITCODE -ne 0) { throw "join: this failed: $command" }
+    }
+
+    function Get-File([string]$from, [string]$to) {
+        if ($pin) { Invoke-Step { curl.exe -fsSLk --pinnedpubkey $pin -o $to $from } }
+        else { Invoke-WebRequest -UseBasicParsing $from -OutFile $to }
     }
 
     $uv = [bool](Get-Command uv -ErrorAction SilentlyContinue)
@@ -42,7 +50,7 @@
     try {
         $wheels = foreach ($name in @($common, $agent)) {
             $file = Join-Path $got $name
-            Invoke-WebRequest -UseBasicParsing "$url/join/$name" -OutFile $file
+            Get-File "$url/join/$name" $file
             $file
         }
         if ($uv) {
@@ -57,7 +65,7 @@
                 Invoke-Step { & $python -m venv --clear --without-pip $folder }
             }
             $pip = Join-Path $got 'pip.whl'
-            Invoke-WebRequest -UseBasicParsing "$url/join/pip.whl" -OutFile $pip
+            Get-File "$url/join/pip.whl" $pip
             $run = "import sys, runpy; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('pip', run_name='__main__', alter_sys=True)"
             # Another build of the same version replaces the one that is there.
             Invoke-Step { & $at -c $run $pip install -q --no-deps --force-reinstall $wheels }
@@ -68,5 +76,6 @@
     Set-Content -Path (Join-Path $folder 'joined-to') -Value $url -Encoding ascii
     if ($env:JOIN_START -eq 'no') { return }
     $env:COORDINATOR_URL = $url
+    if ($certificate) { $env:COORDINATOR_CERTIFICATE = $certificate }
     & $program
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Joins this machine to the Ollama Coordinator at @URL:
-#   curl -fsSL @URL/join | sh
+#   @CURL | sh
 # The same line again starts the agent again, in the version of its coordinator.
 # JOIN_FOLDER is another folder; with JOIN_START=no nothing is started.
 set -eu
@@ -9,13 +9,17 @@ url='@URL'
 common='@COMMON'
 agent='@AGENT'
 version='@VERSION'
+# The public key and the SHA-256 of a certificate that the coordinator has made itself.
+pin='@PIN'
+certificate='@CERTIFICATE'
 folder="${JOIN_FOLDER:-${XDG_DATA_HOME:-${HOME:?is not set}/.local/share}/ollama-coordinator-agent}"
 start="${JOIN_START:-yes}"
 
 fail() { echo "join: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 fetch() {
-    if has curl; then curl -fsSL -o "$2" "$1"; else wget -qO "$2" "$1"; fi ||
+    if has curl; then curl -fsSL ${pin:+-k --pinnedpubkey "$pin"} -o "$2" "$1"
+    else wget -q ${pin:+--no-check-certificate "--pinnedpubkey=$pin"} -O "$2" "$1"; fi ||
         fail "$1 cannot be fetched"
 }
 
@@ -60,6 +64,7 @@ main() {
     echo "$url" > "$folder/joined-to"
     [ "$start" != no ] || exit 0
     export COORDINATOR_URL="$url"
+    [ -z "$certificate" ] || export COORDINATOR_CERTIFICATE="$certificate"
     exec "$folder/bin/ollama-coordinator-agent"
 }
 

@@ -25,6 +25,7 @@ from ollama_coordinator.access.sessions import utc
 from ollama_coordinator.api.http.errors import decode, login_page, own_body, reply
 from ollama_coordinator.api.http.openapi import Media, operation
 from ollama_coordinator.parts import Parts
+from ollama_coordinator_common.join_token import JoinToken
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,13 @@ class KeyView(Struct, frozen=True, kw_only=True):
 class MadeKey(KeyView, frozen=True, kw_only=True):
     """A key that was made just now: `key` is its text, shown this once; empty for a public key.
 
-    `join_token`: what machines join with, where that is what it is for.
+    `join_token`: what machines join with, where that is what it is for. `pin`: of the public key
+    of a certificate that the coordinator has made, as curl's `--pinnedpubkey` takes it.
     """
 
     key: str
     join_token: str = ""
+    pin: str = ""
 
 
 class KeysView(Struct, frozen=True):
@@ -71,6 +74,7 @@ class KeysApi:
     def __init__(self, parts: Parts) -> None:
         self._access = parts.access
         self._keys = parts.access.keys
+        self._tls = parts.tls
         self._store = parts.store
 
     @operation(gives={200: KeysView})
@@ -84,9 +88,9 @@ class KeysApi:
         key, text = self._keys.create(await decode(NewKey, request))
         await self._store.flush()
         self._log("key made", key, request)
-        token = self._access.join_token(text) if key.is_token and text else ""
-        shown = {**msgspec.structs.asdict(self._view(key)), "key": text, "join_token": token}
-        answer = reply(MadeKey(**shown), 201)
+        token = JoinToken(text, self._tls.fingerprint).text if key.is_token and text else ""
+        shown = {**msgspec.structs.asdict(self._view(key)), "key": text}
+        answer = reply(MadeKey(**shown, join_token=token, pin=self._tls.pin), 201)
         answer.headers["cache-control"] = "no-store"
         return answer
 

@@ -16,9 +16,11 @@ from importlib.resources.abc import Traversable
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_coordinator.access.zones import FORWARDING
 from ollama_coordinator.agent_wheels import PIP, agent_wheels, pip_wheel
 from ollama_coordinator.api.http.errors import SECURITY, HttpError
 from ollama_coordinator.api.http.openapi import Media, Query, operation
+from ollama_coordinator.parts import Parts
 
 SHELLS = {"sh": "join.sh", "powershell": "join.ps1"}
 
@@ -51,6 +53,9 @@ NO_PIP = (
 class InstallApi:
     """The handlers of joining."""
 
+    def __init__(self, parts: Parts) -> None:
+        self._tls = parts.tls
+
     @operation(
         gives={200: (Media("text/html"), Media("text/x-shellscript"), Media("text/plain"))},
         query=(
@@ -70,6 +75,7 @@ class InstallApi:
             "COMMON": common,
             "AGENT": agent,
             "VERSION": version("ollama-coordinator"),
+            **self._believed(request),
         }
         if kind is not None:
             type_ = "text/x-shellscript" if kind == "sh" else "text/plain"
@@ -79,6 +85,23 @@ class InstallApi:
         page = _filled("join.html", {**shown, "STYLE": _STYLE})
         headers |= {**SECURITY, "content-security-policy": _POLICY}
         return Response(page, 200, headers, "text/html; charset=utf-8")
+
+    def _believed(self, request: Request) -> dict[str, str]:
+        """How a client that comes directly knows a certificate that the coordinator has made."""
+        direct = FORWARDING.isdisjoint(name for name, _ in request.scope["headers"])
+        pin = self._tls.pin if direct else ""
+        url = _url(request)
+        if not pin:
+            lines = {"CURL": f"curl -fsSL {url}/join", "IRM": f"irm {url}/join"}
+            return {"PIN": "", "CERTIFICATE": "", "WGET": f"wget -qO- {url}/join", **lines}
+        curl = f"-fsSLk --pinnedpubkey '{pin}' '{url}/join"
+        return {
+            "PIN": pin,
+            "CERTIFICATE": self._tls.fingerprint,
+            "CURL": f"curl {curl}'",
+            "WGET": f"wget -qO- --no-check-certificate --pinnedpubkey='{pin}' '{url}/join'",
+            "IRM": f"curl.exe {curl}?shell=powershell' | Out-String",
+        }
 
     @operation(gives={200: Media("application/octet-stream")}, errors=(404,))
     async def file(self, request: Request) -> Response:

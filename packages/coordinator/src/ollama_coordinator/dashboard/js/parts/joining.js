@@ -8,9 +8,11 @@ import { openDialog } from "./dialog.js";
 import { act } from "./toast.js";
 
 const LINES = [
-  ["Linux, macOS", (url, token) => `curl -fsSL ${url}/join | ${token && `AGENT_JOIN_TOKEN=${token} `}sh`],
-  ["Windows, in PowerShell", (url, token) => `${token && `$env:AGENT_JOIN_TOKEN='${token}'; `}irm ${url}/join | iex`],
+  ["Linux, macOS", (url, token, pin) => `${curl(url, pin)}/join | ${token && `AGENT_JOIN_TOKEN=${token} `}sh`],
+  ["Windows, in PowerShell", (url, token, pin) => `${token && `$env:AGENT_JOIN_TOKEN='${token}'; `}${pin ? `${curl(url, pin, ".exe")}/join?shell=powershell | Out-String` : `irm ${url}/join`} | iex`],
 ];
+/** `pin` is of the public key of a certificate that the coordinator has made. */
+const curl = (url, pin, ending = "") => `curl${ending} -fsSL${pin ? `k --pinnedpubkey '${pin}'` : ""} ${url}`;
 const DAY_MS = 86_400_000;
 
 /** The join token that this page has made; a page makes one for all machines. */
@@ -30,7 +32,7 @@ export function joinLines() {
   const element = h("div.joining", null, lines, h("div.row.wrap", null, make, about));
   element.update = () => {
     const token = made && Date.parse(made.until) > Date.now() ? made.token : "";
-    lines.replaceChildren(...withUrl((url) => LINES.flatMap(([system, line]) => [h("h3.small", null, system), command(line(url, token))])));
+    lines.replaceChildren(...withUrl((url) => LINES.flatMap(([system, line]) => [h("h3.small", null, system), command(line(url, token, store.state.coordinator.pin))])));
     make.hidden = Boolean(token);
     setText(about, token
       ? `The join token '${made.name}' is for any number of machines until ${new Date(made.until).toLocaleString()}. Keys can revoke it.`
