@@ -826,3 +826,23 @@ async def test_the_models_page_says_what_would_have_cut_waiting(
         await expect(advice).to_contain_text("20 GB")
         if folder := os.environ.get("PICTURES"):
             await visit.page.screenshot(path=f"{folder}/advice.png")
+
+
+@pytest.mark.spec("ACCESS-27")
+async def test_usage_is_shown_by_person_key_and_model(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    for _ in range(3):
+        await coordinator.chat()
+    page = visit.page
+    await visit.open("usage")
+    row = page.locator("tr[data-name='127.0.0.1']")
+    await expect(row.locator("td").first).to_have_text("3")
+    await expect(page.locator("oc-chart canvas").first).to_be_visible()
+    await page.get_by_role("button", name="Models").click()
+    await expect(page.locator(".table-box tbody th")).to_have_text("llama3.2")
+    async with page.expect_download() as file:
+        await page.get_by_role("link", name="CSV").click()
+    assert "127.0.0.1" in Path(await (await file.value).path()).read_text("utf-8")
+    if folder := os.environ.get("PICTURES"):
+        await page.screenshot(path=f"{folder}/usage.png")

@@ -168,7 +168,13 @@ async def test_an_older_database_is_brought_up_to_date_and_keeps_its_agents(path
         steps = await opened.run(applied)
     with closing(sqlite3.connect(path)) as older, older:
         tables = [name for (name,) in older.execute("SELECT name FROM sqlite_master") if name]
-        for table in set(tables) & {"documents", "requests", "buckets"}:
+        for table in set(tables) & {
+            "documents",
+            "requests",
+            "buckets",
+            "coordinators",
+            "usage_days",
+        }:
             older.execute(f"DROP TABLE {table}")
         older.execute("DELETE FROM _sqlite_migrations WHERE name <> 'create_agents'")
     async with stored(path) as again:

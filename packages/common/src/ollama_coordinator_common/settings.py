@@ -21,6 +21,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 POLICIES = ("predicted", "loaded-first", "least-connections", "round-robin", "random", "cpu")
 HTTP_CHOICES = ("auto", "hypercorn")
 ACCESS_CHOICES = ("auto", "open", "keys")
+USAGE_CHOICES = ("people", "keys", "off")
 MEBIBYTE = 1024 * 1024
 
 UNITS = {
@@ -275,6 +276,11 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "COORDINATOR_HISTORY_DAYS", "How long to remember them",
         unit="days", bounds=(0.001, 365_000), live=True,
     )] = 30.0
+    usage: Annotated[str, Setting(
+        "COORDINATOR_USAGE",
+        "Of whom to add up what they use: of people and keys, of keys alone, of nobody",
+        choices=USAGE_CHOICES, live=True,
+    )] = USAGE_CHOICES[0]
     pull_patience: Annotated[float, _seconds(
         "COORDINATOR_PULL_PATIENCE",
         "How long a pull waits for a lost agent when all others are done; it goes on later",

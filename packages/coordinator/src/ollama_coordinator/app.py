@@ -76,6 +76,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     limits = Limits(config.history_rows, config.history_days)
     aliases = Aliases(registry, store)
     observation = Observation(dispatch, store, limits, status_of=status_of)
+    observation.sampler.usage = config.usage
     agent_store = AgentStore(registry, store, clock)
     monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
     queries = AgentQueries(registry, monitor, upstreams, clock)

@@ -78,6 +78,7 @@ class Parts(Struct, kw_only=True, eq=False):
         self.monitor.interval = config.health_check_interval
         self.observation.limits.rows = config.history_rows
         self.observation.limits.days = config.history_days
+        self.observation.sampler.usage = config.usage
         self.targets.default = Placement.parse(config.pull_placement)
         self.operations.worker.return_seconds = config.pull_patience
         self.uploads.limit_bytes = int(config.max_spool_gibibytes * GIBIBYTE)

@@ -111,6 +111,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/history/export", WATCH, history.export),
         Endpoint("GET", "/api/statistics", WATCH, history.statistics),
         Endpoint("GET", "/api/advice", WATCH, history.advice),
+        Endpoint("GET", "/api/usage", READ, history.usage),
         # who may come in
         Endpoint("GET", "/api/keys", OPERATE, keys.list),
         Endpoint("POST", "/api/keys", OPERATE, keys.create),

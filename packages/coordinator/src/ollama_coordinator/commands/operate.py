@@ -1,7 +1,7 @@
 """`agents …`, `requests …`, `history` and `settings …`: what an operator does from a terminal."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
@@ -9,6 +9,8 @@ from urllib.parse import quote, urlencode
 import msgspec
 import typer
 from rich.text import Text
+
+from ollama_coordinator_common.printable import all_printable
 
 from .client import Client, Json, NoAnswer, asks
 from .scheduling import print_decision
@@ -328,6 +330,39 @@ async def history(
             Text(row["agent"] or "-"),
             f"{row['waited_seconds']:.1f} s",
             f"{row['total_seconds']:.1f} s",
+        )
+    console().print(made)
+
+
+@asks
+async def usage(
+    client: Client,
+    by: Annotated[
+        str, typer.Option("--by", metavar="PARTS", help="day, person, key and model, or some.")
+    ] = "person,key,model",
+    since: Annotated[str, typer.Option("--since", metavar="DAY", help="2026-01-31")] = "",
+    until: Annotated[str, typer.Option("--until", metavar="DAY", help="Included.")] = "",
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print every day as CSV.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what people, keys and models used, within 30 days unless days are given."""
+    wanted = {"by": "day,person,key,model" if as_csv else by, "since": since, "until": until}
+    query = urlencode({name: value for name, value in wanted.items() if value})
+    if as_csv:
+        async with client.answer("GET", f"/api/usage?{query}&format=csv") as answer:
+            typer.echo(all_printable(await answer.text()).replace("\r\n", "\n"), nl=False)
+        return
+    listed = await client.json("GET", f"/api/usage?{query}")
+    if json:
+        shown_json(listed)
+        return
+    sums = ("REQUESTS", "READ", "WRITTEN", "GPU TIME")
+    made = table(*(name.upper() for name in listed["by"]), *sums, right=sums)
+    for row in listed["usage"]:
+        made.add_row(
+            *(Text(row[name] or "-") for name in listed["by"]),
+            *(f"{row[name]:,}" for name in ("requests", "prompt_tokens", "output_tokens")),
+            f"{timedelta(seconds=round(row['gpu_seconds']))}",
         )
     console().print(made)
 

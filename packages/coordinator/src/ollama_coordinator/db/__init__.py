@@ -7,8 +7,10 @@ from .database import Database, DatabaseError, SharedDatabase
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket, Wait
 from .store import Store
+from .usage import DIMENSIONS, Used
 
 __all__ = [
+    "DIMENSIONS",
     "AgentRow",
     "Cursor",
     "Database",
@@ -20,6 +22,7 @@ __all__ = [
     "Status",
     "Store",
     "StoredBucket",
+    "Used",
     "Wait",
     "back_up",
     "database_of",

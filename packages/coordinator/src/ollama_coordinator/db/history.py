@@ -7,7 +7,7 @@ Prompts and answers are never kept. A page starts at a key (`Cursor`), so that t
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
 
 from msgspec import Struct
@@ -27,6 +27,9 @@ from .finished import (
     why_of,
 )
 from .store import Store
+from .usage import Used, add_up
+from .usage import prune as prune_usage
+from .usage import read as read_usage
 
 UNWRITTEN_AT_MOST = 20_000
 """When the database fails for long, older requests are dropped: each takes a kilobyte or two."""
@@ -35,6 +38,18 @@ _PUT_BUCKET = """
     INSERT INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)
     ON CONFLICT (tier, name, start) DO UPDATE SET body = excluded.body
 """
+
+
+IDS_AT_ONCE = 500
+"""Values of one statement: SQLite's limit was 999 for long."""
+
+
+class Unwritten(NamedTuple):
+    """A request that is not in the database yet, with its packed reasons and what it used."""
+
+    request: Finished
+    why: bytes
+    used: Used | None
 
 
 class StoredBucket(Struct, frozen=True):
@@ -75,16 +90,16 @@ class History:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._unwritten: deque[tuple[Finished, bytes]] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._unwritten: deque[Unwritten] = deque(maxlen=UNWRITTEN_AT_MOST)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
-    def note(self, request: Finished, why: Any) -> None:
-        """Write a request behind; `why` is kept as JSON.
+    def note(self, request: Finished, why: Any, used: Used | None = None) -> None:
+        """Write a request behind, and what it used; `why` is kept as JSON.
 
         It is packed at once: as objects it is several times as large, and it may wait long.
         """
-        self._unwritten.append((request, packed(why)))
+        self._unwritten.append(Unwritten(request, packed(why), used))
 
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
         """Write what was noted and these buckets; a request that cannot be written stays noted."""
@@ -104,13 +119,14 @@ class History:
         return True
 
     async def prune(self, now: datetime, *, rows: int, days: float) -> None:
-        """Delete the oldest requests beyond a number and an age.
+        """Delete the oldest requests beyond a number and an age, and usage beyond that age.
 
         Raises:
             DatabaseError: the database cannot be written.
         """
         oldest = milliseconds(now - timedelta(days=days))
-        await self._store.run(lambda db: _prune_requests(db, rows, oldest))
+        first_day = (now - timedelta(days=days)).astimezone(UTC).date() if days else date.min
+        await self._store.run(lambda db: _prune_requests(db, rows, oldest, first_day))
 
     async def prune_buckets(self, oldest: Sequence[tuple[int, float, float]]) -> None:
         """Delete old buckets.
@@ -163,6 +179,17 @@ class History:
             lambda db: [tuple(row.values()) for row in db.query(_WAITS, values)]
         )
 
+    async def usage(
+        self, by: Sequence[str], since: date, until: date, only: dict[str, str]
+    ) -> list[Used]:
+        """Usage from one day to another, both included; see `usage.read`.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        await self.write(())
+        return await self._store.run(lambda db: read_usage(db, by, since, until, only))
+
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.
 
@@ -197,19 +224,28 @@ class History:
 # ── in the database's thread ──────────────────────────────────────────────────────────────────
 
 
-def _write(
-    db: Database,
-    requests: Sequence[tuple[Finished, bytes]],
-    buckets: Iterable[StoredBucket],
-) -> None:
-    # A write that was cancelled may have been done: what is written again is in there once.
-    db.execute_many("DELETE FROM requests WHERE id = ?", [[one.id] for one, _ in requests])
-    db.execute_many(INSERT, [to_columns(request, why) for request, why in requests])
+def _write(db: Database, requests: Sequence[Unwritten], buckets: Iterable[StoredBucket]) -> None:
+    # A write that was cancelled may have been done: what is in there already is not written again.
+    known = _known(db, [one.request.id for one in requests])
+    new = [one for one in requests if one.request.id not in known]
+    db.execute_many(INSERT, [to_columns(one.request, one.why) for one in new])
+    add_up(db, [one.used for one in new if one.used is not None])
     rows = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
     db.execute_many(_PUT_BUCKET, rows)
 
 
-def _prune_requests(db: Database, rows: int, oldest_ms: int) -> None:
+def _known(db: Database, ids: Sequence[str]) -> set[str]:
+    """Which of these requests are in the database."""
+    found: set[str] = set()
+    for at in range(0, len(ids), IDS_AT_ONCE):
+        some = ids[at : at + IDS_AT_ONCE]
+        sql = f"SELECT id FROM requests WHERE id IN ({', '.join('?' * len(some))})"  # noqa: S608
+        found.update(row["id"] for row in db.query(sql, some))
+    return found
+
+
+def _prune_requests(db: Database, rows: int, oldest_ms: int, first_day: date) -> None:
+    prune_usage(db, first_day)
     db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
     db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
 

@@ -121,6 +121,22 @@ COORDINATORS = Table(
 )
 """Which coordinators have the database; the one with the highest `epoch` leads, 0 never did."""
 
+USAGE = Table(
+    "usage_days",
+    {
+        "day": str,
+        "person": str,
+        "key_name": str,
+        "model": str,
+        "requests": int,
+        "prompt_tokens": int,
+        "output_tokens": int,
+        "gpu_seconds": float,
+    },
+    key=("day", "person", "key_name", "model"),
+)
+"""What each person, key and model took on a day of UTC."""
+
 STEPS: Mapping[str, Table | Column] = {
     "create_agents": AGENTS,
     "create_documents": DOCUMENTS,
@@ -129,6 +145,7 @@ STEPS: Mapping[str, Table | Column] = {
     "add_lane": Column("requests", "lane", str),
     "add_alias": Column("requests", "alias", str),
     "create_coordinators": COORDINATORS,
+    "create_usage": USAGE,
 }
 """The steps in their order, and what each one makes."""
 

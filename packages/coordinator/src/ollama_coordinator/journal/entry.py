@@ -104,15 +104,19 @@ class JournalAttempt(Struct):
 
 
 class JournalEntry:
-    """A request in progress. `counted` is how many of its tokens the statistics have already."""
+    """A request in progress. `counted` is how many of its tokens the statistics have already.
 
-    __slots__ = ("attempts", "counted", "path", "request")
+    `gpu_seconds`: how long its attempts held slots, those that have ended.
+    """
+
+    __slots__ = ("attempts", "counted", "gpu_seconds", "path", "request")
 
     def __init__(self, request: Request, path: str) -> None:
         self.request = request
         self.path = path
         self.attempts: list[JournalAttempt] = []
         self.counted = 0
+        self.gpu_seconds = 0.0
 
     @property
     def held(self) -> Held | None:

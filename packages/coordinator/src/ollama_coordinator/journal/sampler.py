@@ -11,9 +11,10 @@ from collections.abc import Container, Iterable, Mapping
 from msgspec import Struct
 from msgspec.json import encode
 
-from ollama_coordinator.db import History, StoredBucket
+from ollama_coordinator.db import Finished, History, StoredBucket, Used
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState
+from ollama_coordinator_common.settings import USAGE_CHOICES
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .counters import Counters
@@ -21,6 +22,8 @@ from .entry import Ended, JournalEntry
 from .statistics import FLEET, Bucket, Series
 
 log = logging.getLogger(__name__)
+
+PEOPLE, _, OFF = USAGE_CHOICES
 
 SAMPLE_SECONDS = 1.0
 """Every stretch of statistics (10 s at least) has some samples."""
@@ -39,7 +42,8 @@ class Standing(Struct, frozen=True):
 class Sampler:
     """`run` is its loop; `standing` and `sparklines` are shown on the dashboard.
 
-    `counters` are what `GET /metrics` shows of the requests that ended.
+    `counters` are what `GET /metrics` shows of the requests that ended. `usage` is the value of
+    `COORDINATOR_USAGE`.
     """
 
     def __init__(self, dispatch: Dispatch, history: History) -> None:
@@ -49,6 +53,7 @@ class Sampler:
         self._history = history
         self._tokens: dict[str, int] = {}
         self._agents_written_at = float("-inf")
+        self.usage = OFF
         self.series = Series()
         self.standing: dict[AgentId, Standing] = {}
         self.sparklines = Sparklines()
@@ -70,10 +75,25 @@ class Sampler:
         """A request ended."""
         request = ended.request
         left = (request.output_tokens or 0) - entry.counted
-        self._history.note(request, ended.attempts)
+        self._history.note(request, ended.attempts, self._used(entry, request))
         self.counters.count(entry, request)
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
             self._wrote(name, left).count(request)
+
+    def _used(self, entry: JournalEntry, request: Finished) -> Used | None:
+        """What a request used; `None`: nothing, or nothing is to be kept of it."""
+        if self.usage == OFF or not request.attempts:
+            return None
+        return Used(
+            day=request.finished_at.date().isoformat(),
+            person=request.client if self.usage == PEOPLE else "",
+            key=entry.request.key,
+            model=request.model,
+            requests=1,
+            prompt_tokens=request.prompt_tokens or 0,
+            output_tokens=request.output_tokens or 0,
+            gpu_seconds=entry.gpu_seconds,
+        )
 
     def sample(self, live: Mapping[str, JournalEntry]) -> None:
         """Take one sample; `live` are the requests in progress."""

@@ -334,7 +334,9 @@ class Proxy:
                     try:
                         failure = await self._attempt(call, held)
                     finally:
-                        account.add(_tokens_of(held), self._clock.now() - held.lease.granted_at)
+                        seconds = self._clock.now() - held.lease.granted_at
+                        entry.gpu_seconds += seconds
+                        account.add(_tokens_of(held), seconds)
                 now = self._clock.now()
                 stopped = await self._poison.stops(request, call.body, held, now)
             except ModelNotFound as exc:

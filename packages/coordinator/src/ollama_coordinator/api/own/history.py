@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from io import StringIO
 from typing import Annotated, Any, Literal
 
@@ -11,9 +11,10 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from ollama_coordinator.access import Right, caller_of
 from ollama_coordinator.api.http.errors import HttpError, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
-from ollama_coordinator.db import Cursor, Filter, Finished, History, Status
+from ollama_coordinator.db import DIMENSIONS, Cursor, Filter, Finished, History, Status, Used
 from ollama_coordinator.journal import Advice, Point
 from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.error import InvalidModelName
@@ -31,6 +32,9 @@ SHORTEST_MINUTES, LONGEST_MINUTES = 1, 31 * 24 * 60
 
 SHORTEST_HOURS, LONGEST_HOURS = 1, 31 * 24
 """Of advice: a few requests at least, and as much as the history usually keeps."""
+
+USAGE_DAYS = 30
+"""Of usage, where nothing else is asked for: a month."""
 
 Limit = Annotated[int, Meta(ge=1, le=LARGEST_PAGE)]
 Hours = Annotated[float, Meta(ge=SHORTEST_HOURS, le=LONGEST_HOURS)]
@@ -69,6 +73,15 @@ class Statistics(Struct, frozen=True):
 
     minutes: float
     points: list[Point]
+
+
+class UsageView(Struct, frozen=True):
+    """`GET /api/usage`: from one day of UTC to another, both included; the newest or most first."""
+
+    since: date
+    until: date
+    by: list[str]
+    usage: list[Used]
 
 
 class HistoryApi:
@@ -140,6 +153,41 @@ class HistoryApi:
         """Which replica or load would have cut waiting most, from what was recorded."""
         hours = _number(request, "hours", 24.0, SHORTEST_HOURS, LONGEST_HOURS)
         return reply(await self._observation.advisor.advice(hours))
+
+    @operation(
+        gives={200: (Media("application/json", UsageView), Media("text/csv"))},
+        query=(
+            Query("by", "a row for each `day`, `person`, `key` and `model`, or for some of them"),
+            Query("since", "the first day", date),
+            Query("until", "the last day", date),
+            *(Query(name, f"of this {name} alone") for name in ("person", "key", "model")),
+            Query("format", "of the answer", Literal["json", "csv"]),
+        ),
+        errors=(400, 403, 503),
+    )
+    async def usage(self, request: Request) -> Response:
+        """What each person, key and model used on each day; who may not look on sees its own."""
+        query = request.query_params
+        by = [name for name in query.get("by", ",".join(DIMENSIONS)).split(",") if name]
+        if not by or len({*by}) != len(by) or not {*by} <= {*DIMENSIONS}:
+            raise HttpError(400, f"by: give some of {','.join(DIMENSIONS)}, each once")
+        if query.get("format", "json") not in ("json", "csv"):
+            raise HttpError(400, f"format={query['format']} is not known: give csv or json")
+        until = _day(request, "until", datetime.now(UTC).date())
+        since = _day(request, "since", until - timedelta(days=USAGE_DAYS - 1))
+        only = {name: query[name] for name in ("person", "key") if query.get(name)}
+        if model := _model(query.get("model")):
+            only["model"] = model
+        caller = caller_of(request.scope)
+        if not caller.rights & Right.WATCH:
+            only |= {"key": caller.key.name} if caller.key else {"person": caller.name, "key": ""}
+        rows = await self._history.usage(by, since, until, only)
+        if query.get("format", "json") == "json":
+            return reply(UsageView(since, until, by, rows))
+        sums = ("requests", "prompt_tokens", "output_tokens", "gpu_seconds")
+        lines = [[*by, *sums], *([getattr(row, name) for name in (*by, *sums)] for row in rows)]
+        headers = {"content-disposition": 'attachment; filename="usage.csv"'}
+        return Response(_csv_lines(lines), 200, headers, "text/csv; charset=utf-8")
 
     # ── reading the query ─────────────────────────────────────────────────────────────────────
 
@@ -230,6 +278,16 @@ def _time(request: Request, name: str) -> datetime | None:
         hint = "give a time such as 2026-01-31T08:00:00Z"
         raise HttpError(400, f"{name}={text} does not work: {hint}") from exc
     return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _day(request: Request, name: str, default: date) -> date:
+    text = request.query_params.get(name)
+    if not text:
+        return default
+    try:
+        return date.fromisoformat(text)
+    except ValueError as exc:
+        raise HttpError(400, f"{name}={text} does not work: give a day such as 2026-01-31") from exc
 
 
 def _cursor(text: str | None) -> Cursor | None:

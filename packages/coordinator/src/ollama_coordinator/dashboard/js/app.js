@@ -12,6 +12,7 @@ const VIEWS = {
   attention: ["attention-view", () => import("./views/attention.js"), "Attention"],
   models: ["models-view", () => import("./views/models.js"), "Models"],
   history: ["history-view", () => import("./views/history.js"), "History"],
+  usage: ["usage-view", () => import("./views/usage.js"), "Usage"],
   try: ["try-view", () => import("./views/try.js"), "Try it"],
   access: ["access-view", () => import("./views/access.js"), "Keys"],
   settings: ["settings-view", () => import("./views/settings.js"), "Settings"],
