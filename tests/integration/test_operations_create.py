@@ -73,6 +73,8 @@ async def test_a_file_that_is_not_there_is_400(coordinator: Running, ollama: Sta
     bad = {"model": "mine", "files": {"a.gguf": "md5:1"}}
     answer = await coordinator.post("/api/create", bad)
     assert answer == (400, {"error": "invalid digest format"})
+    beside = {**body, "from": "llama3.2", "stream": False}  # where Ollama passes files over
+    assert await coordinator.post("/api/create", beside) == (200, {"status": "success"})
 
 
 @pytest.mark.spec("SURFACE-24")

@@ -27,10 +27,17 @@ SHORT_CONTEXT = {**FEW, "num_ctx": 64}
 NULLS = dict.fromkeys(
     ("num_ctx", "num_predict", "num_gpu", "num_thread", "use_mmap", "seed", "stop", "temperature")
 )
+EMBEDDED = {"model": "{embeds}", "input": "a"}
 NO_FORM = "failed to parse multipart form: request Content-Type isn't multipart/form-data"
 WRONG_TOOL = "json: cannot unmarshal string into Go struct field ChatRequest.tools of type api.Tool"
 IMAGE = "data:image/png;base64,aGk="
 BLANK = "model ' ' not found"
+RAW_MODE = "raw mode does not support template, system, or context"
+NO_LEVEL = 'invalid think value: "so" (must be "high", "medium", "low", "max", true, or false)'
+NO_WISH = 'think must be a boolean or string ("high", "medium", "low", "max", true, or false)'
+NO_BASE64 = "illegal base64 data at input byte 0"
+LOGPROBS = "top_logprobs must be between 0 and 20"
+NO_UNIT = 'time: unknown unit "x" in duration "5x"'
 FORM_FIELD = b'--b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
 FORM = FORM_FIELD % (b"model", b"", b"{model}")
 FORM += FORM_FIELD % (b"file", b'; filename="a"', b"RIFF")
@@ -145,6 +152,7 @@ NAMES = (
             ("/v1/responses", {"input": "x"}),
         )
     ),
+    Case("blank name, /v1/models", "GET", "/v1/models/%20", status=400, says="model is required"),
     Case("bad name, /v1/models", "GET", "/v1/models/smol:", status=400, says=BAD_NAME),
     Case("blank name, generate", "POST", "/api/generate", {"model": " "}, status=404),
     Case("blank name, chat", "POST", "/api/chat", {"model": " "}, status=400),
@@ -188,6 +196,35 @@ GENERATE = (
         "/api/generate",
         {"model": "{model}", "prompt": "x", "options": {"num_ctx": "8k"}},
         status=500,
+    ),
+    *(
+        Case(
+            f"generate, {given}",
+            "POST",
+            "/api/generate",
+            {"model": "{model}", "prompt": "x", "stream": False, "options": FEW, **given},
+            status=400,
+            kind=JSON,
+            says=says,
+        )
+        for given, says in (
+            ({"suffix": "x"}, None),
+            ({"raw": True, "system": "x"}, RAW_MODE),
+            ({"raw": True, "context": [1]}, RAW_MODE),
+            ({"think": "so", "model": "no-such-model"}, NO_LEVEL),
+            ({"think": 7, "model": "no-such-model"}, NO_WISH),
+            ({"images": ["!"], "model": "no-such-model"}, NO_BASE64),
+            ({"top_logprobs": 21, "model": "no-such-model"}, LOGPROBS),
+            ({"keep_alive": "5x", "model": "no-such-model"}, NO_UNIT),
+        )
+    ),
+    Case(
+        "generate, raw",
+        "POST",
+        "/api/generate",
+        {"model": "{model}", "prompt": "x", "raw": True, "stream": False, "options": FEW},
+        kind=JSON,
+        has=("response", "eval_count"),
     ),
     Case(
         "generate, null options",
@@ -456,6 +493,15 @@ EMBED = (
         {"model": "{model}", "input": "a"},
         has=("embeddings",),
     ),
+    Case("embed, of no size", "POST", "/api/embed", {**EMBEDDED, "dimensions": -1}),
+    Case(
+        "embed, unknown, in quotes",
+        "POST",
+        "/api/embed",
+        {"model": "no-such-model\u00a0", "input": "a"},
+        status=404,
+        says=r'model "no-such-model\u00a0" not found, try pulling it first',
+    ),
     Case("embed, an empty text", "POST", "/api/embed", {"model": "{embeds}", "input": [""]}),
     Case(
         "embed, of a number",
@@ -471,6 +517,14 @@ TRANSFER = (
     Case("pull, bad name", "POST", "/api/pull", {"model": ""}, status=400),
     Case(
         "pull, unknown", "POST", "/api/pull", {"name": "no-such-model"}, kind=NDJSON, says=NO_FILE
+    ),
+    Case(
+        "pull, of two places",
+        "POST",
+        "/api/pull",
+        {"model": "a:local:cloud"},
+        status=400,
+        says='use either :local or :cloud, not both: "a:local:cloud"',
     ),
     Case(
         "pull, unknown, whole",
@@ -730,6 +784,16 @@ OPENAI = (
         status=400,
         kind=JSON,
         says=NO_FORM,
+    ),
+    Case(
+        "transcription, no part",
+        "POST",
+        "/v1/audio/transcriptions",
+        b"x",
+        IS_FORM,
+        status=400,
+        kind=JSON,
+        says="failed to parse multipart form: multipart: NextPart: EOF",
     ),
     Case(
         "transcription",

@@ -105,6 +105,8 @@ def _go_duration(text: str) -> float:
     parts = _GO_PART.findall(digits)
     if not parts or "".join(a + b for a, b in parts) != digits:
         missing = "missing unit in" if re.fullmatch(r"[\d.]+", digits) else "invalid"
+        if unit := re.fullmatch(r"[\d.]+([^\d.]+).*", digits):
+            missing = f'unknown unit "{unit[1]}" in'
         raise ApiError(400, f'time: {missing} duration "{text}"')
     seconds = sum(float(number) * _GO_UNITS[unit] for number, unit in parts)
     return FOREVER_SECONDS if sign < 0 and seconds else seconds

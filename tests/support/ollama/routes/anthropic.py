@@ -16,7 +16,7 @@ from support.ollama.script import Request, ToolCall
 from support.ollama.wire import ApiError
 
 from . import options as read
-from .lookup import require, require_name, require_tools, resolve, single_quoted
+from .lookup import require, require_all, require_name, resolve, single_quoted
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
@@ -36,7 +36,7 @@ async def messages(exchange: Exchange) -> web.StreamResponse:
     require(model, asked, "completion", "chat")
     tools = [_as_function(tool) for tool in read.tools(fields)]
     if tools:
-        require_tools(model)
+        require_all(model, "tools")
     request = Request(
         model,
         _system(fields) + read.conversation(exchange, model, turns, {}),

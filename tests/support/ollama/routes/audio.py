@@ -62,7 +62,11 @@ async def _form(exchange: Exchange) -> dict[str, bytes]:
         text = "failed to parse multipart form: request Content-Type isn't multipart/form-data"
         raise ApiError(400, text, early=True) from None
     form: dict[str, bytes] = {}
-    while (part := await reader.next()) is not None:
-        if isinstance(part, BodyPartReader) and part.name:
-            form[part.name] = bytes(await part.read(decode=False))
+    try:
+        while (part := await reader.next()) is not None:
+            if isinstance(part, BodyPartReader) and part.name:
+                form[part.name] = bytes(await part.read(decode=False))
+    except ValueError:  # there is no first part
+        text = "failed to parse multipart form: multipart: NextPart: EOF"
+        raise ApiError(400, text, early=True) from None
     return form

@@ -30,7 +30,7 @@ async def embed(exchange: Exchange) -> web.StreamResponse:
         texts,
         read.chosen(fields),
         keep_alive=keep_alive_seconds(fields.raw.get("keep_alive")),
-        size=int(fields.number("dimensions") or 0),
+        size=max(int(fields.number("dimensions") or 0), 0),
         refusal=None if fields.flag("truncate", True) else 400,
     )
     kept = ("total_duration", "load_duration", "prompt_eval_count")

@@ -73,7 +73,9 @@ def require_file(model: Model, missing: str) -> None:
 
 
 def quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # as Go's %q, but for what is not printable
+    """As Go's `%q` writes it, but for control characters."""
+    known = json.dumps(text, ensure_ascii=False)
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in known)
 
 
 def both_sources(asked: str) -> str:
@@ -88,7 +90,7 @@ def try_pulling(asked: str) -> str:
     """What the embedding routes say of an unknown model; of no name at all they say less."""
     if not asked.strip():
         return single_quoted(asked)
-    return f'model "{asked}" not found, try pulling it first'
+    return f"model {quoted(asked)} not found, try pulling it first"
 
 
 def require(model: Model, asked: str, capability: str, named: str) -> None:
@@ -96,8 +98,9 @@ def require(model: Model, asked: str, capability: str, named: str) -> None:
         raise ApiError(400, f'"{asked}" does not support {named}')
 
 
-def require_tools(model: Model) -> None:
-    if "tools" not in model.capabilities:
+def require_all(model: Model, *capabilities: str) -> None:
+    lacks = [one for one in capabilities if one not in model.capabilities]
+    if lacks:
         parsed = names.parse(model.name)
         full = parsed.canonical if parsed else model.name
-        raise ApiError(400, f"{full} does not support tools")
+        raise ApiError(400, f"{full} does not support {', '.join(lacks)}")

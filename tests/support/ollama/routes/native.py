@@ -13,29 +13,34 @@ from support.ollama.generation import Kind
 from support.ollama.models import Model
 from support.ollama.reply import Outcome, reply
 from support.ollama.script import Request, ToolCall
-from support.ollama.wire import Stamp, encode, keep_alive_seconds
+from support.ollama.wire import ApiError, Stamp, encode, keep_alive_seconds
 
 from . import options as read
-from .lookup import require, require_name, require_tools, resolve, single_quoted
+from .lookup import require, require_all, require_name, resolve, single_quoted
 
 
 async def generate(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("GenerateRequest")
     asked, prompt, stream = fields.text("model"), fields.text("prompt"), fields.flag("stream", True)
     chosen, keep_alive = read.chosen(fields), keep_alive_seconds(fields.raw.get("keep_alive"))
+    wish, images, raw = read.think(fields), read.images(fields), fields.flag("raw")
+    read.check_logprobs(fields)
     model = resolve(exchange.node, asked, single_quoted(asked))
-    encoder = Native(asked, _GenerateShape())
+    encoder = Native(asked, _GenerateShape(raw=raw))
     if not prompt and keep_alive == 0:
         return _unloaded(exchange, model, encoder)
+    if raw and any(fields.raw.get(key) for key in ("template", "system", "context")):
+        raise ApiError(400, "raw mode does not support template, system, or context")
+    think = read.wants_thinking(model, wish, asked)
     require(model, asked, "completion", "generate")
-    think = read.wants_thinking(model, fields.raw.get("think"), asked)
+    if fields.text("suffix"):
+        require_all(model, "insert")
     shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
-    images = fields.array("images", "[]api.ImageData")
     if not prompt and not images:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
     request = Request(
         model,
-        fields.text("system", model.system) + prompt,
+        prompt if raw else fields.text("system", model.system) + prompt,
         last_user=prompt,
         num_predict=chosen.get("num_predict"),
         stop=read.stops(chosen.get("stop")),
@@ -61,16 +66,18 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     for said in messages:
         said.text("content")  # parts are only taken on `/v1`
     chosen, keep_alive = read.chosen(fields), keep_alive_seconds(fields.raw.get("keep_alive"))
+    wish, images = read.think(fields), sum(len(read.images(said)) for said in messages)
+    read.check_logprobs(fields)
     require_name(asked)
     model = resolve(exchange.node, asked, single_quoted(asked))
     encoder = Native(asked, _ChatShape())
     if not messages and keep_alive == 0:
         return _unloaded(exchange, model, encoder)
+    think = read.wants_thinking(model, wish, asked)
     require(model, asked, "completion", "chat")
     tools = read.tools(fields)
     if tools:
-        require_tools(model)
-    think = read.wants_thinking(model, fields.raw.get("think"), asked)
+        require_all(model, "tools")
     shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
     if not messages:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
@@ -85,7 +92,6 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
         format=fields.raw.get("format"),
         after_tool=messages[-1].text("role") == "tool",
     )
-    images = sum(len(message.array("images")) for message in messages)
     turn = read.turn(
         exchange,
         request,
@@ -126,12 +132,17 @@ class _GenerateShape:
     content = (b'"response":', b',"done":false}\n')
     thinking = (b'"response":"","thinking":', b',"done":false}\n')
 
+    def __init__(self, *, raw: bool) -> None:
+        self._raw = raw
+
     def body(self, content: str, thinking: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
         optional = {"thinking": thinking, "tool_calls": calls}
         return {"response": content, **{key: value for key, value in optional.items() if value}}
 
     def last(self, outcome: Outcome) -> dict[str, Any]:
-        """The conversation so far, as token numbers a client may send back."""
+        """The conversation so far, as token numbers a client may send back; not if raw."""
+        if self._raw:
+            return {}
         return {"context": list(range(1, min(outcome.timings.eval_count, 32) + 1))}
 
 

@@ -24,9 +24,9 @@ from . import options as read
 from .embed import inputs, vectors_of
 from .lookup import (
     require,
+    require_all,
     require_file,
     require_name,
-    require_tools,
     resolve,
     single_quoted,
     try_pulling,
@@ -49,7 +49,7 @@ async def chat_completions(exchange: Exchange) -> web.StreamResponse:
     require(model, asked, "completion", "chat")
     tools = read.tools(fields)
     if tools:
-        require_tools(model)
+        require_all(model, "tools")
     limit = fields.number("max_completion_tokens") or fields.number("max_tokens")
     request = Request(
         model,
@@ -72,6 +72,8 @@ async def completions(exchange: Exchange) -> web.StreamResponse:
     asked, prompt = fields.text("model"), fields.text("prompt")
     model = resolve(exchange.node, asked, single_quoted(asked))
     require(model, asked, "completion", "generate")
+    if fields.text("suffix"):
+        require_all(model, "insert")
     limit = fields.number("max_tokens")
     request = Request(
         model,
@@ -98,7 +100,7 @@ async def embeddings(exchange: Exchange) -> web.StreamResponse:
     texts = inputs(given) or [""]
     model = resolve(exchange.node, asked, try_pulling(asked))
     require_file(model, try_pulling(asked))
-    size = int(fields.number("dimensions") or 0) or model.embedding_length
+    size = max(int(fields.number("dimensions") or 0), 0) or model.embedding_length
     vectors, timings = await vectors_of(exchange, model, texts, {}, size=size)
     data = [
         {
@@ -121,6 +123,7 @@ async def models(exchange: Exchange) -> web.StreamResponse:
 async def model(exchange: Exchange) -> web.StreamResponse:
     asked = exchange.argument
     details = "remote model details are unavailable"
+    require_name(asked)
     found = resolve(exchange.node, asked, single_quoted(asked), disabled=details)
     return exchange.json(_listed(found, asked))
 

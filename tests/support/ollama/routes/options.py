@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from support.ollama.exchange import Exchange
 from support.ollama.generation import Turn
-from support.ollama.gojson import Fields
+from support.ollama.gojson import BadBody, Fields
 from support.ollama.models import Model
 from support.ollama.runner import Settings
 from support.ollama.script import (
@@ -36,6 +37,8 @@ _NUMBERS = frozenset(
     }
 )
 
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]*=*")
 
 TOO_LONG = "the input length exceeds the context length"
 KEPT_TOKENS = 5  # at a prompt's beginning, when its middle is cut: num_keep, and the first one
@@ -67,6 +70,35 @@ def settings(
 ) -> Settings:
     check(options)
     return exchange.node.engine.settings(model, options, shift=shift)
+
+
+THINKING = '("high", "medium", "low", "max", true, or false)'
+
+
+def think(fields: Fields) -> Any:
+    """`think` as sent; what is neither a flag nor a level is refused before the model is found."""
+    wish = fields.raw.get("think")
+    if isinstance(wish, str) and wish not in ("high", "medium", "low", "max"):
+        must = THINKING.replace("(", "(must be ", 1)
+        raise BadBody(f"invalid think value: {json.dumps(wish, ensure_ascii=False)} {must}")
+    if not isinstance(wish, bool | str | None):
+        raise BadBody(f"think must be a boolean or string {THINKING}")
+    return wish
+
+
+def images(fields: Fields) -> list[str]:
+    """The `images` of a prompt or a message, in base64."""
+    given = [str(image) for image in fields.array("images", "[]api.ImageData")]
+    for image in given:
+        right = _BASE64.match(image)
+        if right is not None and right.end() < len(image):
+            raise BadBody(f"illegal base64 data at input byte {right.end()}")
+    return given
+
+
+def check_logprobs(fields: Fields) -> None:
+    if not 0 <= (fields.number("top_logprobs") or 0) <= 20:
+        raise ApiError(400, "top_logprobs must be between 0 and 20")
 
 
 def wants_thinking(model: Model, asked: Any, name: str) -> bool:

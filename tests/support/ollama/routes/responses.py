@@ -16,7 +16,7 @@ from support.ollama.reply import STREAM_HEADERS, Outcome, event, reply
 from support.ollama.script import Request, ToolCall
 
 from . import options as read
-from .lookup import require, require_name, require_tools, resolve, single_quoted
+from .lookup import require, require_all, require_name, resolve, single_quoted
 
 RESPONSE_ID = "resp_0123456789abcdef"
 MESSAGE_ID = "msg_0123456789abcdef"
@@ -50,7 +50,7 @@ async def responses(exchange: Exchange) -> web.StreamResponse:
     require(model, asked, "completion", "chat")
     tools = read.tools(fields)
     if tools:
-        require_tools(model)
+        require_all(model, "tools")
     turns = _turns(fields)
     limit = fields.number("max_output_tokens")
     request = Request(

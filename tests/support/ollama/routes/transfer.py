@@ -16,6 +16,8 @@ from support.ollama.models import Model, sha256_hex
 from support.ollama.reply import ProgressLines, report
 from support.ollama.wire import ApiError, StreamError
 
+from .lookup import both_sources
+
 PROGRESS_SECONDS = 0.06
 NOT_IN_REGISTRY = "pull model manifest: file does not exist"
 SMALL_LAYERS = {"template": 1_429, "params": 96, "config": 561}
@@ -26,6 +28,8 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 async def pull(exchange: Exchange) -> web.StreamResponse:
     fields = exchange.fields("PullRequest")
     asked = fields.name()
+    if names.names_both_sources(asked):
+        raise ApiError(400, both_sources(asked))
     if names.parse(asked) is None:
         raise ApiError(400, "invalid model name")
 

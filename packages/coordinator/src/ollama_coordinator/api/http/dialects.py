@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from ollama_coordinator.scheduler import Kind, Timings
+from ollama_coordinator_common.printable import quoted
 
 NANOSECONDS = 1e9
 """Of a second; Ollama reports durations in nanoseconds."""
@@ -47,6 +48,10 @@ class InferenceRoute(Struct, frozen=True):
     minds_case: bool = False
     one_piece: bool = False
 
+    def unknown(self, name: str) -> str:
+        """The text of the 404 for a model that no agent has."""
+        return self.missing.format(name=name, quoted=quoted(name))
+
     def nameless(self, name: str) -> tuple[int, str]:
         """Status and text of the answer to a request whose model's name is empty or blank."""
         if self.requires_name and not (name and self.one_piece):
@@ -54,7 +59,7 @@ class InferenceRoute(Struct, frozen=True):
         return 404, f"model '{name}' not found"
 
 
-_TRY_PULLING = 'model "{name}" not found, try pulling it first'
+_TRY_PULLING = "model {quoted} not found, try pulling it first"
 
 _NATIVE, _OPENAI, _ANTHROPIC = Dialect
 INFERENCE_ROUTES = (

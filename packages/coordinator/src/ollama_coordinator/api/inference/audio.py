@@ -45,6 +45,8 @@ async def read_form(content_type: str, body: Body) -> Routing:
         raise UnreadableBody(400, f"{wrong}request Content-Type isn't multipart/form-data")
     if not boundary:
         raise UnreadableBody(400, f"{wrong}no multipart boundary param in Content-Type")
+    if b"--" + boundary not in body:
+        raise UnreadableBody(400, f"{wrong}multipart: NextPart: EOF")
     fields, _ = await _read_fields(body, boundary)
     name = fields.get("model", b"").decode(errors="replace").strip()
     if fields and "file" not in fields:

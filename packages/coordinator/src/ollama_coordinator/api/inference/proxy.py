@@ -281,7 +281,7 @@ class Proxy:
         for error in errors:
             if not isinstance(error, NoSuchModel | ModelNotFound):
                 return error
-        missing = self._route.missing.format(name=alias.name)
+        missing = self._route.unknown(alias.name)
         text = f"{missing}: it is an alias of {', '.join(alias.models)}, which no agent has"
         return HttpError(404, text)
 
@@ -369,7 +369,7 @@ class Proxy:
     def _missing(self, request: Request) -> OllamaCoordinatorError:
         if request.model.endswith(OF_THE_CLOUD):
             return CloudDisabled("remote model is unavailable")
-        return NoSuchModel(404, self._route.missing.format(name=request.name), request.name)
+        return NoSuchModel(404, self._route.unknown(request.name), request.name)
 
     async def _attempt(self, call: Call, held: Held) -> Failure | None:
         """Try one agent; `None` when the client has its answer, also a broken-off one."""

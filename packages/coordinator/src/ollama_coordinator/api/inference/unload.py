@@ -38,7 +38,7 @@ async def unload_everywhere(parts: Parts, call: Call) -> None:
     try:
         holders = await parts.queries.holders(request.name)
     except ModelNotFound as exc:
-        raise HttpError(404, call.route.missing.format(name=request.name)) from exc
+        raise HttpError(404, call.route.unknown(request.name)) from exc
     loaded = _loaded_on(parts, request.model)
     asked = parts.queries.reachable(loaded) or ([] if loaded else holders)
     answers = await parts.queries.each(asked, "POST", call.route.path, bytes(call.body))

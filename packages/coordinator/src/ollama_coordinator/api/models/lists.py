@@ -251,6 +251,8 @@ class ListsApi:
     async def v1_show(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
         name, caller = request.path_params["model"], caller_of(request.scope)
+        if not name.strip():
+            return error_reply(HttpError(400, "model is required"), Dialect.OPENAI)
         alias = self._aliases.find(name)
         try:
             model = None if alias is None else self._aliases.first_held(alias, caller)

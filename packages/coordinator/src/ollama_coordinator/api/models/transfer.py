@@ -54,8 +54,7 @@ class TransferApi:
         fields = await self._fields(request, "api.PullRequest")
         name, insecure = fields.model(), fields.flag("insecure")
         stream = fields.flag("stream", default=True)
-        if not is_name(name):
-            raise HttpError(400, "invalid model name")
+        ModelName.parse(name)
         caller_of(request.scope).check_model(name)
         command = AgentCommand.pull(name, insecure=insecure)
         placement = placement_of(request, self._targets.default)
@@ -89,7 +88,7 @@ class TransferApi:
         if any(part in ("", ".", "..") for part in parts):
             raise HttpError(400, "file path must be relative")
         streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
-        command = AgentCommand.create(name, streamed, _blobs(fields))
+        command = AgentCommand.create(name, streamed, _blobs(fields, source))
         placement = placement_of(request, self._targets.default)
         found = await self._targets.for_create(name, source, placement)
         absent = [digest for digest in command.blobs if self._uploads.size(digest) is None]
@@ -190,9 +189,9 @@ def _wants_detached(request: Request) -> bool:
     return wish.strip().lower() in ("1", "true", "yes", "on")
 
 
-def _blobs(fields: Fields) -> tuple[str, ...]:
-    """Every uploaded file that the model is made from."""
-    names = ("files", "adapters", "draft_files")
+def _blobs(fields: Fields, source: str) -> tuple[str, ...]:
+    """Every uploaded file that the model is made from; beside a source, `files` do not count."""
+    names = (*(() if source else ("files",)), "adapters", "draft_files")
     wanted = [digest for name in names for digest in fields.digests(name).values()]
     return tuple(dict.fromkeys(digest_of(digest) for digest in wanted))
 
