@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -101,7 +101,7 @@ def test_a_slow_agent_is_used_where_it_ends_sooner() -> None:
     assert felt(24, Form.WHOLE, FAST, SLOW)[-1] < felt(24, Form.WHOLE, FAST)[-1] - 1.0
 
 
-def lowest(decision: Decision, tolerance: float = 1.0) -> bool:
+def lowest(decision: Decision) -> bool:
     """Whether nothing that could serve it costs less than what was chosen, but for a tie."""
     (chosen,) = (
         one.cost
@@ -109,7 +109,7 @@ def lowest(decision: Decision, tolerance: float = 1.0) -> bool:
         if (one.agent_id, one.action) == (decision.chosen, decision.action)
     )
     costs = [one.cost for one in decision.candidates if one.cost is not None]
-    return chosen is not None and chosen <= min(costs) * tolerance + SAME_SECONDS
+    return chosen is not None and chosen <= min(costs) + SAME_SECONDS
 
 
 @pytest.mark.spec("SCHED-91")
@@ -127,10 +127,6 @@ def test_the_chosen_agent_is_shown_with_the_lowest_cost(form: Form) -> None:
     assert len(told) == 24
     assert {decision.chosen for decision in told.values()} == {"fast", "slow", "medium"}
     assert all(lowest(decision) for decision in told.values())
-
-
-A_PLAN_LATER = 1.05
-"""Other places are evaluated after the plan, which predicted the ends of all that runs anew."""
 
 
 class Told(PredictedScheduler):
@@ -181,8 +177,29 @@ def play(
     return scheduler[0].told, [record.agent for record in replay.records]
 
 
+# A free place costs 7 ms more than a slot to come, and a second one 3 ms less: a tie of all three.
+A_TIE = (
+    [(196.0, 2), (200.0, 2)],
+    [
+        (0.0, 20, 20, Form.WHOLE), (0.0, 50, 20, Form.WHOLE), (0.0, 20, 5, Form.WHOLE),
+        (10.0, 1, 2, Form.STREAM), (0.0, 1, 5, Form.STREAM), (10.0, 20, 1, Form.STREAM),
+        (0.0, 1, 2, Form.STREAM),
+    ],
+)  # fmt: skip
+# One of two requests on a machine is late: the slot of the other one gets free before.
+A_LATE_ONE = (
+    [(4.0, 2), (4.0, 1), (4.0, 3)],
+    [
+        (0.0, 1, 38, Form.STREAM), (10.0, 1, 16, Form.STREAM), (0.0, 1, 1, Form.STREAM),
+        (1.0, 1, 1, Form.STREAM), (0.0, 1, 1, Form.STREAM), (0.0, 1, 1, Form.WHOLE),
+    ],
+)  # fmt: skip
+
+
 @pytest.mark.spec("SCHED-91")
 @settings(max_examples=40, deadline=None)
+@example(*A_TIE)
+@example(*A_LATE_ONE)
 @given(
     speeds=st.lists(st.tuples(st.floats(4, 200), st.integers(1, 4)), min_size=1, max_size=6),
     requests=st.lists(
@@ -197,7 +214,7 @@ def test_on_any_fleet_what_is_shown_with_the_lowest_cost_is_chosen_and_asking_ch
     speeds: list[tuple[float, int]], requests: list[tuple[float, int, int, Form]]
 ) -> None:
     told, agents = play(speeds, requests, asks=False)
-    assert all(lowest(decision, A_PLAN_LATER) for decision in told)
+    assert all(lowest(decision) for decision in told)
     assert play(speeds, requests, asks=True)[1] == agents
 
 

@@ -45,11 +45,11 @@ class Chooser:
     def _compare(
         self, queue: Queue, entry: QueueEntry, hits: CacheHits, wait: Choice, now: float
     ) -> Choice:
-        go = self._go(queue.to_compare(), entry, hits, now)
-        best, other = (go, wait) if go.cost <= wait.cost else (wait, go)
-        if queue.cold and queue.quickest_load < best.cost:
-            load = self._load(queue, entry, best.cost, now)
-            if load.cost < best.cost:
+        go = self._go(queue.to_compare(), entry, hits, wait.cost, now)
+        best, other = (wait, go) if _beats(wait, go) else (go, wait)
+        if queue.cold and queue.quickest_load < best.cost + TIE_SECONDS:
+            load = self._load(queue, entry, best.cost + TIE_SECONDS, now)
+            if _beats(load, best):
                 load.others = (best, other)
                 return load
         best.others = (other,)
@@ -76,13 +76,17 @@ class Chooser:
         if place in queue.could_load:
             return self.load_at(place, entry, wait.cost, now) or wait
         is_free = place.loading_until is None and len(place.running) < place.slots.limit
-        go = self._go((place,) if is_free else (), entry, hits, now)
-        return go if go.cost <= wait.cost else wait
+        go = self._go((place,) if is_free else (), entry, hits, wait.cost, now)
+        return wait if _beats(wait, go) else go
 
     def _go(
-        self, places: Iterable[Place], entry: QueueEntry, hits: CacheHits, now: float
-    ) -> Choice:
-        """The best of these places, which have the model in memory and a free slot."""
+        self, places: Iterable[Place], entry: QueueEntry, hits: CacheHits, waiting: float,
+        now: float,
+    ) -> Choice:  # fmt: skip
+        """The best of these places, which have the model in memory and a free slot.
+
+        `waiting` is what waiting costs: where that is less, the best one may cost more by a tie.
+        """
         excluded, receiver = entry.request.excluded, entry.receiver
         tokens = entry.request.prompt_tokens
         cheap: list[tuple[float, Place]] = []
@@ -106,10 +110,9 @@ class Chooser:
                 continue
             cheap.append((cost, place))
             floor = min(cost, floor)
-        best, best_cost = None, floor + TIE_SECONDS
-        for cost, place in cheap:
-            if cost <= floor + TIE_SECONDS and (best is None or _before(place, best)):
-                best, best_cost = place, cost
+        if floor - TIE_SECONDS <= waiting < floor:
+            floor = waiting
+        best, best_cost = _first_of_tie(cheap, floor + TIE_SECONDS)
         if best is None:
             return Choice(Action.GO, None, NO_PLACE)
         cached = hits.get(best, 0) if hits else 0
@@ -207,7 +210,7 @@ class Chooser:
 
     def _rather_waits(self, queue: Queue, position: int, other: Choice, now: float) -> bool:
         entry = queue.at(position)
-        return self._plans.wait(queue, entry, position, now).cost < other.cost
+        return _beats(self._plans.wait(queue, entry, position, now), other)
 
     def beyond(self, queue: Queue, entry: QueueEntry, now: float) -> Choice | None:
         """A place where one request more than is known to run at once may be tried.
@@ -231,6 +234,24 @@ class Chooser:
             if cost < wait.cost:
                 return Choice(Action.GO, place, cost, 0.0, run, others=(wait,))
         return None
+
+
+def _beats(later: Choice, sooner: Choice) -> bool:
+    """Whether what begins later is chosen: it costs less, or as much where that is preferred."""
+    if later.place is None or sooner.place is None:
+        return later.place is not None
+    if abs(later.cost - sooner.cost) > TIE_SECONDS:
+        return later.cost < sooner.cost
+    return later.place.machine.preference > sooner.place.machine.preference
+
+
+def _first_of_tie(places: Iterable[tuple[float, Place]], most: float) -> tuple[Place | None, float]:
+    """Which of these that cost `most` or less is taken, and its cost."""
+    best, best_cost = None, most
+    for cost, place in places:
+        if cost <= most and (best is None or _before(place, best)):
+            best, best_cost = place, cost
+    return best, best_cost
 
 
 def _before(place: Place, other: Place) -> bool:

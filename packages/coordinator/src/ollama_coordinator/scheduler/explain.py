@@ -154,7 +154,12 @@ class Accounts:
         holders = [*queue.hot, *queue.loading, *queue.cold]
         if request.excluded:
             holders = [one for one in holders if one.machine.id not in request.excluded]
-        unknown = [one for one in holders[:MOST_EXPLAINED] if one.machine.id not in known]
+        # A place that a later lease of the same plan went to is not as it was.
+        unknown = [
+            one
+            for one in holders[:MOST_EXPLAINED]
+            if one.machine.id not in known and one.last_used <= run.number
+        ]
         unknown = unknown[: self._afford(min(len(unknown), MOST_EXPLAINED - len(known)), now)]
         if unknown:
             entry = QueueEntry(request, NO_TAG, queue, receiver, 0.0)
@@ -203,7 +208,12 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
     ]
     slots = soonest_slots(left, places)
     hits = chooser.hits(entry)
-    candidates += [_evaluate(chooser, entry, place, hits, slots, now) for place in places]
+    candidates += [
+        _candidate(request, choice, place, entry.receiver)  # a tie with another place is in it
+        if place is choice.place
+        else _evaluate(chooser, entry, place, hits, slots, now)
+        for place in places
+    ]
     return _decision(request, choice, entry.receiver.output, candidates, position=queue.size + 1)
 
 

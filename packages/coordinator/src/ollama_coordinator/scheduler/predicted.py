@@ -87,6 +87,7 @@ class PredictedScheduler(Scheduler):
         self._dirty: dict[Queue, int] = {}
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
+        self._planned_at = 0.0
 
     # ── events ──────────────────────────────────────────────────────────────────────────────────
 
@@ -126,6 +127,7 @@ class PredictedScheduler(Scheduler):
         known = self._leases.running.get(lease_id)
         if known is None:  # it ended in the same moment
             return
+        self._repredict()
         run, queue = known
         place, slots = run.place, run.place.slots.limit
         observations.began(run, now)
@@ -139,6 +141,7 @@ class PredictedScheduler(Scheduler):
             self._look(queue, BOTH)
 
     def end(self, lease_id: LeaseId, outcome: Outcome, now: float) -> None:
+        self._repredict()
         run, queue = self._leases.finish(lease_id, now)
         place, machine = run.place, run.place.machine
         served = outcome.result in (Result.SERVED, Result.ERRORED)
@@ -197,6 +200,8 @@ class PredictedScheduler(Scheduler):
     # ── decisions ───────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> Plan:
+        self._repredict()
+        self._planned_at = now
         self._sync(now)
         self._advance(now)
         serving = self._serving
@@ -214,11 +219,16 @@ class PredictedScheduler(Scheduler):
             serving.offer(self._idle.popitem()[0], now)
         if serving.deadlines:  # last: a request without time to wait may take what is free
             serving.expire(now)
-        self._leases.repredict(now)
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()
         serving.refused.clear()
+        if not plan.granted:
+            self._repredict()
         return plan
+
+    def _repredict(self) -> None:
+        """Predict ends anew after the last plan: once its grants were accounted for."""
+        self._leases.repredict(self._planned_at)
 
     def _sync(self, now: float) -> None:
         concerned = self._machines.sync(now)
@@ -276,6 +286,7 @@ class PredictedScheduler(Scheduler):
         return self._leases.by_agent.get(agent_id, 0)
 
     def waiting(self, now: float) -> list[Waiting]:
+        self._repredict()
         in_order: list[tuple[float, Waiting]] = []
         for queue in self._queues.waiting():
             self._queues.refresh(queue, now)
@@ -333,6 +344,7 @@ class PredictedScheduler(Scheduler):
         return None if run.adopted else self._accounts.of(run, queue)
 
     def explain(self, request: Request, now: float) -> Decision:
+        self._repredict()
         self._sync(now)
         queue = self._queues.of_request(request, now)
         receiver = receiver_of(request, self._queues.expected_output(request))

@@ -7,6 +7,7 @@ which for the slow one follows from the same costs as every other choice.
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -149,14 +150,25 @@ def soonest_slots(slots: Iterable[Slot], places: Iterable[Place]) -> dict[Place,
 
 
 def _taken(queue: Queue, now: float) -> Iterator[Slot]:
+    """The slots that are taken now, soonest first: what is late comes after others, by its age."""
     away = queue.away
-    for _, number, run in queue.ends:
+    late: list[Slot] = []
+    for ends_at, number, run in queue.ends:
         place = run.place
         if place in away and (
             place.draining_until > now or not place.machine.routable or place in queue.avoided
         ):
             continue
-        yield now + run.remaining(now), number, place
+        left = run.remaining(now)
+        at = now + left
+        if left > ends_at - now:
+            heappush(late, (at, number, place))
+            continue
+        while late and late[0][0] <= at:
+            yield heappop(late)
+        yield at, number, place
+    while late:
+        yield heappop(late)
 
 
 def next_slot(queue: Queue, entry: QueueEntry, hits: CacheHits, now: float) -> Choice:
@@ -184,7 +196,7 @@ def _loaded_at(place: Place, now: float) -> float:
 def cheapest_slot(
     slots: Iterable[Slot], queue: Queue, entry: QueueEntry, hits: CacheHits, now: float
 ) -> Choice:
-    """The slot in which the request costs least, of slots nearly in the order of their ends."""
+    """The slot in which the request costs least, of slots in the order of their ends."""
     return _choice(_cheapest(slots, {}, queue, entry, hits, now), now)
 
 
