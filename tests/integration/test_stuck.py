@@ -13,6 +13,7 @@ from msgspec import structs
 
 from ollama_coordinator import model_probes
 from ollama_coordinator.registry import AgentState
+from ollama_coordinator.scheduler import cost
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import free_port
 from support.agent_world import running as agent_running
@@ -25,7 +26,7 @@ CHAT = ("/api/chat", "/v1/chat/completions")
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is late is so after a quarter of a second, and a probe has half of one."""
-    monkeypatch.setattr(model_probes, "LATE_SECONDS", 0.25)
+    monkeypatch.setattr(cost, "LATE_SECONDS", 0.25)
     monkeypatch.setattr(model_probes, "TOKEN_SECONDS", 0.5)
     monkeypatch.setattr(model_probes, "LONGEST_PAUSE_SECONDS", 0.5)
 

@@ -13,7 +13,7 @@ from .aio import Interrupt
 from .clock import Clock
 from .registry import AgentState, Registry
 from .scheduler import Kind, Lease, LeaseId, Outcome, Request, RequestId, Result, Scheduler
-from .upstream import AgentLost, ModelStuck, RequestCancelled
+from .upstream import AgentLost, ModelStuck, RequestCancelled, TakenBack
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ class Held:
     def move(self, reason: str) -> None:
         """End the attempt's block with `ModelStuck`."""
         self.interrupt.fire(ModelStuck(reason))
+
+    def take_back(self, reason: str) -> None:
+        """End the attempt's block with `TakenBack`."""
+        self.interrupt.fire(TakenBack(reason))
 
     def cancel(self, reason: str) -> None:
         """End the attempt's block with `RequestCancelled`."""
@@ -179,7 +183,7 @@ class Dispatch:
             case Result.MODEL_MISSING:
                 self.registry.note_missing(agent, model)
                 log.warning("model missing on agent", extra=_facts(agent, model, outcome.reason))
-            case Result.CANCELLED | Result.REJECTED:
+            case Result.CANCELLED | Result.TAKEN_BACK | Result.REJECTED:
                 pass
 
     def pardon(self, agent: AgentState, model: str) -> None:
@@ -208,6 +212,11 @@ class Dispatch:
         """The registry has a new report of this agent."""
         self.scheduler.reported(agent.id, self.clock.now())
         self.plan()
+
+    def take_back(self) -> None:
+        """Move requests whose clients have seen nothing to where they are served sooner."""
+        for lease_id, reason in self.scheduler.take_back(self.clock.now()):
+            self._held[lease_id].take_back(reason)
 
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""

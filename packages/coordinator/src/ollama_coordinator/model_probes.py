@@ -17,7 +17,7 @@ from ollama_coordinator_common.types import AgentId
 
 from .dispatch import Dispatch, Held
 from .registry import AgentState, AvailableRow
-from .scheduler import Kind, Outcome, Request, RequestId, Result, SchedulerError
+from .scheduler import Kind, Outcome, Request, RequestId, Result, SchedulerError, cost
 from .scheduler.eligibility import eligible
 from .upstream import (
     SMALL_ANSWER_BYTES,
@@ -31,11 +31,6 @@ from .upstream import (
 )
 
 log = logging.getLogger(__name__)
-
-LATE_SECONDS = 2.0
-LATE_FACTOR = 3.0
-"""A first byte is late when it is both so much later and so many times as late as predicted: rates
-that were never measured are off by less than three times, and Ollama pauses for less than 2 s."""
 
 LATE_REQUESTS = 2
 """One may have a prompt that is stranger than it looks. None can follow one in the only slot."""
@@ -97,7 +92,7 @@ class ModelProbes:
         """Whether it is silent for much longer than predicted; `longest`: for any answer."""
         lease, scheduler = held.lease, self._dispatch.scheduler
         silent = now - held.progress_at
-        if silent < LATE_SECONDS or lease.request.client == PROBER:
+        if silent < cost.LATE_SECONDS or lease.request.client == PROBER:
             return False
         if held.began_at is not None:
             gap = scheduler.token_seconds(lease.agent_id, lease.request.model)
@@ -107,8 +102,7 @@ class ModelProbes:
         due_at = scheduler.first_byte_at(lease.id, longest=longest)
         if due_at is None or not held.agent.inventory.is_loaded(lease.request.model):
             return False
-        predicted = due_at - lease.granted_at
-        return silent >= max(predicted + LATE_SECONDS, predicted * LATE_FACTOR)
+        return cost.is_late(silent, due_at - lease.granted_at)
 
     def _note_late(self, held: Held, now: float) -> None:
         agent, model = held.agent, held.lease.request.model

@@ -169,6 +169,7 @@ class Monitor:
             self._registry.remove(agent.id)
             tasks.create_task(self._agent_store.forget(agent.id))
         self.models.look(tasks, now)
+        self._dispatch.take_back()
         silent = self._silent_agents(now)
         awaited = self._awaited_agents(now)
         # After a gap nobody is judged by what was not heard: everybody is asked.

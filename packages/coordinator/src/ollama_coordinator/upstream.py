@@ -9,6 +9,7 @@ UpstreamError
 ├── Cut           the answer ended before its end
 ├── AgentLost     somebody else found out that the agent does not answer any more
 ├── ModelStuck    the agent answers, but not for this model
+├── TakenBack     another agent serves the request sooner
 └── RequestCancelled   an operator ended the request; the agent is well
 """
 
@@ -127,6 +128,10 @@ class AgentLost(UpstreamError):
 
 class ModelStuck(UpstreamError):
     """The monitor found out that the agent does not answer for this model."""
+
+
+class TakenBack(UpstreamError):
+    """Another agent serves the request sooner; this one is well."""
 
 
 class RequestCancelled(UpstreamError):

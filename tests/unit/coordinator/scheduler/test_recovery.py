@@ -4,7 +4,9 @@ import msgspec
 import pytest
 
 from ollama_coordinator.scheduler import (
+    Form,
     HoldersUnavailable,
+    Lease,
     ModelNotFound,
     NoAgentRegistered,
     Result,
@@ -240,3 +242,73 @@ def test_a_shorter_silence_until_offline_counts_at_once() -> None:
     world.plan(1.0)
     world.registry.agent_timeout = 5.0
     assert world.send().agent_id == "heard"
+
+
+def taken_back(world: World, lease: Lease) -> Lease:
+    """Where its request goes, 10 s after this lease was granted."""
+    world.now += 10.0
+    ((lease_id, reason),) = world.scheduler.take_back(world.now)
+    assert lease_id == lease.id
+    assert "no byte after 10.0 s" in reason
+    assert world.end(lease, Result.TAKEN_BACK) == []
+    world.scheduler.submit(lease.request.taken_from(lease.agent_id), world.now)
+    (again,) = world.plan()
+    return again
+
+
+@pytest.mark.spec("SCHED-96")
+def test_a_request_is_taken_back_twice_at_most_and_never_returns() -> None:
+    world = World()
+    for name in "abcd":
+        world.agent(name, loaded=["m"], slots=1)
+    lease = world.send(prompt_tokens=100)
+    assert world.scheduler.take_back(world.now + 1.0) == []
+    seen = [lease.agent_id]
+    for _ in range(2):
+        lease = taken_back(world, lease)
+        seen.append(lease.agent_id)
+    assert len(set(seen)) == 3
+    world.now += 10.0
+    assert world.scheduler.take_back(world.now) == []
+
+
+@pytest.mark.spec("SCHED-96")
+def test_one_request_of_a_queue_goes_at_a_time_and_only_where_there_is_a_slot() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=2)
+    leases = [world.send(prompt_tokens=100) for _ in range(2)]
+    world.now += 10.0
+    assert world.scheduler.take_back(world.now) == []
+    world.agent("b", loaded=["m"], slots=1)
+    ((lease_id, _),) = world.scheduler.take_back(world.now)
+    assert lease_id == leases[1].id
+    world.end(leases[1], Result.TAKEN_BACK)
+    world.scheduler.submit(leases[1].request.taken_from(A), world.now)
+    assert [lease.agent_id for lease in world.plan()] == [B]
+    assert world.scheduler.take_back(world.now) == []
+
+
+@pytest.mark.spec("SCHED-96")
+@pytest.mark.parametrize(("limit", "is_late"), [(None, False), (10, True)])
+def test_an_answer_in_one_piece_is_late_beyond_the_longest_that_it_can_get(
+    limit: int | None, is_late: bool
+) -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=1)
+    world.agent("b", loaded=["m"], slots=1)
+    world.send(prompt_tokens=100, form=Form.WHOLE, output_limit=limit)
+    world.now += 10.0
+    assert bool(world.scheduler.take_back(world.now)) is is_late
+
+
+@pytest.mark.spec("SCHED-96")
+def test_what_follows_goes_elsewhere_than_a_request_that_was_taken_back() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=1)
+    for _ in range(3):
+        world.serve(world.send(prompt_tokens=100), Timings(100, 50, 0.6, 0.0, 0.1, 0.5), after=0.6)
+    lease = world.send(prompt_tokens=100)
+    world.agent("b", loaded=["m"], slots=1)
+    again = taken_back(world, lease)
+    world.end(again, timings=Timings(100, 50, 0.6, 0.0, 0.1, 0.5))
+    assert world.send(prompt_tokens=100).agent_id == B

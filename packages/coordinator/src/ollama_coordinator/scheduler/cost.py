@@ -3,7 +3,9 @@
 The formula, its symbols and an example: `DESIGN.md`.
 """
 
-from .queue import Receiver
+from typing import NamedTuple
+
+from .queue import Receiver, receiver_of
 from .state import Place, Running
 from .types import Form, Kind
 
@@ -15,6 +17,10 @@ OVERLAP = 0.7  # how much of the slow-down found at the start lasts: others end 
 READER_OVERLAP = 0.5
 # How much the slow-down grows until the slot is free, measured on the simulated fleet.
 CONCURRENCY_TO_COME = 1.3
+# A first byte is late when it is both so much later and so many times as late as predicted: rates
+# that were never measured are off by less than three times, and Ollama pauses for less than 2 s.
+LATE_SECONDS = 2.0
+LATE_FACTOR = 3.0
 
 
 def felt_seconds(receiver: Receiver, writing: float, slow_down: float) -> float:
@@ -129,3 +135,38 @@ def longest_output(run: Running) -> float | None:
     if limit is not None and limit >= 0:
         return limit
     return place.context or place.machine.context_length
+
+
+def is_late(silent: float, predicted: float) -> bool:
+    """Whether a first byte that was `predicted` after so many seconds is late after `silent`."""
+    return silent >= max(predicted + LATE_SECONDS, predicted * LATE_FACTOR)
+
+
+class Stay(NamedTuple):
+    """What is felt from now on of a request that stays where it is; the work lost if it goes."""
+
+    felt: float
+    lost: float
+
+
+def stay_seconds(run: Running, now: float) -> Stay | None:
+    """That of a request without a byte which waits for a blocked load, or is late.
+
+    `None` where nothing is wrong, as far as can be seen: an answer in one piece may just be long. A
+    blocked load begins when the first model in use becomes idle. What is late is expected after as
+    long again as it has taken.
+    """
+    place, request = run.place, run.lease.request
+    receiver, age = receiver_of(request, run.output), now - run.lease.granted_at
+    if place.blocked and place.loading_until is not None:
+        in_use = [other.remaining(now) for other in place.machine.busy if other is not place]
+        left = min(in_use) + place.load if in_use else max(place.loading_until - now, 0.0)
+        new = max(request.prompt_tokens - run.cached, 0)
+        lost = 0.0 if in_use else min(age, place.load)
+        return Stay(left + alone_seconds(place, new, receiver), lost)
+    most = longest_output(run)
+    due_at = first_byte_at(run, most) if most is not None else None
+    if due_at is None or not is_late(age, due_at - run.lease.granted_at):
+        return None
+    writing = receiver.output * place.decode if request.form is Form.STREAM else 0.0
+    return Stay(age + felt_seconds(receiver, writing, 1.0), due_at - run.lease.granted_at)

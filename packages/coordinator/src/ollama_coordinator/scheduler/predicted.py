@@ -4,7 +4,7 @@ An agent gets at most what it runs at once; all other requests wait here and are
 every event. `DESIGN.md` has the state, the order of events and the cost formula.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
 
 from ollama_coordinator.registry import Registry
@@ -162,7 +162,7 @@ class PredictedScheduler(Scheduler):
             place.served_for(max(service, 0.0))
         elif outcome.result in (Result.UNREACHABLE, Result.CUT):
             machine.failed(now)
-        elif outcome.result is Result.CANCELLED:
+        elif outcome.result in (Result.CANCELLED, Result.TAKEN_BACK):
             observations.abandoned(run, now)
         if self._serving.entries:
             self._freed(place, queue if served else None)
@@ -229,6 +229,12 @@ class PredictedScheduler(Scheduler):
     def _repredict(self) -> None:
         """Predict ends anew after the last plan: once its grants were accounted for."""
         self._leases.repredict(self._planned_at)
+
+    def take_back(self, now: float) -> Sequence[tuple[LeaseId, str]]:
+        self._repredict()
+        self._sync(now)
+        self._advance(now)
+        return self._serving.take_back(now)
 
     def _sync(self, now: float) -> None:
         concerned = self._machines.sync(now)

@@ -97,6 +97,13 @@ class Scheduler(Protocol):
     def wake_at(self, now: float) -> float | None:
         """When to call `plan` although nothing happens; `None`: never."""
 
+    def take_back(self, now: float) -> Sequence[tuple[LeaseId, str]]:
+        """Leases without a first byte whose requests another agent would serve sooner, and why.
+
+        End each as taken back, and submit its request `taken_from` that agent. Ask twice a second.
+        """
+        return ()
+
     # ── counts ────────────────────────────────────────────────────────────────────────────────
 
     def leases(self) -> Iterable[Lease]:

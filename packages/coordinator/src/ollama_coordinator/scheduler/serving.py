@@ -6,14 +6,16 @@ from typing import NamedTuple
 from ollama_coordinator.registry import Registry
 
 from .choose import Chooser
+from .cost import Stay, stay_seconds
 from .eligibility import RECOVERY_SECONDS, eligible, unavailable
 from .error import QueueFull, SchedulerError
+from .explain import NO_TAG
 from .leases import Leases
-from .queue import FadingRate, Queue, QueueEntry
+from .queue import FadingRate, Queue, QueueEntry, receiver_of
 from .queues import Queues
 from .slot_plan import SlotPlans
-from .state import Action, Choice, Machine
-from .types import Lease, Request, RequestId
+from .state import Action, Choice, Machine, Running
+from .types import Lease, LeaseId, Request, RequestId
 
 # How many other queues an idle machine is offered to, and how often: it costs evictions:
 OFFER_SECONDS = 0.1
@@ -26,6 +28,8 @@ LATEST_SECONDS = 60.0
 SHARE_AHEAD = 0.1
 # The heap of deadlines is cleared of requests that have left when they are more than half of it.
 SPARE_DEADLINES = 64
+# So often a request is taken back: one that is late everywhere is strange itself.
+MOST_TAKEN_BACK = 2
 
 HEAD, TAIL = 1, 2
 BOTH = HEAD | TAIL
@@ -199,6 +203,38 @@ class Serving:
             return False
         self._grant(entry, choice, now)
         return True
+
+    # ── what runs ─────────────────────────────────────────────────────────────────────────────
+
+    def take_back(self, now: float) -> list[tuple[LeaseId, str]]:
+        """The leases whose requests are served sooner elsewhere, and why.
+
+        One of each queue: the next look sees where it went. The newest first: of those that wait
+        for one load, the lease that began it is the oldest.
+        """
+        found: dict[Queue, tuple[LeaseId, str]] = {}
+        for lease_id, (run, queue) in reversed(self._leases.running.items()):
+            if (
+                queue not in found
+                and run.began_at is None
+                and run.lease.request.taken_back < MOST_TAKEN_BACK
+                and (stay := stay_seconds(run, now)) is not None
+                and (reason := self._sooner_elsewhere(run, queue, stay, now))
+            ):
+                found[queue] = lease_id, reason
+        return list(found.values())
+
+    def _sooner_elsewhere(self, run: Running, queue: Queue, stay: Stay, now: float) -> str:
+        """By how much another agent that can begin at once serves it sooner; empty: it does not."""
+        self._queues.refresh(queue, now)
+        request, machine = run.lease.request.taken_from(run.lease.agent_id), run.place.machine
+        entry = QueueEntry(request, NO_TAG, queue, receiver_of(request, run.output), 0.0)
+        choice = self._chooser.choose(queue, entry, 0, now)
+        sooner = stay.felt / machine.preference + machine.backup - choice.cost
+        if choice.action is Action.WAIT or choice.place is None or sooner <= stay.lost:
+            return ""
+        name, age = choice.place.machine.agent.name, now - run.lease.granted_at
+        return f"no byte after {age:.1f} s; {name} serves it {sooner:.1f} s sooner"
 
     # ── one machine ───────────────────────────────────────────────────────────────────────────
 

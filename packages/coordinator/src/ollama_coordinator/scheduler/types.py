@@ -83,7 +83,8 @@ class Request(Struct, frozen=True, kw_only=True):
     `larger`: a runner with a larger context than `options` ask for may serve it. `admitted`: it
     had a lease before, so that a full queue does not refuse it. After `deadline` the client no
     longer wants to wait for a lease. `excluded` are agents that were tried already, or cannot serve
-    it: `unfit` says why. `alias` is the name that the client wrote, where it stands for `model`.
+    it: `unfit` says why. From `taken_back` of them it was taken back. `alias` is the name that the
+    client wrote, where it stands for `model`.
     """
 
     id: RequestId
@@ -108,6 +109,7 @@ class Request(Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     excluded: frozenset[AgentId] = frozenset()
     unfit: Mapping[AgentId, str] = {}
+    taken_back: int = 0
     alias: str = ""
 
     @property
@@ -118,6 +120,10 @@ class Request(Struct, frozen=True, kw_only=True):
     def without(self, agents: Iterable[AgentId]) -> "Request":
         """The same request after these agents failed it."""
         return structs.replace(self, excluded=self.excluded | frozenset(agents))
+
+    def taken_from(self, agent: AgentId) -> "Request":
+        """The same request, taken back from this agent, as another one serves it sooner."""
+        return structs.replace(self.without([agent]), taken_back=self.taken_back + 1)
 
     def unfit_for(self, reasons: Mapping[AgentId, str]) -> "Request":
         """The same request, which these agents cannot serve, and why."""
@@ -163,6 +169,8 @@ class Result(Enum):
     """Answered, with an error at the end that says nothing against the agent."""
     CANCELLED = "cancelled"
     """The client left."""
+    TAKEN_BACK = "taken back"
+    """Another agent serves it sooner; the client had seen nothing."""
     UNREACHABLE = "unreachable"
     """Refused, reset, timed out or silent: the agent leaves rotation."""
     CUT = "cut"

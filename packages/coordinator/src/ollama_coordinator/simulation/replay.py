@@ -35,6 +35,8 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # A replay ends so long after its last arrival at the latest: what runs then never ends.
 AFTERWARDS_SECONDS = 600.0
 
+LOOK_SECONDS = 0.5  # how often requests are looked at that may be taken back, as by the monitor
+
 NOWHERE = "invalid"  # RFC 2606: a domain of nothing
 
 
@@ -57,6 +59,7 @@ class Simulation:
         self._numbers = count()
         self._node_at: dict[AgentId, float] = {}
         self._wake: float | None = None
+        self._looks = False
         self._leases: dict[LeaseId, tuple[Lease, Job, Record]] = {}
         self._jobs: dict[int, LeaseId] = {}
         self._requests: dict[RequestId, Request] = {}
@@ -166,6 +169,9 @@ class Simulation:
         for lease in plan.granted:
             self._send(lease, now)
         self.most_in_flight = max(self.most_in_flight, len(self._leases))
+        if self._leases and not self._looks:
+            self._looks = True
+            self.at(now + LOOK_SECONDS, self._look)
         wake = self.scheduler.wake_at(now)
         if wake is not None and (self._wake is None or wake < self._wake or self._wake <= now):
             self._wake = max(wake, now + 1e-6)
@@ -174,6 +180,19 @@ class Simulation:
     def _woken(self, now: float) -> None:
         if self._wake is not None and now >= self._wake:
             self._wake = None
+            self._plan(now)
+
+    def _look(self, now: float) -> None:
+        """Requests without a token are taken back from where others serve them sooner."""
+        self._looks = False
+        for lease_id, _ in self.scheduler.take_back(now):
+            lease, job, _ = self._leases[lease_id]
+            self.nodes[lease.agent_id].cancel(job, now)
+            self._end(lease_id, Outcome(Result.TAKEN_BACK), now)
+            self._watch(lease.agent_id)
+            request = lease.request.taken_from(lease.agent_id)
+            self._submit(msgspec.structs.replace(request, admitted=True), now)
+        if self._leases or self._requests:
             self._plan(now)
 
     def _send(self, lease: Lease, now: float) -> None:

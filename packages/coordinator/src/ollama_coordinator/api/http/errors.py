@@ -36,7 +36,14 @@ from ollama_coordinator.scheduler import (
     QueueFull,
 )
 from ollama_coordinator.settings import NotEditable, UnknownSetting
-from ollama_coordinator.upstream import AgentLost, Cut, ModelStuck, RequestCancelled, Unreachable
+from ollama_coordinator.upstream import (
+    AgentLost,
+    Cut,
+    ModelStuck,
+    RequestCancelled,
+    TakenBack,
+    Unreachable,
+)
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from .dialects import Dialect, error_body
@@ -70,6 +77,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     Unreachable: 503,
     AgentLost: 503,
     ModelStuck: 503,
+    TakenBack: 503,
     Cut: 502,
     # As Ollama answers a cancelled request; clients do not repeat it.
     RequestCancelled: 499,

@@ -45,6 +45,7 @@ from ollama_coordinator.scheduler import (
 from ollama_coordinator.upstream import SMALL_ANSWER_BYTES, UpstreamError, whole
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.types import AgentId
 
 from . import audio
 from .context_fit import ContextFit
@@ -346,13 +347,20 @@ class Proxy:
             except SchedulerError:
                 if not failures:
                     raise
-                break
+                slow = _taken_back_from(failures) & request.excluded
+                if not slow:
+                    break
+                # Nobody else serves it now: a slow agent is better than none.
+                request = structs.replace(request, excluded=request.excluded - slow)
+                continue
             if failure is None:
                 return [], False
             has_worked = failure.was_sent or held.agent in [one.agent for one in failures]
             failures.append(failure)
             request = structs.replace(request, admitted=True)
-            if has_worked:  # else it waits for the agent to come back, as those behind it do
+            if failure.outcome.result is Result.TAKEN_BACK:
+                request = request.taken_from(held.agent.id)
+            elif has_worked:  # else it waits for the agent to come back, as those behind it do
                 request = request.without([held.agent.id])
         self._pardon(request, failures, is_poison=stopped)
         return failures, stopped
@@ -360,7 +368,7 @@ class Proxy:
     def _pardon(self, request: Request, failures: Sequence[Failure], *, is_poison: bool) -> None:
         """No agent served the request: those that say the same are not to blame for it."""
         for one in failures:
-            if one.outcome.result is Result.REJECTED:
+            if one.outcome.result in (Result.REJECTED, Result.TAKEN_BACK):
                 continue  # nobody blamed it
             others = (other.outcome for other in failures if other is not one)
             if is_poison or any(say_the_same(one.outcome, other) for other in others):
@@ -411,6 +419,12 @@ class Proxy:
 def _uncompressed(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The headers that go with a body which `plain_body` has made of the client's."""
     return [header for header in headers if header[0].lower() != "content-encoding"]
+
+
+def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:
+    """The agents that were slow, and did not fail."""
+    result = {one.agent.id: one.outcome.result for one in failures}
+    return frozenset(agent for agent, last in result.items() if last is Result.TAKEN_BACK)
 
 
 def _tokens_of(held: Held) -> int:

@@ -41,6 +41,7 @@ from ollama_coordinator.upstream import (
     ModelStuck,
     NotConnected,
     RequestCancelled,
+    TakenBack,
     UpstreamError,
     chunks,
     whole,
@@ -261,11 +262,13 @@ class Relay:
         result = Result.CUT if self._started else Result.UNREACHABLE
         if isinstance(error, ModelStuck):
             result = Result.MODEL_FAILED
+        elif isinstance(error, TakenBack):
+            result = Result.TAKEN_BACK
         reason = f"agent {held.agent.name}: {error}"
         died = isinstance(error, ConnectionLost | Cut | Gone) and not held.restarts
         held.outcome = Outcome(result, str(error), died=died)
         log.warning(
-            "attempt failed",
+            "attempt taken back" if result is Result.TAKEN_BACK else "attempt failed",
             extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
         )
         if not self._started:

@@ -185,7 +185,7 @@ class Poison:
             if any(model == request.model for model, _ in self._suspects):
                 self._suspects.pop(_fingerprint(request, body), None)
             return False
-        if outcome.result in (Result.CANCELLED, Result.REJECTED):
+        if outcome.result in (Result.CANCELLED, Result.TAKEN_BACK, Result.REJECTED):
             return False
         fingerprint = _fingerprint(request, body)
         suspect = self._suspects.get(fingerprint)
