@@ -47,8 +47,10 @@ class Chooser:
     ) -> Choice:
         go = self._go(queue.to_compare(), entry, hits, wait.cost, now)
         best, other = (wait, go) if _beats(wait, go) else (go, wait)
-        if queue.cold and queue.quickest_load < best.cost + TIE_SECONDS:
-            load = self._load(queue, entry, best.cost + TIE_SECONDS, now)
+        is_preferred = best.place is None or queue.most_preferred <= best.place.machine.preference
+        below = best.cost - TIE_SECONDS if is_preferred else best.cost + TIE_SECONDS
+        if queue.cold and queue.quickest_load < below:
+            load = self._load(queue, entry, below, now)
             if _beats(load, best):
                 load.others = (best, other)
                 return load

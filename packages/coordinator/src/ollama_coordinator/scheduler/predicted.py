@@ -87,7 +87,7 @@ class PredictedScheduler(Scheduler):
         self._dirty: dict[Queue, int] = {}
         self._idle: dict[Machine, None] = {}
         self._tick_at = 0.0
-        self._planned_at = 0.0
+        self._granted_at: float | None = None
 
     # ── events ──────────────────────────────────────────────────────────────────────────────────
 
@@ -201,7 +201,6 @@ class PredictedScheduler(Scheduler):
 
     def plan(self, now: float) -> Plan:
         self._repredict()
-        self._planned_at = now
         self._sync(now)
         self._advance(now)
         serving = self._serving
@@ -222,13 +221,17 @@ class PredictedScheduler(Scheduler):
         plan = Plan(tuple(serving.granted), tuple(serving.refused))
         serving.granted.clear()
         serving.refused.clear()
-        if not plan.granted:
-            self._repredict()
+        if plan.granted:
+            self._granted_at = now
+        else:
+            self._leases.repredict(now)
         return plan
 
     def _repredict(self) -> None:
-        """Predict ends anew after the last plan: once its grants were accounted for."""
-        self._leases.repredict(self._planned_at)
+        """Predict ends anew after grants, once these were accounted for."""
+        if self._granted_at is not None:
+            self._leases.repredict(self._granted_at)
+            self._granted_at = None
 
     def take_back(self, now: float) -> Sequence[tuple[LeaseId, str]]:
         self._repredict()

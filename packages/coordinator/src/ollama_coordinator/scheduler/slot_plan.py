@@ -203,9 +203,13 @@ def cheapest_slot(
 def _choice(planned: Planned | None, now: float) -> Choice:
     if planned is None:
         return Choice(Action.WAIT, None, NO_PLACE)
-    machine, wait = planned.place.machine, max(planned.at - now, 0.0)
-    wait += _owner_wait(planned.place, now)
-    failure = _failure(planned.place, planned.run, now)
+    place = planned.place
+    machine, wait = place.machine, max(planned.at - now, 0.0)
+    if place.owner.is_seen:
+        wait += _owner_wait(place, now)
+    failure = 0.0
+    if machine.trouble or place.failing:
+        failure = _failure(place, planned.run, now)
     cost = (wait + planned.run + failure) / machine.preference + machine.backup
     return Choice(Action.WAIT, planned.place, cost, wait, planned.run, planned.cached, failure)
 
