@@ -92,7 +92,7 @@ class Observer:
         self._observe(Quantity.DECODE, place, rate * slower)
 
     def _observe(self, quantity: Quantity, place: Place, value: float) -> None:
-        assumed = place.prior(quantity)
+        assumed = place.priors.values[quantity]
         rate = self._rates.observe(quantity, place.machine.id, place.model, value, assumed)
         place.take_rate(quantity, rate)
 

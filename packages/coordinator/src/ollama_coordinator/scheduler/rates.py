@@ -7,7 +7,9 @@ never seen, each agent and each model keeps a factor: the logarithm of its ratio
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import lru_cache
 from math import exp, log
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -33,6 +35,7 @@ BATCH_MOST_SAMPLES = 20
 # Reading is arithmetic, where a CPU is farther behind; writing is memory, where it is less so:
 WITHOUT_GPU_PREFILL = 1 / 15
 WITHOUT_GPU_DECODE = 1 / 5
+SPILL_FACTOR = 8.0  # a model outside the GPU is so much slower: memory of 50 beside 400 GB/s
 # The newest of some four answers count: a lasting change is learned within a dozen requests.
 SLOWEST_GAIN = 0.25
 FACTOR_GAIN = 0.1  # factors stand for many models or agents, and so move more slowly
@@ -69,6 +72,25 @@ def prior(quantity: Quantity, size: int, *, has_gpu: bool = True) -> float:
         rate = DECODE_BYTES_PER_SECOND / weight
         return rate if has_gpu else rate * WITHOUT_GPU_DECODE
     return LOAD_OVERHEAD_SECONDS + weight / LOAD_BYTES_PER_SECOND
+
+
+class Priors(NamedTuple):
+    """The prior of each `Quantity`, which is the index, and their logarithms."""
+
+    values: tuple[float, float, float]
+    logs: tuple[float, float, float]
+
+
+@lru_cache(maxsize=4096)
+def priors(size: int, *, has_gpu: bool, outside: float) -> Priors:
+    """Those of weights of `size` bytes on a machine where so much of the model is outside the GPU.
+
+    It is slower by that share.
+    """
+    prefill, decode, load = (prior(quantity, size, has_gpu=has_gpu) for quantity in Quantity)
+    slower = 1 + SPILL_FACTOR * outside
+    values = (prefill / slower, decode / slower, load)
+    return Priors(values, (log(values[0]), log(values[1]), log(load)))
 
 
 class Mean(Struct):
@@ -113,13 +135,13 @@ class Rates:
         own = self.pairs.get((agent, model), UNSEEN)[quantity]
         of_agent = self.agents.get(agent, UNSEEN)[quantity]
         of_model = self.models.get(model, UNSEEN)[quantity]
-        return _rate(own, of_agent, of_model, prior)
+        return _rate(own, of_agent, of_model, log(prior))
 
-    def all(self, agent: AgentId, model: str, priors: Iterable[float]) -> list[float]:
-        """The rates of every quantity, given the prior of each."""
+    def all(self, agent: AgentId, model: str, assumed: Iterable[float]) -> list[float]:
+        """The rates of every quantity, given the logarithm of each prior."""
         own = self.pairs.get((agent, model), UNSEEN)
         of_agent, of_model = self.agents.get(agent, UNSEEN), self.models.get(model, UNSEEN)
-        return list(map(_rate, own, of_agent, of_model, priors))
+        return list(map(_rate, own, of_agent, of_model, assumed))
 
     def leans(self, agent: AgentId, model: str) -> bool:
         """Whether the factors change the rates of this pair."""
@@ -140,7 +162,7 @@ class Rates:
         if not own.samples:
             own.value = assumed
         own.learn(assumed + away)
-        return _rate(own, of_agent, of_model, prior)
+        return _rate(own, of_agent, of_model, assumed)
 
     def batch_factor(self, agent: AgentId) -> float:
         """How much one more request in the same runner slows each of the others."""
@@ -164,16 +186,20 @@ class Rates:
             del self.pairs[pair]
 
 
-def _rate(own: Mean, of_agent: Mean, of_model: Mean, prior: float) -> float:
+def _rate(own: Mean, of_agent: Mean, of_model: Mean, assumed: float) -> float:
     """The rate of a pair seen often enough; else prior and factors count as half a sample.
 
-    A model's factor counts fully only once some agents have measured it.
+    A model's factor counts fully only once some agents have measured it. `assumed` is the prior's
+    logarithm.
     """
-    if own.samples >= ENOUGH_SAMPLES:
+    samples = own.samples
+    if samples >= ENOUGH_SAMPLES:
         return exp(own.value)
-    lean = of_model.samples / (of_model.samples + ENOUGH_SAMPLES)
-    others = log(prior) + of_agent.value + of_model.value * lean
-    return exp((own.value * own.samples + others * FACTOR_WEIGHT) / (own.samples + FACTOR_WEIGHT))
+    by_model = of_model.samples
+    others = assumed + of_agent.value + of_model.value * (by_model / (by_model + ENOUGH_SAMPLES))
+    if not samples:
+        return exp(others)
+    return exp((own.value * samples + others * FACTOR_WEIGHT) / (samples + FACTOR_WEIGHT))
 
 
 class OutputLengths:

@@ -159,11 +159,11 @@ def _taken(queue: Queue, now: float) -> Iterator[Slot]:
             place.draining_until > now or not place.machine.routable or place in queue.avoided
         ):
             continue
-        left = run.remaining(now)
-        at = now + left
-        if left > ends_at - now:
-            heappush(late, (at, number, place))
+        left, least = ends_at - now, (now - run.lease.granted_at) / 4  # `Running.remaining`
+        if left <= least:
+            heappush(late, (now + least, number, place))
             continue
+        at = now + left
         while late and late[0][0] <= at:
             yield heappop(late)
         yield at, number, place
@@ -249,7 +249,7 @@ def _cheapest(
             rates = known[place] = later_rates(place)
         read, write, late_rate = rates
         cached = hits.get(place, 0) if hits else 0
-        new = max(tokens - cached, 0)
+        new = tokens - cached if tokens > cached else 0
         run = new * read + weight * output * write
         late = output * late_rate - reading
         if late > 0:

@@ -17,7 +17,7 @@ from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId, RunnerSettings
 
 from .memory import MemoryLimits
-from .rates import BATCH_FACTOR, OUTPUT_TOKENS, Quantity, Rates, prior
+from .rates import BATCH_FACTOR, OUTPUT_TOKENS, Priors, Quantity, Rates, priors
 from .slots import AgentSlots, OwnerUse, Slots
 from .types import Lease, LeaseId, RunnerOptions
 
@@ -29,7 +29,6 @@ LEAST_TROUBLE_SECONDS = 0.01  # costs this close are equal (`choose.TIE_SECONDS`
 # Some twenty requests count; one failure alone costs no more than what counts as equal.
 FAILING_GAIN = 0.05
 FAILING_HALF_LIFE_SECONDS = 300.0  # some tries of an avoided place
-SPILL_FACTOR = 8.0  # A model outside the GPU is so much slower: memory of 50 beside 400 GB/s
 SERVICE_GAIN = 0.2  # the last five requests count: how long answers are changes with the client
 # A load that is late is expected after a quarter more of its age, a second at least:
 LOAD_DELAY_SHARE = 0.25
@@ -131,26 +130,19 @@ class Place:
 
     # ── rates ─────────────────────────────────────────────────────────────────────────────────
 
-    def prior(self, quantity: Quantity) -> float:
-        """What is assumed before anything was measured: tokens per second, or seconds of a load.
-
-        A model that the GPU has no memory for is slower by the share that is elsewhere.
-        """
-        machine = self.machine
-        rate, total = (
-            prior(quantity, self.disk_bytes, has_gpu=machine.has_gpu),
-            machine.memory.total,
-        )
-        if total is None or total >= self.memory_bytes or quantity is Quantity.LOAD:
-            return rate
-        return rate / (1 + SPILL_FACTOR * (1 - total / self.memory_bytes))
+    @property
+    def priors(self) -> Priors:
+        """What is assumed before anything was measured, with the share that its GPU cannot hold."""
+        total, needed = self.machine.memory.total, self.memory_bytes
+        outside = 0.0 if total is None or total >= needed else 1 - total / needed
+        return priors(self.disk_bytes, has_gpu=self.machine.has_gpu, outside=outside)
 
     def take_rates(self, rates: Rates) -> None:
         """Take over everything learned since the last time."""
-        self.factors = self.machine.factors
-        prefill, decode, self.load = rates.all(
-            self.machine.id, self.model, map(self.prior, Quantity)
-        )
+        machine = self.machine
+        self.factors = machine.factors
+        assumed = self.priors.logs
+        prefill, decode, self.load = rates.all(machine.id, self.model, assumed)
         self.prefill, self.decode = 1 / prefill, 1 / decode
 
     def take_rate(self, quantity: Quantity, rate: float) -> None:
