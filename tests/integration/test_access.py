@@ -296,6 +296,7 @@ async def test_a_key_is_made_listed_shown_ended_and_kept(tmp_path: Path) -> None
         {"name": "a", "rights": []},
         {"name": "a", "rights": ["root"]},
         {"name": "a", "weight": 0},
+        {"name": "a", "lane": "fast"},
         {"name": "a", "limits": {"concurrent": -1}},
         {"name": "a", "expires_at": "2030-01-31T00:00:00"},
         {"name": "a", "ssh": "ssh-rsa AAAA"},

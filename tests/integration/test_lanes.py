@@ -155,6 +155,33 @@ async def test_a_script_goes_to_the_batch_lane_and_why_says_so(
 
 
 @pytest.mark.spec("SCHED-101")
+async def test_the_lane_of_a_key_is_that_of_its_requests_unless_they_name_one(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    async def lane(key: str, number: int, **headers: str) -> tuple[str, str]:
+        url = f"{coordinator.url}/api/generate"
+        headers["Authorization"] = f"Bearer {key}"
+        async with coordinator.session.post(url, json=summary(number), headers=headers) as answer:
+            assert answer.status == 200
+            name = answer.headers["X-Ollama-Coordinator-Request"]
+        told = await coordinator.get(f"/api/requests/{name}")
+        decision = told["attempts"][0]["decision"]
+        return decision["lane"], decision.get("lane_reason", "")
+
+    keys = {}
+    for name, lane_of_key in (("nightly", "batch"), ("people", "interactive")):
+        body = {"name": name, "lane": lane_of_key}
+        status, made = await coordinator.post("/api/keys", body)
+        assert (status, made["lane"]) == (201, lane_of_key)
+        keys[name] = made["key"]
+    assert await lane(keys["nightly"], 0) == ("batch", "the key 'nightly' has this lane")
+    header = {"X-Ollama-Coordinator-Lane": "interactive"}
+    assert await lane(keys["nightly"], 1, **header) == ("interactive", "")
+    told = await asyncio.gather(*(lane(keys["people"], number) for number in range(15)))
+    assert set(told) == {("interactive", "the key 'people' has this lane")}
+
+
+@pytest.mark.spec("SCHED-101")
 async def test_a_page_of_several_people_is_not_taken_for_a_batch(
     coordinator: Running, ollama: StandIn
 ) -> None:

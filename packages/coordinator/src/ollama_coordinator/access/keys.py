@@ -109,7 +109,8 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /api/keys`. `rights` are `use`, `manage`, `operate`, `join` and `watch`.
 
     `models`: the models it may use, as patterns with `*`; none is all. `weight`: its share among
-    clients that wait for one model. `in_path`: it may stand in an address, `/k/KEY/…`.
+    clients that wait for one model. `lane`: that of its requests, `interactive` or `batch`, where
+    they name none; empty: by what they do. `in_path`: it may stand in an address, `/k/KEY/…`.
     `names_users`: requests with it may say which user they are for. `ssh`: the public key of an
     `ollama` program, in place of a secret. `once`: a join token for one machine.
     """
@@ -118,6 +119,7 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rights: tuple[str, ...] = ("use",)
     models: tuple[str, ...] = ()
     weight: float = 1.0
+    lane: str = ""
     in_path: bool = False
     names_users: bool = False
     limits: KeyLimits = NO_LIMITS
@@ -139,6 +141,7 @@ class Key(Struct, kw_only=True):
     rights: tuple[str, ...]
     models: tuple[str, ...] = ()
     weight: float = 1.0
+    lane: str = ""
     in_path: bool = False
     names_users: bool = False
     limits: KeyLimits = NO_LIMITS
@@ -301,6 +304,7 @@ class KeyRing:
             rights=tuple(dict.fromkeys(wanted.rights)),
             models=wanted.models,
             weight=wanted.weight,
+            lane=wanted.lane,
             in_path=wanted.in_path,
             names_users=wanted.names_users,
             limits=wanted.limits,
@@ -328,6 +332,8 @@ class KeyRing:
             raise WrongKey("once: that is for a join token, with the right 'join' alone")
         if not 0.01 <= wanted.weight <= 100:
             raise WrongKey("weight: give a number from 0.01 to 100")
+        if wanted.lane not in ("", "interactive", "batch"):
+            raise WrongKey("lane: give interactive or batch, or leave it out")
         if any(value < 0 for value in structs.astuple(wanted.limits)):
             raise WrongKey("limits: give numbers from 0 on; 0 is no limit")
         if wanted.expires_at is not None and wanted.expires_at.tzinfo is None:

@@ -34,6 +34,9 @@ Models = Annotated[
 Weight = Annotated[
     float, typer.Option("--weight", help="Its share among clients that wait for one model.")
 ]
+LaneOfKey = Annotated[
+    str, typer.Option("--lane", help="interactive or batch; else by what its requests do.")
+]
 Expires = Annotated[
     str, typer.Option("--expires", metavar="DURATION|TIME", help="Such as 30d, 12h, 2030-01-31.")
 ]
@@ -70,6 +73,7 @@ async def create(
     rights: Rights = "use",
     models: Models = "",
     weight: Weight = 1.0,
+    lane: LaneOfKey = "",
     expires: Expires = "",
     in_path: InPath = False,
     names_users: NamesUsers = False,
@@ -86,7 +90,8 @@ async def create(
         "gpu_seconds_per_day": gpu_seconds_per_day,
     }
     wanted = _wanted(name, rights, models, weight, expires, names_users=names_users)
-    made = await client.json("POST", "/api/keys", {**wanted, "in_path": in_path, "limits": limits})
+    wanted |= {"in_path": in_path, "limits": limits, "lane": lane}
+    made = await client.json("POST", "/api/keys", wanted)
     # Nothing but the key on the standard output, so that a script can take it.
     typer.echo(made["key"])
     hints = Console(stderr=True, soft_wrap=True)
@@ -152,6 +157,7 @@ async def show(client: Client, name: Name) -> None:
         "rights": ", ".join(key["rights"]),
         "models": ", ".join(key["models"]) or "all",
         "weight": f"{key['weight']:g}",
+        "lane": key["lane"] or "by what they do",
         "limits": limits or "none",
         "in a path": "yes" if key["in_path"] else "no",
         "names users": "yes" if key["names_users"] else "no",

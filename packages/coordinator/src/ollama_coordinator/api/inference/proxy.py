@@ -183,6 +183,7 @@ class Proxy:
         if (
             self._batches.arrived(request.client, opening, request.arrived_at, is_read=is_read)
             and LANE not in headers
+            and not request.lane_reason
         ):
             request = structs.replace(request, lane=Lane.BATCH, lane_reason=REASON)
         try:

@@ -538,12 +538,14 @@ def schedulable(
         Denied: its client's key may not use the model.
     """
     headers, caller = dict(scope["headers"]), caller_of(scope)
+    key, reason = caller.key, ""
     lane = Lane.EMBEDDING if route.kind is Kind.EMBED else LANES.get(headers.get(LANE, b""))
+    if lane is not Lane.EMBEDDING and LANE not in headers and key is not None and key.lane:
+        lane, reason = Lane(key.lane), f"the key '{key.name}' has this lane"
     if lane is None:
         raise HttpError(400, "X-Ollama-Coordinator-Lane: give interactive or batch")
     short = len(routing.name) <= KEPT_NAME_CHARACTERS
     model = (_kept_key if short else model_key)(routing.name)
-    key = caller.key
     if key is not None:
         caller.check_model(model)
     return Request(
@@ -553,6 +555,7 @@ def schedulable(
         arrived_at=now,
         kind=route.kind,
         lane=lane,
+        lane_reason=reason,
         form=routing.form,
         pace=_pace(headers[PACE]) if PACE in headers else pace,
         client=caller.name,

@@ -39,6 +39,7 @@ class KeyView(Struct, frozen=True, kw_only=True):
     rights: tuple[str, ...]
     models: tuple[str, ...]
     weight: float
+    lane: str
     in_path: bool
     names_users: bool
     limits: KeyLimits
@@ -123,6 +124,7 @@ class KeysApi:
             rights=key.rights,
             models=key.models,
             weight=key.weight,
+            lane=key.lane,
             in_path=key.in_path,
             names_users=key.names_users,
             limits=key.limits,
