@@ -16,6 +16,7 @@ pytest.importorskip("playwright")
 
 from playwright.async_api import Route, expect
 
+from ollama_coordinator import model_probes
 from ollama_coordinator.access import NewKey
 from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.names import model_key
@@ -846,3 +847,36 @@ async def test_usage_is_shown_by_person_key_and_model(
     assert "127.0.0.1" in Path(await (await file.value).path()).read_text("utf-8")
     if folder := os.environ.get("PICTURES"):
         await page.screenshot(path=f"{folder}/usage.png")
+
+
+@pytest.mark.spec("FLEET-50")
+async def test_the_card_says_which_model_others_are_asked_for_first_and_what_to_do(
+    coordinator: Running,
+    ollama: StandIn,
+    spare: StandIn,
+    visit: Visit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = next(agent for agent in coordinator.parts.registry if agent.name == "first")
+    await ollama.load("llama3.2")
+    await coordinator.parts.monitor.look_at(first, seconds=DEADLINE_SECONDS)
+    await visit.open("fleet")
+    card = visit.page.get_by_role("article", name="Agent first")
+    reason = card.locator(".reason")
+    await expect(reason).to_be_hidden()
+    with ollama.faults.status(500, "CUDA error: device lost"):
+        await coordinator.chat()
+        said = "Others are asked first for llama3.2:latest: answered 500: CUDA error: device lost"
+        await expect(reason).to_have_text(said)
+    monkeypatch.setattr(model_probes, "TOKEN_SECONDS", 0.5)
+    with ollama.faults.hang(paths=("/api/chat",)):
+        key = model_key("llama3.2")
+        coordinator.parts.registry.succeeded(first, key)
+        coordinator.parts.registry.doubt(first, key, "requests are late", 0.0)
+        await expect(reason).to_contain_text("it is in memory and answers nothing; restart Ollama")
+        if folder := os.environ.get("PICTURES"):
+            await visit.page.screenshot(path=f"{folder}/stuck.png")
+        await visit.page.click("article.agent .agent-name >> text=first")
+        await expect(visit.page.locator("main")).to_contain_text("systemctl restart ollama")
+        await visit.open("fleet")
+    await expect(reason).to_be_hidden()
