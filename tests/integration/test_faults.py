@@ -122,6 +122,8 @@ FAULTS: dict[str, Callable[[StandIn], Any]] = {
     "empty": raw(200, ""),
     "accepted": raw(202, '{"status":"queued"}'),
     "text": raw(200, "Ollama is running"),
+    "JSON of another program": raw(200, '{"status":"ok","service":"router"}'),
+    "comments": raw(200, ": keep-alive\n\n", **{"Content-Type": "text/event-stream"}),
     "an error with a good status": raw(200, '{"error":"CUDA error: device lost"}'),
     "half an object": raw(200, '{"model":"llama3.2","message":'),
     "reset": lambda node: node.faults.rst(paths=CHAT),
@@ -167,6 +169,47 @@ async def test_a_stream_that_begins_wrong_is_served_by_another(fault: str, path:
                 body = await response.read()
             assert b'"done":true' in body or b"[DONE]" in body
         assert 1 <= asked(nodes[0]) <= 2
+
+
+@pytest.mark.spec("FLEET-18")
+async def test_a_model_that_an_agent_lists_and_does_not_find_is_asked_for_elsewhere() -> None:
+    async with running() as coordinator, fleet(coordinator, 2) as nodes:
+        broken = named(coordinator, "machine-0")
+        async with coordinator.session.get(f"{nodes[0].url}/api/tags") as response:
+            tags = await response.json()
+        says(404, "model 'llama3.2' not found")(nodes[0])
+        for _ in range(4):
+            assert (await coordinator.chat())[0] == 200
+            await coordinator.heartbeat(broken.id, tags=tags)
+            assert broken.inventory.available
+        assert asked(nodes[0]) == 1
+
+
+@pytest.mark.spec("FLEET-18")
+async def test_what_is_no_http_is_not_asked_for_again_after_a_probe() -> None:
+    async with running() as coordinator, fleet(coordinator, 2) as nodes:
+        broken = named(coordinator, "machine-0")
+        nodes[0].faults.garbage(paths=CHAT)
+        for _ in range(4):
+            assert (await coordinator.chat())[0] == 200
+            await coordinator.until(lambda: not broken.resting)
+        assert asked(nodes[0]) == 1
+
+
+@pytest.mark.spec("FLEET-18")
+async def test_while_a_probe_tries_a_model_in_memory_no_request_does() -> None:
+    async with running() as coordinator, fleet(coordinator, 2) as nodes:
+        broken = named(coordinator, "machine-0")
+        says(500, "CUDA error")(nodes[0])
+        assert (await coordinator.chat())[0] == 200
+        assert asked(nodes[0]) == 1
+        nodes[0].faults.clear()
+        nodes[0].faults.hang(paths=CHAT)
+        over(broken)
+        coordinator.parts.registry.changes += 1
+        for _ in range(3):
+            assert (await coordinator.chat())[0] == 200
+        assert all(b"num_predict" in one.body for one in nodes[0].seen.of(CHAT[0])[1:])
 
 
 @pytest.mark.spec("FLEET-18")

@@ -142,6 +142,11 @@ class Exchange:
         kind = hit.fault.kind
         if kind == "fin" or kind == "rst":
             raise Severed(kind)
+        if kind == "garbage":
+            transport = self.request.transport
+            assert transport is not None
+            transport.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+            raise Severed("fin")
         if kind == "hang":
             await self.parked(hit)
             return None

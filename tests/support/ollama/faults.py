@@ -20,7 +20,7 @@ HEALTH_PATHS = ("/api/tags", "/api/ps", "/api/version")
 
 ListenerKind = Literal["refuse", "black_hole"]  # the listening socket
 AcceptKind = Literal["reset_on_accept", "slow_start"]  # a new connection, a request's first line
-RequestKind = Literal["status", "hang", "fin", "rst"]  # before any header
+RequestKind = Literal["status", "hang", "fin", "rst", "garbage"]  # before any header
 StreamKind = Literal["stall", "cut", "malformed", "end_without_done", "error_line"]
 LoadKind = Literal["load"]
 Kind = Literal[ListenerKind, AcceptKind, RequestKind, StreamKind, LoadKind]
@@ -158,6 +158,10 @@ class Faults:
 
     def rst(self, **common: Any) -> Injected:
         return self.add(Fault(kind="rst", **common))
+
+    def garbage(self, **common: Any) -> Injected:
+        """Another program than an HTTP server answers."""
+        return self.add(Fault(kind="garbage", **common))
 
     def stall(self, after: int = 1, seconds: float | None = None, **common: Any) -> Injected:
         return self.add(Fault(kind="stall", after=after, seconds=seconds, **common))

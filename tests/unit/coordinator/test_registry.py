@@ -15,6 +15,7 @@ from ollama_coordinator.registry import (
     TwoMachines,
     UnknownAgent,
 )
+from ollama_coordinator.registry.agent import model_cooldown_after
 from ollama_coordinator.registry.agent_match import Identities
 from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
@@ -410,10 +411,11 @@ def test_a_served_request_forgets_the_failures(registry: Registry) -> None:
 @pytest.mark.spec("FLEET-18")
 def test_one_model_that_fails_does_not_take_the_agent_out(registry: Registry) -> None:
     agent = add(registry, "a")
-    told = []
+    told, now = [], 10.0
     for _ in range(4):
-        registry.fail_model(agent, "k", "out of memory", 10.0)
-        told.append(agent.model_cooldowns["k"].until - 10.0)
+        registry.fail_model(agent, "k", "out of memory", now)
+        now, since = agent.model_cooldowns["k"].until, now
+        told.append(now - since)
     assert told == [10, 50, 50, 50]
     assert registry.is_routable(agent, 10.0)
     registry.succeeded(agent, "other")
@@ -583,3 +585,22 @@ def test_what_identifies_no_agent_any_more_is_forgotten() -> None:
     for agent in (first, second, second, without):
         identities.discard(agent)
     assert len(identities) == 0
+
+
+@pytest.mark.spec("FLEET-18")
+@pytest.mark.parametrize("early", [None, 0.1, 3.0, 9.0])
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_model_that_fails_is_asked_for_twice_a_minute_at_most(
+    early: float | None, asked: int
+) -> None:
+    """Also where a second question follows at once, or the first one went out twice."""
+    cooldown, asks = None, []
+    at = 0.0
+    for number in range(8):
+        times = asked if number == 0 else 1
+        asks += [at] * times
+        cooldown = model_cooldown_after(cooldown, "CUDA error", at, began=at, asked=times)
+        at = cooldown.until
+        if number == 0 and early is not None and asked == 1:
+            at = early
+    assert all(sum(since <= one < since + 60 for one in asks) <= 2 for since in asks)

@@ -173,15 +173,19 @@ class Dispatch:
             case Result.SERVED | Result.ERRORED:
                 self.registry.succeeded(agent, model, held.num_ctx)
             case Result.UNREACHABLE | Result.CUT:
-                if outcome.died or held.status:
+                if outcome.asked:
                     # Its Ollama may answer probes at once: the model is asked for elsewhere first.
-                    self.registry.fail_model(agent, model, outcome.reason, now, began=began)
+                    self.registry.fail_model(
+                        agent, model, outcome.reason, now, began=began, asked=outcome.asked
+                    )
                 self.take_out(agent, outcome.reason, began)
             case Result.BUSY | Result.MODEL_FAILED:
                 self.registry.fail_model(agent, model, outcome.reason, now, began=began)
                 log.warning("model failed on agent", extra=_facts(agent, model, outcome.reason))
             case Result.MODEL_MISSING:
                 self.registry.note_missing(agent, model)
+                # It may go on listing it: others are asked first all the same.
+                self.registry.fail_model(agent, model, outcome.reason, now, began=began)
                 log.warning("model missing on agent", extra=_facts(agent, model, outcome.reason))
             case Result.CANCELLED | Result.TAKEN_BACK | Result.REJECTED:
                 pass

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from functools import partial
 from secrets import token_hex
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Raw, Struct, structs
@@ -69,6 +70,7 @@ class ModelProbes:
         self._clock = dispatch.clock
         self._upstreams = upstreams
         self._running: set[tuple[AgentId, str]] = set()
+        self._asking: WeakValueDictionary[tuple[AgentId, str], asyncio.Lock] = WeakValueDictionary()
 
     def look(self, tasks: asyncio.TaskGroup, now: float) -> None:
         """Find late requests, and start the probes that are due."""
@@ -121,7 +123,7 @@ class ModelProbes:
         cooldown = agent.model_cooldowns[key]
         if now < cooldown.until or not self._registry.is_routable(agent, now):
             return False
-        return cooldown.stuck or agent.inventory.is_loaded(key)
+        return cooldown.stuck or agent.probes(key)
 
     async def _probe(self, agent: AgentState, key: str) -> None:
         """Ask for one token, on a lease as any attempt."""
@@ -183,15 +185,19 @@ class ModelProbes:
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._upstreams.open("POST", agent.url + path, body=body) as response,
+                self._upstreams.open(
+                    "POST", agent.url + path, body=body, again=lambda _: False
+                ) as response,
             ):
                 answer = await whole(response, SMALL_ANSWER_BYTES)
         except TimeoutError:
             return None
         except UpstreamError as exc:
             died = isinstance(exc, ConnectionLost | Cut)
-            held.outcome = Outcome(Result.UNREACHABLE, str(exc), died=died)
-            return None if isinstance(exc, NotConnected) else False
+            is_gone = isinstance(exc, NotConnected)
+            asked = 0 if is_gone else 1
+            held.outcome = Outcome(Result.UNREACHABLE, str(exc), died=died, asked=asked)
+            return None if is_gone else False
         if agent.is_stuck(row.key):
             self._registry.pardon(agent, row.key)
         if response.status == 200 and _is_answer(answer):
@@ -207,21 +213,26 @@ class ModelProbes:
         """Whether an agent that never answered was well until it died under a request.
 
         It was if it answers another one now. It was, too, if its Ollama is gone, or takes too long:
-        then nobody else should die of the request.
+        then nobody else should die of the request. It was not if it fails for others as well.
         """
-        row = agent.inventory.available.get(key)
-        if row is None:
-            return False
-        try:
-            async with (
-                asyncio.timeout(WELL_SECONDS),
-                self._dispatch.lease(self._request(agent, row)) as held,
-            ):
-                return await self._ask(held, row, WELL_SECONDS) is not False
-        except (TimeoutError, SchedulerError):
-            return True
-        finally:
-            self._dispatch.plan()
+        asking = self._asking.setdefault((agent.id, key), asyncio.Lock())
+        async with asking:  # the next one who wants to know sees what the first one found
+            cooldown = agent.model_cooldowns.get(key)
+            row = agent.inventory.available.get(key)
+            if row is None or (cooldown is not None and cooldown.failures > 1):
+                return False
+            if agent.proven:
+                return True
+            try:
+                async with (
+                    asyncio.timeout(WELL_SECONDS),
+                    self._dispatch.lease(self._request(agent, row)) as held,
+                ):
+                    return await self._ask(held, row, WELL_SECONDS) is not False
+            except (TimeoutError, SchedulerError):
+                return True
+            finally:
+                self._dispatch.plan()
 
     def _there(self, agent: AgentState, key: str) -> list[Held]:
         """The attempts under way of one model on one agent."""

@@ -6,6 +6,7 @@ UpstreamError
 │   │   └── Gone         but for one that ended as the request went out
 │   ├── TimedOut         no whole answer in time
 │   └── ConnectionLost   the connection ended after the request had gone out
+│       └── LostTwice    as did the one on which it was sent once more
 ├── Cut           the answer ended before its end
 ├── AgentLost     somebody else found out that the agent does not answer any more
 ├── ModelStuck    the agent answers, but not for this model
@@ -17,7 +18,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from secrets import token_hex
@@ -118,6 +119,10 @@ class ConnectionLost(Unreachable):
     """The connection ended after the request had gone out, before an answer."""
 
 
+class LostTwice(ConnectionLost):
+    """So did the new connection, on which the request was sent once more."""
+
+
 class Cut(UpstreamError):
     """The answer ended before its end."""
 
@@ -136,6 +141,14 @@ class TakenBack(UpstreamError):
 
 class RequestCancelled(UpstreamError):
     """An operator ended the request; the agent is well."""
+
+
+SendAgain = Callable[[float], bool]
+"""Whether a request may be sent once more, whose connection had been idle for so many seconds."""
+
+
+def _always(idle_seconds: float) -> bool:
+    return True
 
 
 class Upstreams:
@@ -184,11 +197,13 @@ class Upstreams:
         headers: Iterable[tuple[str, str]] = (),
         body: bytes | bytearray = b"",
         stream: AsyncIterator[bytes] | None = None,
+        again: SendAgain = _always,
     ) -> "_Opened":
         """`async with` sends a request, and has the response once its headers are here.
 
-        `stream` is a body in pieces, in place of `body`. Leaving the block before the end of the
-        response's body closes the connection, by which Ollama learns that its client has left.
+        `stream` is a body in pieces, in place of `body`. `again`: whether it may be sent once more.
+        Leaving the block before the end of the response's body closes the connection, by which
+        Ollama learns that its client has left.
 
         Raises (at the block's start):
             Unreachable: no headers arrived.
@@ -198,7 +213,7 @@ class Upstreams:
         sent = [*headers, (VIA_HEADER, via)]
         if self._api_keys and (key := self._key_of(str(url))):
             sent.append(bearer(key))
-        return _Opened(self._send(method, url, sent, body, stream))
+        return _Opened(self._send(method, url, sent, body, stream, again))
 
     def _key_of(self, url: str) -> str:
         """The API key of the Ollama that a URL leads to; empty where it has none."""
@@ -212,13 +227,14 @@ class Upstreams:
         headers: list[tuple[str, str]],
         body: bytes | bytearray,
         stream: AsyncIterator[bytes] | None,
+        again: SendAgain,
         tries: int = LAG_TRIES,
     ) -> aiohttp.ClientResponse:
         """The response, once its headers are here.
 
         Raises:
             aiohttp.ClientError, TimeoutError, OSError, UnicodeError: there is none.
-            Gone: the agent went away meanwhile.
+            Gone, LostTwice: it was sent once more.
         """
         if self._kept is None or self._fresh is None:
             raise RuntimeError("the upstream connections are not open")
@@ -235,10 +251,11 @@ class Upstreams:
         except aiohttp.ConnectionTimeoutError:
             if not tries or not self._clock.has_lagged_since(began):
                 raise
-            return await self._send(method, url, headers, body, stream, tries - 1)
+            return await self._send(method, url, headers, body, stream, again, tries - 1)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
             now = asyncio.get_running_loop().time()
-            if stream is not None or not sending.was_stale(exc, now):
+            is_stale = stream is None and sending.was_stale(exc, now)
+            if not (is_stale and again(sending.idle_seconds)):
                 raise
         try:
             return await self._fresh.request(
@@ -247,6 +264,9 @@ class Upstreams:
         except aiohttp.ClientConnectorError as exc:
             _forget_frames(exc)
             raise Gone(_reason(exc)) from exc
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
+            _forget_frames(exc)
+            raise LostTwice(_reason(exc)) from exc
 
     async def fetch(
         self,
@@ -329,10 +349,17 @@ class _Answers(ResponseHandler):
     """
 
     _interim = 0
+    _answered_at = 0.0
+
+    def set_response_params(self, **params: Any) -> None:
+        """Aiohttp calls this before each request."""
+        super().set_response_params(**params)
+        if (sending := _under_way.get(None)) is not None:
+            sending.idle_seconds = self._loop.time() - self._answered_at
 
     def feed_data(self, data: tuple[RawResponseMessage, Any], size: int = 0) -> None:
         """Aiohttp calls this for each head."""
-        code = data[0].code
+        code, self._answered_at = data[0].code, self._loop.time()
         self._interim = self._interim + 1 if 100 <= code < 200 and code != 101 else 0
         if self._interim <= MOST_INTERIM:
             super().feed_data(data, size)
@@ -442,14 +469,15 @@ _under_way: ContextVar["_Sending"] = ContextVar("_under_way")
 class _Sending:
     """How a request is sent.
 
-    `reused`: on a connection that has served another one before. `sent_at`: when it went out, by
-    the event loop's clock: at once, or with the last slice of a large body.
+    `reused`: on a connection that has served another one before, `idle_seconds` ago. `sent_at`:
+    when it went out, by the event loop's clock: at once, or with the last slice of a large body.
     """
 
-    __slots__ = ("reused", "sent_at")
+    __slots__ = ("idle_seconds", "reused", "sent_at")
 
     def __init__(self) -> None:
         self.reused = True
+        self.idle_seconds = 0.0
         self.sent_at = 0.0
         self.sent()
 

@@ -89,25 +89,21 @@ class Cooldown(Struct, frozen=True):
     stuck: bool = False
 
     def avoids(self, now: float, *, tried: bool) -> bool:
-        """Whether others are asked first; once its time is over, while one request tries it."""
+        """Whether others are asked first; once its time is over, while something tries it."""
         return self.stuck or now < self.until or tried
 
 
 FIRST_AVOIDED_SECONDS = 10.0
 AVOIDED_SECONDS = 50.0
+TWICE_IN_SECONDS = 60.0
 """How long a model that failed on an agent is asked for elsewhere first: a broken machine is asked
 twice a minute at most, and one that failed once is soon equal again."""
 
 
 def cooldown_after(
-    previous: Cooldown | None,
-    reason: str,
-    now: float,
-    *,
-    began: float | None,
-    of_model: bool = False,
+    previous: Cooldown | None, reason: str, now: float, *, began: float | None
 ) -> Cooldown:
-    """The next cooldown of an agent, or of one model on it.
+    """The next cooldown of an agent.
 
     An attempt that `began` before the last failure changes nothing: a crash is one failure, however
     many requests it ends.
@@ -115,11 +111,22 @@ def cooldown_after(
     if previous is not None and began is not None and began <= previous.since:
         return previous
     failures = previous.failures + 1 if previous else 1
-    if of_model:
-        seconds = FIRST_AVOIDED_SECONDS if failures == 1 else AVOIDED_SECONDS
+    return Cooldown(failures, now, now + _resting_seconds(failures), reason)
+
+
+def model_cooldown_after(
+    previous: Cooldown | None, reason: str, now: float, *, began: float | None, asked: int
+) -> Cooldown:
+    """The next cooldown of one model on an agent, which the attempt has `asked` once or twice."""
+    if previous is not None and began is not None and began <= previous.since:
+        return previous
+    if asked > 1:
+        until = now + TWICE_IN_SECONDS
+    elif previous is None:
+        until = now + FIRST_AVOIDED_SECONDS
     else:
-        seconds = _resting_seconds(failures)
-    return Cooldown(failures=failures, since=now, until=now + seconds, reason=reason)
+        until = max(now + AVOIDED_SECONDS, previous.since + TWICE_IN_SECONDS)
+    return Cooldown((previous.failures if previous else 0) + asked, now, until, reason)
 
 
 def _resting_seconds(failures: int) -> float:
@@ -224,7 +231,14 @@ class AgentState:
     def avoids(self, key: str, now: float, *, tried: bool = False) -> bool:
         """Whether others are asked for this model first; `tried`: requests for it run here."""
         cooldown = self.model_cooldowns.get(key)
-        return cooldown is not None and cooldown.avoids(now, tried=tried)
+        return cooldown is not None and cooldown.avoids(now, tried=tried or self.probes(key))
+
+    def probes(self, key: str) -> bool:
+        """Whether a probe tries a model that failed here, in place of a request: one that is in
+        memory and can answer with a token.
+        """
+        row = self.inventory.available.get(key)
+        return row is not None and row.writes_tokens and self.inventory.is_loaded(key)
 
     def is_stuck(self, key: str) -> bool:
         """Whether this model is taken to hang here, until a probe succeeds."""

@@ -48,6 +48,12 @@ class AvailableRow(Struct, frozen=True):
         """Whether it is known to write answers; such a model embeds with all its slots."""
         return "completion" in self.model.capabilities
 
+    @property
+    def writes_tokens(self) -> bool:
+        """Whether it writes text or embeds it, as far as is known: not images alone."""
+        known = self.model.capabilities
+        return not known or self.completes or "embedding" in known
+
 
 class LoadedRow(Struct, frozen=True):
     """A model in an agent's memory; `raw` is `None` if inferred from a finished request."""

@@ -11,7 +11,14 @@ from ollama_coordinator_common.protocol import AgentView, HealthReport, Register
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from . import agent_match
-from .agent import AgentSettings, AgentState, Cooldown, cooldown_after, endpoints
+from .agent import (
+    AgentSettings,
+    AgentState,
+    Cooldown,
+    cooldown_after,
+    endpoints,
+    model_cooldown_after,
+)
 from .agent_match import Identities, NotItsOllama
 from .inventory import EMPTY
 from .model_index import MOST_SHOWN, CloudModels, ModelIndex
@@ -469,16 +476,25 @@ class Registry:
             agent.cooldown = structs.replace(agent.cooldown, until=min(now, agent.cooldown.until))
 
     def fail_model(
-        self, agent: AgentState, key: str, reason: str, now: float, *, began: float | None = None
+        self,
+        agent: AgentState,
+        key: str,
+        reason: str,
+        now: float,
+        *,
+        began: float | None = None,
+        asked: int = 1,
     ) -> None:
-        """One model does not run on this agent: other agents are preferred during its cooldown."""
+        """One model does not run on this agent, which was asked so often: other agents are
+        preferred during its cooldown.
+        """
         if agent.bad_since is None:
             agent.bad_since = now
         previous = agent.model_cooldowns.get(key)
         if previous is not None and previous.stuck:
             return
-        agent.model_cooldowns[key] = cooldown_after(
-            previous, reason, now, began=began, of_model=True
+        agent.model_cooldowns[key] = model_cooldown_after(
+            previous, reason, now, began=began, asked=asked
         )
         self.changes += 1
 

@@ -148,12 +148,13 @@ class Queues:
         for place in self._machines.places(queue.model):
             if not place.machine.routable:
                 continue
-            cooldown = place.machine.agent.model_cooldowns.get(queue.model)
-            if cooldown is None or not cooldown.avoids(now, tried=bool(place.running)):
-                ready.append(place)
-            else:
+            agent = place.machine.agent
+            cooldown = agent.model_cooldowns.get(queue.model)
+            if cooldown and agent.avoids(queue.model, now, tried=bool(place.running)):
                 until = min(until, max(cooldown.until, now + TRIED_SECONDS))
                 failed.append(place)
+            else:
+                ready.append(place)
         queue.fresh(until)
         queue.avoid(failed if ready else [])
         places = ready or failed

@@ -186,13 +186,15 @@ class Result(Enum):
 class Outcome(Struct, frozen=True):
     """How an attempt ended, why, and what can be learned from it.
 
-    `died`: the connection or the runner was lost while the request ran.
+    `died`: the connection or the runner was lost while the request ran. `asked`: how often it went
+    out there; 0 where there was no connection, or somebody else found that the agent is lost.
     """
 
     result: Result
     reason: str = ""
     timings: Timings | None = None
     died: bool = False
+    asked: int = 1
 
 
 # Ollama's own: it raises a smaller `num_ctx`, and takes this `num_batch` where none is given:

@@ -8,7 +8,7 @@ from enum import Enum
 from uuid import uuid4
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, structs
 
 from ollama_coordinator.scheduler import Kind, Timings
 from ollama_coordinator_common.printable import quoted
@@ -163,14 +163,30 @@ def error_record(route: InferenceRoute, message: str) -> bytes:
 
 
 class _Answer(Struct):
+    """The fields of which every answer of Ollama has one, and that of its errors."""
+
     error: Raw = Raw()
+    model: Raw = Raw()
+    done: Raw = Raw()
+    embedding: Raw = Raw()
+    object: Raw = Raw()
+    choices: Raw = Raw()
+    data: Raw = Raw()
+    type: Raw = Raw()
+    text: Raw = Raw()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has one of them."""
+        return any(map(bytes, structs.astuple(self)))
 
 
 _answer = msgspec.json.Decoder(_Answer)
 _EVENT = (b"data:", b"event:", b"id:", b"retry:", b":")
 """How a line of a server-sent event begins."""
 
-NO_JSON = "what it answered is no JSON"
+NO_JSON = "what it answered is no JSON of Ollama's"
+NO_DATA = b"{}"
 
 
 def wrong_start(route: InferenceRoute, first: bytes, *, streamed: bool) -> str | None:
@@ -184,11 +200,14 @@ def wrong_start(route: InferenceRoute, first: bytes, *, streamed: bool) -> str |
         if not first.lstrip().startswith(_EVENT):
             return NO_JSON
         data = first.partition(b"data:")[2].partition(b"\n")[0].strip()
-        first = data if data.startswith(b"{") else b"{}"
+        first = data if data.startswith(b"{") else NO_DATA
     try:
-        error = bytes(_answer.decode(first).error)
+        answer = _answer.decode(first)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NO_JSON
+    if first != NO_DATA and not answer.is_known:
+        return NO_JSON
+    error = bytes(answer.error)
     return None if error in (b"", b"null") else first.decode(errors="replace")
 
 
@@ -295,6 +314,11 @@ def _counted_timings(last: bytes, records: int) -> Timings:
 
 _EMPTY_CHUNK = re.compile(rb'"(?:delta":\{(?:"role":"assistant",?)?(?:"content":"")?\}|text":"")')
 _UNFINISHED = b'"finish_reason":null'
+
+
+def is_comment(route: InferenceRoute, first: bytes) -> bool:
+    """Whether what began a stream are comments of server-sent events: that is no answer yet."""
+    return route.dialect is not Dialect.NATIVE and b"data:" not in first
 
 
 def swallowed_error(route: InferenceRoute, last: bytes) -> bool:

@@ -57,6 +57,9 @@ from .unload import make_room, unload_everywhere
 ASKED_SECONDS = 1.0
 """How long an Ollama may take to refuse a body; the client waits for its 404 meanwhile."""
 
+IDLE_SECONDS = 1.0
+"""Whoever closes idle connections lets them be idle for longer."""
+
 OF_THE_NAME = ("", "model is required", "invalid model name")
 """What Ollama says of a body without a model's name where nothing else is wrong with it."""
 
@@ -396,6 +399,7 @@ class Proxy:
                     held.agent.url + call.route.path,
                     headers=call.headers,
                     body=body,
+                    again=partial(self._sends_again, held),
                 ) as response,
             ):
                 if call.request.model.endswith(OF_THE_CLOUD):
@@ -403,6 +407,20 @@ class Proxy:
                 return await relay.run(response)
         except UpstreamError as exc:
             return await relay.broken(exc)
+
+    def _sends_again(self, held: Held, idle_seconds: float) -> bool:
+        """Whether a kept connection was closed because it was idle; else its agent broke it off.
+
+        The only agent is asked once more anyway.
+        """
+        request, now = held.lease.request, self._clock.now()
+        others = (one for one in self._registry.servers(request.model) if one is not held.agent)
+        if not any(
+            one.id not in request.excluded and self._registry.is_routable(one, now)
+            for one in others
+        ):
+            return True
+        return idle_seconds >= IDLE_SECONDS and request.model not in held.agent.model_cooldowns
 
     async def _answer_failure(self, call: Call, failures: Sequence[Failure]) -> None:
         """Every agent failed: answer with the last one's refusal, or why none was reached."""

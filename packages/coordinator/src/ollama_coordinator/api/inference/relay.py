@@ -16,6 +16,7 @@ from ollama_coordinator.api.http.dialects import (
     Ending,
     InferenceRoute,
     error_record,
+    is_comment,
     read_ending,
     swallowed_error,
     wrong_start,
@@ -38,6 +39,7 @@ from ollama_coordinator.upstream import (
     ConnectionLost,
     Cut,
     Gone,
+    LostTwice,
     ModelStuck,
     NotConnected,
     RequestCancelled,
@@ -229,7 +231,7 @@ class Relay:
                 whole = first = first + whole
                 if (wrong := wrong_start(route, first, streamed=True)) is not None:
                     return await self._refused_late(wrong)
-                if swallowed_error(route, first):
+                if is_comment(route, first) or swallowed_error(route, first):
                     continue  # an error, if nothing follows
                 # Not retried after this line: the client has seen tokens from this agent.
                 await self._start(response.status, head)
@@ -266,7 +268,7 @@ class Relay:
             result = Result.TAKEN_BACK
         reason = f"agent {held.agent.name}: {error}"
         died = isinstance(error, ConnectionLost | Cut | Gone) and not held.restarts
-        held.outcome = Outcome(result, str(error), died=died)
+        held.outcome = Outcome(result, str(error), died=died, asked=_asked(error))
         log.warning(
             "attempt taken back" if result is Result.TAKEN_BACK else "attempt failed",
             extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
@@ -310,6 +312,15 @@ class Relay:
 
     async def _finish(self, data: bytes) -> None:
         await self._call.send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+def _asked(error: UpstreamError) -> int:
+    """How often a request went out, see `Outcome`."""
+    if isinstance(error, LostTwice):
+        return 2
+    if isinstance(error, Gone):
+        return 1
+    return 0 if isinstance(error, NotConnected | AgentLost) else 1
 
 
 EVENT_END = b"\n\n"

@@ -4,7 +4,6 @@ Only before the client has seen a byte. What Ollama says of the request itself w
 everywhere and is passed on; every other answer is the agent's until another agent says the same.
 """
 
-import asyncio
 import json
 import re
 from collections import OrderedDict
@@ -203,17 +202,19 @@ class Poison:
             self._suspects.move_to_end(fingerprint)
             if len(self._suspects) > MOST_SUSPECTS:
                 self._suspects.popitem(last=False)
-        if len(suspect.agents) < MOST_DEATHS <= len(suspect.agents | suspect.unproven.keys()):
-            await self._examine(suspect, request.model)
+        await self._examine(suspect, request.model)
         return len(suspect.agents) >= MOST_DEATHS
 
     async def _examine(self, suspect: Suspect, model: str) -> None:
-        """Find out which deaths of agents that had never answered count."""
-        unproven = list(suspect.unproven.values())
-        well = await asyncio.gather(*(self._was_well(agent, model) for agent in unproven))
-        for agent, was in zip(unproven, well, strict=True):
+        """Find out which deaths of agents that had never answered count, as long as it matters.
+
+        The last one first: it is the least likely to have been asked by others meanwhile.
+        """
+        while len(suspect.agents) < MOST_DEATHS <= len(suspect.agents | suspect.unproven.keys()):
+            agent = next(reversed(suspect.unproven.values()))
+            was_well = await self._was_well(agent, model)
             suspect.unproven.pop(agent.id, None)
-            if was:
+            if was_well:
                 suspect.agents.add(agent.id)
 
 
