@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from .cost import NO_PLACE, alone_seconds, run_seconds, service_seconds
 from .eviction import Evictions
 from .prompt_cache import CacheHits
-from .queue import Queue, QueueEntry, load_seconds
+from .queue import Queue, QueueEntry
 from .rates import UNLOAD_SECONDS
 from .slot_plan import Slot, SlotPlans, cheapest_slot, next_slot
 from .state import Action, Choice, Eviction, Place
@@ -137,8 +137,11 @@ class Chooser:
         if usual and now < queue.futile.until and below <= queue.futile.below:
             return best
         for place in queue.to_load():
-            if load_seconds(place) >= best.cost:
+            machine = place.machine
+            if place.load / machine.preference + machine.backup >= best.cost:  # `load_seconds`
                 break  # the others take longer
+            if machine.loading is not None or place.running:
+                continue
             if (load := self.load_at(place, entry, best.cost, now)) is not None:
                 best = load
         if best.place is None and usual:

@@ -155,8 +155,10 @@ def _taken(queue: Queue, now: float) -> Iterator[Slot]:
     late: list[Slot] = []
     for ends_at, number, run in queue.ends:
         place = run.place
-        if place in away and (
-            place.draining_until > now or not place.machine.routable or place in queue.avoided
+        if (
+            away
+            and place in away
+            and (place.draining_until > now or not place.machine.routable or place in queue.avoided)
         ):
             continue
         left, least = ends_at - now, (now - run.lease.granted_at) / 4  # `Running.remaining`
