@@ -131,6 +131,14 @@ async def test_what_is_wrong_with_a_body_is_said_before_its_model_is(
     assert (await coordinator.post("/api/generate", large))[0] == 404
     assert ollama.seen.count("/api/generate") == 1
     assert not ollama.loaded
+    wrong = {"model": "nope", "messages": []}
+    async with coordinator.session.post(
+        f"{coordinator.url}/v1/chat/completions",
+        data=zstandard.compress(json.dumps(wrong).encode()),
+        headers={"Content-Encoding": "zstd"},
+    ) as response:
+        told = (await response.json(content_type=None))["error"]["message"]
+        assert (response.status, told) == (400, "[] is too short - 'messages'")
 
 
 @pytest.mark.spec("PROXY-43")

@@ -146,8 +146,11 @@ class Proxy:
         """
         is_named = not isinstance(error, NoSuchModel) or error.name != ""
         agent = next(iter(self._parts.queries.routable()), None)
-        plain = await plain_body(self._route, dict(scope["headers"]), body)
-        if agent is None or self._route.path == audio.PATH or not is_small(plain):
+        if agent is None or self._route.path == audio.PATH:
+            return False
+        async with self._turn:  # one decompressed body at a time
+            plain = await plain_body(self._route, dict(scope["headers"]), body)
+        if not is_small(plain):
             return False
         absent: Body | None = plain
         try:
