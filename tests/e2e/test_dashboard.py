@@ -880,3 +880,28 @@ async def test_the_card_says_which_model_others_are_asked_for_first_and_what_to_
         await expect(visit.page.locator("main")).to_contain_text("systemctl restart ollama")
         await visit.open("fleet")
     await expect(reason).to_be_hidden()
+
+
+@pytest.mark.spec("ACCESS-28")
+async def test_who_changed_what_is_on_a_page(coordinator: Running, visit: Visit) -> None:
+    for number in range(60):
+        await coordinator.post("/api/keys", {"name": f"key-{number}", "rights": ["join"]})
+    page = visit.page
+    await visit.open("audit")
+    rows = page.locator(".table-box tbody tr")
+    await expect(rows).to_have_count(50)
+    await expect(rows.first).to_contain_text("key-59")
+    await expect(rows.first).to_contain_text("127.0.0.1")
+    await page.get_by_role("button", name="Older").click()
+    await expect(rows).to_have_count(10)
+    async with page.expect_download() as file:
+        await page.get_by_role("link", name="CSV").click()
+    assert "key-0" in Path(await (await file.value).path()).read_text("utf-8")
+    await page.get_by_label("Who").fill("nobody")
+    await page.keyboard.press("Enter")
+    await expect(page.locator(".empty h2")).to_have_text("Nothing was changed yet")
+    if folder := os.environ.get("PICTURES"):
+        await page.get_by_label("Who").fill("")
+        await page.keyboard.press("Enter")
+        await expect(rows).to_have_count(50)
+        await page.screenshot(path=f"{folder}/audit.png")

@@ -80,7 +80,7 @@ class World:
         for route in cast(list[Route], self.app.router.routes):
             methods = cast(Methods, route.app)
             methods.by_method = {
-                method: Guarded(right, _reached) for method, (right, _) in methods.by_method.items()
+                method: Guarded(one.right, _reached) for method, one in methods.by_method.items()
             }
         self.headers: dict[str, list[tuple[bytes, bytes]]] = {"nobody": []}
         self.headers["dummy"] = [(b"authorization", b"Bearer ollama")]

@@ -174,6 +174,7 @@ async def test_an_older_database_is_brought_up_to_date_and_keeps_its_agents(path
             "buckets",
             "coordinators",
             "usage_days",
+            "audit",
         }:
             older.execute(f"DROP TABLE {table}")
         older.execute("DELETE FROM _sqlite_migrations WHERE name <> 'create_agents'")

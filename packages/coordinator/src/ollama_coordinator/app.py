@@ -192,7 +192,7 @@ def create_app(
         async with running(parts):
             yield
 
-    routes = gathered(parts.access, endpoints(parts))
+    routes = gathered(parts.access, endpoints(parts), parts.observation.history.note_change)
     app = _App(
         routes=routes,
         lifespan=lifespan,

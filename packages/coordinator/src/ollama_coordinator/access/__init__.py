@@ -1,7 +1,7 @@
 """Who may come in: zones, keys, sessions, and the gate that every request passes."""
 
 from .caller import NOBODY, Caller, Denied, caller_of, granted
-from .gate import Access
+from .gate import SAFE_METHODS, Access
 from .keys import (
     EVERYTHING,
     FREE,
@@ -35,6 +35,7 @@ __all__ = [
     "INCLUDED",
     "KEY_TEXT",
     "NOBODY",
+    "SAFE_METHODS",
     "SESSION_SECONDS",
     "Access",
     "Account",

@@ -112,6 +112,8 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/statistics", WATCH, history.statistics),
         Endpoint("GET", "/api/advice", WATCH, history.advice),
         Endpoint("GET", "/api/usage", READ, history.usage),
+        Endpoint("GET", "/api/audit", OPERATE, history.audit),
+        Endpoint("GET", "/api/audit/export", OPERATE, history.export_audit),
         # who may come in
         Endpoint("GET", "/api/keys", OPERATE, keys.list),
         Endpoint("POST", "/api/keys", OPERATE, keys.create),

@@ -335,6 +335,28 @@ async def history(
 
 
 @asks
+async def audit(
+    client: Client,
+    by: Annotated[str, typer.Option("--by", metavar="NAME", help="A client, or a key.")] = "",
+    limit: Annotated[int, typer.Option("--limit", metavar="NUMBER", min=1, max=500)] = 20,
+    json: Json = False,
+) -> None:
+    """Show who changed what from where, the newest first."""
+    wanted = {"by": by, "limit": str(limit)}
+    query = urlencode({name: value for name, value in wanted.items() if value})
+    listed = (await client.json("GET", f"/api/audit?{query}"))["changes"]
+    if json:
+        shown_json(listed)
+        return
+    made = table("WHEN", "WHO", "FROM", "WHAT", "ABOUT")
+    for row in listed:
+        at = datetime.fromisoformat(row["at"]).astimezone()
+        texts = (row["by"], row["address"], row["action"], row["subject"] or "-")
+        made.add_row(f"{at:%d %b %H:%M:%S}", *map(Text, texts))
+    console().print(made)
+
+
+@asks
 async def usage(
     client: Client,
     by: Annotated[

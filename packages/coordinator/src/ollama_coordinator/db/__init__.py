@@ -2,6 +2,7 @@
 
 from .address import database_of, database_path, files_beside, without_password, write_for_owner
 from .agents import AgentRow
+from .audit import Change
 from .backup import back_up, move, restored
 from .database import Database, DatabaseError, SharedDatabase
 from .finished import Cursor, Filter, Finished, Status
@@ -12,6 +13,7 @@ from .usage import DIMENSIONS, Used
 __all__ = [
     "DIMENSIONS",
     "AgentRow",
+    "Change",
     "Cursor",
     "Database",
     "DatabaseError",

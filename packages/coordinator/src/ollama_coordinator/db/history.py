@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
+from . import audit
+from .audit import Change
 from .database import Database, DatabaseError
 from .finished import (
     INSERT,
@@ -91,6 +93,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._unwritten: deque[Unwritten] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._changes: deque[Change] = deque(maxlen=UNWRITTEN_AT_MOST)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
@@ -101,25 +104,31 @@ class History:
         """
         self._unwritten.append(Unwritten(request, packed(why), used))
 
+    def note_change(self, change: Change) -> None:
+        """Write behind that somebody changed something."""
+        self._changes.append(change)
+
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
         """Write what was noted and these buckets; a request that cannot be written stays noted."""
-        if not self._unwritten and not buckets:
+        if not self._unwritten and not self._changes and not buckets:
             return True
-        batch = list(self._unwritten)
+        batch, changes = list(self._unwritten), list(self._changes)
         self._unwritten.clear()
+        self._changes.clear()
         try:
-            await self._store.run(lambda db: _write(db, batch, buckets))
+            await self._store.run(lambda db: _write(db, batch, changes, buckets))
         except (DatabaseError, asyncio.CancelledError) as exc:
             # A cancelled write may not have begun; what is written twice is in there once.
             newer, self._unwritten = self._unwritten, deque(batch, maxlen=UNWRITTEN_AT_MOST)
             self._unwritten.extend(newer)
+            self._changes.extendleft(reversed(changes))
             if not isinstance(exc, DatabaseError):
                 raise
             return False
         return True
 
     async def prune(self, now: datetime, *, rows: int, days: float) -> None:
-        """Delete the oldest requests beyond a number and an age, and usage beyond that age.
+        """Delete the oldest requests and changes beyond a number and an age, and usage.
 
         Raises:
             DatabaseError: the database cannot be written.
@@ -190,6 +199,15 @@ class History:
         await self.write(())
         return await self._store.run(lambda db: read_usage(db, by, since, until, only))
 
+    async def changes(self, limit: int, **wanted: Any) -> tuple[list[Change], int | None]:
+        """The next changes, newest first, and where to go on; see `audit.page`.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        await self.write(())
+        return await self._store.run(lambda db: audit.page(db, limit=limit, **wanted))
+
     async def choices(self) -> dict[str, list[str]]:
         """The models, agents and clients to filter by.
 
@@ -224,28 +242,37 @@ class History:
 # ── in the database's thread ──────────────────────────────────────────────────────────────────
 
 
-def _write(db: Database, requests: Sequence[Unwritten], buckets: Iterable[StoredBucket]) -> None:
+def _write(
+    db: Database,
+    requests: Sequence[Unwritten],
+    changes: Sequence[Change],
+    buckets: Iterable[StoredBucket],
+) -> None:
     # A write that was cancelled may have been done: what is in there already is not written again.
-    known = _known(db, [one.request.id for one in requests])
+    known = _known(db, "requests", [one.request.id for one in requests])
     new = [one for one in requests if one.request.id not in known]
     db.execute_many(INSERT, [to_columns(one.request, one.why) for one in new])
+    known = _known(db, "audit", [one.id for one in changes])
+    rows = [audit.to_columns(one) for one in changes if one.id not in known]
+    db.execute_many(audit.INSERT, rows)
     add_up(db, [one.used for one in new if one.used is not None])
-    rows = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
-    db.execute_many(_PUT_BUCKET, rows)
+    stored = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
+    db.execute_many(_PUT_BUCKET, stored)
 
 
-def _known(db: Database, ids: Sequence[str]) -> set[str]:
-    """Which of these requests are in the database."""
+def _known(db: Database, table: str, ids: Sequence[str]) -> set[str]:
+    """Which of these ids a table has."""
     found: set[str] = set()
     for at in range(0, len(ids), IDS_AT_ONCE):
         some = ids[at : at + IDS_AT_ONCE]
-        sql = f"SELECT id FROM requests WHERE id IN ({', '.join('?' * len(some))})"  # noqa: S608
+        sql = f"SELECT id FROM {table} WHERE id IN ({', '.join('?' * len(some))})"  # noqa: S608
         found.update(row["id"] for row in db.query(sql, some))
     return found
 
 
 def _prune_requests(db: Database, rows: int, oldest_ms: int, first_day: date) -> None:
     prune_usage(db, first_day)
+    audit.prune(db, rows, oldest_ms)
     db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
     db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
 

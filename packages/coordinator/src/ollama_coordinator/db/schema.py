@@ -137,6 +137,26 @@ USAGE = Table(
 )
 """What each person, key and model took on a day of UTC."""
 
+AUDIT = Table(
+    "audit",
+    {
+        "seq": int,
+        "id": str,
+        "at_ms": int,
+        "caller": str,
+        "key_name": str,
+        "address": str,
+        "action": str,
+        "subject": str,
+        "details": str,
+        "http_status": int,
+    },
+    key=("seq",),
+    required=frozenset({"id", "at_ms"}),
+    indexes=(("id",), ("at_ms",)),
+)
+"""Who changed what, from where; `details` is JSON."""
+
 STEPS: Mapping[str, Table | Column] = {
     "create_agents": AGENTS,
     "create_documents": DOCUMENTS,
@@ -146,6 +166,7 @@ STEPS: Mapping[str, Table | Column] = {
     "add_alias": Column("requests", "alias", str),
     "create_coordinators": COORDINATORS,
     "create_usage": USAGE,
+    "create_audit": AUDIT,
 }
 """The steps in their order, and what each one makes."""
 

@@ -6,8 +6,10 @@ And what it never meets: a request that goes in a circle.
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from http import HTTPStatus
+from secrets import token_hex
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -16,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ollama_coordinator.access import Access, Denied, Right, caller_of
+from ollama_coordinator.access import FREE, SAFE_METHODS, Access, Denied, Right, caller_of
+from ollama_coordinator.db import Change
 from ollama_coordinator.upstream import VIA_HEADER, passed
 
 from .dialects import dialect_of
@@ -27,6 +30,8 @@ access_log = logging.getLogger("ollama_coordinator.access_log")
 
 IN_PATHS = "/:@$&+,;="
 """The characters that Go's servers leave as they are in a path."""
+
+SUBJECT_CHARACTERS = 300
 
 CLIENT_LEFT = 499
 """The status of a request without an answer, as nginx logs it."""
@@ -100,20 +105,54 @@ class Endpoint(NamedTuple):
 
 
 class Guarded(NamedTuple):
-    """The handler of one method, and the right that it needs."""
+    """The handler of one method, the right that it needs, and its path where it changes something.
+
+    What a machine of the fleet does for itself, and what only asks, is no change.
+    """
 
     right: Right
     app: ASGIApp
+    changes: str = ""
+
+
+ABOUT = "about"
+"""The key of a scope under which a handler tells what it changes."""
+
+
+def tell(scope: Scope, subject: str = "", **details: object) -> None:
+    """Say what a request is about, for the audit; never a secret."""
+    scope[ABOUT] = (subject, details)
+
+
+def change_of(scope: Scope, path: str, status: int) -> Change:
+    """What a request has changed, by the route of a path."""
+    caller = caller_of(scope)
+    named = " ".join(scope.get("path_params", {}).values())
+    subject, details = scope.get(ABOUT, ("", {}))
+    return Change(
+        id=token_hex(8),
+        at=datetime.now(UTC),
+        by=caller.name,
+        key="" if caller.key is None else caller.key.name,
+        address=caller.client.address,
+        action=f"{scope['method']} {path}",
+        subject=(subject or named)[:SUBJECT_CHARACTERS],
+        details=details,
+        http_status=status,
+    )
 
 
 class Methods:
     """The ASGI application of one path: each method's own, and 405 naming them all.
 
-    `access` lets a request in to its handler, or says why not.
+    `access` lets a request in to its handler, or says why not; `note` hears of changes.
     """
 
-    def __init__(self, access: Access, by_method: Mapping[str, Guarded]) -> None:
+    def __init__(
+        self, access: Access, note: Callable[[Change], None], by_method: Mapping[str, Guarded]
+    ) -> None:
         self._access = access
+        self._note = note
         self.by_method = by_method
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,7 +170,20 @@ class Methods:
         except Denied as denied:
             await refusal(scope, denied)(scope, receive, send)
             return
+        if guarded.changes:
+            send = self._noting(scope, guarded, send)
         await guarded.app(scope, receive, send)
+
+    def _noting(self, scope: Scope, guarded: Guarded, send: Send) -> Send:
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # A machine that registers again changes nothing.
+                if status < 400 and (not guarded.right & Right.ASK or status == 201):
+                    self._note(change_of(scope, guarded.changes, status))
+            await send(message)
+
+        return noting
 
 
 def refusal(scope: Scope, denied: Denied) -> Response:
@@ -198,7 +250,16 @@ class AccessLog:
             access_log.info("request", extra=facts)
 
 
-def gathered(access: Access, endpoints: Iterable[Endpoint]) -> list[Route]:
+def _changes(method: str, right: Right) -> bool:
+    """Whether a route changes something: a log-in, and what needs one of these rights."""
+    if method in SAFE_METHODS:
+        return False
+    return right == FREE or bool(right & (Right.MANAGE | Right.OPERATE | Right.ASK))
+
+
+def gathered(
+    access: Access, endpoints: Iterable[Endpoint], note: Callable[[Change], None]
+) -> list[Route]:
     """The endpoints as routes, one a path, so that a 405 names all the methods of its path.
 
     Left to itself the router stops at the first route of a path.
@@ -209,8 +270,9 @@ def gathered(access: Access, endpoints: Iterable[Endpoint]) -> list[Route]:
         methods = by_path.setdefault(endpoint.path, {})
         for method in route.methods or ():
             if method != "HEAD" or endpoint.path not in WITHOUT_HEAD:
-                methods.setdefault(method, Guarded(endpoint.right, route.app))
-    return [Route(path, Methods(access, methods)) for path, methods in by_path.items()]
+                changes = endpoint.path if _changes(method, endpoint.right) else ""
+                methods.setdefault(method, Guarded(endpoint.right, route.app, changes))
+    return [Route(path, Methods(access, note, methods)) for path, methods in by_path.items()]
 
 
 class Shortcut:

@@ -28,6 +28,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.api.http.headers import to_client, to_ollama
 from ollama_coordinator.api.http.json_edit import Body, edited, is_small
+from ollama_coordinator.api.http.routing import change_of, tell
 from ollama_coordinator.batches import REASON, Batches
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal import JournalEntry
@@ -222,6 +223,8 @@ class Proxy:
         if not caller.rights & Right.MANAGE:
             raise caller.needs(Right.MANAGE)
         await unload_everywhere(self._parts, call)
+        tell(scope, call.request.name, unloads=True)
+        self._parts.observation.history.note_change(change_of(scope, self._route.path, 200))
 
     @contextmanager
     def _followed(self, call: Call, scope: Scope) -> Iterator[tuple[JournalEntry, Account]]:

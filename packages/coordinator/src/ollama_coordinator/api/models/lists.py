@@ -24,6 +24,7 @@ from ollama_coordinator.aliases import Alias, Aliases
 from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import JSON, HttpError, decode, error_reply, reply
 from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import (
     AgentState,
@@ -331,6 +332,7 @@ class AliasesApi:
         self._aliases.put(alias)
         await self._store.flush()
         by = caller_of(request.scope).name
+        tell(request.scope, alias.name, models=alias.models)
         log.info("alias set", extra={"alias": alias.name, "models": alias.models, "by": by})
         return reply(self._view(alias))
 

@@ -16,6 +16,7 @@ from ollama_coordinator.api.http.errors import ClientLeft, HttpError, error_repl
 from ollama_coordinator.api.http.gojson import Fields
 from ollama_coordinator.api.http.json_edit import edited, fields_of
 from ollama_coordinator.api.http.progress_response import ProgressResponse
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.operations import (
     AgentCommand,
     Chosen,
@@ -56,6 +57,7 @@ class TransferApi:
         stream = fields.flag("stream", default=True)
         ModelName.parse(name)
         caller_of(request.scope).check_model(name)
+        tell(request.scope, name)
         command = AgentCommand.pull(name, insecure=insecure)
         placement = placement_of(request, self._targets.default)
         found = self._targets.for_pull(name, placement)
@@ -69,6 +71,7 @@ class TransferApi:
         if not name:
             raise HttpError(400, "model is required")
         caller_of(request.scope).check_model(name)
+        tell(request.scope, name)
         command = AgentCommand.push(name, insecure=insecure)
         agent = await self._targets.for_push(name)
         found = Chosen([agent])
@@ -85,6 +88,7 @@ class TransferApi:
             raise HttpError(400, "invalid model name")
         for wanted in filter(None, (name, source)):
             caller_of(request.scope).check_model(wanted)
+        tell(request.scope, name, source=source)
         if any(part in ("", ".", "..") for part in parts):
             raise HttpError(400, "file path must be relative")
         streamed = bytes(await edited(body, {"stream": b"true"}) or b"{}")
@@ -104,6 +108,7 @@ class TransferApi:
             if not is_name(name) or name != name.strip():  # other routes pass blanks over
                 raise HttpError(400, f"{role} {quoted(name)} is invalid")
             caller_of(request.scope).check_model(name)
+        tell(request.scope, source, destination=destination)
         try:
             await self._parts.queries.holders(source)
         except ModelNotFound as exc:
@@ -125,6 +130,7 @@ class TransferApi:
         except InvalidModelName as exc:
             raise HttpError(400, f"name {quoted(name)} is invalid") from exc
         caller_of(request.scope).check_model(name)
+        tell(request.scope, name)
         await delete_everywhere(self._parts, name)
         return Response()
 

@@ -24,6 +24,7 @@ from ollama_coordinator.access import (
 from ollama_coordinator.access.sessions import utc
 from ollama_coordinator.api.http.errors import decode, login_page, own_body, reply
 from ollama_coordinator.api.http.openapi import Media, operation
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.join_token import JoinToken
 
@@ -114,6 +115,7 @@ class KeysApi:
 
     def _log(self, event: str, key: Key, request: Request) -> None:
         by = caller_of(request.scope).name
+        tell(request.scope, key.name, rights=",".join(key.rights), models=",".join(key.models))
         log.info(event, extra={"key": key.name, "rights": ",".join(key.rights), "by": by})
 
     def _view(self, key: Key) -> KeyView:
@@ -172,6 +174,7 @@ class JoiningApi:
 
     def _log(self, event: str, asked: JoinRequest, request: Request) -> None:
         facts = {"machine": asked.machine_name, "fingerprint": asked.fingerprint}
+        tell(request.scope, asked.machine_name, fingerprint=asked.fingerprint, of=asked.address)
         log.info(event, extra={**facts, "by": caller_of(request.scope).name})
 
 
@@ -218,6 +221,7 @@ class SessionsApi:
             return login_page(str(denied), denied.status, action="session")
         value = self._access.sessions.begin(key, at)
         await self._store.flush()
+        tell(request.scope, key.name)
         log.info("log-in to the dashboard", extra={"key": key.name})
         # Relative: a proxy may serve us below another path.
         response = Response(status_code=303, headers={"location": "../dashboard"})

@@ -26,6 +26,7 @@ from ollama_coordinator.api.http.errors import (
     reply,
 )
 from ollama_coordinator.api.http.openapi import Either, operation
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.monitor import LIST_BYTES, InCircles, VersionReply
 from ollama_coordinator.parts import Parts
@@ -227,6 +228,7 @@ class AgentsApi:
         if done.created or believed(agent):
             self._note(done, secret, caller)
         await self._agent_store.keep_now(agent)
+        tell(request.scope, agent.name, url=agent.way)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.way)
         self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
         if wanted.link:
@@ -357,6 +359,7 @@ class AgentsApi:
         settings: AgentSettings = structs.replace(agent.settings, **changes)
         self._registry.update_settings(agent.id, settings)
         await self._agent_store.keep_now(agent)
+        tell(request.scope, agent.name, **changes)
         log_event("agent settings changed", agent, changed=sorted(changes))
         self._dispatch.plan()
         return reply(self._view(agent))
@@ -366,6 +369,7 @@ class AgentsApi:
         """Forget an agent; its requests in flight end as they would have."""
         agent = self._registry.remove(AgentId(request.path_params["agent_id"]))
         await self._agent_store.forget(agent.id)
+        tell(request.scope, agent.name)
         log_event("agent removed", agent)
         self._dispatch.plan()
         return Response(status_code=204)

@@ -14,7 +14,16 @@ from starlette.responses import Response, StreamingResponse
 from ollama_coordinator.access import Right, caller_of
 from ollama_coordinator.api.http.errors import HttpError, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
-from ollama_coordinator.db import DIMENSIONS, Cursor, Filter, Finished, History, Status, Used
+from ollama_coordinator.db import (
+    DIMENSIONS,
+    Change,
+    Cursor,
+    Filter,
+    Finished,
+    History,
+    Status,
+    Used,
+)
 from ollama_coordinator.journal import Advice, Point
 from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.error import InvalidModelName
@@ -75,6 +84,16 @@ class Statistics(Struct, frozen=True):
     points: list[Point]
 
 
+class AuditPage(Struct, frozen=True):
+    """`GET /api/audit`: `next` is the `after` of the page that follows, `null` at the end."""
+
+    changes: list[Change]
+    next: str | None
+
+
+Changes = list[Change]
+
+
 class UsageView(Struct, frozen=True):
     """`GET /api/usage`: from one day of UTC to another, both included; the newest or most first."""
 
@@ -121,14 +140,9 @@ class HistoryApi:
     )
     async def export(self, request: Request) -> Response:
         """All finished requests that the filters let through, as a file."""
-        form = request.query_params.get("format", "csv")
-        if form not in ("csv", "json"):
-            raise HttpError(400, f"format={form} is not known: give csv or json")
-        wanted = self._filter(request)
-        lines = self._csv(wanted) if form == "csv" else self._json(wanted)
-        kind = "text/csv; charset=utf-8" if form == "csv" else "application/json; charset=utf-8"
-        name = f'attachment; filename="requests.{form}"'
-        return StreamingResponse(lines, media_type=kind, headers={"content-disposition": name})
+        form = _format(request)
+        rows = self._pages(self._filter(request))
+        return _file("requests", form, _csv_of(Finished, rows) if form == "csv" else _json_of(rows))
 
     @operation(
         gives={200: Statistics},
@@ -189,6 +203,54 @@ class HistoryApi:
         headers = {"content-disposition": 'attachment; filename="usage.csv"'}
         return Response(_csv_lines(lines), 200, headers, "text/csv; charset=utf-8")
 
+    @operation(
+        gives={200: (Media("application/json", AuditPage), Media("text/csv"))},
+        query=(
+            Query("by", "of this client, or with the key of this name"),
+            Query("since", "at or after this time", datetime),
+            Query("until", "before this time", datetime),
+            Query("limit", "rows of a page", Limit),
+            Query("after", "the `next` of the page before"),
+        ),
+        errors=(400, 503),
+    )
+    async def audit(self, request: Request) -> Response:
+        """Who changed what from where, newest first; `next` leads to the older ones."""
+        limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
+        before = _before(request)
+        wanted = self._audited(request)
+        changes, following = await self._history.changes(int(limit), before=before, **wanted)
+        return reply(AuditPage(changes, None if following is None else str(following)))
+
+    @operation(
+        gives={200: (Media("text/csv"), Media("application/json", Changes))},
+        query=(
+            Query("by", "of this client, or with the key of this name"),
+            Query("since", "at or after this time", datetime),
+            Query("until", "before this time", datetime),
+            Query("format", "of the file", Literal["csv", "json"]),
+        ),
+        errors=(400, 503),
+    )
+    async def export_audit(self, request: Request) -> Response:
+        """All changes that the filters let through, as a file."""
+        form = _format(request)
+        rows = self._all_changes(self._audited(request))
+        lines = _csv_of(Change, rows) if form == "csv" else _json_of(rows)
+        return _file("audit", form, lines)
+
+    def _audited(self, request: Request) -> dict[str, Any]:
+        by = request.query_params.get("by") or None
+        return {"by": by, "since": _time(request, "since"), "until": _time(request, "until")}
+
+    async def _all_changes(self, wanted: dict[str, Any]) -> AsyncIterator[Sequence[Change]]:
+        before: int | None = None
+        while True:
+            rows, before = await self._history.changes(EXPORT_PAGE, before=before, **wanted)
+            yield rows
+            if before is None:
+                return
+
     # ── reading the query ─────────────────────────────────────────────────────────────────────
 
     def _filter(self, request: Request) -> Filter:
@@ -219,18 +281,32 @@ class HistoryApi:
             if after is None:
                 return
 
-    async def _csv(self, wanted: Filter) -> AsyncIterator[str]:
-        yield _csv_lines([Finished.__struct_fields__])
-        async for rows in self._pages(wanted):
-            yield _csv_lines(msgspec.to_builtins(row).values() for row in rows)
 
-    async def _json(self, wanted: Filter) -> AsyncIterator[bytes]:
-        separator = b"["
-        async for rows in self._pages(wanted):
-            for row in rows:
-                yield separator + msgspec.json.encode(row)
-                separator = b",\n"
-        yield b"[]" if separator == b"[" else b"]"
+def _file(name: str, form: str, lines: AsyncIterator[str | bytes]) -> Response:
+    kind = "text/csv; charset=utf-8" if form == "csv" else "application/json; charset=utf-8"
+    headers = {"content-disposition": f'attachment; filename="{name}.{form}"'}
+    return StreamingResponse(lines, media_type=kind, headers=headers)
+
+
+async def _csv_of(
+    kind: type[Struct], pages: AsyncIterator[Sequence[Struct]]
+) -> AsyncIterator[str | bytes]:
+    yield _csv_lines([kind.__struct_fields__])
+    async for rows in pages:
+        yield _csv_lines(map(_plain, msgspec.to_builtins(row).values()) for row in rows)
+
+
+async def _json_of(pages: AsyncIterator[Sequence[Struct]]) -> AsyncIterator[str | bytes]:
+    separator = b"["
+    async for rows in pages:
+        for row in rows:
+            yield separator + msgspec.json.encode(row)
+            separator = b",\n"
+    yield b"[]" if separator == b"[" else b"]"
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.json.encode(value).decode() if isinstance(value, dict) else value
 
 
 def _csv_lines(rows: Iterable[Iterable[Any]]) -> str:
@@ -288,6 +364,22 @@ def _day(request: Request, name: str, default: date) -> date:
         return date.fromisoformat(text)
     except ValueError as exc:
         raise HttpError(400, f"{name}={text} does not work: give a day such as 2026-01-31") from exc
+
+
+def _format(request: Request) -> str:
+    form = request.query_params.get("format", "csv")
+    if form not in ("csv", "json"):
+        raise HttpError(400, f"format={form} is not known: give csv or json")
+    return form
+
+
+def _before(request: Request) -> int | None:
+    text = request.query_params.get("after")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise HttpError(400, f"after={text} does not work: give the `next` of the page before")
+    return int(text)
 
 
 def _cursor(text: str | None) -> Cursor | None:

@@ -11,6 +11,7 @@ from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.api.http.progress_response import ProgressResponse
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.api.models.transfer import copies, delete_everywhere
 from ollama_coordinator.operations import (
     AgentCommand,
@@ -73,6 +74,7 @@ class OperationsApi:
         ModelName.parse(wanted.model)
         for name in filter(None, (wanted.model, wanted.destination)):
             caller_of(request.scope).check_model(name)
+        tell(request.scope, wanted.model, kind=wanted.kind)
         return reply((await self._start(wanted)).view(), 202)
 
     @operation(

@@ -11,6 +11,7 @@ from ollama_coordinator.access import caller_of
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.http.errors import HttpError, own_body, reply
 from ollama_coordinator.api.http.openapi import Either, operation
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.api.inference.request import read_any, schedulable
 from ollama_coordinator.db import Finished
 from ollama_coordinator.journal import (
@@ -110,6 +111,9 @@ class RequestsApi:
     async def cancel(self, request: Request) -> Response:
         """End a request: its client gets an error, its agent stops working on it."""
         request_id = request.path_params["request_id"]
+        entry = self._journal.live.get(RequestId(request_id))
+        if entry is not None:
+            tell(request.scope, request_id, client=entry.request.client, model=entry.request.name)
         if not self._dispatch.cancel(RequestId(request_id), CANCELLED_BY_OPERATOR):
             raise _unknown(request_id)
         return Response(status_code=204)

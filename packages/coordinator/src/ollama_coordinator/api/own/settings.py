@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import operation
+from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.db import without_password
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.settings import TABLE
@@ -78,7 +79,9 @@ class SettingsApi:
             raise HttpError(400, str(exc)) from exc
         self._parts.apply_settings()
         self._settings.keep()
-        log.info("settings changed", extra={name: _shown(name, wanted[name]) for name in wanted})
+        shown = {name: _shown(name, wanted[name]) for name in wanted}
+        tell(request.scope, ", ".join(wanted), **shown)
+        log.info("settings changed", extra=shown)
         return await self.list(request)
 
     def _view(self, setting: Setting) -> SettingView:

@@ -15,6 +15,7 @@ const VIEWS = {
   usage: ["usage-view", () => import("./views/usage.js"), "Usage"],
   try: ["try-view", () => import("./views/try.js"), "Try it"],
   access: ["access-view", () => import("./views/access.js"), "Keys"],
+  audit: ["audit-view", () => import("./views/audit.js"), "Audit"],
   settings: ["settings-view", () => import("./views/settings.js"), "Settings"],
 };
 

@@ -55,6 +55,7 @@ const PATHS = {
   attention: "M12 3a6 6 0 0 0-6 6v5l-2 3h16l-2-3V9a6 6 0 0 0-6-6zM10 20.5h4",
   models: "M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9",
   history: "M3 12a9 9 0 1 0 3-6.7L3 8M3 3v5h5M12 7v5l3.5 2",
+  audit: "M6 3h9l4 4v14H6zM9 11h7M9 15h7M9 7h3",
   usage: "M4 20V10M10 20V4M16 20v-8M22 20H2",
   try: "M4 5h16v11H9l-5 4z",
   access: "M15 4a5 5 0 1 0 0 10 5 5 0 0 0 0-10zM11.5 12.5 4 20v1h3v-2h2v-2l3-3M16 8h.01",

@@ -22,7 +22,7 @@ export function listenToKeys(views) {
   });
 }
 
-const NAMES = { fleet: "Fleet", now: "Now", attention: "Attention", models: "Models", history: "History", usage: "Usage", try: "Try it", access: "Keys", settings: "Settings" };
+const NAMES = { fleet: "Fleet", now: "Now", attention: "Attention", models: "Models", history: "History", usage: "Usage", try: "Try it", access: "Keys", audit: "Audit", settings: "Settings" };
 
 export function help(views = Object.keys(NAMES)) {
   const rows = views.map((name, index) => [String(index + 1), NAMES[name]]);

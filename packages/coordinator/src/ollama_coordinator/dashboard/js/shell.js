@@ -11,7 +11,7 @@ import "./parts/spark.js";
 import "./parts/clock.js";
 
 const ENTRIES = [
-  ["fleet", "Fleet"], ["now", "Now"], ["attention", "Attention"], ["models", "Models"], ["history", "History"], ["usage", "Usage"], ["try", "Try it"], ["access", "Keys"], ["settings", "Settings"],
+  ["fleet", "Fleet"], ["now", "Now"], ["attention", "Attention"], ["models", "Models"], ["history", "History"], ["usage", "Usage"], ["try", "Try it"], ["access", "Keys"], ["audit", "Audit"], ["settings", "Settings"],
 ];
 
 /** The viewer's choice, or what the system prefers. */

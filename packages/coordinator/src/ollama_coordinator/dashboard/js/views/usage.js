@@ -32,11 +32,11 @@ class UsageView extends View {
       h("thead", null, h("tr", null, this.heading, ["Requests", "Tokens read", "Tokens written", "GPU time", "Share"].map((text) => h("th.num", { scope: "col" }, text)))), this.rows));
     this.nothing = h("div");
     this.file = h("a.button.end", { download: "usage.csv" }, icon("down"), "CSV");
-    this.append(this.head("Usage"),
+    this.append(this.head("Usage"), h("div.stack", null,
       h("div.row.wrap", null, segmented("Time", SPANS, this.days, (days) => { this.days = days; this.load(); })),
       h("div.charts", null, this.charts.map((element) => h("div.card", null, element))),
       h("div.row.wrap", null, segmented("Of what", KINDS, this.kind, (kind) => { this.kind = kind; this.load(); }), this.file),
-      this.nothing, this.table);
+      this.nothing, this.table));
     this.load();
   }
 
