@@ -217,7 +217,7 @@ def agent_settings(way: str, url: str, port: int, folder: Path) -> dict[str, str
 
 async def all_serve(session: aiohttp.ClientSession, url: str) -> None:
     """Wait until every stand-in is in rotation with its slots known."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             async with session.get(f"{url}/api/agents") as response:
                 agents = await response.json()

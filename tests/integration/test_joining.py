@@ -67,6 +67,7 @@ def links(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seen = {"ollama-coordinator-common"}
     for need in importlib.metadata.requires("ollama-coordinator-agent") or ():
         _repacked(re.split(r"[^A-Za-z0-9._-]", need)[0], folder, seen)
+    _repacked("uvloop", folder, seen)
     return folder
 
 
@@ -160,6 +161,8 @@ async def test_a_machine_with_python_and_curl_joins_in_one_line(
                 assert str(folder) in said
         assert len(await coordinator.get("/api/agents")) == 1
         assert (folder / "bin" / "ollama-coordinator-agent").is_file()
+        if list(links.glob("uvloop-*")):  # else it does without
+            assert list(folder.glob("lib/*/site-packages/uvloop"))
 
 
 async def done(*command: str, environment: dict[str, str]) -> tuple[int, str]:

@@ -30,6 +30,8 @@ from support.ollama.script import Script
 from support.sockets import asked_every_15_seconds
 from support.wire import wired
 
+FLAPS = 100
+
 NOWHERE = "127.77.7.7"
 """An address of this machine (Linux) on which no stand-in listens."""
 
@@ -350,28 +352,46 @@ async def test_a_link_on_which_nothing_passes_ends_within_four_seconds(
 
 @pytest.mark.spec("LINK-5")
 async def test_a_link_that_flaps_under_load_loses_nothing_that_another_agent_can_serve(
-    coordinator: Running, far: StandIn, tmp_path: Path
+    coordinator: Running, tmp_path: Path
 ) -> None:
     statuses: list[int] = []
+    whole = "".join(f"word{number} " for number in range(30)).strip()
+    streams = {"whole": 0, "cut": 0}
 
     async def ask(until: asyncio.Event) -> None:
         while not until.is_set():
             statuses.append((await coordinator.chat())[0])
 
-    async with StandIn(slots=4) as near, wired(coordinator.url) as wire:
+    async def read_along(until: asyncio.Event) -> None:
+        while not until.is_set():
+            async with coordinator.stream() as response:
+                records = [json.loads(line) async for line in response.content]
+            text = "".join(one.get("message", {}).get("content", "") for one in records)
+            # Once a byte has come no other agent goes on, and none begins anew.
+            assert text == whole if records[-1].get("done") else whole.startswith(text)
+            assert records[-1].get("done") or "link has ended" in records[-1]["error"]
+            streams["whole" if records[-1].get("done") else "cut"] += 1
+
+    async with (
+        StandIn(slots=4, answer=lambda request: whole) as near,
+        StandIn(answer=lambda request: whole) as far,
+        wired(coordinator.url) as wire,
+    ):
         await coordinator.register(near, "near")
         async with linked(coordinator, far, tmp_path, wire.url) as daemon:
             over = asyncio.Event()
-            async with asyncio.timeout(3 * DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
-                for _ in range(8):
+            async with asyncio.timeout(6 * DEADLINE_SECONDS), asyncio.TaskGroup() as tasks:
+                for _ in range(4):
                     tasks.create_task(ask(over))
-                for _ in range(20):
+                    tasks.create_task(read_along(over))
+                for _ in range(FLAPS):
                     await coordinator.until(lambda: is_linked(coordinator))
                     await asyncio.sleep(0.02)
                     wire.cut()
                     await coordinator.until(lambda: not is_linked(coordinator))
                 over.set()
             assert set(statuses) == {200}
+            assert streams["whole"] > 0
             await coordinator.until(coordinator.at_rest)
             await coordinator.until(lambda: is_linked(coordinator))
             [link] = [one for one in daemon._links if not one.has_ended]

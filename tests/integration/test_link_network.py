@@ -74,6 +74,57 @@ def have_namespaces() -> str:
 pytestmark = pytest.mark.skipif(bool(have_namespaces()), reason=have_namespaces() or "")
 
 
+NAT = """
+table ip nat {
+  chain out { type nat hook postrouting priority 100;
+    oifname "outside" masquerade
+  }
+}
+table inet shut {
+  chain forward { type filter hook forward priority 0; policy drop;
+    iifname "inside" accept
+    ct state established,related accept
+  }
+}
+"""
+"""A router that hides a network behind its own address, as those of homes and clouds do."""
+
+FORGETS_SECONDS = 20
+
+
+@pytest.fixture
+def routed(network: "Network") -> Iterator["Network"]:
+    """The machine behind a router that forgets a connection after 20 silent seconds."""
+    router = f"link-r-{os.getpid()}"
+    _run("ip", "netns", "add", router)
+    try:
+        _run("ip", "-n", network.machine, "link", "set", "cable", "netns", router)
+        _run("ip", "-n", router, "link", "set", "cable", "name", "outside")
+        _run(
+            *("ip", "-n", router, "link", "add", "inside", "type", "veth"),
+            *("peer", "name", "cable", "netns", network.machine),
+        )
+        for place, address, card in (
+            (router, MACHINE, "outside"),
+            (router, "192.168.77.1", "inside"),
+            (network.machine, "192.168.77.2", "cable"),
+        ):
+            _run("ip", "-n", place, "address", "add", f"{address}/24", "dev", card)
+            _run("ip", "-n", place, "link", "set", card, "up")
+        _run("ip", "-n", network.machine, "route", "add", "default", "via", "192.168.77.1")
+        inside = ("ip", "netns", "exec", router)
+        subprocess.run([*inside, "nft", "-f", "-"], input=NAT.encode(), check=True)
+        for setting, value in (
+            ("net.ipv4.ip_forward", 1),
+            ("net.netfilter.nf_conntrack_tcp_timeout_established", FORGETS_SECONDS),
+            ("net.netfilter.nf_conntrack_tcp_loose", 0),  # what it has forgotten is dropped
+        ):
+            _run(*inside, "sysctl", "-qw", f"{setting}={value}")
+        yield network
+    finally:
+        subprocess.run(["ip", "netns", "del", router], check=False)
+
+
 class Network:
     """Two namespaces with a cable between them: the coordinator's and the machine's."""
 
@@ -245,6 +296,22 @@ async def test_behind_a_firewall_that_drops_it_is_served_in_ten_seconds_and_then
             assert await agent.ended() == 0
         print(f"served {took:.1f} s after the agent's start")
         assert took < most, agent.output
+
+
+@pytest.mark.spec("LINK-2")
+async def test_a_router_that_forgets_silent_connections_forgets_none_of_a_link(
+    routed: Network, machines: Machines
+) -> None:
+    async with machines.agent() as agent, machines.client(1) as out:
+        await out.readline()
+        # The parked connections are silent for longer than the router remembers.
+        await asyncio.sleep(FORGETS_SECONDS * 1.5)
+        for _ in range(3):
+            began = time.monotonic()
+            async with machines.client(1) as again:
+                assert await again.readline()
+            assert time.monotonic() - began < 3
+        assert "has ended" not in agent.output
 
 
 @pytest.mark.spec("LINK-6")

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -115,10 +115,20 @@ def _run(settings: AgentConfig) -> None:
         handler = RichHandler(console=live, show_path=False, markup=False)
         log_to(handler, settings.log_level, "%(message)s")
     try:
-        asyncio.run(_serve(settings, live))
+        with asyncio.Runner(loop_factory=fast_loop()) as runner:
+            runner.run(_serve(settings, live))
     except OllamaCoordinatorError as exc:
         last_words(str(exc), settings.log_format)
         raise typer.Exit(1) from exc
+
+
+def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where it is installed (the extra `fast`); `None` for asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _serve(settings: AgentConfig, live: Console | None) -> None:

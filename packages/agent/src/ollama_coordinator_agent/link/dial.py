@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
+from typing import cast
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -129,8 +130,7 @@ class _Answering(asyncio.Protocol):
         self._came = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if isinstance(transport, asyncio.Transport):
-            self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base
 
     def data_received(self, data: bytes) -> None:
         self._came += data

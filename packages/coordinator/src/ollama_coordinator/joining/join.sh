@@ -51,6 +51,8 @@ main() {
         "$at" -c '' 2>/dev/null || uv venv -q --clear -p "${python:->=3.11}" "$folder"
         uv pip install -q --python "$at" --reinstall-package ollama-coordinator-common \
             --reinstall-package ollama-coordinator-agent "$got/$common" "$got/$agent"
+        # It halves what a link costs; where there is none for this machine, all works without.
+        uv pip install -q --python "$at" --only-binary uvloop 'uvloop>=0.21' 2>/dev/null || true
     else
         "$at" -c '' 2>/dev/null || "$python" -m venv --clear --without-pip "$folder"
         # Debian's Python has no pip; pip runs from its own wheel.
@@ -59,6 +61,7 @@ main() {
         # Another build of the same version replaces the one that is there.
         pip install -q --no-deps --force-reinstall "$got/$common" "$got/$agent"
         pip install -q "$got/$common" "$got/$agent"
+        pip install -q --only-binary uvloop 'uvloop>=0.21' 2>/dev/null || true
     fi
     rm -rf "$got"
     echo "$url" > "$folder/joined-to"
