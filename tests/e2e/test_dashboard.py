@@ -1,6 +1,7 @@
 """The dashboard in a real browser: every view, every action, against a real coordinator."""
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -383,6 +384,60 @@ async def test_one_error_of_several_machines_is_said_once_and_can_be_tried_again
         assert "tiny:latest" in [model.name for model in three.models]
         await page.locator(".operation").last.get_by_role("button", name="Dismiss").click()
         await expect(page.locator(".operation")).to_have_count(1)
+
+
+@pytest.mark.spec("DASH-75")
+async def test_a_models_page_has_its_machines_users_history_and_where_it_would_fit(
+    coordinator: Running, visit: Visit
+) -> None:
+    page = visit.page
+    registry = [Model("llama3.2", 2 * 10**9)]
+    async with StandIn() as one, StandIn([], registry=registry) as two, StandIn([]) as small:
+        await beat(coordinator, await coordinator.register(one, "one"))
+        await beat(coordinator, await coordinator.register(two, "two"))
+        agent = await coordinator.register(small, "small")
+        await coordinator.heartbeat(agent, gpus=[GPU], disk_free_bytes=10**9)
+        await coordinator.chat()
+        await visit.open("models")
+        await page.locator("a.model-name").click()
+        await expect(page.locator("h1")).to_have_text("llama3.2")
+        tables = [page.locator("table", has_text=text) for text in (
+            "Machines that have it", "Where else it would fit", "Who asks for it", "Last requests",
+        )]  # fmt: skip
+        await expect(tables[0]).to_contain_text("one")
+        await expect(tables[0]).to_contain_text("context ")
+        await expect(tables[1].locator("tr", has_text="two")).to_contain_text("fits")
+        await expect(tables[1].locator("tr", has_text="small")).to_contain_text(
+            "no room on its disk"
+        )
+        await expect(tables[2]).to_contain_text("127.0.0.1")
+        await expect(tables[3]).to_contain_text("Served")
+        await page.get_by_role("button", name="Pull it onto two").click()
+        dialog = page.get_by_role("dialog")
+        await expect(dialog).to_contain_text("1 of 3 machines has it")
+        await expect(dialog.locator("li", has_text="two").get_by_role("checkbox")).to_be_checked()
+        await dialog.get_by_role("button", name="Pull", exact=True).click()
+        await expect(tables[0]).to_contain_text("two")
+        assert [model.name for model in small.models] == []
+
+
+@pytest.mark.spec("DASH-76")
+async def test_a_chat_is_tried_with_a_system_prompt_and_parameters(
+    coordinator: Running, ollama: StandIn, visit: Visit
+) -> None:
+    page = visit.page
+    await visit.open("try")
+    await page.get_by_text("System prompt and parameters").click()
+    await page.get_by_label("System prompt").fill("Answer in verse.")
+    await page.get_by_label("Temperature").fill("0.2")
+    await page.get_by_label("Tokens at most").fill("5")
+    await expect(page.locator(".lines .command")).to_contain_text('"temperature": 0.2')
+    await page.get_by_label("Message").fill("hello")
+    await page.keyboard.press("Enter")
+    await expect(page.locator(".said.assistant .meta")).to_contain_text("written 5 tokens")
+    sent = json.loads(ollama.seen.of("/api/chat")[-1].body)
+    assert sent["messages"][0] == {"role": "system", "content": "Answer in verse."}
+    assert sent["options"] == {"temperature": 0.2, "num_predict": 5}
 
 
 @pytest.mark.spec("DASH-73")

@@ -334,3 +334,19 @@ async def test_sparklines_go_on_after_a_restart(tmp_path: Path) -> None:
             async with viewing(coordinator.url) as viewer:
                 assert round(before, 1) in viewer.extra["sparks"]["agents"][agent]
                 assert round(before, 1) in viewer.extra["sparks"]["fleet"]
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.1's relative luminance of `#rrggbb`."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_models_name_can_be_read_on_each_of_the_colours() -> None:
+    css = (FOLDER / "css" / "views.css").read_text("utf-8")
+    pairs = re.findall(r"--series-\d: light-dark\((#\w+), (#\w+)\)", css)
+    assert len(pairs) == 8
+    for light, dark in pairs:
+        assert 1.05 / (luminance(light) + 0.05) >= 4.5, light
+        assert (luminance(dark) + 0.05) / (luminance("#0c0f13") + 0.05) >= 4.5, dark

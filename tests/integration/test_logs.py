@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import aiohttp
 import pytest
 
 from support import programs
-from support.coordinator import running
+from support.coordinator import Running, running
 from support.ollama import StandIn
 
 CRASHES = """
@@ -112,3 +113,22 @@ async def test_a_client_that_leaves_and_one_that_is_served_are_lines(
     chats = [row for row in rows if row["path"] == "/api/chat"]
     assert chats[0]["request"]
     assert [row["status"] for row in chats] == [200, 499]
+
+
+@pytest.mark.spec("OPERATION-81")
+async def test_the_coordinators_own_log_is_read_over_http(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "first")
+    logging.getLogger("ollama_coordinator.test").warning("of no agent", extra={"number": 7})
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("ollama_coordinator.test").exception("it failed")
+    lines = (await coordinator.get("/api/log"))["events"]
+    assert [line["event"] for line in lines[:3]] == ["it failed", "of no agent", "agent registered"]
+    assert lines[0]["level"] == "error"
+    assert lines[0]["facts"]["exception"] == "ValueError('why')"
+    assert lines[1]["facts"] == {"number": "7"}
+    # The events of machines are those lines alone that are about one.
+    events = (await coordinator.get("/api/events"))["events"]
+    assert [event["event"] for event in events] == ["agent registered"]

@@ -131,6 +131,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/metrics", WATCH, health.metrics),
         Endpoint("GET", "/api/attention", WATCH, health.attention),
         Endpoint("GET", "/api/events", WATCH, health.events),
+        Endpoint("GET", "/api/log", OPERATE, health.log),
         Endpoint("GET", "/api/settings", OPERATE, settings.list),
         Endpoint("PATCH", "/api/settings", OPERATE, settings.change),
         Endpoint("GET", "/", FREE, dashboard.root),

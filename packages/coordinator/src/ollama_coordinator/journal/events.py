@@ -1,4 +1,4 @@
-"""The coordinator's log lines about each agent, kept in memory for the agent's page."""
+"""The coordinator's last log lines, kept in memory: all, and those about each agent."""
 
 import logging
 from collections import OrderedDict, deque
@@ -12,6 +12,9 @@ EVENTS_PER_AGENT = 100
 EVENTS = 300
 """Of all agents together, for the page of events."""
 
+LINES = 500
+"""Of the whole log, for its page."""
+
 AGENTS = 1000
 """Agents with events; beyond, those whose first event is the oldest lose theirs."""
 
@@ -23,7 +26,7 @@ _NOT_FACTS = frozenset(vars(logging.makeLogRecord({}))) | {
 
 
 class AgentEvent(Struct, frozen=True):
-    """One log line about an agent; `agent` is the name that it had."""
+    """One log line; of one about an agent, `agent` is the name that it had."""
 
     at: datetime
     level: str
@@ -34,13 +37,14 @@ class AgentEvent(Struct, frozen=True):
 
 
 class EventLog(logging.Handler):
-    """A log handler that files the lines with an `agent_id` under their agent."""
+    """A log handler that files lines; those with an `agent_id` also under their agent."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self._level_before = logging.NOTSET
         self._events: OrderedDict[str, deque[AgentEvent]] = OrderedDict()
         self._all: deque[AgentEvent] = deque(maxlen=EVENTS)
+        self._lines: deque[AgentEvent] = deque(maxlen=LINES)
 
     def __enter__(self) -> "EventLog":
         ours = logging.getLogger(PACKAGE)
@@ -57,18 +61,22 @@ class EventLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """File one line."""
-        agent_id = getattr(record, "agent_id", None)
-        if not isinstance(agent_id, str):
-            return
+        agent_id = getattr(record, "agent_id", "")
+        agent_id = agent_id if isinstance(agent_id, str) else ""
         facts = {
             key: str(value)
             for key, value in vars(record).items()
             if key not in _NOT_FACTS and value is not None
         }
+        if record.exc_info and record.exc_info[1] is not None:
+            facts["exception"] = repr(record.exc_info[1])
         at = datetime.fromtimestamp(record.created, UTC)
         name = str(getattr(record, "agent", ""))
         level, text = record.levelname.lower(), record.getMessage()
         event = AgentEvent(at, level, text, facts, agent_id, name)
+        self._lines.append(event)
+        if not agent_id:
+            return
         self._all.append(event)
         self._events.setdefault(agent_id, deque(maxlen=EVENTS_PER_AGENT)).append(event)
         if len(self._events) > AGENTS:
@@ -77,6 +85,10 @@ class EventLog(logging.Handler):
     def all(self) -> list[AgentEvent]:
         """The last lines about any agent, newest first."""
         return list(reversed(self._all))
+
+    def lines(self) -> list[AgentEvent]:
+        """The last lines of the whole log, newest first."""
+        return list(reversed(self._lines))
 
     def of(self, agent_id: str) -> list[AgentEvent]:
         """The lines about one agent, newest first."""

@@ -64,7 +64,7 @@ class AttentionView(Struct, frozen=True):
 
 
 class EventsView(Struct, frozen=True):
-    """`GET /api/events`."""
+    """`GET /api/events` and `GET /api/log`."""
 
     events: list[AgentEvent]
 
@@ -160,6 +160,11 @@ class HealthApi:
     async def events(self, request: Request) -> Response:
         """The last events of all agents, newest first."""
         return reply(EventsView(self._parts.observation.events.all()))
+
+    @operation(gives={200: EventsView})
+    async def log(self, request: Request) -> Response:
+        """The last lines that the coordinator logged, of level INFO and above, newest first."""
+        return reply(EventsView(self._parts.observation.events.lines()))
 
     def _view(self) -> HealthView:
         now = self._clock.now()

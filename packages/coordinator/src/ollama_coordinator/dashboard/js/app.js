@@ -11,6 +11,7 @@ const VIEWS = {
   now: ["now-view", () => import("./views/now.js"), "Now"],
   attention: ["attention-view", () => import("./views/attention.js"), "Attention"],
   models: ["models-view", () => import("./views/models.js"), "Models"],
+  model: ["model-view", () => import("./views/model.js"), "Model"],
   history: ["history-view", () => import("./views/history.js"), "History"],
   usage: ["usage-view", () => import("./views/usage.js"), "Usage"],
   try: ["try-view", () => import("./views/try.js"), "Try it"],
@@ -19,12 +20,15 @@ const VIEWS = {
   settings: ["settings-view", () => import("./views/settings.js"), "Settings"],
 };
 
+/** Views that are a part of another one, without a digit of their own. */
+const PARTS = new Set(["agents", "model"]);
+
 let shown = 0;
 
 async function show() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, ...rest] = path.split("/").map(decodeURIComponent);
-  const [tag, load, title] = VIEWS[name] ?? VIEWS.fleet;
+  const [tag, load, title] = VIEWS[name === "models" && rest.length ? "model" : name] ?? VIEWS.fleet;
   const turn = ++shown;
   await load();
   if (turn !== shown) return;
@@ -42,7 +46,7 @@ async function show() {
 
 applyTheme();
 buildShell();
-listenToKeys(Object.keys(VIEWS).filter((name) => name !== "agents"));
+listenToKeys(Object.keys(VIEWS).filter((name) => !PARTS.has(name)));
 addEventListener("hashchange", show);
 connect();
 show();

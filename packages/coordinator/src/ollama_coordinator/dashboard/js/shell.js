@@ -40,7 +40,7 @@ export function buildShell() {
   const version = h("span");
   const leave = h("button.ghost.small", { onclick: logOut, hidden: true }, "Log out");
   get("api/session").then(({ name, session }) => { leave.hidden = !session; leave.title = `Logged in with the key '${name}'`; }, () => null);
-  const side = h("div.side", null,
+  const side = h("aside.side", { "aria-label": "Navigation" },
     h("a.brand", { href: "#/fleet" }, icon("fleet"), h("span", null, "Ollama Coordinator")),
     h("nav.nav", { "aria-label": "Views" }, links),
     h("button.add-machine", { onclick: openJoining, title: "Add a machine" }, icon("add"), h("span", null, "Add a machine")),

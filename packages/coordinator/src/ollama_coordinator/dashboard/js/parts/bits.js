@@ -63,7 +63,7 @@ export function fact(label) {
 /** A line of an agent's log; with the agent where lines of several are together. */
 export function eventRow(event, named = false) {
   const facts = Object.entries(event.facts).map(([key, value]) => `${key}=${value}`).join("  ");
-  const agent = named ? h("a", { href: `#/agents/${encodeURIComponent(event.agent_id)}` }, event.agent || event.agent_id) : null;
+  const agent = named && event.agent_id ? h("a", { href: `#/agents/${encodeURIComponent(event.agent_id)}` }, event.agent || event.agent_id) : null;
   return h("li", { "data-level": event.level }, h("time", { title: fullTime(event.at) }, time(event.at)), agent, h("b", null, event.event), h("span.muted.mono", null, facts));
 }
 

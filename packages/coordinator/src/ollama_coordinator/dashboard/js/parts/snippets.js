@@ -10,9 +10,9 @@ export function curl(body) {
 
 /** The same with Ollama's Python library. */
 export function python(body) {
-  const { model, messages, options } = withoutImages(body);
+  const { model, messages, options, think } = withoutImages(body);
   const list = messages.map((message) => `    ${literal(message)},`).join("\n");
-  const more = options ? `, options=${literal(options)}` : "";
+  const more = `${options ? `, options=${literal(options)}` : ""}${think === undefined ? "" : `, think=${literal(think)}`}`;
   return [
     "from ollama import Client", "",
     `client = Client(host=${literal(base(location))})`,

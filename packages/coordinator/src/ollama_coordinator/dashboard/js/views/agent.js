@@ -108,7 +108,7 @@ function modelRow(row) {
   const per = (value) => (estimate ? `${rate(value)} tok/s` : "–");
   return h(estimate && !measured ? "tr.guessed" : "tr", null, h("td", null, model(row.name)), h("td.num", null, bytes(row.size)), h("td", null, row.loaded ? h("span.pill.good", null, "loaded") : ""),
     h("td.num", null, per(estimate?.prefill_tokens_per_second)), h("td.num", null, per(estimate?.decode_tokens_per_second)), h("td.num", null, estimate ? seconds(estimate.load_seconds) : "–"),
-    h("td.num", null, estimate ? count(estimate.slots) : "–"), h("td.num.muted", { title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} times` : "estimated"));
+    h("td.num", null, estimate ? count(estimate.slots) : "–"), h("td.num.muted", { title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} time${measured === 1 ? "" : "s"}` : "estimated"));
 }
 
 customElements.define("agent-view", AgentView);

@@ -5,7 +5,7 @@ import { get } from "../api.js";
 import { h, keyed, setAttr, setText } from "../dom.js";
 import { model } from "../format.js";
 import { store } from "../store.js";
-import { empty, eventRow } from "../parts/bits.js";
+import { empty, eventRow, segmented } from "../parts/bits.js";
 
 const REFRESH_MS = 5000;
 const ORDER = ["critical", "warning", "note"];
@@ -15,7 +15,13 @@ class AttentionView extends View {
     this.nothing = h("div");
     this.list = h("ul.concerns", { "aria-label": "What needs attention" });
     this.events = h("ol.events");
-    this.append(this.head("Attention"), this.nothing, this.list, h("h2.section", null, "Events"), this.events);
+    this.source = this.query.get("log") === "all" ? "all" : "";
+    const choose = segmented("Events", [["", "Of the machines"], ["all", "The coordinator's whole log"]], this.source, (source) => {
+      this.source = source;
+      this.remember({ log: source });
+      this.load();
+    });
+    this.append(this.head("Attention"), this.nothing, this.list, h("div.row.wrap.section", null, h("h2", null, "Events"), choose), this.events);
     const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
     this.stopping.signal.addEventListener("abort", () => clearInterval(timer));
     this.load();
@@ -30,11 +36,14 @@ class AttentionView extends View {
   }
 
   async load() {
+    const source = this.source;
     try {
-      const { events } = await get("/api/events");
+      const { events } = await get(source ? "/api/log" : "/api/events");
+      if (source !== this.source) return;
       this.events.replaceChildren(...(events.length ? events.map((event) => eventRow(event, true)) : [h("li.muted", null, "Nothing was logged since the coordinator started.")]));
-    } catch {
-      // The stream says what is wrong: the coordinator is away.
+    } catch (error) {
+      // Where the coordinator is away the stream says so; the whole log may need another right.
+      if (source) this.events.replaceChildren(h("li.muted", null, error.message));
     }
   }
 }

@@ -10,7 +10,8 @@ import { openWhy } from "../parts/why.js";
 import { act } from "../parts/toast.js";
 import { openByKey } from "./now.js";
 
-const COLUMNS = [["Ended"], ["Model"], ["Result"], ["Agent"], ["Client"], ["Waited", "num"], ["First token", "num"], ["Prompt", "num"], ["Tokens", "num"], ["Tokens/s", "num"], ["Took", "num"]];
+/** The columns of `historyRow`. */
+export const HISTORY_COLUMNS = [["Ended"], ["Model"], ["Result"], ["Agent"], ["Client"], ["Waited", "num"], ["First token", "num"], ["Prompt", "num"], ["Tokens", "num"], ["Tokens/s", "num"], ["Took", "num"]];
 const STATUSES = [["", "Every result"], ["served", "Served"], ["failed", "Failed"], ["cancelled", "Cancelled"], ["refused", "Refused"]];
 
 class HistoryView extends View {
@@ -21,7 +22,7 @@ class HistoryView extends View {
     this.form = h("div.row.wrap.filters");
     this.body = h("tbody");
     this.table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Finished requests"),
-      h("thead", null, h("tr", null, COLUMNS.map(([text, kind]) => h(kind ? `th.${kind}` : "th", { scope: "col" }, text)))), this.body));
+      h("thead", null, h("tr", null, HISTORY_COLUMNS.map(([text, kind]) => h(kind ? `th.${kind}` : "th", { scope: "col" }, text)))), this.body));
     this.nothing = h("div");
     this.newer = h("button", { onclick: () => { this.pages.pop(); this.load(); } }, "Newer");
     this.older = h("button", { onclick: () => { this.pages.push(this.next); this.load(); } }, "Older");

@@ -9,6 +9,7 @@ import { command, empty } from "../parts/bits.js";
 import { openJoining } from "../parts/joining.js";
 import { asked, confirmed } from "../parts/dialog.js";
 import { isPartial, isPutAway, operationCard } from "../parts/operation.js";
+import { openPull } from "../parts/pull.js";
 import { act } from "../parts/toast.js";
 import { base } from "../parts/address.js";
 
@@ -38,7 +39,7 @@ class ModelsView extends View {
     this.moreDisks = h("p.muted.small.more-disks");
     this.disksTitle = h("h2.section", null, "Disk space");
     this.nothing = h("div");
-    this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: pull }, icon("down"), "Pull a model"))),
+    this.append(this.head("Models", h("div.row.wrap.end", null, search, h("button.primary", { onclick: () => openPull(this.list) }, icon("down"), "Pull a model"))),
       this.operations, this.nothing, this.table, this.aliases, this.advice, this.disksTitle, this.disks, this.moreDisks);
     this.load();
     this.advise();
@@ -49,12 +50,12 @@ class ModelsView extends View {
     const rows = aliases.map((alias) => h("tr", { "data-alias": alias.name },
       h("th", { scope: "row" }, alias.name),
       h("td", { "data-label": "stands for" }, alias.models.join(", then "), alias.hidden_by.length ? h("div.small", null, h("span.pill.warn", null, `not in use: ${alias.hidden_by.join(", ")} has a model of this name`)) : null),
-      h("td", { "data-label": "next after" }, alias.wait_seconds === null ? "the one before cannot serve" : `${alias.wait_seconds} s`),
+      h("td", { "data-label": "the next serves" }, alias.models.length < 2 ? "–" : alias.wait_seconds === null ? "where the one before cannot" : `after ${alias.wait_seconds} s`),
       h("td", null, h("div.row.model-actions", null,
         h("button.ghost.small", { onclick: () => this.setAlias(alias), "aria-label": `Change ${alias.name}` }, "Change"),
         h("button.ghost.small.danger", { onclick: () => this.removeAlias(alias), "aria-label": `Delete ${alias.name}`, title: "Delete" }, icon("trash"))))));
     const table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Aliases"),
-      h("thead", null, h("tr", null, ["Alias", "Stands for", "The next serves after", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)));
+      h("thead", null, h("tr", null, ["Alias", "Stands for", "The next serves", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)));
     this.aliases.replaceChildren(h("div.row.wrap", null, h("h2.section.grow", null, "Aliases"), h("button", { onclick: () => this.setAlias(null) }, "Add an alias")),
       rows.length ? table : h("p.muted", null, "Let clients ask for another name, such as gpt-4o, or for the first of several models that can serve."));
   }
@@ -164,12 +165,12 @@ function modelRow(row) {
   const changed = h("td.muted.nowrap");
   const unload = h("button.ghost.small", { onclick: () => start({ kind: "unload", model: row.name }, "Unloading") }, "Unload");
   const element = h("tr", null,
-    h("td", null, h("div.row", null, h("i.swatch", { style: { background: hue(row.name) } }), h("b.clip", null, model(row.name)), conflict), about),
+    h("td", null, h("div.row", null, h("i.swatch", { style: { background: hue(row.name) } }), h("a.model-name.clip", { href: `#/models/${encodeURIComponent(row.name)}` }, model(row.name)), conflict), about),
     h("td", { "data-label": "on" }, holders), h("td", { "data-label": "in memory on" }, loaded), size, changed,
     h("td", null, h("div.row.model-actions", null,
       h("a.button.ghost.small", { href: `#/try?model=${encodeURIComponent(row.name)}` }, "Try"),
       h("button.ghost.small", { onclick: () => load(element.row) }, "Load"), unload,
-      h("button.ghost.small", { onclick: () => replicate(element.row) }, "Replicate"),
+      h("button.ghost.small", { onclick: () => openPull([element.row], row.name) }, "Replicate"),
       h("button.ghost.small.danger", { onclick: () => remove(element.row), "aria-label": `Delete ${model(row.name)}`, title: "Delete" }, icon("trash")))));
   element.update = (now) => {
     element.row = now;
@@ -199,23 +200,6 @@ function chips(parent, unsorted, label = nameOf) {
     return chip;
   });
   setAttr(parent, "title", ids.length > CHIPS ? ids.map(label).join(", ") : null);
-}
-
-function placementField() {
-  const labels = [...new Set(Object.values(store.state.agents).flatMap((agent) => agent.labels))].sort();
-  const choices = [["", "The coordinator's default"], ["all", "Every agent"], ["1", "One agent, most free disk"], ["2", "Two agents"], ["3", "Three agents"],
-    ...labels.map((label) => [`label:${label}`, `Agents labelled ${label}`]), ...Object.values(store.state.agents).map((agent) => [`agents:${agent.id}`, `Only ${agent.name}`])];
-  return { name: "placement", label: "Where", kind: "select", value: "", choices };
-}
-
-async function pull() {
-  const values = await asked("Pull a model", [{ name: "model", label: "Name, as in Ollama's library", placeholder: "llama3.2", required: true }, placementField()], "Pull");
-  if (values) await start({ kind: "pull", model: values.model.trim(), ...(values.placement && { placement: values.placement }) });
-}
-
-async function replicate(row) {
-  const values = await asked(`Replicate ${model(row.name)}`, [{ ...placementField(), value: "all", label: `To which agents? ${many(row.holders.length, "agent has", "agents have")} it already.` }], "Replicate");
-  if (values) await start({ kind: "pull", model: row.name, placement: values.placement || "all" });
 }
 
 async function load(row) {

@@ -13,6 +13,14 @@ import { openWhy } from "../parts/why.js";
 
 const NANOSECONDS = 1e9;
 const LARGEST_IMAGE_BYTES = 20e6;
+/** Parameters of a request: Ollama's name, ours, and what it may be. */
+const OPTIONS = [
+  ["temperature", "Temperature", { min: 0, max: 2 }],
+  ["top_p", "Top p", { min: 0, max: 1 }],
+  ["num_predict", "Tokens at most", { min: 1, step: 1 }],
+  ["num_ctx", "Context", { min: 1, step: 1 }],
+  ["seed", "Seed", { min: 0, step: 1 }],
+];
 
 class TryView extends View {
   build() {
@@ -30,7 +38,14 @@ class TryView extends View {
     this.lines = h("div");
     this.form = "curl";
     const compose = h("form.compose", { onsubmit: (event) => { event.preventDefault(); this.ask(); } }, this.thumbs, h("div.row", null, this.input, this.file, this.attach, this.send, this.stop));
-    this.append(this.head("Try it", this.select, h("button.end", { onclick: () => this.clear() }, "New chat")), this.log, compose,
+    this.system = h("textarea", { rows: 2, placeholder: "Such as: Answer in one sentence.", oninput: () => this.snippet() });
+    this.options = Object.fromEntries(OPTIONS.map(([name, , attributes]) => [name, h("input", { type: "number", step: "any", placeholder: "default", ...attributes, oninput: () => this.snippet() })]));
+    this.think = h("select", { onchange: () => this.snippet() }, [["", "as the model does"], ["true", "yes"], ["false", "no"]].map(([value, label]) => h("option", { value }, label)));
+    this.thinkField = h("label.field", { hidden: true }, "Think first", this.think);
+    const tuning = h("details.card.lines", null, h("summary", null, "System prompt and parameters"), h("div.stack", null,
+      h("label.field", null, "System prompt", this.system),
+      h("div.parameters", null, OPTIONS.map(([name, label]) => h("label.field", null, label, this.options[name])), this.thinkField)));
+    this.append(this.head("Try it", this.select, h("button.end", { onclick: () => this.clear() }, "New chat")), tuning, this.log, compose,
       h("details.card.lines", { open: innerWidth > 1000 }, h("summary", null, "The same request elsewhere"), segmented("Language", [["curl", "curl"], ["python", "Python"]], "curl", (form) => { this.form = form; this.snippet(); }), this.lines));
     this.stopping.signal.addEventListener("abort", () => this.asking?.abort());
     this.clear();
@@ -63,6 +78,7 @@ class TryView extends View {
     const known = this.models.get(this.select.value);
     const sees = known?.capabilities ? known.capabilities.includes("vision") : Boolean(known?.details?.families?.some((family) => /clip|mllama|vl|gemma3/.test(family)));
     this.attach.hidden = !sees;
+    this.thinkField.hidden = !known?.capabilities?.includes("thinking");
     if (!sees) this.setImages([]);
     this.snippet();
   }
@@ -96,7 +112,17 @@ class TryView extends View {
   body(text) {
     const message = { role: "user", content: text };
     if (this.images.length) message.images = this.images.map((image) => image.data);
-    return { model: this.select.value, messages: [...this.messages, message], stream: true };
+    const system = this.system.value.trim();
+    // It stands before the whole conversation, so that it can be changed at any turn.
+    const said = this.messages.filter((one) => one.role !== "system");
+    const options = Object.fromEntries(Object.entries(this.options).filter(([, input]) => input.value !== "" && input.validity.valid).map(([name, input]) => [name, Number(input.value)]));
+    return {
+      model: this.select.value,
+      messages: [...(system ? [{ role: "system", content: system }] : []), ...said, message],
+      stream: true,
+      ...(Object.keys(options).length && { options }),
+      ...(!this.thinkField.hidden && this.think.value && { think: this.think.value === "true" }),
+    };
   }
 
   snippet() {
@@ -110,6 +136,8 @@ class TryView extends View {
   async ask() {
     const text = this.input.value.trim();
     if (!text || !this.select.value) return;
+    const wrong = Object.values(this.options).find((input) => !input.reportValidity());
+    if (wrong) return wrong.focus();
     const body = this.body(text);
     if (!this.messages.length) this.log.replaceChildren();
     this.messages = body.messages;
