@@ -3,7 +3,9 @@
 import asyncio
 import io
 import json
-from contextlib import aclosing
+import os
+import sys
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,17 +14,24 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ollama_coordinator.commands.client import Client
-from ollama_coordinator.commands.top import Follower, screen
+from ollama_coordinator.commands.keyboard import keys_in
+from ollama_coordinator.commands.top import HELP, Follower, View, screen
 from ollama_coordinator.main import app
+from support import programs
 from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 
-def drawn(state: dict[str, Any], problem: str | None = None, height: int | None = None) -> str:
+def drawn(
+    state: dict[str, Any],
+    problem: str | None = None,
+    height: int | None = None,
+    view: View | None = None,
+) -> str:
     """The screen as text."""
-    console = Console(width=140, file=io.StringIO(), color_system=None)
-    console.print(screen(state, problem, datetime.now(UTC), height))
+    console = Console(width=view.width if view else 140, file=io.StringIO(), color_system=None)
+    console.print(screen(state, problem, datetime.now(UTC), height, view))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -110,3 +119,153 @@ def test_a_small_terminal_shows_what_fits() -> None:
     text = drawn({"agents": agents, "requests": {}, "fleet": {}}, height=24)
     assert "and 24 more" in text
     assert len(text.splitlines()) <= 24
+
+
+def request(number: int, **more: Any) -> dict[str, Any]:
+    return {
+        "id": f"r{number}", "model": f"m{number}", "state": "writing", "agent": "one",
+        "client": "10.0.0.7", "arrived_at": f"2026-01-31T12:00:{59 - number}Z", "tokens": number,
+        **more,
+    }  # fmt: skip
+
+
+STATE = {
+    "fleet": {},
+    "agents": {
+        name: {
+            "name": name, "state": "online", "loaded_models": [], "gpus": [], "slots": 1,
+            "in_flight": flight, "sparkline": [0, 0],
+        }
+        for name, flight in (("first", 0), ("second", 1))
+    },
+    "requests": {f"r{number}": request(number) for number in range(3)},
+    "finished": {
+        "old": {
+            "model": "mine:latest", "status": "failed", "total_seconds": 3.0, "agent": "second",
+            "finished_at": "2026-01-31T12:00:00Z",
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.spec("DASH-77")
+def test_keys_sort_filter_and_select() -> None:
+    view = View(footer=HELP)
+    shown = [one["id"] for one in view.requests(STATE)]
+    assert shown == ["r2", "r1", "r0"]  # the oldest first, in one state
+    for key in "ss":
+        view.press(key, STATE)
+    assert "sorted by most tokens" in drawn(STATE, view=view)
+    view.press("a", STATE)
+    assert [one["name"] for one in view.agents(STATE)] == ["second", "first"]
+    for key in ("/", "m", "1", "x", "backspace", "enter"):
+        assert view.press(key, STATE) is None
+    assert [one["id"] for one in view.requests(STATE)] == ["r1"]
+    assert "filter: m1" in drawn(STATE, view=view)
+    view.press("escape", STATE)
+    assert len(view.requests(STATE)) == 3
+    view.press("down", STATE)
+    assert view.selected == view.requests(STATE)[0]["id"]
+    view.press("k", STATE)
+    assert view.selected == view.requests(STATE)[0]["id"]
+    view.press("q", STATE)
+    assert view.ended
+
+
+@pytest.mark.spec("DASH-77")
+def test_a_request_is_cancelled_after_a_question_only() -> None:
+    view = View(footer=HELP)
+    assert view.press("c", STATE) is None
+    assert "select a request" in view.note
+    view.press("down", STATE)
+    chosen = view.selected
+    assert view.press("c", STATE) is None
+    assert f"Cancel request {chosen}?" in drawn(STATE, view=view)
+    assert view.press("n", STATE) is None
+    view.press("c", STATE)
+    assert view.press("y", STATE) == ("cancel", chosen)
+    assert view.press("enter", STATE) == ("why", chosen)
+
+
+@pytest.mark.spec("DASH-77")
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_wide_terminal_shows_more_and_none_is_overrun(width: int) -> None:
+    view = View(width=width, footer=HELP)
+    text = drawn(STATE, view=view, height=24)
+    assert max(map(len, text.splitlines())) <= width
+    assert ("JUST ENDED" in text) is (width >= 130)
+    view.why = {
+        "id": "r1", "model": "m1",
+        "attempts": [{"agent": "one", "rule": "lowest cost", "refused": {"two": "offline"}}],
+    }  # fmt: skip
+    text = drawn(STATE, view=view, height=24)
+    assert "decided by lowest cost" in text
+    assert "not two: offline" in text
+    # Beside the lists where there is room, in their place where there is not.
+    assert ("JUST ENDED" in text, "10.0.0.7" in text) == (False, width >= 130)
+
+
+@pytest.mark.parametrize(
+    ("sent", "keys"),
+    [("\x1b[A\x1bOB", ["up", "down"]), ("\x1b", ["escape"]), ("aé\r", ["a", "é", "enter"])],
+)
+def test_what_a_terminal_sends_is_read_as_keys(sent: str, keys: list[str]) -> None:
+    assert keys_in(sent) == keys
+
+
+@pytest.mark.spec("DASH-77")
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+async def test_keys_reach_it_in_a_terminal_which_is_left_as_it_was(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    import pty
+    import termios
+
+    ollama.hold(after=2)
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    streaming = AsyncExitStack()
+    answer = await streaming.enter_async_context(coordinator.stream())
+    await answer.content.readline()
+    program = await asyncio.create_subprocess_exec(
+        programs.command("ollama-coordinator"), "top", "--url", coordinator.url,
+        stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "40"},
+    )  # fmt: skip
+
+    seen = bytearray()
+    loop = asyncio.get_running_loop()
+    changed = asyncio.Event()
+
+    def read() -> None:
+        seen.extend(os.read(ours, 65_536))
+        changed.set()
+
+    async def until(text: str) -> None:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while text.encode() not in seen:
+                changed.clear()
+                await changed.wait()
+        seen.clear()
+
+    loop.add_reader(ours, read)
+    try:
+        await until("writing")
+        os.write(ours, b"j")
+        os.write(ours, b"w")
+        await until("decided by")
+        os.write(ours, b"c")
+        await until("y cancels it")
+        os.write(ours, b"y")
+        assert "cancelled by the operator" in (await answer.read()).decode()
+        os.write(ours, b"q")
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            assert await program.wait() == 0
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        loop.remove_reader(ours)
+        if program.returncode is None:
+            program.kill()
+        os.close(ours)
+        os.close(theirs)
+        await streaming.aclose()

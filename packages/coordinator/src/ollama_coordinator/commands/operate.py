@@ -8,12 +8,13 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 import typer
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ollama_coordinator_common.printable import all_printable
 
 from .client import Client, Json, NoAnswer, asks
-from .scheduling import print_decision
+from .scheduling import decided
 from .tables import (
     agents_table,
     console,
@@ -285,18 +286,25 @@ async def why(client: Client, request: RequestId, json: Json = False) -> None:
         shown_json(row)
         return
     screen = console()
+    screen.print(reasons(row, screen.width))
+
+
+def reasons(row: Mapping[str, Any], width: int) -> Group:
+    """Why a request is where it is: each attempt with what decided it, or what would decide now."""
+    parts: list[RenderableType] = []
     for number, attempt in enumerate(row["attempts"], 1):
         ended = attempt.get("result") or "in progress"
         reason = f": {attempt['reason']}" if attempt.get("reason") else ""
-        screen.print(Text(f"{number}. {attempt['agent']}: {ended}{reason}"))
+        parts.append(Text(f"{number}. {attempt['agent']}: {ended}{reason}"))
         if attempt.get("rule"):
-            screen.print(Text(f"   decided by {attempt['rule']}"))
-        for name, refused in attempt.get("refused", {}).items():
-            screen.print(Text(f"   not {name}: {refused}"))
+            parts.append(Text(f"   decided by {attempt['rule']}"))
+        refused = attempt.get("refused", {})
+        parts += [Text(f"   not {name}: {why}") for name, why in refused.items()]
         if attempt.get("decision"):
-            print_decision(attempt["decision"], screen)
+            parts.append(decided(attempt["decision"], width))
     if row.get("now") and not row["attempts"]:
-        print_decision(row["now"], screen)
+        parts.append(decided(row["now"], width))
+    return Group(*parts)
 
 
 @asks

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 from msgspec import Struct, structs
-from rich.console import Console
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -82,18 +82,18 @@ async def explain(
         shown_json(decision)
         return
     screen = console()
-    print_decision(decision, screen)
+    screen.print(decided(decision, screen.width))
     screen.print(_sentence(decision))
 
 
-def print_decision(decision: Mapping[str, Any], screen: Console) -> None:
-    """Print the candidates of a decision, the cheapest first, then why others were none.
+def decided(decision: Mapping[str, Any], width: int) -> Group:
+    """The candidates of a decision, the cheapest first, then why others were none.
 
     In a narrow terminal only terms of which something is seen are columns.
     """
     candidates = decision["candidates"]
     known = [one for one in candidates if one["cost"] is not None]
-    least = 0.0 if screen.width >= WIDE else SEEN_SECONDS
+    least = 0.0 if width >= WIDE else SEEN_SECONDS
     terms = [t for t in TERMS if any(one[f"{t}_seconds"] >= least for one in known)]
     cached = ["CACHED"] if any(one["cached_tokens"] for one in known) else []
     numbers = ("COST", *(term.upper() for term in terms), *cached)
@@ -111,11 +111,9 @@ def print_decision(decision: Mapping[str, Any], screen: Console) -> None:
             "← chosen" if is_chosen else "",
             style="bold" if is_chosen else "",
         )
-    if known:
-        screen.print(made)
-    for one in candidates:
-        if one["cost"] is None:
-            screen.print(Text(f"not {one['agent']}: {one['refused']}", "dim"))
+    refused = [one for one in candidates if one["cost"] is None]
+    notes = [Text(f"not {one['agent']}: {one['refused']}", "dim") for one in refused]
+    return Group(*([made] if known else ()), *notes)
 
 
 def _sentence(decision: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`top`: the agents and requests of the dashboard in a terminal, live.
+"""`top`: the agents and requests of the dashboard in a terminal, live, and what keys do there.
 
 It follows the dashboard's event stream: a snapshot, then its differences. Names are shown as they
 are, never as markup.
@@ -6,10 +6,12 @@ are, never as markup.
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -22,6 +24,8 @@ from rich.text import Text
 from ollama_coordinator_common.printable import all_printable
 
 from .client import CONNECT_SECONDS, Client, NoAnswer, asks
+from .keyboard import Keyboard
+from .operate import reasons
 from .tables import table
 
 Row = dict[str, Any]
@@ -56,10 +60,32 @@ STATES = {
 ORDER = ("writing", "reading", "loading", "waiting")
 """Requests in these states come first, in this order."""
 
+ENDED_SHOWN = 40
+"""Of the requests that ended, as many as any terminal has lines."""
+
 BAR_WIDTH = 12
 """Characters of the bar of memory."""
 
 GIBIBYTE = 2**30
+
+SIDE_BY_SIDE = 130
+"""Columns of a terminal with room for a second column: the reasons, or what has just ended."""
+
+HELP = "↑↓ select   w why   c cancel   s sort requests   a sort agents   / filter   q quit"
+
+BY_AGENT: Mapping[str, Callable[[Row], Any]] = {
+    "name": lambda agent: agent["name"],
+    "in flight": lambda agent: -agent["in_flight"],
+    "tokens/s": lambda agent: -agent["sparkline"][1],
+    "CPU": lambda agent: -(agent.get("cpu_usage") or 0),
+}
+BY_REQUEST: Mapping[str, Callable[[Row], Any]] = {
+    "state": lambda request: _by_state(request),
+    "oldest first": lambda request: request["arrived_at"],
+    "most tokens": lambda request: -request.get("tokens", 0),
+    "model": lambda request: request["model"],
+}
+"""The orders, in the order in which a key goes through them."""
 
 
 class Follower:
@@ -136,13 +162,13 @@ Once = Annotated[bool, typer.Option("--once", help="Print one snapshot and end."
 
 @asks
 async def top(client: Client, once: Once = False) -> None:
-    """Show the fleet and its requests, live; Ctrl-C ends it."""
+    """Show the fleet and its requests, live; q or Ctrl-C ends it."""
     console = Console()
     follower = Follower(client)
     if once or not sys.stdout.isatty():
         await _print_once(follower, console, client.url)
     else:
-        await _live(follower, console)
+        await _live(follower, console, client)
 
 
 async def _print_once(follower: Follower, console: Console, url: str) -> None:
@@ -155,23 +181,153 @@ async def _print_once(follower: Follower, console: Console, url: str) -> None:
                 if follower.problem:
                     raise NoAnswer(follower.problem)
                 if state:
-                    console.print(screen(state, None, datetime.now(UTC), None))
+                    view = View(width=console.width)
+                    console.print(screen(state, None, datetime.now(UTC), None, view))
                     return
     except TimeoutError as exc:
         raise NoAnswer(f"the coordinator at {url} sends no snapshot") from exc
 
 
-async def _live(follower: Follower, console: Console) -> None:
-    """Draw at a steady pace, whatever the stream does."""
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_keep_up(follower))
-            while True:
-                now = datetime.now(UTC)
+async def _live(follower: Follower, console: Console, client: Client) -> None:
+    """Draw at a steady pace, and after each key, whatever the stream does."""
+    view = View(footer=HELP)
+    with Keyboard() as keyboard, Live(console=console, screen=True, auto_refresh=False) as live:
+        following = asyncio.create_task(_keep_up(follower))
+        try:
+            while not view.ended:
+                now, view.width = datetime.now(UTC), console.width
                 live.update(
-                    screen(follower.state, follower.problem, now, console.height), refresh=True
+                    screen(follower.state, follower.problem, now, console.height, view),
+                    refresh=True,
                 )
-                await asyncio.sleep(1 / DRAWS_PER_SECOND)
+                key = await keyboard.key(1 / DRAWS_PER_SECOND)
+                if key:
+                    await _do(view, view.press(key, follower.state), client)
+        finally:
+            following.cancel()
+
+
+async def _do(view: "View", wanted: tuple[str, str] | None, client: Client) -> None:
+    """Ask the coordinator for what a key means; what goes wrong is said in the last line."""
+    if wanted is None:
+        return
+    what, request_id = wanted
+    path = f"/api/requests/{quote(request_id, safe='')}"
+    try:
+        if what == "cancel":
+            await client.json("DELETE", path)
+            view.note = f"cancelled {request_id}"
+        else:
+            view.why = await client.json("GET", path)
+    except NoAnswer as exc:
+        view.note = str(exc)
+
+
+@dataclass
+class View:
+    """What keys have set: the order, the filter, the selected request, and what is asked.
+
+    `why` is the answer about a request whose reasons are shown, `asking` the request that is
+    cancelled if the next key is y. `footer` is the last line, if there is nothing to say.
+    """
+
+    width: int = 80
+    footer: str = ""
+    agents_by: str = "name"
+    requests_by: str = "state"
+    filter: str = ""
+    typing: bool = False
+    selected: str = ""
+    asking: str = ""
+    note: str = ""
+    why: Row = field(default_factory=dict)
+    ended: bool = False
+
+    def requests(self, state: Row) -> list[Row]:
+        """The requests that the filter lets through, in order."""
+        words = ("model", "client", "agent", "state")
+        shown = [
+            one
+            for one in state.get("requests", {}).values()
+            if any(self.filter in str(one.get(word, "")).lower() for word in words)
+        ]
+        return sorted(shown, key=lambda one: (BY_REQUEST[self.requests_by](one), one["id"]))
+
+    def agents(self, state: Row) -> list[Row]:
+        """The agents that the filter lets through, in order."""
+        shown = [
+            one
+            for one in state.get("agents", {}).values()
+            if self.filter in one["name"].lower()
+            or any(self.filter in model["name"] for model in one["loaded_models"])
+        ]
+        return sorted(shown, key=lambda one: (BY_AGENT[self.agents_by](one), one["name"]))
+
+    def press(self, key: str, state: Row) -> tuple[str, str] | None:
+        """What a key means: a change of the view, or what to ask of which request."""
+        self.note = ""
+        if self.typing:
+            self._typed(key)
+            return None
+        if self.asking:
+            asked, self.asking = self.asking, ""
+            return ("cancel", asked) if key in ("y", "Y") else None
+        if key not in ("w", "enter", "c"):
+            self._changed(key, state)
+        elif not self.selected:
+            self.note = "select a request with ↑ or ↓ first"
+        elif key == "c":
+            self.asking = self.selected
+        else:
+            return "why", self.selected
+        return None
+
+    def _changed(self, key: str, state: Row) -> None:
+        match key:
+            case "q" | "Q":
+                self.ended = True
+            case "s":
+                self.requests_by = _next(BY_REQUEST, self.requests_by)
+            case "a":
+                self.agents_by = _next(BY_AGENT, self.agents_by)
+            case "/":
+                self.typing = True
+            case "escape":
+                self.why, self.selected, self.filter = {}, "", self.filter if self.why else ""
+            case "up" | "k" | "down" | "j":
+                self._select(1 if key in ("down", "j") else -1, state)
+
+    def _typed(self, key: str) -> None:
+        if key in ("enter", "escape"):
+            self.typing = False
+            self.filter = "" if key == "escape" else self.filter
+        elif key == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(key) == 1 and key.isprintable():
+            self.filter += key.lower()
+
+    def _select(self, step: int, state: Row) -> None:
+        ids = [one["id"] for one in self.requests(state)]
+        if not ids:
+            self.selected = ""
+        elif self.selected in ids:
+            self.selected = ids[max(0, min(ids.index(self.selected) + step, len(ids) - 1))]
+        else:
+            self.selected = ids[0 if step > 0 else -1]
+
+    def last_line(self) -> Text:
+        """What is asked, typed or said; else what keys do."""
+        if self.typing:
+            return Text(f"filter: {self.filter}▏  Enter keeps it, Esc clears it", "yellow")
+        if self.asking:
+            return Text(f"Cancel request {self.asking}? y cancels it, any other key not", "red")
+        kept = f"filter: {self.filter}   " if self.filter else ""
+        return Text(self.note or kept + self.footer, "yellow" if self.note else "dim")
+
+
+def _next(orders: Mapping[str, object], now: str) -> str:
+    names = list(orders)
+    return names[(names.index(now) + 1) % len(names)]
 
 
 async def _keep_up(follower: Follower) -> None:
@@ -179,21 +335,74 @@ async def _keep_up(follower: Follower) -> None:
         pass
 
 
-def screen(state: Row, problem: str | None, now: datetime, height: int | None) -> RenderableType:
-    """Agents and requests, together in at most `height` lines; `None` is no limit."""
-    agents = sorted(state.get("agents", {}).values(), key=lambda agent: agent["name"])
-    requests = sorted(state.get("requests", {}).values(), key=_by_state)
-    room = max(4, (height or 10_000) - 8)
+def screen(
+    state: Row,
+    problem: str | None,
+    now: datetime,
+    height: int | None,
+    view: View | None = None,
+) -> RenderableType:
+    """Agents and requests, together in at most `height` lines; `None` is no limit.
+
+    A wide terminal has a second column: the reasons of a request, or what has just ended.
+    """
+    view = view or View(width=140)
+    side = _side(state, view)
+    if side is not None and view.width < SIDE_BY_SIDE and view.why:
+        return Group(_summary(state.get("fleet", {}), problem), Text(), side, view.last_line())
+    left = _lists(state, problem, now, height, view)
+    if side is None or view.width < SIDE_BY_SIDE:
+        return left
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(ratio=3)
+    grid.add_column(ratio=2)
+    grid.add_row(left, side)
+    return grid
+
+
+def _side(state: Row, view: View) -> RenderableType | None:
+    """What stands beside the lists, where there is room."""
+    width = view.width if view.width < SIDE_BY_SIDE else view.width * 2 // 5 - 2
+    if view.why:
+        row = view.why
+        head = Text(f"Request {row['id']}: {_short(row['model'])}, Esc closes this", "bold")
+        return Group(head, Text(), reasons(row, width))
+    over = sorted(state.get("finished", {}).values(), key=lambda one: one["finished_at"])
+    if not over or not view.footer:
+        return None
+    right = ("FIRST", "TOK/S", "TOOK")
+    made = table("JUST ENDED", "RESULT", "AGENT", *right, right=right, is_cut=True)
+    for one in reversed(over[-ENDED_SHOWN:]):
+        first, speed = one.get("first_token_seconds"), one.get("tokens_per_second")
+        made.add_row(
+            Text(_short(one["model"])),
+            Text(one["status"], "" if one["status"] == "served" else "red"),
+            Text(one.get("agent") or "–"),
+            "" if first is None else f"{first:.1f} s",
+            "" if speed is None else f"{speed:.0f}",
+            f"{one['total_seconds']:.1f} s",
+        )
+    return made
+
+
+def _lists(
+    state: Row, problem: str | None, now: datetime, height: int | None, view: View
+) -> RenderableType:
+    agents, requests = view.agents(state), view.requests(state)
+    room = max(4, (height or 10_000) - 8 - bool(view.footer))
     shown = min(len(agents), max(2, room - min(len(requests), room // 2)))
     parts: list[RenderableType] = [_summary(state.get("fleet", {}), problem)]
     if agents:
-        parts += [_agents(agents[:shown]), _more(len(agents) - shown)]
+        parts += [_agents(agents[:shown], view), _more(len(agents) - shown)]
+    elif view.filter:
+        parts.append(Text(f"No agent matches {view.filter}.", "yellow"))
     elif not problem:
         command = "COORDINATOR_URL=http://THIS-HOST:PORT ollama-coordinator-agent run"
         parts.append(Text(f"No agent yet. On a machine with Ollama: {command}", "yellow"))
     rest = max(2, room - shown)
-    parts += [Text(), _requests(requests[:rest], now), _more(len(requests) - rest)]
-    return Group(*parts)
+    more = _more(len(requests) - rest)
+    parts += [Text(), _requests(requests[:rest], now, view), more]
+    return Group(*parts, *([view.last_line()] if view.footer else ()))
 
 
 def _summary(fleet: Row, problem: str | None) -> Text:
@@ -210,9 +419,10 @@ def _summary(fleet: Row, problem: str | None) -> Text:
     return text
 
 
-def _agents(agents: Iterable[Row]) -> Table:
-    right = ("CPU", "GPU", "PLACES", "TOK/S")
+def _agents(agents: Iterable[Row], view: View) -> Table:
+    right = ("CPU", "GPU", "SLOTS", "TOK/S")
     made = table("AGENT", "STATE", "MEMORY", *right, "LOADED", right=right, is_cut=True)
+    made.caption, made.caption_justify = _ordered(view.agents_by, "name"), "left"
     for agent in agents:
         loaded = ", ".join(_short(model["name"]) for model in agent["loaded_models"])
         made.add_row(
@@ -228,9 +438,14 @@ def _agents(agents: Iterable[Row]) -> Table:
     return made
 
 
-def _requests(requests: Iterable[Row], now: datetime) -> Table:
-    right = ("PLACE", "TOKENS", "TOK/S", "ELAPSED")
+def _ordered(by: str, usual: str) -> str | None:
+    return None if by == usual else f"sorted by {by}"
+
+
+def _requests(requests: Iterable[Row], now: datetime, view: View) -> Table:
+    right = ("NEXT", "TOKENS", "TOK/S", "ELAPSED")
     made = table("MODEL", "STATE", "AGENT", *right, "CLIENT", right=right, is_cut=True)
+    made.caption, made.caption_justify = _ordered(view.requests_by, "state"), "left"
     for request in requests:
         began = request.get("first_byte_at")
         tokens = request.get("tokens", 0)
@@ -239,13 +454,24 @@ def _requests(requests: Iterable[Row], now: datetime) -> Table:
             Text(_short(request["model"])),
             _state(request["state"]),
             Text(request.get("agent", "")),
-            str(request.get("position", "")),
+            _next_step(request, now),
             str(tokens or ""),
             "" if speed is None else f"{speed:.0f}",
             f"{_since(request['arrived_at'], now):.0f} s",
             Text(request["client"]),
+            style="reverse" if request["id"] == view.selected else "",
         )
     return made
+
+
+def _next_step(request: Row, now: datetime) -> str:
+    """Its place in the queue, or when an answer in one piece is expected to end."""
+    if request["state"] == "waiting" and request.get("position"):
+        return f"#{request['position']}"
+    if request["state"] != "writing" or not request.get("ends_at"):
+        return ""
+    ends_at = datetime.fromisoformat(request["ends_at"]).astimezone(UTC)
+    return f"~{max(0.0, (ends_at - now).total_seconds()):.0f} s"
 
 
 def _memory(agent: Row) -> Text:
