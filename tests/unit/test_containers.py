@@ -7,11 +7,14 @@ those that are installed.
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ollama_coordinator.access import key_in
 from ollama_coordinator.settings import read as read_coordinator
 from ollama_coordinator_agent.settings import read as read_agent
 from ollama_coordinator_common.join_token import JoinToken
@@ -94,7 +97,7 @@ def test_what_an_image_installs_exists() -> None:
 @pytest.mark.spec("OPERATION-80")
 def test_compose_names_what_there_is() -> None:
     services = compose()["services"]
-    assert set(services) == {"join-token", "coordinator", "ollama", "agent", "postgres"}
+    assert set(services) == {"secrets", "coordinator", "ollama", "agent", "postgres"}
     for package, config in PROGRAMS.items():
         service = services[package]
         assert service["build"]["dockerfile"] == f"packages/{package}/Dockerfile"
@@ -118,8 +121,18 @@ def test_compose_names_what_there_is() -> None:
 
 
 @pytest.mark.spec("OPERATION-80")
-def test_the_join_token_that_compose_makes_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    script = compose()["services"]["join-token"]["command"][0]
-    (code,) = re.findall(r"python3 -c '([^']+)'", script)
-    exec(code)  # noqa: S102 - it is ours, and this is what makes the token there
-    assert JoinToken.parse(capsys.readouterr().out).certificate == ""
+@pytest.mark.skipif(sys.platform == "win32", reason="no sh")
+def test_the_key_and_the_join_token_that_compose_makes_are_some(tmp_path: Path) -> None:
+    service = compose()["services"]["secrets"]
+    script = service["command"][0].replace("$$", "$")
+    for folder in ("/data/", "/join/"):
+        assert any(volume.endswith(f":{folder[:-1]}") for volume in service["volumes"])
+        script = script.replace(folder, f"{tmp_path}/")
+    made = []
+    for _ in range(2):  # the second start makes no others
+        subprocess.run(["sh", "-ec", script], check=True)
+        token = JoinToken.parse((tmp_path / "token").read_text())
+        made.append((key_in(tmp_path / "key"), token.secret))
+    assert made[0] == made[1]
+    assert len(set(made[0])) == 2
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
