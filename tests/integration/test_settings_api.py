@@ -43,6 +43,22 @@ async def test_settings_say_where_they_come_from() -> None:
 
 
 @pytest.mark.spec("DASH-16")
+async def test_every_kind_of_setting_is_listed_when_it_is_set(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("oc_" + "x" * 43)
+    names = ("key_file", "origins", "join_token", "loop")
+    async with running(
+        key_file=key, origins=("https://chat.example.org",), join_token="oc1.-.oc_" + "y" * 43,
+        loop="asyncio", given=frozenset(names),
+    ) as coordinator:  # fmt: skip
+        listed = await settings(coordinator)
+    shown = {name: listed[name]["value"] for name in names}
+    assert shown["key_file"] == str(key)
+    assert shown["origins"] == ["https://chat.example.org"]
+    assert "y" * 43 not in shown["join_token"]
+
+
+@pytest.mark.spec("DASH-16")
 async def test_what_the_environment_sets_cannot_be_changed_here() -> None:
     async with running(max_queue=7, given=frozenset({"max_queue"})) as coordinator:
         status, body = await change(coordinator, max_queue=9, agent_timeout=5)

@@ -1,6 +1,7 @@
 """`/api/settings`: the settings in force, where each comes from, and changes of them."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
@@ -54,6 +55,8 @@ def _shown(name: str, value: object) -> object:
     """A setting's value as everybody may see it."""
     if name == "database_url":
         return without_password(str(value))
+    if isinstance(value, Path):
+        return str(value)
     return SET if TABLE[name].secret and value else value
 
 
