@@ -116,6 +116,11 @@ def test_compose_names_what_there_is() -> None:
     assert [name for name, one in services.items() if "profiles" in one] == ["postgres"]
     assert services["coordinator"]["depends_on"]["postgres"]["required"] is False
     assert services["agent"]["network_mode"] == "service:ollama"
+    # A health check sees nothing of what the command exports.
+    check = services["agent"]["healthcheck"]["test"]
+    assert check[0] == "CMD-SHELL"
+    assert re.findall(r"(\w+)=", check[1]) == ["AGENT_JOIN_TOKEN"]
+    assert check[1].endswith(" exec ollama-coordinator-agent status")
     port = CoordinatorConfig().port
     assert services["agent"]["environment"]["COORDINATOR_URL"] == f"http://coordinator:{port}"
 
