@@ -99,6 +99,17 @@ async def test_a_machine_that_the_coordinator_cannot_reach_learns_it(tmp_path: P
 
 
 @pytest.mark.spec("AGENT-4")
+async def test_status_looks_at_a_coordinator_that_asks_for_keys(tmp_path: Path) -> None:
+    token = "oc1.-.oc_" + "x" * 43
+    async with running(access="keys", join_token=token) as coordinator, StandIn() as ollama:
+        with_token = {"AGENT_JOIN_TOKEN": token}
+        async with agent(tmp_path, coordinator.url, ollama, **with_token):
+            await coordinator.until(lambda: any(one.heard_at for one in coordinator.parts.registry))
+            async with agent(tmp_path, coordinator.url, ollama, "status", **with_token) as status:
+                assert await status.ended() == 0, status.output
+
+
+@pytest.mark.spec("AGENT-4")
 async def test_a_machine_that_drains_is_as_its_operator_wants_it(tmp_path: Path) -> None:
     async with running() as coordinator, StandIn() as ollama:
         async with agent(tmp_path, coordinator.url, ollama):

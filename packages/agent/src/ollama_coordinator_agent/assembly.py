@@ -116,7 +116,9 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
     async with aiohttp.ClientSession() as session:
         ollama = Ollama(session, host, config.ollama_port)
         facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)
-        client = CoordinatorClient(session, certificate=certificate(config))
+        client = CoordinatorClient(
+            session, token=join_token(config), certificate=certificate(config)
+        )
         for url in config.coordinator_urls or (state.last_run.coordinator_url or DEFAULT,):
             client.follow(url)
             coordinator_trouble = await _look_at_coordinator(client, agent_id)

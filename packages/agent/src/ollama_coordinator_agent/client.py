@@ -153,7 +153,8 @@ class CoordinatorClient:
         Raises:
             CoordinatorError: see the module's tree; never `Forgotten`.
         """
-        status, body = await self._call("GET", "/api/agents", None)
+        joining = self._joining if self._gives_token else NONE
+        status, body = await self._call("GET", "/api/agents", None, joining)
         if status == 404:
             raise self._not_a_coordinator("it answers 404 to GET /api/agents")
         self._check(status, body)
