@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -217,6 +218,33 @@ async def test_a_larger_context_is_kept_where_another_agent_has_the_smaller(
         notes = await asyncio.gather(*(_chat(coordinator) for _ in range(8)))
         assert {*notes} == {None, "num_ctx=8192; wanted=default"}
         assert (large.seen.reloads, small.seen.reloads) == (0, 0)
+
+
+@pytest.mark.spec("SURFACE-14")
+async def test_what_is_raised_for_one_agent_is_as_wanted_for_the_next(
+    coordinator: Running,
+) -> None:
+    async with StandIn(default_context=4096) as one, StandIn(default_context=4096) as other:
+        for name, ollama in (("one", one), ("other", other)):
+            await coordinator.register(ollama, name)
+        assert await _chat(coordinator, num_ctx=8192) is None
+        (large,) = [ollama for ollama in (one, other) if ollama.seen.loads]
+        small = other if large is one else one
+        large.faults.status(500, times=1, paths=["/api/chat"])
+        body = {"model": "llama3.2", "stream": False, "options": {"num_ctx": 4096}}
+        sent = json.dumps({**body, "messages": LONG}).encode()
+
+        async def pieces() -> AsyncIterator[bytes]:  # what comes so is changed in place
+            for at in range(0, len(sent), 16_384):
+                yield sent[at : at + 16_384]
+                await asyncio.sleep(0)
+
+        url = f"{coordinator.url}/api/chat"
+        async with coordinator.session.post(url, data=pieces()) as response:
+            assert response.status == 200, await response.text()
+            assert HEADER not in response.headers
+        assert json.loads(large.seen.of("/api/chat")[-1].body)["options"] == {"num_ctx": 8192}
+        assert small.seen.of("/api/chat")[-1].body == sent
 
 
 LONG = [{"role": "user", "content": "word " * 20_000}]

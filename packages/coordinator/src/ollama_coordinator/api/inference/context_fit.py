@@ -130,7 +130,10 @@ class ContextFit:
         return raised, f"num_ctx={has}; wanted={wanted or 'default'}", has
 
     async def _raised(self, body: Body, context: int) -> Body | None:
-        """The body with this `num_ctx`; `None` where it has no place, or no wish, for it."""
+        """A copy of the body with this `num_ctx`; `None` where it has no place, or wish, for it.
+
+        The body itself stays: it may go to another agent next.
+        """
         async with self._turn:
             members = await Scan(body).members()
             truncate = None if members is None else members.get("truncate")
@@ -140,9 +143,11 @@ class ContextFit:
             options = b"{}" if span is None else span.of(body) if len(span) <= WINDOW_BYTES else b""
             number = str(context).encode()
             if options in (b"{}", b"null"):
-                return await edited(body, {"options": b'{"num_ctx":' + number + b"}"})
+                return await edited(bytearray(body), {"options": b'{"num_ctx":' + number + b"}"})
             changed = await edited(options, {"num_ctx": number}) if options else None
-            return None if changed is None else await edited(body, {"options": bytes(changed)})
+            if changed is None:
+                return None
+            return await edited(bytearray(body), {"options": bytes(changed)})
 
     async def _too_small(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
