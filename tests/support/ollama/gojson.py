@@ -30,7 +30,7 @@ _COMPLAINTS = {
 _CUT_NUMBER = re.compile(r"-|-?\d+(\.|(\.\d+)?[eE][-+]?)")
 
 EARLY_FLAGS = ("stream", "insecure", "verbose", "truncate", "raw")
-EARLY_TEXTS = ("role",)
+EARLY_TEXTS = ("role", "username", "password")
 """They have the same type wherever they occur; checked before the route looks at anything."""
 
 
@@ -96,6 +96,8 @@ class Fields:
         self.raw: dict[str, Any] = fold(value)
         for key in EARLY_FLAGS:
             self.flag(key)
+        if struct == "ShowRequest":
+            self.mapping("options")
         for key in EARLY_TEXTS:
             self.text(key)
 
@@ -127,7 +129,8 @@ class Fields:
 
     def name(self) -> str:
         """`model`, else `name`: an empty `model` falls through, which the CLI relies on."""
-        return self.text("model") or self.text("name")
+        model, name = self.text("model"), self.text("name")
+        return model or name
 
     def _typed(self, key: str, kind: Callable[..., T], go_type: str, default: T) -> T:
         value = self.raw.get(key)

@@ -209,6 +209,14 @@ class Fields:
         value = self._typed(name, bool, "bool")
         return value if isinstance(value, bool) else default
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A field that must be an object.
+
+        Raises:
+            HttpError: 400, it is something else.
+        """
+        return self._typed(name, dict, "map[string]interface {}") or {}
+
     def digests(self, name: str) -> dict[str, str]:
         """A field that must map names to digests, such as `files`.
 
@@ -223,7 +231,8 @@ class Fields:
 
     def model(self) -> str:
         """`model`, else `name`: the command line sends `name` and an empty `model`."""
-        return self.text("model") or self.text("name")
+        model, name = self.text("model"), self.text("name")
+        return model or name
 
     def _typed(self, name: str, kind: type, go_kind: str) -> Any:
         value = self.values.get(name)

@@ -29,6 +29,7 @@ class ShowApi:
         fields.flag("verbose")
         for field in ("system", "template"):
             fields.text(field)
+        fields.mapping("options")
         if not name.strip():
             raise HttpError(400, "model is required")
         caller, alias = caller_of(request.scope), self._aliases.find(name)

@@ -52,7 +52,7 @@ class TransferApi:
 
     async def pull(self, request: Request) -> ProgressResponse:
         """`POST /api/pull`: onto every agent that the placement means."""
-        fields = await self._fields(request, "api.PullRequest")
+        fields = await self._transfer_fields(request, "api.PullRequest")
         name, insecure = fields.model(), fields.flag("insecure")
         stream = fields.flag("stream", default=True)
         ModelName.parse(name)
@@ -65,7 +65,7 @@ class TransferApi:
 
     async def push(self, request: Request) -> ProgressResponse:
         """`POST /api/push`: from one agent that has the model, preferably one labelled `push`."""
-        fields = await self._fields(request, "api.PushRequest")
+        fields = await self._transfer_fields(request, "api.PushRequest")
         name, insecure = fields.model(), fields.flag("insecure")
         stream = fields.flag("stream", default=True)
         if not name:
@@ -160,6 +160,12 @@ class TransferApi:
 
     async def _fields(self, request: Request, go_type: str) -> Fields:
         return await fields_of(await own_body(request), go_type, self._parts.reading)
+
+    async def _transfer_fields(self, request: Request, go_type: str) -> Fields:
+        fields = await self._fields(request, go_type)
+        for ignored in ("username", "password"):  # but for their type, as in Ollama
+            fields.text(ignored)
+        return fields
 
     def _respond(
         self,
