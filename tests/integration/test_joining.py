@@ -201,26 +201,29 @@ def newer(folder: Path, version: str) -> dict[str, bytes]:
 @pytest.mark.spec("JOIN-6")
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is PowerShell's script")
 async def test_an_agent_that_joined_in_one_line_takes_its_coordinators_version(
-    coordinator: Running, tmp_path: Path, links: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, links: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "opt" / "an agent"
-    environment = machine(tmp_path, links) | {"JOIN_FOLDER": str(folder), "JOIN_START": "no"}
-    shell = f"{environment['PATH']}/sh"
-    joining_line = f"curl -fsSL {coordinator.url}/join | sh"
-    code, said = await done(shell, "-c", joining_line, environment=environment)
-    assert code == 0, said
-    agent = str(folder / "bin" / "ollama-coordinator-agent")
-    wheels = newer(tmp_path / "newer", "99.1.0")
-    monkeypatch.setattr(joining, "agent_wheels", lambda: wheels)
-    # It knows its folder and its coordinator by itself.
-    code, said = await done(agent, "upgrade", environment=machine(tmp_path, links))
-    assert code == 0, said
-    assert str(folder) in said
-    code, said = await done(agent, "--version", environment=environment)
-    assert said.split() == ["ollama-coordinator-agent", "99.1.0"]
-    monkeypatch.setattr(joining, "agent_wheels", dict)
-    code, said = await done(agent, "upgrade", environment=environment)
-    assert (code, "install the agent from the repository" in said) == (1, True)
+    settings = {"database_url": f"sqlite:///{tmp_path}/a.db", "tls": "self"}
+    async with running(**settings) as coordinator:
+        folder = tmp_path / "opt" / "an agent"
+        environment = machine(tmp_path, links) | {"JOIN_FOLDER": str(folder), "JOIN_START": "no"}
+        shell = f"{environment['PATH']}/sh"
+        pinned = f"-fsSLk --pinnedpubkey '{coordinator.parts.tls.pin}'"
+        joining_line = f"curl {pinned} '{coordinator.url}/join' | sh"
+        code, said = await done(shell, "-c", joining_line, environment=environment)
+        assert code == 0, said
+        agent = str(folder / "bin" / "ollama-coordinator-agent")
+        wheels = newer(tmp_path / "newer", "99.1.0")
+        monkeypatch.setattr(joining, "agent_wheels", lambda: wheels)
+        # It knows its folder, its coordinator and the certificate by itself.
+        code, said = await done(agent, "upgrade", environment=machine(tmp_path, links))
+        assert code == 0, said
+        assert str(folder) in said
+        code, said = await done(agent, "--version", environment=environment)
+        assert said.split() == ["ollama-coordinator-agent", "99.1.0"]
+        monkeypatch.setattr(joining, "agent_wheels", dict)
+        code, said = await done(agent, "upgrade", environment=environment)
+        assert (code, "install the agent from the repository" in said) == (1, True)
 
 
 @pytest.mark.spec("JOIN-6")

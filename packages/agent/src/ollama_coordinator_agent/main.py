@@ -31,7 +31,7 @@ from ollama_coordinator_common.settings import AgentConfig
 from . import __version__
 from .assembly import assembled, examined
 from .display import render, show
-from .settings import read
+from .settings import certificate, read
 from .upgrade import joined_to, upgrade
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -94,10 +94,10 @@ def to_coordinators_version(context: typer.Context, settings: AgentConfig) -> No
     """Install the coordinator's version, where its join line has installed this one."""
     folder = Path(sys.prefix)
     try:
-        url = joined_to(folder)
+        url, believed = joined_to(folder)
         if is_given(context, "coordinator_url"):
             url = next(iter(settings.coordinator_urls), url)
-        asyncio.run(upgrade(url, folder, os.environ))
+        asyncio.run(upgrade(url, folder, os.environ, certificate=certificate(settings) or believed))
     except OllamaCoordinatorError as exc:
         last_words(str(exc), settings.log_format)
         raise typer.Exit(1) from exc

@@ -23,23 +23,28 @@ class CannotUpgrade(OllamaCoordinatorError):
     """The agent cannot be brought to its coordinator's version from here; says what to do."""
 
 
-def joined_to(folder: Path) -> str:
-    """The URL of the coordinator whose join script made an environment.
+def joined_to(folder: Path) -> tuple[str, str]:
+    """The URL of the coordinator whose join script made an environment, and its certificate.
+
+    That is the SHA-256 of one that the coordinator has made itself, else empty.
 
     Raises:
         CannotUpgrade: it was made otherwise.
     """
     try:
-        return (folder / MARK).read_text("utf-8").strip()
+        url, certificate, *_ = [*(folder / MARK).read_text("utf-8").splitlines(), "", ""]
     except OSError as exc:
         raise CannotUpgrade(
             f"this agent, in {folder}, was not installed by its coordinator's join line: upgrade it"
             " as it was installed, from a clone with `git pull` and"
             " `uv tool install --reinstall ./packages/agent`; or start it with that line"
         ) from exc
+    return url, certificate
 
 
-async def upgrade(url: str, folder: Path, environ: Mapping[str, str]) -> None:
+async def upgrade(
+    url: str, folder: Path, environ: Mapping[str, str], *, certificate: str = ""
+) -> None:
     """Install the version of the coordinator at `url` into an environment that it made.
 
     Raises:
@@ -48,9 +53,8 @@ async def upgrade(url: str, folder: Path, environ: Mapping[str, str]) -> None:
     """
     is_windows = sys.platform == "win32"
     async with aiohttp.ClientSession() as session:
-        script = await CoordinatorClient(session, url).join_script(
-            "powershell" if is_windows else "sh"
-        )
+        client = CoordinatorClient(session, url, certificate=certificate)
+        script = await client.join_script("powershell" if is_windows else "sh")
     shell = ["powershell", "-ExecutionPolicy", "Bypass", "-File"] if is_windows else ["sh"]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / ("join.ps1" if is_windows else "join.sh")

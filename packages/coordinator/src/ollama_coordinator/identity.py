@@ -44,7 +44,7 @@ class Identity:
             self._store.note_document(DOCUMENT, f'"{self.id}"'.encode())
 
 
-async def announce(identity: Identity, host: str, port: int) -> None:
+async def announce(identity: Identity, host: str, port: int, scheme: str) -> None:
     """Be found, until cancelled, at the addresses of private networks among those of `host`.
 
     What keeps it from that is logged, and no reason not to serve.
@@ -63,7 +63,7 @@ async def announce(identity: Identity, host: str, port: int) -> None:
         SERVICE,
         f"{identity.id}.{SERVICE}",
         port=port,
-        properties={"id": identity.id},
+        properties={"id": identity.id, "scheme": scheme},
         server=f"{identity.id}.local.",
         addresses=[socket.inet_aton(text) for text in addresses],
     )

@@ -236,7 +236,8 @@ class Process:
     def _announcing(self, parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
         """What tells the network where this coordinator is, while it leads."""
         if self._config.announce:
-            yield announce(parts.identity, self._config.host, self._port)
+            scheme = "http" if self._tls.context is None else "https"
+            yield announce(parts.identity, self._config.host, self._port, scheme)
 
     # ── one of several ────────────────────────────────────────────────────────────────────────
 

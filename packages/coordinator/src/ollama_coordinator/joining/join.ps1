@@ -73,7 +73,7 @@
         }
     }
     finally { Remove-Item -Recurse -Force $got }
-    Set-Content -Path (Join-Path $folder 'joined-to') -Value $url -Encoding ascii
+    Set-Content -Path (Join-Path $folder 'joined-to') -Value @($url, $certificate) -Encoding ascii
     if ($env:JOIN_START -eq 'no') { return }
     $env:COORDINATOR_URL = $url
     if ($certificate) { $env:COORDINATOR_CERTIFICATE = $certificate }

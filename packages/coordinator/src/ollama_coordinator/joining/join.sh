@@ -64,7 +64,7 @@ main() {
         pip install -q --only-binary uvloop 'uvloop>=0.21' 2>/dev/null || true
     fi
     rm -rf "$got"
-    echo "$url" > "$folder/joined-to"
+    printf '%s\n' "$url" "$certificate" > "$folder/joined-to"
     [ "$start" != no ] || exit 0
     export COORDINATOR_URL="$url"
     [ -z "$certificate" ] || export COORDINATOR_CERTIFICATE="$certificate"
