@@ -181,6 +181,8 @@ class Process:
         self._capacity = capacity()
         self._limits = ConnectionLimits(
             most=self._capacity.connections,
+            shared=lambda at: self._parts is None or self._parts.access.is_shared(at),
+            known=lambda at: self._parts is None or self._parts.access.is_known(at),
             stall_seconds=lambda: self._in_force.stall_timeout,
             now=self._clock.now,
         )

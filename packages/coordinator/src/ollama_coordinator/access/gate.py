@@ -71,6 +71,9 @@ some ten times a minute."""
 MOST_GUESSERS = 4096
 """Addresses whose wrong keys are counted; the counts begin anew where there are more."""
 
+MOST_OPERATORS = 64
+"""Addresses of operators that are remembered: the one that was silent for longest is forgotten."""
+
 _HOST = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?")
 
 
@@ -105,6 +108,7 @@ class Access:
             | SIGNS_OF_A_BROWSER
             | {b"user-agent", *OPENWEBUI_USERS, *self._user_headers}
         )
+        self._operators: dict[str, None] = {}
         self._guesses: dict[str, int] = {}
         self._guesses_since = 0.0
         self._log_again: dict[str, float] = {}
@@ -215,6 +219,8 @@ class Access:
         *,
         by_session: bool = False,
     ) -> Caller:
+        if key.allowed & Right.OPERATE:
+            self._remember_operator(client.address)
         name = key.name
         if key.names_users:
             name = self._user(headers, self._user_headers or OPENWEBUI_USERS) or name
@@ -238,6 +244,26 @@ class Access:
             if user and user.isprintable():
                 return user[:NAME_CHARACTERS]
         return ""
+
+    # ── which addresses have places among the connections ─────────────────────────────────────
+
+    def _remember_operator(self, address: str) -> None:
+        self._operators.pop(address, None)
+        self._operators[address] = None
+        if len(self._operators) > MOST_OPERATORS:
+            del self._operators[next(iter(self._operators))]
+
+    def is_shared(self, address: str) -> bool:
+        """Whether many clients may come from an address: this machine, or a trusted proxy."""
+        client = self._zones.direct(address)
+        return client.zone is Zone.LOOPBACK or client.by_proxy
+
+    def is_known(self, address: str) -> bool:
+        """Whether an agent or an operator has been there, or it is this machine."""
+        client = self._zones.direct(address)
+        if client.zone is Zone.LOOPBACK or client.address in self._operators:
+            return True
+        return self.machines.has_one_at(client.address)
 
     # ── whether it may ────────────────────────────────────────────────────────────────────────
 

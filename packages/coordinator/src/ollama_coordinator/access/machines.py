@@ -152,6 +152,10 @@ class KnownMachines:
             not self._of(agent).secret and self._is_at(agent, address) for agent in self._registry
         )
 
+    def has_one_at(self, address: str) -> bool:
+        """Whether a machine of the fleet is registered at an address, or spoke from it."""
+        return any(self._is_at(agent, address) for agent in self._registry)
+
     def vouches(self, secret: str) -> bool:
         """Whether a secret (its hash) is that of a machine of the fleet."""
         return bool(secret) and any(self._of(agent).secret == secret for agent in self._registry)

@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 
 from msgspec import Struct
 
+from ollama_coordinator_common.network import parse_address
+
 log = logging.getLogger(__name__)
 
 CLIENT_CONNECTION = "client_connection"
@@ -25,6 +27,14 @@ CHECKS_PER_STALL = 10
 
 LONGEST_PAUSE_SECONDS = 1.0
 """Between two checks; a changed stall time-out applies that soon."""
+
+SHARE = 0.5
+"""Of all connections, for one address: a room with some browsers behind one router fits."""
+
+KEPT = 0.125
+"""Of all connections, for agents and operators: heartbeats, links, and who looks what is wrong."""
+
+LOG_SECONDS = 60.0
 
 REFUSED_AT_ONCE = 32
 """More refusals at the same time get no answer: each needs a descriptor until its client reads."""
@@ -50,6 +60,14 @@ else:
         return 0
 
 
+def _network_of(address: str) -> str:
+    """What one client has: an IPv4 address, or the 64 bits before those of its own choice."""
+    found = parse_address(address)
+    if found is None or found.version == 4:
+        return address
+    return f"{int(found) >> 64:x}::/64"
+
+
 class ClientConnection:
     """One open connection. `end_reason`: why the coordinator ended it; empty where it did not.
 
@@ -60,7 +78,7 @@ class ClientConnection:
 
     __slots__ = (
         *("_transport", "reader", "_unsent", "_unsent_since", "client", "end_reason"),
-        "of_link",
+        *("address", "network", "of_link"),
     )
 
     def __init__(
@@ -71,6 +89,8 @@ class ClientConnection:
         self._unsent = 0
         self._unsent_since = now
         self.client = transport.get_extra_info("peername")
+        self.address = str(self.client[0]) if isinstance(self.client, tuple) else ""
+        self.network = _network_of(self.address)
         self.end_reason = ""
         self.of_link = False
 
@@ -95,23 +115,40 @@ class ClientConnection:
         self._transport.abort()
 
 
+def nobody(address: str) -> bool:
+    """None of the addresses."""
+    return False
+
+
+def everybody(address: str) -> bool:
+    """All addresses."""
+    return True
+
+
 class ConnectionLimits:
     """The client connections of one server.
 
-    `most` may be open at once (`None`: any number). One whose client reads nothing of its answer
-    for `stall_seconds` is ended (0: never). Each check calls `stall_seconds` anew, since the
-    setting can change. `now` are monotonic seconds, without those in which this process did not
-    run.
+    `most` may be open at once (`None`: any number). Of these an address, or a network of 64 bits,
+    may have a `SHARE`, unless it is `shared` by many clients, such as a proxy's; and `KEPT` are for
+    addresses that are `known` as those of agents or operators. One whose client reads nothing of
+    its answer for `stall_seconds` is ended (0: never). Each check calls `stall_seconds` anew, since
+    the setting can change. `now` are monotonic seconds, without those in which this process did
+    not run.
     """
 
     def __init__(
         self,
         *,
         most: int | None = None,
+        shared: Callable[[str], bool] = everybody,
+        known: Callable[[str], bool] = everybody,
         stall_seconds: Callable[[], float] = lambda: 0.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
+        self._shared = shared
+        self._known = known
+        self._full_for_again = 0.0
         self._stall_seconds = stall_seconds
         self._now = now
         self._open: set[ClientConnection] = set()
@@ -137,11 +174,31 @@ class ConnectionLimits:
         if full and not self._was_full:
             log.warning("as many connections as there can be", extra={"connections": self.most})
         self._was_full = full
-        if self.closing or full:
-            return None
         connection = ClientConnection(transport, reader, self._now())
+        if self.closing or full or not self._has_place(connection):
+            return None
         self._open.add(connection)
         return connection
+
+    def _has_place(self, connection: ClientConnection) -> bool:
+        """Whether a client's address has a place left; what it has is counted where few are."""
+        most, address = self.most, connection.address
+        if most is None or len(self._open) < min(most * SHARE, most * (1 - KEPT)):
+            return True
+        own = sum(one.network == connection.network for one in self._open if not one.of_link)
+        if own >= most * SHARE and not self._shared(address):
+            self._log_once("as many connections of one address as it may have", address)
+            return False
+        if self._clients() >= most * (1 - KEPT) and not self._known(address):
+            self._log_once("the last connections are kept for agents and operators", address)
+            return False
+        return True
+
+    def _log_once(self, text: str, address: str) -> None:
+        """One line a minute: whoever is refused tries again."""
+        if self._now() >= self._full_for_again:
+            self._full_for_again = self._now() + LOG_SECONDS
+            log.warning(text, extra={"client": address})
 
     def _is_full(self) -> bool:
         most = self.most
