@@ -151,3 +151,23 @@ def test_an_operators_preference_weighs_the_estimate() -> None:
         world.agent(name, loaded=["m"], slots=4)
     world.registry.update_settings(AgentId("b"), AgentSettings(preference=4.0))
     assert [world.send(prompt_tokens=500).agent_id for _ in range(2)] == ["b", "b"]
+
+
+@pytest.mark.spec("SCHED-91")
+def test_to_ask_changes_nothing_in_a_fleet_of_which_a_part_is_compared_at_a_time() -> None:
+    """Of more than 64 free places those between the fastest and the last are compared in turn."""
+    asked, silent = World(), World()
+    for world in (asked, silent):
+        for number in range(90):
+            world.agent(f"a{number:02}", loaded=["m"], slots=1)
+            preferred = AgentSettings(preference=1 + number % 7 / 10 if 24 <= number < 66 else 1)
+            world.registry.update_settings(AgentId(f"a{number:02}"), preferred)
+    goes: list[list[AgentId]] = [[], []]
+    for _ in range(20):
+        for world, agents in zip((asked, silent), goes, strict=True):
+            if world is asked:
+                world.scheduler.explain(world.request(), world.now)
+            lease = world.send()
+            agents.append(lease.agent_id)
+            world.now += 0.01
+    assert goes[0] == goes[1]

@@ -142,6 +142,8 @@ class Chooser:
                 break  # the others take longer
             if machine.loading is not None or place.running:
                 continue
+            if not place.resident and machine.is_full(place.memory_bytes, now):
+                continue
             if (load := self.load_at(place, entry, best.cost, now)) is not None:
                 best = load
         if best.place is None and usual:

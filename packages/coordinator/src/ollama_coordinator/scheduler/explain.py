@@ -195,7 +195,8 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
     if not found.agents and not found.recovering:
         raise unavailable(registry, request, found, now)
     left = chooser.slots_left(queue, now)
-    choice = chooser.choose_last(queue, entry, left, now)
+    with queue.unchanged():
+        choice = chooser.choose_last(queue, entry, left, now)
     candidates = [
         _refused(agent, found.refused[agent.name])
         for agent in registry.servers(request.model)

@@ -6,6 +6,7 @@ head is late first goes first. `Queue` alone writes its fields, as `state` does 
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from math import exp
@@ -410,6 +411,13 @@ class Queue:
     def search_failed(self, below: float, until: float) -> None:
         """There was no machine to load the model for less than this cost."""
         self.futile = FutileSearch(below, until)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is looked at in the block, the next choice compares what it would have."""
+        before = self._turn, self.futile
+        yield
+        self._turn, self.futile = before
 
     def search_again(self) -> None:
         """There may be one now."""
