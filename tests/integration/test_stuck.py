@@ -83,6 +83,24 @@ async def test_clients_that_leave_hang_on_a_machine_twice_at_most(policy: str) -
 
 
 @pytest.mark.spec("FLEET-50")
+async def test_bytes_without_an_answer_are_as_good_as_silence() -> None:
+    """A proxy that keeps the connection busy with blanks, and an answer that only drips."""
+    async with running() as coordinator, fleet(coordinator) as (first, _, agent):
+        first.faults.hang(paths=CHAT)
+        waiting = asyncio.create_task(patient(coordinator, 1.5))
+        dispatch = coordinator.parts.dispatch
+        await coordinator.until(lambda: list(dispatch.held()))
+        (held,) = dispatch.held()
+        while not (held.late or held.ended):
+            dispatch.began(held)  # as each byte does
+            await asyncio.sleep(0.02)
+        assert held.late
+        await waiting
+        assert agent.model_cooldowns
+        assert await patient(coordinator, 5.0) == 200
+
+
+@pytest.mark.spec("FLEET-50")
 @pytest.mark.parametrize("stream", [True, False])
 async def test_clients_that_wait_are_served_elsewhere(stream: bool) -> None:
     async with running() as coordinator, fleet(coordinator) as (first, _, agent):

@@ -93,14 +93,16 @@ class ModelProbes:
     def _is_late(self, held: Held, now: float, *, longest: bool = False) -> bool:
         """Whether it is silent for much longer than predicted; `longest`: for any answer."""
         lease, scheduler = held.lease, self._dispatch.scheduler
-        silent = now - held.progress_at
-        if silent < cost.LATE_SECONDS or lease.request.client == PROBER:
+        if lease.request.client == PROBER:
             return False
-        if held.began_at is not None:
+        if held.records:
             gap = scheduler.token_seconds(lease.agent_id, lease.request.model)
-            if not held.records or gap is None:
-                return False
-            return silent > max(GAP_SECONDS, GAP_TOKENS * gap)
+            silent = now - held.progress_at
+            return gap is not None and silent > max(GAP_SECONDS, GAP_TOKENS * gap)
+        # Bytes that make no record, and no whole answer, are not the answer's beginning.
+        silent = now - lease.granted_at
+        if silent < cost.LATE_SECONDS:
+            return False
         due_at = scheduler.first_byte_at(lease.id, longest=longest)
         if due_at is None or not held.agent.inventory.is_loaded(lease.request.model):
             return False
