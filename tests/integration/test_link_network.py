@@ -81,6 +81,9 @@ table ip nat {
   }
 }
 table inet shut {
+  chain input { type filter hook input priority 0; policy drop;
+    ct state established,related accept
+  }
   chain forward { type filter hook forward priority 0; policy drop;
     iifname "inside" accept
     ct state established,related accept
