@@ -5,11 +5,14 @@ import csv
 import io
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from ollama_coordinator.db import Finished
+from ollama_coordinator.db import DatabaseError, Filter, Finished, StoredBucket
+from ollama_coordinator.db.database import Database
 from ollama_coordinator.journal.observation import SETTLED_SECONDS
 from support.coordinator import Running, running
 from support.databases import Space
@@ -152,22 +155,109 @@ async def test_only_the_newest_are_kept() -> None:
         assert len(rows) == 50
         assert rows[0]["id"] == past(119).id
     async with running(history_days=0.01) as coordinator:
+        coordinator.parts.clock.started_at -= SETTLED_SECONDS
         await remember(coordinator, [past(n) for n in range(10)])
         await coordinator.parts.observation.prune()
         assert await everything(coordinator) == []
 
 
 @pytest.mark.spec("OPERATION-50")
-async def test_a_wall_clock_that_was_just_set_deletes_no_history() -> None:
+async def test_a_wall_clock_that_may_be_wrong_deletes_no_history() -> None:
     async with running(history_days=0.01) as coordinator:
         await remember(coordinator, [past(n) for n in range(10)])
         clock = coordinator.parts.clock
+        await coordinator.parts.observation.prune()
+        assert len(await everything(coordinator)) == 10
+        clock.started_at -= SETTLED_SECONDS
         clock.stepped_at = clock.now()
         await coordinator.parts.observation.prune()
         assert len(await everything(coordinator)) == 10
         clock.stepped_at -= SETTLED_SECONDS
         await coordinator.parts.observation.prune()
         assert await everything(coordinator) == []
+
+
+@pytest.mark.spec("OPERATION-52")
+async def test_old_history_is_deleted_a_little_at_a_time(
+    database: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.ROWS_AT_ONCE", 10)
+    async with running(database_url=database.url, history_rows=1) as coordinator:
+        await remember(coordinator, [past(n) for n in range(100)])
+        observation, store = coordinator.parts.observation, coordinator.parts.store
+        buckets = [StoredBucket(10, n, name, b"{}") for n in range(25) for name in ("", "a")]
+        await observation.history.write(buckets)
+        coordinator.parts.clock.started_at -= SETTLED_SECONDS
+        pruning = asyncio.create_task(observation.prune())
+        left = [100]
+        while left[-1] > 1:
+            left += await store.run(rows)
+        await pruning
+        # Whoever asks meanwhile is answered between two deletions, of ten rows each.
+        assert max(before - after for before, after in pairwise(left)) <= 20
+        assert len(left) > 5
+        assert await observation.history.buckets(10, "", 0, 25) == []
+        assert await observation.history.buckets(10, "a", 0, 25) == []
+
+
+def rows(db: Database) -> list[int]:
+    return [row["n"] for row in db.query("SELECT count(*) AS n FROM requests")]
+
+
+@pytest.mark.spec("OPERATION-50")
+async def test_requests_before_the_clock_was_set_have_the_times_of_the_set_clock(
+    database: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.ROWS_AT_ONCE", 2)
+    async with running(database_url=database.url) as coordinator:
+        await remember(coordinator, [past(1)])
+    async with running(database_url=database.url) as coordinator, StandIn() as ollama:
+        await coordinator.register(ollama)
+        wall, ahead = time.time, [0.0]
+        monkeypatch.setattr(time, "time", lambda: wall() + ahead[0])
+        clock, observation = coordinator.parts.clock, coordinator.parts.observation
+        began = datetime.now(UTC)
+        for hours in (0, 24, 48):  # set twice, before and after rows are written
+            ahead[0] = hours * 3600.0
+            clock.utc(clock.now())
+            for _ in range(3):
+                await coordinator.chat()
+            if hours:
+                await observation.follow_clock()
+        ended = await everything(coordinator)
+        assert ended[-1]["id"] == past(1).id
+        assert ended[-1]["finished_at"] == past(1).finished_at.isoformat().replace("+00:00", "Z")
+        assert len(ended) == 10
+        for row in ended[:9]:
+            shown = await coordinator.get(f"/api/requests/{row['id']}")
+            times = [row["arrived_at"], row["finished_at"], shown["attempts"][0]["granted_at"]]
+            for at in [datetime.fromisoformat(text) for text in times]:
+                assert abs(at - began - timedelta(hours=48)) < timedelta(minutes=10)
+        # What is known of the last ones in memory says the same as the database.
+        recent = {one.request.id: one.request for one in observation.journal.recent}
+        for row in ended[:9]:
+            known = await observation.history.find(row["id"])
+            assert known is not None
+            assert abs(known[0].finished_at - recent[row["id"]].finished_at).total_seconds() < 0.01
+
+
+@pytest.mark.spec("OPERATION-50")
+async def test_a_correction_that_the_database_refused_is_made_later(
+    database: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.ROWS_AT_ONCE", 1)
+    async with running(database_url=database.url) as coordinator:
+        await remember(coordinator, [past(n) for n in range(5)])
+        observation, store = coordinator.parts.observation, coordinator.parts.store
+        await store.run(database.stop_writing)
+        coordinator.parts.clock.stepped_by = 3600.0
+        with pytest.raises(DatabaseError):
+            await observation.follow_clock()
+        await store.run(database.mend)
+        await observation.follow_clock()
+        page, _ = await observation.history.page(Filter(), limit=10)
+        later = [past(number).finished_at + timedelta(hours=1) for number in range(5)]
+        assert [one.finished_at for one in reversed(page)] == later
 
 
 @pytest.mark.spec("DASH-11")

@@ -181,7 +181,7 @@ async def test_rows_are_bounded_and_pruned_with_the_history(
             "person-0": 2, "person-1": 1, "person-2": 1, "(others)": 5,
         }  # fmt: skip
         now = datetime(2026, 2, 28, 12, tzinfo=UTC)
-        await history.prune(now, rows=1000, days=27.5)
+        await history.prune_before(now - timedelta(days=27.5))
         rows = await history.usage(["person", "day"], *days, {})
         assert [row.person for row in rows] == ["late"]
         assert sum(row.requests for row in rows) == 1

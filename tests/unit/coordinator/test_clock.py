@@ -3,6 +3,7 @@
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from math import inf
 
 import pytest
 
@@ -17,7 +18,9 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up = 1000.0
         self.wall = 1_790_000_000.0
+        self.slept = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: self.up)
+        monkeypatch.setattr(module, "uptime", lambda: self.up + self.slept)
         monkeypatch.setattr(time, "time", lambda: self.wall)
 
     def run(self, seconds: float) -> None:
@@ -73,8 +76,10 @@ def test_a_sleep_that_the_monotonic_clock_does_not_show_is_a_gap(machine: Machin
     clock = Clock()
     before = clock.now()
     machine.wall += 3600.0
-    clock.utc(before)
+    machine.slept += 3600.0
+    assert clock.utc(before).timestamp() == machine.wall
     assert (clock.gaps, clock.now()) == (1, before)
+    assert (clock.stepped_by, clock.stepped_at) == (0.0, -inf)
 
 
 @pytest.mark.spec("OPERATION-50")
@@ -87,9 +92,11 @@ def test_a_wall_clock_that_is_set_counts_at_once_and_small_steps_do_not(machine:
     machine.wall += 86_400.0
     assert clock.utc(now).timestamp() == machine.wall
     assert clock.stepped_at == now
+    assert clock.stepped_by == pytest.approx(86_400.4)
     assert clock.monotonic(before) == pytest.approx(now - 86_400.4)
     machine.wall -= 10 * 86_400.0
     assert clock.utc(now).timestamp() == machine.wall
+    assert clock.stepped_by == pytest.approx(0.4 - 9 * 86_400.0)
 
 
 @pytest.mark.spec("FLEET-76")

@@ -6,6 +6,7 @@ time-out found while the loop lagged decides nothing (`has_lagged_since`).
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -25,23 +26,42 @@ STEP_SECONDS = 0.5
 """The wall clock was set if it moves so far from the monotonic one; reading both takes far less."""
 
 
+if sys.platform == "darwin":
+    _AWAKE_AND_ASLEEP: int | None = time.CLOCK_MONOTONIC
+else:
+    _AWAKE_AND_ASLEEP = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def uptime() -> float:
+    """Monotonic seconds, with those in which the machine slept.
+
+    `time.monotonic` leaves sleep out on Linux and macOS, and not on Windows.
+    """
+    if _AWAKE_AND_ASLEEP is None:
+        return time.monotonic()
+    return time.clock_gettime(_AWAKE_AND_ASLEEP)
+
+
 class Clock:
     """Monotonic `now()` without the gaps, and its translation to UTC and back.
 
     The translation is the present one: the wall clock of a machine may be set after its start.
-    `gaps` counts the gaps, and the times when the wall clock ran on without the monotonic one, as
-    while a laptop sleeps. `stepped_at` is when the wall clock was last set. `lag` is by how many
-    seconds the event loop was late when it was last measured.
+    `gaps` counts the gaps, and the times when other clocks ran on without the monotonic one, as
+    while a laptop sleeps. `stepped_at` is when the wall clock was last set, `stepped_by` by how
+    many seconds in all; sleep sets nothing. `lag` is by how many seconds the event loop was late
+    when it was last measured.
     """
 
     def __init__(self) -> None:
         self.gaps = 0
         self.lag = 0.0
+        self.started_at = self._read_at = time.monotonic()
         self.stepped_at = -inf
+        self.stepped_by = 0.0
         self._lagged_at = -inf
-        self._read_at = time.monotonic()
         self._left_out = 0.0
-        self._offset = time.time() - self._read_at
+        self._slept = uptime() - self._read_at
+        self._offset = time.time() - self._slept - self._read_at
         self._tick: asyncio.TimerHandle | None = None
 
     def now(self) -> float:
@@ -65,12 +85,18 @@ class Clock:
 
     def _epoch(self) -> float:
         """The UTC time of the monotonic zero; the same until the wall clock is set."""
-        now, offset = self.now(), time.time() - time.monotonic()
-        moved = offset - self._offset
+        now, since_boot = self.now(), uptime()
+        slept = since_boot - time.monotonic()
+        moved = time.time() - since_boot - self._offset
+        if abs(slept - self._slept) > STEP_SECONDS:
+            self.gaps += slept - self._slept > GAP_SECONDS
+            self._slept = slept
         if abs(moved) > STEP_SECONDS:
-            self._offset, self.stepped_at = offset, now
             self.gaps += moved > GAP_SECONDS
-        return self._offset + self._left_out
+            self.stepped_at = now
+            self.stepped_by += moved
+            self._offset += moved
+        return self._offset + self._slept + self._left_out
 
     def has_lagged_since(self, now: float) -> bool:
         """Whether the event loop was late, or did not run at all, after a monotonic reading."""

@@ -94,9 +94,3 @@ def _change(row: dict[str, Any]) -> Change:
         details=msgspec.json.decode(row["details"], type=dict[str, Any]),
         http_status=row["http_status"],
     )
-
-
-def prune(db: Database, rows: int, oldest_ms: int) -> None:
-    """Delete the oldest changes beyond a number and an age."""
-    db.execute("DELETE FROM audit WHERE at_ms < ?", [oldest_ms])
-    db.execute("DELETE FROM audit WHERE seq <= (SELECT max(seq) FROM audit) - ?", [rows])

@@ -2,12 +2,12 @@
 
 import zlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ollama_coordinator_common.types import AgentId
 
@@ -57,6 +57,12 @@ class Finished(Struct, frozen=True, kw_only=True):
     load_seconds: float | None = None
     first_token_seconds: float | None = None
     tokens_per_second: float | None = None
+
+    def moved(self, by: timedelta) -> "Finished":
+        """With its times so much later."""
+        return structs.replace(
+            self, arrived_at=self.arrived_at + by, finished_at=self.finished_at + by
+        )
 
 
 class Filter(Struct, frozen=True):
@@ -129,6 +135,20 @@ def why_of(row: dict[str, Any]) -> bytes:
         return bytes(msgspec.json.decode(why, type=msgspec.Raw))
     except (zlib.error, TypeError) as exc:
         raise ValueError(f"reasons: {exc}") from exc
+
+
+def moved_why(why: bytes, by: timedelta) -> bytes:
+    """The column of the reasons of a request, with the attempts' times so much later.
+
+    Raises:
+        ValueError: the row is damaged.
+    """
+    attempts = msgspec.json.decode(why, type=list[dict[str, Any]])
+    for attempt in attempts:
+        if "granted_at" in attempt:
+            at = msgspec.convert(attempt["granted_at"], datetime)
+            attempt["granted_at"] = at + by
+    return packed(attempts)
 
 
 def packed(why: Any) -> bytes:

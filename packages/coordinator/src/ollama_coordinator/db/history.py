@@ -7,9 +7,12 @@ Prompts and answers are never kept. A page starts at a key (`Cursor`), so that t
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 from . import audit
@@ -24,6 +27,7 @@ from .finished import (
     conditions,
     from_columns,
     milliseconds,
+    moved_why,
     packed,
     to_columns,
     why_of,
@@ -36,6 +40,10 @@ from .usage import read as read_usage
 UNWRITTEN_AT_MOST = 20_000
 """When the database fails for long, older requests are dropped: each takes a kilobyte or two."""
 
+ROWS_AT_ONCE = 500
+"""The most rows that one transaction deletes or corrects: some tens of milliseconds on a slow disk,
+after which the others that wait for the database have their turn."""
+
 _PUT_BUCKET = """
     INSERT INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)
     ON CONFLICT (tier, name, start) DO UPDATE SET body = excluded.body
@@ -47,11 +55,15 @@ IDS_AT_ONCE = 500
 
 
 class Unwritten(NamedTuple):
-    """A request that is not in the database yet, with its packed reasons and what it used."""
+    """A request that is not in the database yet, with its packed reasons and what it used.
+
+    `stepped_by`: by how much the wall clock had been set when its times were read.
+    """
 
     request: Finished
     why: bytes
     used: Used | None
+    stepped_by: float
 
 
 class StoredBucket(Struct, frozen=True):
@@ -61,6 +73,14 @@ class StoredBucket(Struct, frozen=True):
     start: int
     name: str
     body: bytes
+
+
+class Move(Struct):
+    """The rows after `after`, up to `last`, whose times are still to become `seconds` later."""
+
+    after: int
+    last: int
+    seconds: float
 
 
 class Wait(NamedTuple):
@@ -94,15 +114,31 @@ class History:
         self._store = store
         self._unwritten: deque[Unwritten] = deque(maxlen=UNWRITTEN_AT_MOST)
         self._changes: deque[Change] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._before = 0
+        self._stepped_by = 0.0
+        self._moves: list[Move] = []
+        self._following = asyncio.Lock()
+
+    async def begin(self) -> None:
+        """Know which rows are those of earlier processes.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        self._before = await self._store.run(_last_row)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
-    def note(self, request: Finished, why: Any, used: Used | None = None) -> None:
+    def note(
+        self, request: Finished, why: Any, used: Used | None = None, *, stepped_by: float = 0.0
+    ) -> None:
         """Write a request behind, and what it used; `why` is kept as JSON.
 
-        It is packed at once: as objects it is several times as large, and it may wait long.
+        `stepped_by`: the seconds by which the wall clock had been set since the start, when its
+        times were read. It is packed at once: as objects it is several times as large, and it may
+        wait long.
         """
-        self._unwritten.append(Unwritten(request, packed(why), used))
+        self._unwritten.append(Unwritten(request, packed(why), used, stepped_by))
 
     def note_change(self, change: Change) -> None:
         """Write behind that somebody changed something."""
@@ -115,8 +151,9 @@ class History:
         batch, changes = list(self._unwritten), list(self._changes)
         self._unwritten.clear()
         self._changes.clear()
+        stepped_by = self._stepped_by
         try:
-            await self._store.run(lambda db: _write(db, batch, changes, buckets))
+            await self._store.run(lambda db: _write(db, batch, stepped_by, changes, buckets))
         except (DatabaseError, asyncio.CancelledError) as exc:
             # A cancelled write may not have begun; what is written twice is in there once.
             newer, self._unwritten = self._unwritten, deque(batch, maxlen=UNWRITTEN_AT_MOST)
@@ -127,26 +164,83 @@ class History:
             return False
         return True
 
-    async def prune(self, now: datetime, *, rows: int, days: float) -> None:
-        """Delete the oldest requests and changes beyond a number and an age, and usage.
+    async def follow(self, stepped_by: float) -> None:
+        """Correct the times that were written by this process before the wall clock was set.
+
+        `stepped_by`: the seconds by which it was set since the start.
+
+        Raises:
+            DatabaseError: the database cannot be written; the next call goes on.
+        """
+        async with self._following:
+            if stepped_by != self._stepped_by:
+                await self._begin_move(stepped_by)
+            while self._moves:
+                move = self._moves[0]
+                until = min(move.after + ROWS_AT_ONCE, move.last)
+                await self._store.run(partial(_move, move=move, until=until))
+                move.after = until
+                if until >= move.last:
+                    del self._moves[0]
+
+    async def _begin_move(self, stepped_by: float) -> None:
+        before, self._stepped_by = self._stepped_by, stepped_by
+        try:
+            # Writes that began earlier are in by then, and later ones have the new times.
+            last = await self._store.run(_last_row)
+        except BaseException:
+            self._stepped_by = before
+            raise
+        self._moves.append(Move(self._before, last, stepped_by - before))
+
+    async def prune_to(self, rows: int) -> None:
+        """Delete the oldest requests and changes, until there are so many of each.
 
         Raises:
             DatabaseError: the database cannot be written.
         """
-        oldest = milliseconds(now - timedelta(days=days))
-        first_day = (now - timedelta(days=days)).astimezone(UTC).date() if days else date.min
-        await self._store.run(lambda db: _prune_requests(db, rows, oldest, first_day))
+        for table in ("requests", "audit"):
+            where = f"seq <= (SELECT max(seq) FROM {table}) - ?"  # noqa: S608
+            await self._delete(table, ("seq",), where, [rows])
 
-    async def prune_buckets(self, oldest: Sequence[tuple[int, float, float]]) -> None:
-        """Delete old buckets.
-
-        `oldest` has each tier with the oldest start to keep, in Unix seconds: of the fleet's
-        buckets, and of the agents'.
+    async def prune_before(self, oldest: datetime) -> None:
+        """Delete the requests and changes of earlier, and the usage of the days before.
 
         Raises:
             DatabaseError: the database cannot be written.
         """
-        await self._store.run(lambda db: _prune_buckets(db, oldest))
+        first_day = oldest.astimezone(UTC).date()
+        await self._store.run(lambda db: prune_usage(db, first_day))
+        await self._delete("requests", ("seq",), "finished_ms < ?", [milliseconds(oldest)])
+        await self._delete("audit", ("seq",), "at_ms < ?", [milliseconds(oldest)])
+
+    async def prune_buckets(self, tier: int, of_fleet: float, of_agents: float) -> None:
+        """Delete the buckets of a tier that began earlier (Unix seconds).
+
+        Raises:
+            DatabaseError: the database cannot be written.
+        """
+        key = ("tier", "name", "start")
+        for oldest, name in ((of_fleet, "name = ''"), (of_agents, "name <> ''")):
+            where = f"tier = ? AND start < ? AND {name}"
+            await self._delete("buckets", key, where, [tier, oldest])
+
+    async def _delete(
+        self, table: str, key: Sequence[str], where: str, values: Sequence[Any]
+    ) -> None:
+        """Delete rows, a few at a time: others that wait for the database come between."""
+        one = " AND ".join(f"{column} = ?" for column in key)
+        columns = ", ".join(key)
+        find = f"SELECT {columns} FROM {table} WHERE {where} LIMIT {ROWS_AT_ONCE}"  # noqa: S608
+        delete = f"DELETE FROM {table} WHERE {one}"  # noqa: S608
+
+        def some(db: Database) -> int:
+            rows = [list(row.values()) for row in db.query(find, values)]
+            db.execute_many(delete, rows)
+            return len(rows)
+
+        while await self._store.run(some) == ROWS_AT_ONCE:
+            pass
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────
 
@@ -245,13 +339,15 @@ class History:
 def _write(
     db: Database,
     requests: Sequence[Unwritten],
+    stepped_by: float,
     changes: Sequence[Change],
     buckets: Iterable[StoredBucket],
 ) -> None:
+    """Write requests, with their times by the wall clock that was set by `stepped_by`."""
     # A write that was cancelled may have been done: what is in there already is not written again.
     known = _known(db, "requests", [one.request.id for one in requests])
     new = [one for one in requests if one.request.id not in known]
-    db.execute_many(INSERT, [to_columns(one.request, one.why) for one in new])
+    db.execute_many(INSERT, [_columns(one, stepped_by) for one in new])
     known = _known(db, "audit", [one.id for one in changes])
     rows = [audit.to_columns(one) for one in changes if one.id not in known]
     db.execute_many(audit.INSERT, rows)
@@ -270,18 +366,40 @@ def _known(db: Database, table: str, ids: Sequence[str]) -> set[str]:
     return found
 
 
-def _prune_requests(db: Database, rows: int, oldest_ms: int, first_day: date) -> None:
-    prune_usage(db, first_day)
-    audit.prune(db, rows, oldest_ms)
-    db.execute("DELETE FROM requests WHERE finished_ms < ?", [oldest_ms])
-    db.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", [rows])
+def _columns(noted: Unwritten, stepped_by: float) -> list[Any]:
+    request, why = noted.request, noted.why
+    if noted.stepped_by != stepped_by:
+        by = timedelta(seconds=stepped_by - noted.stepped_by)
+        request, why = request.moved(by), _moved(why, by)
+    return to_columns(request, why)
 
 
-def _prune_buckets(db: Database, oldest: Iterable[tuple[int, float, float]]) -> None:
-    for tier, of_fleet, of_agents in oldest:
-        sql = "DELETE FROM buckets WHERE tier = ? AND start < ? AND name"
-        db.execute(f"{sql} = ''", [tier, of_fleet])
-        db.execute(f"{sql} <> ''", [tier, of_agents])
+def _last_row(db: Database) -> int:
+    return int(db.query("SELECT coalesce(max(seq), 0) AS last FROM requests")[0]["last"])
+
+
+def _move(db: Database, *, move: Move, until: int) -> None:
+    """Correct the times of the rows after `move.after`, up to `until`."""
+    by, add = timedelta(seconds=move.seconds), round(move.seconds * 1000)
+    sql = "SELECT * FROM requests WHERE seq > ? AND seq <= ?"
+    reasons = [
+        [_moved(bytes(row["why"]), by), row["seq"]]
+        for row in db.query(sql, [move.after, until])
+        if isinstance(row["why"], bytes)
+    ]
+    db.execute_many("UPDATE requests SET why = ? WHERE seq = ?", reasons)
+    sql = """
+        UPDATE requests SET arrived_ms = arrived_ms + ?, finished_ms = finished_ms + ?
+        WHERE seq > ? AND seq <= ?
+    """
+    db.execute(sql, [add, add, move.after, until])
+
+
+def _moved(why: bytes, by: timedelta) -> bytes:
+    """The column of the reasons with its times so much later; as it is where it is damaged."""
+    with suppress(ValueError, msgspec.DecodeError, OverflowError):
+        return moved_why(why_of({"why": why}), by)
+    return why
 
 
 def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cursor | None]:

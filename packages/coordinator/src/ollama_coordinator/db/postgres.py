@@ -33,7 +33,7 @@ CONNECT_SECONDS = 5
 """For the server to accept a session; a busy one needs tens of milliseconds."""
 
 ANSWER_SECONDS = 20.0
-"""For one transaction. Pruning a million rows takes five; a frozen server answers never."""
+"""For one transaction; a frozen server answers never."""
 
 SILENT_SECONDS = 3
 """After so much silence the server ends the session; it hears of the coordinator every second."""

@@ -4,11 +4,11 @@ An entry keeps the attempts (`Held`) of a request and derives everything from th
 asks, so that a streamed token costs nothing here. It never contains prompts or answers.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from functools import lru_cache
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished, Status
@@ -83,6 +83,12 @@ class Ended(Struct, frozen=True):
 
     request: Finished
     attempts: list[Attempt]
+
+    def moved(self, seconds: float) -> "Ended":
+        """With its times so much later: the wall clock was set."""
+        by = timedelta(seconds=seconds)
+        attempts = [structs.replace(one, granted_at=one.granted_at + by) for one in self.attempts]
+        return Ended(self.request.moved(by), attempts)
 
 
 class JournalAttempt(Struct):

@@ -51,6 +51,7 @@ class Journal:
         self._queued: dict[str, Waiting] = {}
         self._queued_at = 0.0
         self._refusals: dict[str, tuple[int, dict[str, str]]] = {}
+        self._stepped_by = 0.0
         self.live: dict[str, JournalEntry] = {}
         self.recent: deque[Ended] = deque(maxlen=REMEMBERED)
 
@@ -114,6 +115,7 @@ class Journal:
         now = self._clock.now()
         last = finished(entry, self._clock, now, http_status=http_status, error=error)
         ended = Ended(last, entry.attempt_views(self._clock))
+        self.follow_clock()
         self.recent.append(ended)
         self._sampler.finished(entry, ended)
 
@@ -151,6 +153,15 @@ class Journal:
                 )
             views.append(view)
         return views
+
+    def follow_clock(self) -> None:
+        """Correct the times of what ended before the wall clock was set."""
+        seconds = self._clock.stepped_by - self._stepped_by
+        if seconds:
+            self._stepped_by = self._clock.stepped_by
+            ended = [one.moved(seconds) for one in self.recent]
+            self.recent.clear()
+            self.recent.extend(ended)
 
     def find_ended(self, request_id: str) -> Ended | None:
         """A request that ended, if it is among the last `REMEMBERED`."""

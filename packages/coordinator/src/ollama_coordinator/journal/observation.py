@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 from msgspec import Struct
@@ -26,7 +26,11 @@ PRUNE_SECONDS = 60.0
 """How often old history is deleted: a minute more of it does no harm."""
 
 SETTLED_SECONDS = 3600.0
-"""How long after the wall clock was set nothing is deleted for its age: it may be set again."""
+"""How long after the start, and after the wall clock was set, nothing is deleted for its age: a
+clock that is wrong at the start is set soon, and one that was set may be set again."""
+
+FOLLOW_SECONDS = 1.0
+"""How often it is looked whether the wall clock was set."""
 
 CHART_POINTS = 120
 """The most points of a chart: more are closer than two pixels on a phone."""
@@ -74,9 +78,10 @@ class Observation:
         now = self._at()
         starts = {tier.seconds: int(now) // tier.seconds * tier.seconds for tier in TIERS}
         self.sampler.series.restore(_rows(await self.history.last_buckets(starts)))
+        await self.history.begin()
         sampling, pruning = self.sampler.run(self.journal.live), self._prune_for_ever()
         try:
-            async with beside(sampling, pruning):
+            async with beside(sampling, pruning, self._follow_for_ever()):
                 with self.events:
                     yield
         finally:
@@ -102,6 +107,24 @@ class Observation:
             for start, bucket in merged.items()
         ]
 
+    async def _follow_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await self.follow_clock()
+            except DatabaseError as exc:
+                extra = {"problem": str(exc)}
+                log.warning("times of the history not corrected; tried again", extra=extra)
+
+    async def follow_clock(self) -> None:
+        """Correct the times of this process's requests where the wall clock was set since.
+
+        Raises:
+            DatabaseError: the database cannot be written; the next call goes on.
+        """
+        self.journal.follow_clock()
+        await self.history.follow(self._clock.stepped_by)
+
     async def _prune_for_ever(self) -> None:
         while True:
             try:
@@ -116,17 +139,19 @@ class Observation:
         Raises:
             DatabaseError: the database cannot be written.
         """
+        await self.history.prune_to(self.limits.rows)
         monotonic = self._clock.now()
-        now = self._clock.utc(monotonic)
-        if monotonic - self._clock.stepped_at < SETTLED_SECONDS:
+        settled_at = max(self._clock.started_at, self._clock.stepped_at) + SETTLED_SECONDS
+        if monotonic < settled_at:
             # What is old by a wrong wall clock is not: only the number counts for now.
-            await self.history.prune(datetime.fromtimestamp(0, UTC), rows=self.limits.rows, days=0)
             return
-        await self.history.prune(now, rows=self.limits.rows, days=self.limits.days)
-        at = now.timestamp()
-        await self.history.prune_buckets(
-            [(t.seconds, at - t.keep_seconds, at - t.keep_agents_seconds) for t in TIERS]
-        )
+        at = self._clock.utc(monotonic)
+        await self.history.prune_before(at - timedelta(days=self.limits.days))
+        now = at.timestamp()
+        for tier in TIERS:
+            await self.history.prune_buckets(
+                tier.seconds, now - tier.keep_seconds, now - tier.keep_agents_seconds
+            )
 
     def _at(self) -> float:
         return self._clock.utc(self._clock.now()).timestamp()

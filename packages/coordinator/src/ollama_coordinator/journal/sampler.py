@@ -75,7 +75,8 @@ class Sampler:
         """A request ended."""
         request = ended.request
         left = (request.output_tokens or 0) - entry.counted
-        self._history.note(request, ended.attempts, self._used(entry, request))
+        used = self._used(entry, request)
+        self._history.note(request, ended.attempts, used, stepped_by=self._clock.stepped_by)
         self.counters.count(entry, request)
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
             self._wrote(name, left).count(request)
