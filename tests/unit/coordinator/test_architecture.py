@@ -73,7 +73,8 @@ LAYERS = (
     {"model_probes"},
     {"aliases", "dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster", "tls", "identity"},
-    {"registry", "db", "http1", "aio", "clock", "agent_logs", "batches", "link", "agent_wheels"},
+    {"registry", "db", "http1", "aio", "agent_logs", "batches", "link", "agent_wheels"},
+    {"clock"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""
 
@@ -126,6 +127,31 @@ def test_the_sketch_in_the_specifications_has_the_layers_in_their_order() -> Non
     assert groups[-1] == {"common"}
     assert all(any(group <= one for one in LAYERS) for group in groups[:-1])
     assert layers == sorted(layers)
+
+
+REAL_TIME = {
+    "clock.py": "it is what `Clock.timeout` is made of",
+    "server.py": "how long stopping may take",
+    "monitor.py": "a pause between two looks",
+    "feed/feed.py": "a pause between two snapshots",
+    "http1/limits.py": "how long a refused client is read from",
+    "link/links.py": "how long closing may take",
+    "commands/top.py": "a client's own time",
+}
+"""Where `asyncio.timeout` ends something of our own. Elsewhere a time in which the coordinator did
+not run must not count."""
+
+
+@pytest.mark.spec("OPERATION-35")
+def test_time_outs_for_others_leave_out_when_the_coordinator_did_not_run() -> None:
+    used = {
+        module.relative_to(COORDINATOR).as_posix()
+        for module in COORDINATOR.rglob("*.py")
+        for node in nodes(module)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("asyncio.timeout", "asyncio.timeout_at", "asyncio.wait_for")
+    }
+    assert used == set(REAL_TIME)
 
 
 def called(module: Path) -> set[str]:

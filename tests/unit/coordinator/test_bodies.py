@@ -63,14 +63,14 @@ def parts_of(*bodies: bytes) -> Iterator[Message]:
 
 @pytest.mark.spec("OPERATION-33")
 async def test_a_body_takes_room_until_its_request_ends() -> None:
-    room = BodyRoom(10)
+    room = BodyRoom(10, Clock())
     assert await receive_all(parts_of(b"12345", b"67890"), room) == [b"12345", b"67890"]
     assert room.used == 0
 
 
 @pytest.mark.spec("OPERATION-33")
 async def test_a_body_without_room_is_refused() -> None:
-    room = BodyRoom(10)
+    room = BodyRoom(10, Clock())
     await room.take(6)
     with pytest.raises(NoRoom) as caught:
         await receive_all(parts_of(b"12345"), room)
@@ -88,7 +88,7 @@ async def test_who_waits_for_room_goes_on_when_there_is_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(body_timeout, "ROOM_SECONDS", 60.0)
-    room = BodyRoom(10)
+    room = BodyRoom(10, Clock())
     await room.take(6)
     first = asyncio.create_task(receive_all(parts_of(b"12345"), room))
     second = asyncio.create_task(receive_all(parts_of(b"1"), room))
@@ -104,13 +104,13 @@ async def test_who_waits_for_room_goes_on_when_there_is_some(
 @pytest.mark.spec("OPERATION-33")
 async def test_a_file_that_goes_to_the_disk_takes_no_room() -> None:
     path = "/api/blobs/sha256:" + "0" * 64
-    room = BodyRoom(1)
+    room = BodyRoom(1, Clock())
     await room.take(1)
     assert await receive_all(parts_of(b"12345"), room, path=path) == [b"12345"]
 
 
 async def test_a_body_larger_than_all_room_is_let_in_alone() -> None:
-    assert await receive_all(parts_of(b"12345"), BodyRoom(1)) == [b"12345"]
+    assert await receive_all(parts_of(b"12345"), BodyRoom(1, Clock())) == [b"12345"]
 
 
 @pytest.mark.spec("OPERATION-33")
@@ -134,5 +134,5 @@ async def test_a_body_that_trickles_is_ended(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(body_timeout, "GRACE_SECONDS", 0.05)
     with pytest.raises(HttpError, match="under 1024 bytes a second") as caught:
-        await receive_all(trickle(), BodyRoom(10**9), pause=0.01)
+        await receive_all(trickle(), BodyRoom(10**9, Clock()), pause=0.01)
     assert caught.value.status == 408

@@ -9,6 +9,8 @@ import pytest
 
 from ollama_coordinator import clock as module
 from ollama_coordinator.clock import Clock
+from ollama_coordinator.link import LinkDown, Links
+from ollama_coordinator_common.types import AgentId
 from support.deadline import DEADLINE_SECONDS
 
 
@@ -112,3 +114,21 @@ async def test_the_lag_of_the_event_loop_is_measured(monkeypatch: pytest.MonkeyP
                 await asyncio.sleep(0)
         now = clock.now()
     assert not clock.has_lagged_since(now + 0.001)
+
+
+@pytest.mark.spec("OPERATION-35")
+async def test_a_time_out_waits_for_what_came_while_the_process_did_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "GAP_SECONDS", 0.4)
+    links = Links(clock := Clock())
+    with clock.watching(), pytest.raises(LinkDown):
+        await links.take(AgentId("a"), 0.1)
+    with clock.watching():
+        taken = asyncio.create_task(links.take(AgentId("a"), 1.0))
+        await asyncio.sleep(0.1)
+        time.sleep(2.0)  # noqa: ASYNC251 (it is what holds the loop up)
+        await asyncio.sleep(0.2)
+        assert not taken.done()
+        with pytest.raises(LinkDown):
+            await taken

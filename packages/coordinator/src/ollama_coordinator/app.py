@@ -71,7 +71,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     access = Access(config, keys, Sessions(store, keys), secret, machines, KeyUsage(store))
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
-    links = Links()
+    links = Links(clock)
     upstreams = Upstreams(clock, links, registry.api_keys)
     limits = Limits(config.history_rows, config.history_days)
     aliases = Aliases(registry, store)
@@ -87,7 +87,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     operations = Operations(
         dispatch,
         monitor,
-        Remote(upstreams, uploads),
+        Remote(upstreams, uploads, clock),
         Deferred(store),
         return_seconds=config.pull_patience,
     )
@@ -118,7 +118,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         cloud=CloudAccess(queries, registry, clock),
         uploads=uploads,
         targets=targets,
-        blobs=Blobs(queries, targets),
+        blobs=Blobs(queries, targets, clock),
         operations=operations,
         snapshots=snapshots,
         feed=Feed(snapshots.take),
@@ -218,7 +218,8 @@ class _App(Starlette):
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
-        timed = BodyTimeout(app, parts.settings, BodyRoom(memory_share()), parts.clock)
+        room = BodyRoom(memory_share(), parts.clock)
+        timed = BodyTimeout(app, parts.settings, room, parts.clock)
         guarded: ASGIApp = CircleGuard(timed, parts.upstreams.instance_id)
         if parts.settings.config.access_log:
             guarded = AccessLog(guarded)

@@ -7,6 +7,7 @@ that model only after others. Models that failed there are probed too, once thei
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from functools import partial
 from secrets import token_hex
 from weakref import WeakValueDictionary
@@ -135,11 +136,12 @@ class ModelProbes:
                 if agent.is_stuck(key):
                     self._registry.pardon(agent, key)
                 return
-            async with asyncio.timeout(TOKEN_SECONDS) as waiting:
-                async with self._dispatch.lease(self._request(agent, row)) as held:
-                    waiting.reschedule(None)
-                    if await self._ask(held, row, TOKEN_SECONDS) is None:
-                        self._hangs(agent, key)
+            async with AsyncExitStack() as lease:
+                async with self._clock.timeout(TOKEN_SECONDS):
+                    granted = self._dispatch.lease(self._request(agent, row))
+                    held = await lease.enter_async_context(granted)
+                if await self._ask(held, row, TOKEN_SECONDS) is None:
+                    self._hangs(agent, key)
         except (TimeoutError, SchedulerError):
             if self._all_hang(agent, key):
                 self._hangs(agent, key)
@@ -186,7 +188,7 @@ class ModelProbes:
         path, body = _question(request, runner.model.context_length if runner else None)
         try:
             async with (
-                asyncio.timeout(seconds),
+                self._clock.timeout(seconds),
                 self._upstreams.open(
                     "POST", agent.url + path, body=body, again=lambda _: False
                 ) as response,

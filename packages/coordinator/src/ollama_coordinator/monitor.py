@@ -321,7 +321,7 @@ class Monitor:
         problem: Exception | None
         began = self._clock.now()
         try:
-            async with asyncio.timeout(seconds):
+            async with self._clock.timeout(seconds):
                 await self._ask_version(agent)
             problem = await self._listed(agent, began + seconds - self._clock.now(), anew=True)
         except (TimeoutError, Unreachable) as exc:

@@ -173,7 +173,7 @@ class Upstreams:
         api_keys: Mapping[str, str] = NO_KEYS,
     ) -> None:
         self._clock = Clock() if clock is None else clock
-        self._links = Links() if links is None else links
+        self._links = Links(self._clock) if links is None else links
         self._api_keys = api_keys
         self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
@@ -289,7 +289,7 @@ class Upstreams:
         began = self._clock.now()
         try:
             async with (
-                asyncio.timeout(seconds),
+                self._clock.timeout(seconds),
                 self.open(method, url, headers=headers, body=body) as response,
             ):
                 return response.status, await whole(response, limit)

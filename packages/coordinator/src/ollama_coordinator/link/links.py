@@ -9,6 +9,7 @@ from hmac import compare_digest
 
 import msgspec
 
+from ollama_coordinator.clock import Clock
 from ollama_coordinator_common.protocol import LinkOrder
 from ollama_coordinator_common.types import AgentId
 
@@ -104,7 +105,8 @@ class Link:
 class Links:
     """The agents' links, and the requests that wait for a connection of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._links: dict[AgentId, Link] = {}
         self._waiting: dict[AgentId, deque[asyncio.Future[LinkConnection]]] = {}
 
@@ -165,7 +167,7 @@ class Links:
         if link is not None:
             link.send(LinkOrder(connections=len(waiting)))
         try:
-            async with asyncio.timeout(seconds):
+            async with self._clock.timeout(seconds):
                 return await future
         except TimeoutError:
             self._give_back(agent_id, future)

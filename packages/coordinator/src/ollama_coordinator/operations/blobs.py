@@ -5,11 +5,11 @@ may be skipped only if every candidate agent has the digest. The agents are aske
 nothing is remembered that could be wrong.
 """
 
-import asyncio
 from collections.abc import Iterable
 from itertools import islice
 
 from ollama_coordinator.agent_queries import AgentQueries, Answer
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.types import AgentId
 
@@ -26,7 +26,8 @@ HEAD_SECONDS = 2.0
 class Blobs:
     """Asks agents for files by their digest."""
 
-    def __init__(self, queries: AgentQueries, targets: TargetChooser) -> None:
+    def __init__(self, queries: AgentQueries, targets: TargetChooser, clock: Clock) -> None:
+        self._clock = clock
         self._queries = queries
         self._targets = targets
 
@@ -44,7 +45,7 @@ class Blobs:
     async def _all_have(self, digest: str, agents: Iterable[AgentState]) -> bool:
         rest = iter(agents)
         try:
-            async with asyncio.timeout(HEAD_SECONDS):
+            async with self._clock.timeout(HEAD_SECONDS):
                 while asked := list(islice(rest, PARALLEL_AGENTS)):
                     have = await self._ask(digest, asked)
                     if len(have) < len(asked) or not all(have.values()):

@@ -1,13 +1,14 @@
 """One command on one agent's Ollama: the request, its progress lines, and its success."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
+from math import inf
 
 import aiohttp
 import msgspec
 
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.registry import AgentState
-from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks
+from ollama_coordinator.upstream import Cut, Unreachable, Upstreams, chunks, whole
 
 from .progress import ProgressLine
 from .types import AgentCommand, MissingBlob, OperationKind, Refused
@@ -27,8 +28,9 @@ _line = msgspec.json.Decoder(dict[str, object])
 class Remote:
     """Sends commands to agents; `uploads` has the files that they need."""
 
-    def __init__(self, upstreams: Upstreams, uploads: Uploads) -> None:
+    def __init__(self, upstreams: Upstreams, uploads: Uploads, clock: Clock) -> None:
         self._upstreams = upstreams
+        self._clock = clock
         self.uploads = uploads
 
     async def do(
@@ -43,7 +45,7 @@ class Remote:
         for digest in command.blobs:
             await self._send_blob(agent, digest)
         try:
-            async with asyncio.timeout(QUICK_SECONDS if command.kind in QUICK else None):
+            async with self._clock.timeout(QUICK_SECONDS if command.kind in QUICK else inf):
                 await self._request(agent, command, report)
         except TimeoutError as exc:
             raise Unreachable(f"no answer within {QUICK_SECONDS:g} s") from exc
@@ -117,7 +119,7 @@ async def _refuse(response: aiohttp.ClientResponse, command: AgentCommand) -> No
 
 
 async def _text_of(response: aiohttp.ClientResponse) -> str:
-    body = b"".join([chunk async for chunk in chunks(response)])
+    body = await whole(response, LONGEST_LINE_BYTES)
     try:
         error = _line.decode(body).get("error")
     except (msgspec.DecodeError, UnicodeDecodeError):

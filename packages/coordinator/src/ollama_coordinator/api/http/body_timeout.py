@@ -61,8 +61,9 @@ class BodyRoom:
     one is next. One that is larger than the limit is let in alone.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, clock: Clock) -> None:
         self._limit = limit
+        self._clock = clock
         self.used = 0
         self._next = asyncio.Lock()
         self._freed = asyncio.Event()
@@ -74,7 +75,7 @@ class BodyRoom:
             NoRoom: there was none for `ROOM_SECONDS`.
         """
         try:
-            async with asyncio.timeout(ROOM_SECONDS), self._next:
+            async with self._clock.timeout(ROOM_SECONDS), self._next:
                 while self.used and self.used + size > self._limit:
                     self._freed.clear()
                     await self._freed.wait()

@@ -248,7 +248,7 @@ class ContextFit:
 
     async def _trained(self, name: str) -> int | None:
         try:
-            async with asyncio.timeout(SHOW_SECONDS):
+            async with self._clock.timeout(SHOW_SECONDS):
                 return await self._model_info.trained_context(name)
         except (OllamaCoordinatorError, TimeoutError):
             return None
@@ -273,7 +273,7 @@ class ContextFit:
     async def _has_own(self, name: str) -> bool:
         """Whether the model's own parameters set a context; assumed where no answer comes soon."""
         try:
-            async with asyncio.timeout(SHOW_SECONDS):
+            async with self._clock.timeout(SHOW_SECONDS):
                 return await self._model_info.context_parameter(name) is not None
         except (OllamaCoordinatorError, TimeoutError):
             return True

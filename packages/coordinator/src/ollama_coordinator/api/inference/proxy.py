@@ -160,7 +160,7 @@ class Proxy:
             if absent is None:
                 return False
             async with (
-                asyncio.timeout(ASKED_SECONDS),
+                self._clock.timeout(ASKED_SECONDS),
                 self._upstreams.open(
                     "POST",
                     agent.url + self._route.path,

@@ -67,7 +67,7 @@ async def make_room(parts: Parts, agent: AgentState, keys: Iterable[str]) -> Non
             continue
         body = msgspec.json.encode({"model": row.model.name, "keep_alive": 0})
         try:
-            async with asyncio.timeout(MAKE_ROOM_SECONDS):
+            async with parts.clock.timeout(MAKE_ROOM_SECONDS):
                 await parts.queries.ask(agent, "POST", "/api/generate", body)
         except (Unreachable, TimeoutError):
             # The request itself meets the same trouble next, and is retried elsewhere.
@@ -94,7 +94,7 @@ async def _kept(
     if answer.status != 200:
         return f"it answers {answer.status} to a request to unload"
     try:
-        async with asyncio.timeout(UNLOADED_SECONDS):
+        async with parts.clock.timeout(UNLOADED_SECONDS):
             while True:
                 if _in_use(parts, agent, key) or not await _lists(parts, agent, key):
                     return None

@@ -4,7 +4,6 @@ Pull, push and create answer with one stream of progress. Copy and delete are do
 that has the model; agents that are away do so when they are back.
 """
 
-import asyncio
 import contextlib
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +16,7 @@ from ollama_coordinator.api.http.gojson import Fields
 from ollama_coordinator.api.http.json_edit import edited, fields_of
 from ollama_coordinator.api.http.progress_response import ProgressResponse
 from ollama_coordinator.api.http.routing import tell
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.operations import (
     AgentCommand,
     Chosen,
@@ -143,7 +143,7 @@ class TransferApi:
     async def post_blob(self, request: Request) -> Response:
         """`POST /api/blobs/{digest}`: 201 for a new file; 200, unread, for a known one."""
         if await self._is_there(request):
-            return Unread()
+            return Unread(self._parts.clock)
         try:
             await self._uploads.take(request.path_params["digest"], request.stream())
         except ClientDisconnect as exc:
@@ -268,6 +268,10 @@ class Unread(Response):
     closing their connection earlier would lose it.
     """
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, then read until the client has finished, left or paused too long."""
         headers = [(b"content-length", b"0")]
@@ -276,7 +280,7 @@ class Unread(Response):
         with contextlib.suppress(TimeoutError):
             more = True
             while more:
-                async with asyncio.timeout(SILENCE_SECONDS):
+                async with self._clock.timeout(SILENCE_SECONDS):
                     message = await receive()
                 more = message["type"] == "http.request" and message.get("more_body", False)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -27,6 +27,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.api.http.routing import tell
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.journal import AgentEvent
 from ollama_coordinator.monitor import LIST_BYTES, InCircles, VersionReply
 from ollama_coordinator.parts import Parts
@@ -143,11 +144,11 @@ class AgentDetails(Struct, frozen=True):
     events: list[AgentEvent]
 
 
-async def _addresses_of(host: str) -> list[str]:
+async def _addresses_of(host: str, clock: Clock) -> list[str]:
     """What the address of a registration is looked up as, IPv4 first; none where that fails."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(LOOKUP_SECONDS):
+        async with clock.timeout(LOOKUP_SECONDS):
             found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # a TimeoutError is one
         return []
@@ -312,7 +313,7 @@ class AgentsApi:
             Denied: the caller may not register it.
         """
         check_address(host, [], caller)  # a name of clouds' metadata is not even looked up
-        found = await _addresses_of(host)
+        found = await _addresses_of(host, self._clock)
         parsed = [address for address in map(parse_address, found or [host]) if address is not None]
         check_address(host, parsed, caller)
         return machine_of(found[0] if found else host)
@@ -325,7 +326,7 @@ class AgentsApi:
         """
         url = url_of(wanted)
         try:
-            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+            async with self._clock.timeout(FIRST_LOOK_SECONDS):
                 return await self._monitor.version_at(url)
         except InCircles as exc:
             raise HttpError(400, f"the Ollama at {url} {exc}") from exc
