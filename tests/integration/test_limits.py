@@ -67,8 +67,12 @@ async def test_the_row_of_a_machine_with_too_many_models_says_so(coordinator: Ru
         models = [{"name": f"m{number}"} for number in range(MOST_MODELS + 1)]
         assert await coordinator.heartbeat(agent_id, tags={"models": models}) == 400
         row = await coordinator.get(f"/api/agents/{agent_id}")
-        assert "2001 models; the limit is 2000" in row["out_of_rotation"]
+        assert "1001 models; the limit is 1000" in row["out_of_rotation"]
         assert await coordinator.heartbeat(agent_id, tags={"models": models[:-1]}) == 200
+        odd = {"models": [{"name": "m", "details": {"x": [[[[]]]] * 7_000}}]}
+        assert await coordinator.heartbeat(agent_id, tags=odd) == 400
+        row = await coordinator.get(f"/api/agents/{agent_id}")
+        assert "21005 values; the limit is 20000" in row["out_of_rotation"]
 
 
 async def changed(coordinator: Running, agent_id: str, **changes: Any) -> int:

@@ -42,6 +42,18 @@ class Running:
             assert response.status in (200, 201), await response.text()
             return str((await response.json())["agent_id"])
 
+    async def register_at(self, port: int, name: str) -> str:
+        """Register whatever listens on a port, or nothing; returns the agent's id."""
+        facts = {
+            "machine_name": name,
+            "ip_address": "127.0.0.1",
+            "ollama_version": "0.24.0",
+            "ollama_port": port,
+        }
+        status, answer = await self.post("/api/agents", facts)
+        assert status in (200, 201), answer
+        return str(answer["agent_id"])
+
     async def heartbeat(self, agent_id: str, **more: Any) -> int:
         """Send one heartbeat; returns the status."""
         facts = {"agent_id": agent_id, "cpu_usage": 1, "memory_usage": 1, "active_requests": 0}

@@ -29,7 +29,7 @@ ANSWERS = (200, *range(400, 600))
 """Statuses that Ollama answers with; a redirect, as of a login page, is none of them."""
 
 
-LARGEST_ANSWER_BYTES = 64 * 1024 * 1024
+LARGEST_ANSWER_BYTES = 32 * 1024 * 1024
 """Of a verbose `/api/show`, with all tokens of a vocabulary: tens of megabytes."""
 
 

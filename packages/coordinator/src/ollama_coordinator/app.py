@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from anyio import create_task_group
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -139,6 +140,8 @@ async def running(parts: Parts) -> AsyncIterator[None]:
     Raises:
         DatabaseError: the database cannot be opened, or another coordinator leads.
     """
+    async with create_task_group():
+        pass  # AnyIO imports its backend now: for a tenth of a second nobody would be served
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(parts.store)
         await stack.enter_async_context(parts.cluster.leading(parts.store))

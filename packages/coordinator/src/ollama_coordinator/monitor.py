@@ -34,6 +34,9 @@ busy; that an Ollama lists slowly says nothing against it."""
 LISTS_WAITED_SECONDS = 1.0
 """How long a probe waits for the lists: an Ollama that comes back should have its models."""
 
+VERSION_BYTES = 16 * 1024
+"""Of an answer with a version, and the coordinators that are passed."""
+
 LIST_BYTES = 4 * 1024 * 1024
 """Of a list of models: a row has some 400 bytes, and `MOST_MODELS` rows are read."""
 
@@ -275,6 +278,7 @@ class Monitor:
             f"{url}/api/version",
             seconds=PROBE_SECONDS,
             headers=[bearer(api_key)] if api_key else (),
+            limit=VERSION_BYTES,
         )
         if status == 401:
             raise Unreachable("asks for an API key (401): add its URL again, with the right one")

@@ -14,6 +14,10 @@ EXCHANGE = "exchange"
 """The key of a request's `Exchange` in its ASGI scope's state; Hypercorn's own server has none."""
 
 
+LARGE_BYTES = 256 * 1024
+"""A larger piece of an answer is sent in slices of so many bytes."""
+
+
 class Exchange:
     """One request that the application serves.
 
@@ -113,9 +117,11 @@ class Exchange:
         """
         begun = self._start is not None or self._framing is not None
         if message["type"] == "http.response.body" and begun:
-            more = message.get("more_body", False)
+            more, data = message.get("more_body", False), message.get("body", b"")
+            if len(data) > LARGE_BYTES:
+                data = await self._write_beginning(data, last=not more)
             if not self.ended:
-                self._write_body(message.get("body", b""), last=not more)
+                self._write_body(data, last=not more)
             if more and self._writer.paused:
                 await self._writer.resumed()
         elif message["type"] == "http.response.start" and not begun:
@@ -131,6 +137,21 @@ class Exchange:
     def _refuse(self, refusal: Refusal) -> None:
         self._writer.write(refusal.response(self._writer.common.lines()))
         self.ended = True
+
+    async def _write_beginning(self, data: bytes, *, last: bool) -> bytes:
+        """Send all but the end of a large piece, slice by slice; returns that end.
+
+        Each copy of tens of megabytes would hold up the others.
+        """
+        if self._framing is None and not self.ended:
+            self._writer.write(self._frame(len(data) if last else None).head)
+        at = 0
+        while len(data) - at > LARGE_BYTES and not self.ended:
+            self._write_body(data[at : at + LARGE_BYTES], last=False)
+            at += LARGE_BYTES
+            if self._writer.paused:
+                await self._writer.resumed()
+        return data[at:]
 
     def _write_body(self, data: bytes, *, last: bool) -> None:
         framing, head = self._framing, b""

@@ -26,6 +26,9 @@ from .model_index import MOST_SHOWN, CloudModels, ModelIndex
 FORGET_SECONDS = 86_400.0
 """A machine that is registered before it is set up is so by the next day."""
 
+VERSION_CHARACTERS = 100
+"""Of a version; Ollama's have a dozen."""
+
 MOST_UNANSWERED = 256
 """Registrations of machines that are still to come; each is probed again and again."""
 
@@ -371,7 +374,7 @@ class Registry:
     def note_probe(self, agent: AgentState, version: str, passes: frozenset[str]) -> bool:
         """What an answered probe says of the Ollama; whether that is news."""
         known = agent.registration
-        version = printable(version) or known.ollama_version
+        version = printable(version[:VERSION_CHARACTERS]) or known.ollama_version
         if (known.ollama_version, agent.passes) == (version, passes):
             return False
         agent.registration = structs.replace(known, ollama_version=version)

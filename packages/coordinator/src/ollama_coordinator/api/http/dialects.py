@@ -201,6 +201,8 @@ def wrong_start(route: InferenceRoute, first: bytes, *, streamed: bool) -> str |
             return NO_JSON
         data = first.partition(b"data:")[2].partition(b"\n")[0].strip()
         first = data if data.startswith(b"{") else NO_DATA
+    if len(first) > DECODED_BYTES:  # no error is so long
+        return None if first[:TAIL_BYTES].lstrip().startswith((b"{", b"[")) else NO_JSON
     try:
         answer = _answer.decode(first)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -231,7 +231,8 @@ class Relay:
                 whole = first = first + whole
                 if (wrong := wrong_start(route, first, streamed=True)) is not None:
                     return await self._refused_late(wrong)
-                if is_comment(route, first) or swallowed_error(route, first):
+                is_open = len(first) <= HELD_BACK_BYTES
+                if is_open and (is_comment(route, first) or swallowed_error(route, first)):
                     continue  # an error, if nothing follows
                 # Not retried after this line: the client has seen tokens from this agent.
                 await self._start(response.status, head)

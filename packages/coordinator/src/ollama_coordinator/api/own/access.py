@@ -194,6 +194,10 @@ PAGE = Media("text/html")
 """The page that takes a key, again."""
 
 
+LOGIN_BYTES = 4096
+"""Of a form with a key; strangers may send it, and it is read in one piece."""
+
+
 class SessionsApi:
     """The handlers of the dashboard's log-in."""
 
@@ -212,7 +216,7 @@ class SessionsApi:
     @operation(gives={303: None, 401: PAGE, 403: PAGE, 429: PAGE}, errors=(408, 413))
     async def begin(self, request: Request) -> Response:
         """Log a browser in with a key, which a form sends as `key`."""
-        form = parse_qs((await own_body(request)).decode("latin-1"))
+        form = parse_qs((await own_body(request, LOGIN_BYTES)).decode("latin-1"))
         text = "".join(form.get("key", [])).strip().encode("latin-1", "replace")
         at = time.time()
         key = self._access.keys.by_secret(text, at)

@@ -19,7 +19,7 @@ from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.protocol import HealthReply, HealthReport
 
-REPORT_COMMAS = 30_000
+REPORT_COMMAS = 20_000
 """Of a heartbeat: some twelve for each of `MOST_MODELS` models, and one for its weights."""
 
 
