@@ -5,7 +5,6 @@ streamed); until then the attempt can be repeated elsewhere, afterwards never.
 """
 
 import logging
-import re
 
 import aiohttp
 from msgspec import Struct
@@ -325,7 +324,7 @@ def _asked(error: UpstreamError) -> int:
 
 
 EVENT_END = b"\n\n"
-ANY_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+ANY_EVENT_END = (EVENT_END, b"\n\r\n", b"\r\r")
 """A server-sent event ends with an empty line; lines may end in LF, CRLF or CR."""
 
 HELD_BACK_BYTES = 1024 * 1024
@@ -348,16 +347,17 @@ class Records:
         if data.endswith(self._separator):
             self.rest = b""
         else:
-            end = data.rfind(self._separator)
-            cut = end + len(self._separator) if end >= 0 else 0
-            if b"\r" in data and self._separator == EVENT_END:
-                cut = max([cut, *(found.end() for found in ANY_EVENT_END.finditer(data))])
+            ends = self._ends_in(data)
+            cut = max([0, *(data.rfind(end) + len(end) for end in ends if end in data)])
             if len(data) - cut > HELD_BACK_BYTES:
                 cut = len(data)
             self.rest, data = data[cut:], data[:cut]
         if data:
             self.last = data
-            in_crlf = b"\r" in data and self._separator == EVENT_END
-            ends = len(ANY_EVENT_END.findall(data)) if in_crlf else data.count(self._separator)
-            self.count += ends or 1
+            self.count += sum(data.count(end) for end in self._ends_in(data)) or 1
         return data
+
+    def _ends_in(self, data: bytes) -> tuple[bytes, ...]:
+        """What may end a record in it."""
+        is_any = b"\r" in data and self._separator == EVENT_END
+        return ANY_EVENT_END if is_any else (self._separator,)

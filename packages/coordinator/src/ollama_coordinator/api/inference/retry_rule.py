@@ -120,10 +120,14 @@ def says_nothing_of_the_machine(text: str) -> bool:
     return any(kind.search(text) for kind in (WRONG_OPTION, OF_THE_MODEL))
 
 
+ERROR_BYTES = 64 * 1024
+"""Of an error of Ollama's, which may repeat a name of the request's."""
+
+
 def error_text(body: bytes) -> str:
     """The sentence in an error body of any dialect; the body itself where it is not JSON."""
     try:
-        value = json.loads(body)
+        value = json.loads(body if len(body) <= ERROR_BYTES else b"")
     except (ValueError, RecursionError):
         return body.decode(errors="replace").strip()[:500]
     error = value.get("error") if isinstance(value, dict) else None
