@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES
 from ollama_coordinator.api.routes import endpoints
-from ollama_coordinator.app import assembled
+from ollama_coordinator.app import create_app
 from ollama_coordinator_common.settings import CoordinatorConfig
 from support.ollama import StandIn
 from support.programs import answers, free_port, program
@@ -211,7 +211,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 def routes(agent_id: str) -> dict[str, Input]:
     """A hostile input of each kind to every route that is not inference's."""
     found: dict[str, Input] = {}
-    parts = assembled(CoordinatorConfig(database_url="sqlite://:memory:"))
+    parts = create_app(CoordinatorConfig(database_url="sqlite://:memory:")).state.parts
     inference = {one.path for one in INFERENCE_ROUTES}
     for one in endpoints(parts):
         path = re.sub(r"\{\w+(?::path)?\}", "x", one.path.replace("{agent_id}", agent_id))

@@ -137,6 +137,7 @@ REAL_TIME = {
     "http1/limits.py": "how long a refused client is read from",
     "link/links.py": "how long closing may take",
     "commands/top.py": "a client's own time",
+    "front.py": "how long a client waits for a leader",
 }
 """Where `asyncio.timeout` ends something of our own. Elsewhere a time in which the coordinator did
 not run must not count."""

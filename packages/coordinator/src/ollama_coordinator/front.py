@@ -89,9 +89,10 @@ class Front:
         self.stopping = False
         self._cluster = cluster
         self._upstreams = upstreams
+        self._clock = clock
         self._leads = asyncio.Event()
         self._under_way: dict[Interrupt, Coordinator] = {}
-        self._passing = BodyTimeout(self._pass, settings, BodyRoom(memory_share()), clock)
+        self._passing = BodyTimeout(self._pass, settings, BodyRoom(memory_share(), clock), clock)
 
     def lead(self, own: ASGIApp | None) -> None:
         """Serve by `own` from now on; with `None`, pass requests on."""
@@ -116,7 +117,7 @@ class Front:
         secret = [("X-Ollama-Coordinator-Front", self._cluster.secret)]
         health = self._upstreams.open("GET", f"{url}/healthz", headers=secret)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS), health as answer:
+            async with self._clock.timeout(ANSWER_SECONDS), health as answer:
                 return answer.status == 200
         except (UpstreamError, TimeoutError):
             return False

@@ -229,7 +229,7 @@ class ModelProbes:
                 return True
             try:
                 async with (
-                    asyncio.timeout(WELL_SECONDS),
+                    self._clock.timeout(WELL_SECONDS),
                     self._dispatch.lease(self._request(agent, row)) as held,
                 ):
                     return await self._ask(held, row, WELL_SECONDS) is not False
