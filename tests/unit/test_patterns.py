@@ -41,22 +41,17 @@ def modules() -> list[ModuleType]:
 
 
 def uses_in(module: ModuleType) -> Iterator[tuple[Any, str]]:
-    """Each pattern that a module uses with the method that it calls; (name, "") where neither."""
+    """Each pattern that a module uses, with the method that it calls or hands over."""
     tree = ast.parse(Path(str(module.__file__)).read_text("utf-8"))
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        owner, method = node.func.value, node.func.attr
-        if not isinstance(owner, ast.Name) or method not in USES:
-            continue
-        if owner.id != "re":
-            pattern = vars(module).get(owner.id)
+        if isinstance(node, ast.Attribute) and node.attr in USES:
+            pattern = vars(module).get(ast.unparse(node.value))
             if isinstance(pattern, re.Pattern):
-                yield pattern, method
-        elif isinstance(node.args[0], ast.Constant):
-            yield re.compile(node.args[0].value, flags_of(node)), method
-        else:
-            raise AssertionError(f"{module.__name__}:{node.lineno}: give `re.{method}` a constant")
+                yield pattern, node.attr
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"re.{one}" for one in USES}:
+            text = node.args[0]
+            assert isinstance(text, ast.Constant), f"{module.__name__}:{node.lineno}: no constant"
+            yield re.compile(text.value, flags_of(node)), ast.unparse(node.func)[3:]
 
 
 def flags_of(call: ast.Call) -> int:
