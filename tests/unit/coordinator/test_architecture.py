@@ -138,6 +138,7 @@ REAL_TIME = {
     "link/links.py": "how long closing may take",
     "commands/top.py": "a client's own time",
     "front.py": "how long a client waits for a leader",
+    "identity.py": "how long closing may take",
 }
 """Where `asyncio.timeout` ends something of our own. Elsewhere a time in which the coordinator did
 not run must not count."""

@@ -13,6 +13,7 @@ from ollama_coordinator.api.http.body_timeout import (
     LEAST_ROOM_BYTES,
     BodyRoom,
     BodyTimeout,
+    cgroup_limits,
     memory_share,
 )
 from ollama_coordinator.api.http.errors import HttpError, NoRoom, headers_of
@@ -124,6 +125,23 @@ def test_a_container_may_take_less_than_its_machine_has(tmp_path: Path) -> None:
     assert share(f"{512 * 1024**2}\n") == 128 * 1024**2
     assert share(f"{1024**2}\n") == LEAST_ROOM_BYTES
     assert share("max\n") == share(f"{2**63 - 4096}\n") == whole >= LEAST_ROOM_BYTES
+
+
+@pytest.mark.spec("OPERATION-33")
+def test_the_limits_of_a_service_are_those_of_its_cgroup_and_those_around_it(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("4:cpu,memory:/docker/abc\n1:name=systemd:/x\n0::/system.slice/a.service\n")
+    assert list(cgroup_limits(str(own))) == [
+        "/sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/docker/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/system.slice/a.service/memory.max",
+        "/sys/fs/cgroup/system.slice/memory.max",
+        "/sys/fs/cgroup/memory.max",
+    ]
+    assert list(cgroup_limits(str(tmp_path / "not there"))) == []
 
 
 @pytest.mark.spec("OPERATION-19")

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -39,16 +39,42 @@ STREAMED = "/api/blobs/"
 """Where a body goes to the disk as it comes."""
 
 
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux says what a container may take: cgroups 2, and 1. `max` is no limit."""
+CGROUPS = {"": ("/sys/fs/cgroup", "memory.max")} | {
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+}
+"""Where Linux says what a service or a container may take, in cgroups 2 and 1; `max`: no limit."""
 
 
-def memory_share(limits: Iterable[str] = CONTAINER_LIMITS) -> int:
-    """The bytes that request bodies may take."""
+def cgroup_limits(own: str = "/proc/self/cgroup") -> Iterator[str]:
+    """The files with the limits of this process's cgroup, and of those around it."""
+    with suppress(OSError, ValueError):
+        for line in Path(own).read_text("utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            for root, file in (CGROUPS[one] for one in controllers.split(",") if one in CGROUPS):
+                folder = Path(root, name.lstrip("/"))
+                while folder.is_relative_to(root):
+                    yield str(folder / file)
+                    folder = folder.parent
+
+
+def _own_limits() -> Iterator[int]:
+    """What this process may take by `ulimit -v` and `-d`, or systemd's LimitAS and LimitDATA."""
+    with suppress(ImportError):  # as on Windows
+        import resource
+
+        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+            soft, _ = resource.getrlimit(kind)
+            if soft != resource.RLIM_INFINITY:
+                yield soft
+
+
+def memory_share(limits: Iterable[str] | None = None) -> int:
+    """The bytes that request bodies may take; `limits` are files with what all may take."""
     memory = MEMORY_BYTES
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in limits:
+    memory = min([memory, *_own_limits()])
+    for path in cgroup_limits() if limits is None else limits:
         with suppress(OSError, ValueError):
             memory = min(memory, int(Path(path).read_text("ascii")))
     return max(memory // SHARE, LEAST_ROOM_BYTES)
