@@ -51,7 +51,7 @@ LOOK_SECONDS = 5.0
 VALID_DAYS = 3650
 """Ten years; nobody renews it, since agents believe this very certificate."""
 
-_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----[^-]++-----END CERTIFICATE-----")
 
 
 def files_of(setting: str) -> tuple[Path, Path] | None:
