@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from ollama_coordinator_common.settings import AgentConfig
@@ -291,3 +292,181 @@ async def test_without_a_leader_a_request_is_told_to_come_again(
             postgres.ask("ALTER SCHEMA gone RENAME TO " + postgres.schema)
         await second.leads(epoch=2)
         assert (await second.get("/readyz"))["status"] == "ok"
+
+
+# ── attempts that fronts carry out ────────────────────────────────────────────────────────────
+
+
+@pytest.mark.spec("CLUSTER-9")
+async def test_a_stream_by_way_of_a_front_outlives_its_leader(
+    pair: list[Coordinator], ollama: StandIn
+) -> None:
+    first, second = pair
+    await second.register(ollama, "one")
+    ollama.hold(after=1)
+    async with second.session.post(f"{second.url}/api/chat", json=CHAT) as response:
+        await response.content.readline()
+        await first.program.kill()
+        await second.leads(epoch=2)
+        ollama.release()
+        assert b'"done":true' in await response.read()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while (await second.chat())[0] != 200:  # its models may not have been written yet
+            await asyncio.sleep(0.01)
+    assert ollama.seen.count("/api/chat") == 2
+
+
+@pytest.mark.spec("CLUSTER-9")
+async def test_what_a_front_carries_out_is_retried_and_counted_as_at_the_leader(
+    pair: list[Coordinator], ollama: StandIn
+) -> None:
+    first, second = pair
+    async with StandIn() as broken:
+        await second.register(ollama, "well")
+        await second.register(broken, "broken")
+        broken.faults.rst(paths=["/api/chat"])
+        for _ in range(4):
+            assert (await second.chat(model="llama3.2"))[0] == 200
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while len(rows := (await first.get("/api/history"))["requests"]) < 4:
+            await asyncio.sleep(0.01)
+    assert {row["agent"] for row in rows} == {"well"}
+    assert all(row["output_tokens"] and row["status"] == "served" for row in rows)
+    assert (await first.get("/healthz"))["in_flight"] == 0
+
+
+@pytest.mark.spec("CLUSTER-9")
+async def test_an_operator_ends_what_a_front_carries_out(
+    pair: list[Coordinator], ollama: StandIn
+) -> None:
+    first, second = pair
+    await second.register(ollama, "one")
+    ollama.hold(after=1)
+    headers = {"Origin": "http://localhost:3000"}
+    async with second.session.post(
+        f"{second.url}/api/chat", json=CHAT, headers=headers
+    ) as response:
+        await response.content.readline()
+        assert response.headers.getall("Access-Control-Allow-Origin") == [headers["Origin"]]
+        [row] = await first.get("/api/requests")
+        async with first.session.delete(f"{first.url}/api/requests/{row['id']}") as answer:
+            assert answer.status == 204
+        assert b"error" in await response.read()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while (await first.get("/healthz"))["in_flight"]:
+            await asyncio.sleep(0.01)
+
+
+# ── several processes on one machine ──────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def workers(folder: Path, count: int) -> AsyncIterator[Coordinator]:
+    """One program of so many processes, with a file for its database."""
+    port = programs.free_port()
+    settings = {"COORDINATOR_WORKERS": str(count)}
+    async with (
+        programs.coordinator(folder, port, **settings) as (base, program),
+        # A connection of its own for each request: any of the processes may take it.
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+    ):
+        await program.says_so_often("coordinator listens", count)
+        yield Coordinator(base, program, session)
+
+
+def processes(coordinator: Coordinator) -> dict[int, psutil.Process]:
+    """The processes that serve, by the ports on which the others reach them."""
+    found = {}
+    for process in psutil.Process(coordinator.program.pid).children():
+        ports = {one.laddr.port for one in process.net_connections() if one.status == "LISTEN"}
+        for port in ports - {int(coordinator.url.rpartition(":")[2])}:
+            found[port] = process
+    return found
+
+
+@pytest.mark.spec("CLUSTER-10")
+async def test_a_process_of_several_that_dies_takes_nothing_with_it(
+    tmp_path: Path, ollama: StandIn
+) -> None:
+    async with workers(tmp_path, 3) as coordinator:
+        await coordinator.register(ollama, "one")
+        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        serving = processes(coordinator)
+        assert len(serving) == 3
+        ollama.hold(after=1)
+        streams = [asyncio.create_task(_streamed(coordinator)) for _ in range(8)]
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while ollama.seen.count("/api/chat") < 1:
+                await asyncio.sleep(0.01)
+        serving[int(leader.rpartition(":")[2])].kill()
+        ollama.release()
+        ends = await asyncio.gather(*streams)
+        # Those whose connections were with the process that died are cut, and know it.
+        assert all(b'"done":true' in end or end == CUT for end in ends)
+        assert (await coordinator.chat())[0] == 200
+        assert (await coordinator.get("/healthz"))["leader"]["epoch"] == 2
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while len(processes(coordinator)) < 3:
+                await asyncio.sleep(0.05)
+        rest = list(processes(coordinator).values())
+        coordinator.program.send(programs.TERMINATE)
+        assert await coordinator.program.ended() == 0
+        assert not [process for process in rest if process.is_running()]
+
+
+CUT = b"cut"
+
+
+async def _streamed(coordinator: Coordinator) -> bytes:
+    try:
+        async with coordinator.session.post(f"{coordinator.url}/api/chat", json=CHAT) as response:
+            return await response.read()
+    except aiohttp.ClientError:
+        return CUT
+
+
+@pytest.mark.spec("CLUSTER-11")
+async def test_a_front_believes_the_certificate_that_the_database_names(
+    tmp_path: Path, ollama: StandIn
+) -> None:
+    port, log = programs.free_port(), tmp_path / "log"
+    settings = {
+        "COORDINATOR_WORKERS": "2",
+        "COORDINATOR_TLS": "self",
+        "COORDINATOR_HOST": "127.0.0.1",
+        "COORDINATOR_PORT": str(port),
+        "DATABASE_URL": f"sqlite:///{tmp_path.as_posix()}/coordinator.db",
+    }
+    connector = aiohttp.TCPConnector(force_close=True, ssl=False)
+    async with (
+        programs.program(log, programs.command("ollama-coordinator"), **settings) as program,
+        aiohttp.ClientSession(connector=connector) as session,
+    ):
+        await program.says_so_often("coordinator listens", 2)
+        coordinator = Coordinator(f"https://127.0.0.1:{port}", program, session)
+        await coordinator.register(ollama, "one")
+        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        assert leader.startswith("https://")
+        [front] = [each for at, each in processes(coordinator).items() if f":{at}" not in leader]
+        at = next(at for at, each in processes(coordinator).items() if each == front)
+        by_front = Coordinator(f"https://127.0.0.1:{at}", program, session)
+        assert (await by_front.chat())[0] == 200
+
+
+@pytest.mark.spec("CLUSTER-10")
+async def test_the_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    async with workers(tmp_path, 2) as coordinator:
+        serving = list(processes(coordinator).values())
+        await coordinator.program.kill()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while any(process.is_running() for process in serving):
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.spec("CLUSTER-10")
+async def test_what_several_processes_cannot_share_is_said(tmp_path: Path) -> None:
+    command = programs.command("ollama-coordinator")
+    settings = {"COORDINATOR_WORKERS": "2", "DATABASE_URL": "sqlite://:memory:"}
+    async with programs.program(tmp_path / "log", command, **settings) as program:
+        assert await program.ended() == 1
+        assert "COORDINATOR_WORKERS=2 does not work: a database in memory" in program.output

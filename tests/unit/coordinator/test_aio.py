@@ -218,3 +218,6 @@ def test_uvloop_runs_it_where_it_is_installed() -> None:
     uvloop = pytest.importorskip("uvloop")
     assert loop_of("auto") is uvloop.new_event_loop
     assert loop_of("asyncio") is None
+    assert loop_of("auto", "self") is None
+    with pytest.raises(ConfigError, match="uvloop cannot serve COORDINATOR_TLS"):
+        loop_of("uvloop", "cert.pem,key.pem")

@@ -58,9 +58,11 @@ def from_ours(module: Path) -> set[str]:
 
 LAYERS = (
     {"main"},
+    {"workers"},
     {"server"},
     {"app"},
     {"front"},
+    {"carry"},
     {"api"},
     {"metrics"},
     {"parts"},
@@ -137,6 +139,7 @@ REAL_TIME = {
     "http1/limits.py": "how long a refused client is read from",
     "link/links.py": "how long closing may take",
     "front.py": "how long a client waits for a leader",
+    "carry.py": "how long a request that is answered is kept for its leader",
     "identity.py": "how long closing may take",
 }
 """Where `asyncio.timeout` ends something of our own. Elsewhere a time in which the coordinator did

@@ -309,6 +309,10 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "The database: sqlite://FILE in the working folder, or postgresql://USER@HOST/DATABASE",
         metavar="URL",
     )] = "sqlite://coordinator.db"
+    workers: Annotated[int, Setting(
+        "COORDINATOR_WORKERS", "How many processes serve clients; one of them leads",
+        metavar="NUMBER", bounds=(1, 64),
+    )] = 1
     advertise: Annotated[str, Setting(
         "COORDINATOR_ADVERTISE",
         "The URL at which other coordinators on its PostgreSQL reach this one", metavar="URL",

@@ -13,6 +13,9 @@ from ollama_coordinator_common.error import ConfigError
 
 log = logging.getLogger(__name__)
 
+OFF = "off"
+"""The value of `COORDINATOR_TLS` without TLS."""
+
 SLICE_SECONDS = 0.002
 """How long a computation may hold up the streams of other requests."""
 
@@ -31,12 +34,21 @@ class Interrupt:
         self._cancelling = 0
         self._exception: Exception | None = None
         self._over = False
+        self._elsewhere: Callable[[Exception], None] | None = None
+
+    def divert(self, fire: Callable[[Exception], None]) -> None:
+        """Call `fire` in place of ending a block, which runs elsewhere."""
+        self._elsewhere = fire
+        if self._exception is not None:
+            fire(self._exception)
 
     def fire(self, exception: Exception) -> None:
         """End the block with `exception`; only the first call counts."""
         if self._exception is not None or self._over:
             return
         self._exception = exception
+        if self._elsewhere is not None:
+            self._elsewhere(exception)
         if self._task is not None:
             self._task.cancel(str(exception) or None)
 
@@ -140,17 +152,23 @@ class Slices:
             self._since = perf_counter()
 
 
-def loop_of(name: str) -> Callable[[], AbstractEventLoop] | None:
+def loop_of(name: str, tls: str = OFF) -> Callable[[], AbstractEventLoop] | None:
     """The factory of an event loop of this name; `None` for asyncio's own.
 
     uvloop is an extra, since it does not exist on Windows. It saves about a seventh of the CPU of a
-    short answer, and a quarter of that of a streamed token.
+    short answer, and a quarter of that of a streamed token. Where `tls` is not off, it is of no
+    use: it reads a client's first bytes before TLS can be begun on a connection that is counted.
 
     Raises:
-        ConfigError: uvloop is wanted, and not installed.
+        ConfigError: uvloop is wanted, and not installed, or TLS too.
     """
     if name == "asyncio":
         return None
+    if tls.lower() != OFF:
+        if name == "auto":
+            return None
+        expected = "uvloop cannot serve COORDINATOR_TLS; give auto"
+        raise ConfigError("COORDINATOR_LOOP", name, expected)
     try:
         import uvloop
     except ImportError as exc:

@@ -29,6 +29,7 @@ from .api.http.errors import error_reply, status_of
 from .api.http.routing import AccessLog, CircleGuard, Gate, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .attention import Attention
+from .carry import Carried
 from .clock import Clock
 from .cluster import Cluster
 from .db import Store, database_of, files_beside
@@ -221,13 +222,16 @@ class _App(Starlette):
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
-        room = BodyRoom(memory_share(), parts.clock)
+        room = BodyRoom(memory_share() // parts.settings.config.workers, parts.clock)
         timed = BodyTimeout(app, parts.settings, room, parts.clock)
         guarded: ASGIApp = CircleGuard(timed, parts.upstreams.instance_id)
         if parts.settings.config.access_log:
             guarded = AccessLog(guarded)
         served: ASGIApp = Cors(Gate(guarded, parts.access), self.state.origins)
-        return Fronted(served, parts.cluster) if parts.cluster.is_shared else served
+        if not parts.cluster.is_shared:
+            return served
+        carried = Carried(parts.dispatch, parts.cluster.epoch)
+        return Fronted(served, parts.cluster, carried)
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

@@ -43,12 +43,14 @@ DOCUMENT = "cluster"
 class Coordinator(Struct, frozen=True):
     """One of the coordinators; times in milliseconds of the database's clock.
 
-    `url`: where the others reach it. `epoch`: 0 if it never led. `leads_since_ms`: not there after
-    it gave way, and ends its answers.
+    `url`: where the others reach it. `certificate`: the SHA-256 of the one that it shows there, in
+    hexadecimal digits; empty without TLS. `epoch`: 0 if it never led. `leads_since_ms`: not there
+    after it gave way, and ends its answers.
     """
 
     id: str
     url: str
+    certificate: str
     version: str
     started_ms: int
     seen_ms: int
@@ -69,7 +71,12 @@ class Cluster:
     show each other; empty until the first one has led.
     """
 
-    def __init__(self, database: SharedDatabase | None, url_at: Callable[[str], str] = str) -> None:
+    def __init__(
+        self,
+        database: SharedDatabase | None,
+        url_at: Callable[[str], str] = str,
+        certificate: Callable[[], str] = str,
+    ) -> None:
         """`url_at` gives this coordinator's URL at its address towards the database."""
         self.is_shared = database is not None
         self.id = token_hex(8)
@@ -77,6 +84,7 @@ class Cluster:
         self.coordinators: list[Coordinator] = []
         self._database = database
         self._url_at = url_at
+        self._certificate = certificate
         self._url = ""
         self._is_beside = False
         self._changed = asyncio.Event()
@@ -86,6 +94,11 @@ class Cluster:
         """Who leads, or led last; `None` before anybody did."""
         leader = max(self.coordinators, key=lambda one: one.epoch, default=None)
         return leader if leader is not None and leader.epoch else None
+
+    def certificate_at(self, url: str) -> bytes | None:
+        """The SHA-256 of the certificate that a coordinator shows at its URL; `None` without."""
+        shown = next((one.certificate for one in self.coordinators if one.url == url), "")
+        return bytes.fromhex(shown) if shown else None
 
     async def changed(self) -> None:
         """Wait until another coordinator leads."""
@@ -113,7 +126,7 @@ class Cluster:
             return
         await store.run(self._begin)
         self._take(await store.run(_coordinators))
-        log.info("coordinator leads", extra={"url": self._url, "epoch": self._epoch()})
+        log.info("coordinator leads", extra={"url": self._url, "epoch": self.epoch()})
         async with beside(self._beat(store)):
             yield
 
@@ -130,12 +143,11 @@ class Cluster:
         """Whether one that led has let another one lead by itself."""
         return any(one.id == leader.id and one.leads_since_ms is None for one in self.coordinators)
 
-    def _epoch(self) -> int:
+    def epoch(self) -> int:
+        """The last epoch in which this coordinator led; 0 if it never did."""
         return next((one.epoch for one in self.coordinators if one.id == self.id), 0)
 
     def _begin(self, db: Database) -> None:
-        if isinstance(db, SharedDatabase):
-            self._url = self._url_at(db.address_here())
         self.secret = _secret(db)
         if not self.secret:
             self.secret = token_urlsafe(32)
@@ -143,7 +155,6 @@ class Cluster:
             db.execute("INSERT INTO documents (name, body) VALUES (?, ?)", [DOCUMENT, body])
         self._note(db)
         db.execute(_LEAD, [self.id])
-        db.execute(_FORGET, [SILENT_MS])
 
     async def _beat(self, store: Store) -> None:
         while True:
@@ -152,8 +163,8 @@ class Cluster:
                 continue  # the store says so, and tries again by itself
 
             def beat(db: Database) -> list[dict[str, Any]]:
-                self._note(db)
-                db.execute(_FORGET, [SILENT_MS])
+                now_ms = self._note(db)
+                db.execute(_FORGET, [now_ms - SILENT_MS])
                 return _coordinators(db)
 
             try:
@@ -161,8 +172,14 @@ class Cluster:
             except DatabaseError as exc:
                 log.debug("not noted in the database", extra={"reason": str(exc)})
 
-    def _note(self, db: Database) -> None:
-        db.execute(_NOTE, [self.id, self._url, version("ollama-coordinator")])
+    def _note(self, db: Database) -> int:
+        """Note that this coordinator is here; when, by the clock of all."""
+        if not isinstance(db, SharedDatabase):
+            raise TypeError("this database is one coordinator's alone")
+        self._url, now_ms = self._url_at(db.address_here()), db.now_ms()
+        facts = [self.id, self._url, self._certificate(), version("ollama-coordinator")]
+        db.execute(_NOTE, [*facts, now_ms, now_ms])
+        return now_ms
 
     # ── following ─────────────────────────────────────────────────────────────────────────────
 
@@ -211,7 +228,6 @@ class Cluster:
             db.open_beside()
             self._is_beside = True
         with db.atomic():
-            self._url = self._url_at(db.address_here())
             self._note(db)
             self.secret = _secret(db) or self.secret
             return db.is_led(), _coordinators(db)
@@ -227,10 +243,10 @@ def _coordinators(db: Database) -> list[dict[str, Any]]:
 
 
 _NOTE = """
-    INSERT INTO coordinators (id, url, version, started_ms, seen_ms, epoch)
-    SELECT ?, ?, ?, now_ms, now_ms, 0
-    FROM (SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::bigint AS now_ms) AS clock
-    ON CONFLICT (id) DO UPDATE SET url = excluded.url, seen_ms = excluded.seen_ms
+    INSERT INTO coordinators (id, url, certificate, version, started_ms, seen_ms, epoch)
+    VALUES (?, ?, ?, ?, ?, ?, 0)
+    ON CONFLICT (id) DO UPDATE SET
+        url = excluded.url, certificate = excluded.certificate, seen_ms = excluded.seen_ms
 """
 _LEAD = """
     UPDATE coordinators
@@ -239,5 +255,5 @@ _LEAD = """
 _GIVE_WAY = "UPDATE coordinators SET leads_since_ms = NULL WHERE id = ?"
 _FORGET = """
     DELETE FROM coordinators WHERE epoch < (SELECT MAX(epoch) FROM coordinators)
-    AND seen_ms < (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::bigint - ?
+    AND seen_ms < ?
 """

@@ -7,8 +7,10 @@ leads, requests wait.
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from hashlib import sha256
 from secrets import compare_digest
 from typing import cast
 from urllib.parse import urlsplit
@@ -20,13 +22,16 @@ from yarl import URL
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.pump import Pipe
 
-from .aio import Interrupt, first_of
+from .aio import Interrupt, beside, first_of
 from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share, until_disconnect
+from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES, dialect_of, error_record
-from .api.http.errors import ClientLeft, HttpError, send_error
+from .api.http.errors import ClientLeft, HttpError, send_error, send_whole
 from .api.http.headers import HOP_BY_HOP, as_text, first
 from .api.http.routing import NO_HTTP1
-from .api.inference.relay import STREAMED
+from .api.inference.relay import CARRIER, STREAMED
+from .api.inference.request import read_body
+from .carry import CARRIES, CONTENT_TYPE, Carried, FrontAttempts, FrontCarrier
 from .clock import Clock
 from .cluster import Cluster, Coordinator
 from .http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
@@ -34,6 +39,7 @@ from .settings import Settings
 from .upstream import (
     VIA_HEADER,
     NotConnected,
+    Unreachable,
     UpstreamError,
     Upstreams,
     chunks,
@@ -59,6 +65,11 @@ AGAIN_SECONDS = 0.1
 ANSWER_SECONDS = 0.5
 """For a leader to say that it leads; one that is frozen does not."""
 
+REPORTS = "/api/coordinators/reports"
+"""Where a leader takes the reports of fronts; it is no route of the API."""
+
+REPORT_SECONDS, REPORT_BYTES = 3.0, 64 * 1024 * 1024
+
 HEALTH = ("/healthz", "/readyz")
 """Asked often, by those who have another coordinator to go to."""
 
@@ -66,7 +77,7 @@ NOBODY_LEADS = "none of the coordinators leads now; please try again"
 
 LOST = "the coordinator that leads was lost while it served the request; please try again"
 
-NOT_PASSED = HOP_BY_HOP | {FRONT, VIA_HEADER.lower().encode(), b"expect"}
+NOT_PASSED = HOP_BY_HOP | {FRONT, CARRIES, VIA_HEADER.lower().encode(), b"expect"}
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}
 
 _INFERENCE = {route.path: route for route in INFERENCE_ROUTES}
@@ -92,7 +103,11 @@ class Front:
         self._clock = clock
         self._leads = asyncio.Event()
         self._under_way: dict[Interrupt, Coordinator] = {}
-        self._passing = BodyTimeout(self._pass, settings, BodyRoom(memory_share(), clock), clock)
+        self._settings = settings
+        room = BodyRoom(memory_share() // settings.config.workers, clock)
+        self._passing = BodyTimeout(self._pass, settings, room, clock)
+        self._cors = Cors(self._passing, settings.config.origins)
+        self._attempts = FrontAttempts(upstreams, clock, self._report)
 
     def lead(self, own: ASGIApp | None) -> None:
         """Serve by `own` from now on; with `None`, pass requests on."""
@@ -104,6 +119,10 @@ class Front:
 
         Not from one that gave way, which ends its answers.
         """
+        async with beside(self._attempts.run()):
+            await self._watch()
+
+    async def _watch(self) -> None:
         while True:
             await self._cluster.changed()
             leader = self._cluster.leader
@@ -115,7 +134,12 @@ class Front:
     async def still_leads(self, url: str) -> bool:
         """Whether the coordinator at a URL answers, and leads."""
         secret = [("X-Ollama-Coordinator-Front", self._cluster.secret)]
-        health = self._upstreams.open("GET", f"{url}/healthz", headers=secret)
+        health = self._upstreams.open(
+            "GET",
+            f"{url}/healthz",
+            headers=secret,
+            certificate=self._cluster.certificate_at(url),
+        )
         try:
             async with self._clock.timeout(ANSWER_SECONDS), health as answer:
                 return answer.status == 200
@@ -159,7 +183,12 @@ class Front:
         Raises:
             HttpError: there is no leader.
         """
-        body = await receive()
+        if scope["path"] in _INFERENCE and scope["method"] == "POST":
+            limit = self._settings.config.max_body_bytes
+            whole = await read_body(receive, limit, dict(scope["headers"]))
+            body: Message = {"type": "http.request", "body": whole, "more_body": False}
+        else:
+            body = await receive()
         if body["type"] == "http.disconnect":
             raise ClientLeft
         loop = asyncio.get_running_loop()
@@ -172,8 +201,9 @@ class Front:
             try:
                 if await self._passed_on(leader, scope, body, receive, send):
                     return
-            except NotConnected:
-                pass
+            except NotConnected as exc:
+                extra = {"url": leader.url, "reason": str(exc)}
+                log.debug("the leader takes no connection", extra=extra)
             if loop.time() > until or body.get("more_body"):
                 raise HttpError(503, NOBODY_LEADS)
             await asyncio.sleep(AGAIN_SECONDS)
@@ -209,6 +239,8 @@ class Front:
             for name, value in scope["headers"]
             if name not in NOT_PASSED and (name != b"content-length" or has_more)
         ]
+        if scope["path"] in _INFERENCE:
+            sent.append((CARRIES.decode(), "1"))
         kept: list[tuple[bytes, bytes]] | None = None
         part = b""
         opened = self._upstreams.open(
@@ -217,16 +249,25 @@ class Front:
             headers=sent,
             body=body.get("body", b""),
             stream=_parts(body, receive) if has_more else None,
+            certificate=self._cluster.certificate_at(leader.url),
         )
         try:
             async with (
                 _while_connected(scope, receive, is_whole=not has_more),
-                self._while_leading(leader),
+                self._while_leading(leader) as asking,
                 opened as answer,
             ):
                 headers = [(name.lower(), value) for name, value in answer.raw_headers]
                 if first(headers, FOLLOWS) is not None:
                     return False
+                if (b"content-type", CONTENT_TYPE) in headers:
+                    whole = body["body"]
+                    client = self._cors.adding(scope, send)
+                    del self._under_way[asking]  # an attempt goes on without its leader
+                    reading = self._while_leading(leader)
+                    return await self._attempts.answer(
+                        leader.url, chunks(answer), reading, whole, client
+                    )
                 kept = [pair for pair in headers if pair[0] not in NOT_PASSED_BACK]
                 await send(
                     {"type": "http.response.start", "status": answer.status, "headers": kept}
@@ -247,7 +288,7 @@ class Front:
         return True
 
     @asynccontextmanager
-    async def _while_leading(self, leader: Coordinator) -> AsyncIterator[None]:
+    async def _while_leading(self, leader: Coordinator) -> AsyncIterator[Interrupt]:
         """A block that ends with `LeaderReplaced` when another coordinator leads in the place of
         one that did not give way: it is dead, frozen or cut off.
         """
@@ -255,9 +296,30 @@ class Front:
         self._under_way[interrupt] = leader
         try:
             async with interrupt:
-                yield
+                yield interrupt
         finally:
-            del self._under_way[interrupt]
+            self._under_way.pop(interrupt, None)
+
+    async def _report(self, leader: str, reports: bytes) -> None:
+        """Tell a leader of the attempts that it has ordered.
+
+        Raises:
+            UpstreamError: it did not take that.
+        """
+        secret = [("X-Ollama-Coordinator-Front", self._cluster.secret)]
+        posted = self._upstreams.open(
+            "POST",
+            leader + REPORTS,
+            headers=secret,
+            body=reports,
+            certificate=self._cluster.certificate_at(leader),
+        )
+        try:
+            async with self._clock.timeout(REPORT_SECONDS), posted as answer:
+                if answer.status != 204:
+                    raise Unreachable(f"answers {answer.status}")
+        except TimeoutError as exc:
+            raise Unreachable(f"no answer within {REPORT_SECONDS:g} s") from exc
 
     def _credentials(self, scope: Scope) -> str:
         address, port = scope["client"] or ("", 0)
@@ -285,8 +347,9 @@ class Front:
         far, near = Pipe(), Pipe()
         try:
             reader, writer = await asyncio.open_connection(
-                where.hostname, where.port, ssl=where.scheme == "https"
+                where.hostname, where.port, ssl=_unverified() if where.scheme == "https" else None
             )
+            _check(writer, self._cluster.certificate_at(leader.url))
         except OSError as exc:
             raise HttpError(503, NOBODY_LEADS) from exc
         try:
@@ -392,6 +455,28 @@ async def _break_off(
 # ── one connection of a link ──────────────────────────────────────────────────────────────────
 
 
+def _unverified() -> ssl.SSLContext:
+    """No authority vouches for a coordinator's certificate, which the database names."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def _check(writer: asyncio.StreamWriter, certificate: bytes | None) -> None:
+    """Send nothing to whoever shows another certificate.
+
+    Raises:
+        OSError: it is another one.
+    """
+    connection = writer.get_extra_info("ssl_object")
+    if connection is None:
+        return
+    shown = connection.getpeercert(binary_form=True) or b""
+    if certificate is None or sha256(shown).digest() != certificate:
+        writer.transport.abort()
+        raise OSError("the leader shows another certificate than the database names")
+
+
 def _take_over(transport: asyncio.Transport, pipe: Pipe) -> None:
     transport.set_protocol(pipe)
     pipe.connection_made(transport)
@@ -415,25 +500,51 @@ def _error_in(text: str) -> str:
 
 
 class Fronted:
-    """ASGI middleware of the leader: what another coordinator passes on comes from its client."""
+    """ASGI middleware of the leader: what another coordinator passes on comes from its client.
 
-    def __init__(self, app: ASGIApp, cluster: Cluster) -> None:
+    Fronts carry out the attempts at what they pass on, and report on them.
+    """
+
+    def __init__(self, app: ASGIApp, cluster: Cluster, carried: Carried) -> None:
         self._app = app
         self._cluster = cluster
+        self._carried = carried
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request; no coroutine of its own, which each step of an answer would pass."""
-        if scope["type"] == "http":
-            given = first(scope["headers"], FRONT)
-            if given is not None:
-                scope = self._of_client(scope, given)
-        return self._app(scope, receive, send)
+        given = first(scope["headers"], FRONT) if scope["type"] == "http" else None
+        return (
+            self._app(scope, receive, send)
+            if given is None
+            else self._fronted(scope, receive, send, given)
+        )
 
-    def _of_client(self, scope: Scope, given: str) -> Scope:
+    async def _fronted(self, scope: Scope, receive: Receive, send: Send, given: str) -> None:
         secret, _, client = given.partition(" ")
         address, _, port = client.partition(" ")
-        headers = [pair for pair in scope["headers"] if pair[0] != FRONT]
-        known = self._cluster.secret
-        if known and compare_digest(secret.encode(), known.encode()) and port.isdigit():
-            return {**scope, "headers": headers, "client": (address, int(port))}
-        return {**scope, "headers": headers}
+        headers = [pair for pair in scope["headers"] if pair[0] not in (FRONT, CARRIES)]
+        carries = len(headers) < len(scope["headers"]) - 1
+        scope, known = {**scope, "headers": headers}, self._cluster.secret
+        if not known or not compare_digest(secret.encode(), known.encode()):
+            await self._app(scope, receive, send)
+        elif scope["path"] == REPORTS:
+            await self._take_reports(receive, send)
+        elif not port.isdigit():
+            await self._app(scope, receive, send)
+        else:
+            scope["client"] = (address, int(port))
+            if not carries:
+                await self._app(scope, receive, send)
+                return
+            carrier = FrontCarrier(self._carried, send)
+            scope[CARRIER] = carrier
+            await self._app(scope, receive, carrier.send)
+            await carrier.finish()
+
+    async def _take_reports(self, receive: Receive, send: Send) -> None:
+        body = await read_body(receive, REPORT_BYTES, {})
+        try:
+            self._carried.take(bytes(body))
+        except (msgspec.DecodeError, ValueError) as exc:
+            log.warning("a front reports what cannot be read", extra={"reason": str(exc)})
+        await send_whole(send, 204, [], b"")

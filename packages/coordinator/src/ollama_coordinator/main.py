@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import socket
+from collections.abc import Callable, Coroutine
+from functools import partial
 from importlib.metadata import version as installed_version
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from msgspec import structs
@@ -24,7 +27,7 @@ from ollama_coordinator_common.commandline import (
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
-from . import server
+from . import server, workers
 from .aio import loop_of
 from .commands import database, fleet, joining, operate, scheduling
 from .commands.keys import keys
@@ -110,6 +113,22 @@ def serve(context: typer.Context, settings: CoordinatorConfig) -> None:
 def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
     given = frozenset(name for name in context.params if is_given(context, name))
     config = structs.replace(settings, given=given)
+    if config.workers > 1:
+        _run(config, partial(workers.supervise, config, _work))
+    else:
+        _run(config, partial(server.run, config))
+
+
+def _work(config: CoordinatorConfig, listening: list[socket.socket]) -> None:
+    """Serve as one process of several, on sockets that all of them have."""
+    try:
+        _run(config, partial(server.run, config, listening))
+    except typer.Exit as exc:
+        raise SystemExit(exc.exit_code) from exc
+
+
+def _run(config: CoordinatorConfig, serving: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run what serves, with logs as the settings want them."""
     console = Console(stderr=True)
     handler: logging.Handler
     if config.log_format == JSON:
@@ -120,8 +139,8 @@ def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
     else:
         log_to(logging.StreamHandler(), config.log_level, PLAIN)
     try:
-        with asyncio.Runner(loop_factory=loop_of(config.loop)) as runner:
-            runner.run(server.run(config))
+        with asyncio.Runner(loop_factory=loop_of(config.loop, config.tls)) as runner:
+            runner.run(serving())
     except OllamaCoordinatorError as exc:
         last_words(str(exc), config.log_format)
         raise typer.Exit(1) from exc

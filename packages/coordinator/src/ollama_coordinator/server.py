@@ -12,7 +12,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -64,6 +64,8 @@ NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 HEAD_BYTES = 64 * 1024
 """For a request's head; browsers behind single sign-on send 16 KiB of cookies."""
 
+
+LOOPBACK = "127.0.0.1"
 
 EVERYWHERE = ("", "0.0.0.0", "::")
 """Values of `COORDINATOR_HOST` that are no address at which others reach this machine."""
@@ -137,8 +139,8 @@ def hypercorn_config(sockets: list[socket.socket], backlog: int) -> Config:
     return config
 
 
-async def run(config: CoordinatorConfig) -> None:
-    """Serve until a signal, then end in order.
+async def run(config: CoordinatorConfig, listening: Iterable[socket.socket] = ()) -> None:
+    """Serve until a signal, then end in order; on sockets that listen already, if any are given.
 
     Raises:
         ConfigError: the address cannot be listened on, or the certificate not used.
@@ -146,7 +148,7 @@ async def run(config: CoordinatorConfig) -> None:
     """
     tls, stop = await asyncio.to_thread(Tls, config), Stop()
     with contextlib.ExitStack() as sockets, stop.on_signals():
-        listening = listen(config.host, config.port)
+        listening = list(listening) or listen(config.host, config.port)
         for sock in listening:
             sockets.enter_context(sock)
         await Process(config, tls, stop, listening).run()
@@ -174,8 +176,9 @@ class Process:
         self._tls = tls
         self._stop = stop
         self._listening = listening
-        self._port = int(listening[0].getsockname()[1])
+        self._port = self._port_of_this = int(listening[0].getsockname()[1])
         self._database = database_of(config.database_url)
+        self._is_worker = config.workers > 1
         self._clock = Clock()
         self._parts: Parts | None = None
         self._capacity = capacity()
@@ -201,8 +204,9 @@ class Process:
         """
         with self._clock.watching():
             async with beside(self._tls.run()):
-                if isinstance(self._database, SharedDatabase):
-                    await self._share(self._database)
+                shared = self._database
+                if isinstance(shared, SharedDatabase) and (shared.of_machines or self._is_worker):
+                    await self._share(shared)
                 else:
                     async with self._leading(None) as app:
                         await self._serve(app)
@@ -244,7 +248,13 @@ class Process:
     # ── one of several ────────────────────────────────────────────────────────────────────────
 
     async def _share(self, shared: SharedDatabase) -> None:
-        cluster = Cluster(shared, self._url_at)
+        if self._is_worker:
+            # Clients connect to any of the processes; the others need this one.
+            host = LOOPBACK if not shared.of_machines else self._config.host
+            own = listen(host, 0)
+            self._listening = [*self._listening, *own]
+            self._port_of_this = int(own[0].getsockname()[1])
+        cluster = Cluster(shared, self._url_at, lambda: self._tls.shown)
         settings = await asyncio.to_thread(Settings, self._config, Store(shared))
         upstreams = Upstreams(self._clock)
         front = Front(cluster, upstreams, settings, self._clock)
@@ -263,9 +273,12 @@ class Process:
 
     def _url_at(self, address: str) -> str:
         """Where the others reach this one, at its address towards the database."""
+        config = self._config
+        if config.advertise and not self._is_worker:
+            return config.advertise.rstrip("/")
         scheme = "http" if self._tls.context is None else "https"
-        host = address if self._config.host in EVERYWHERE else self._config.host
-        return self._config.advertise.rstrip("/") or f"{scheme}://{netloc(host, self._port)}"
+        host = address if config.host in EVERYWHERE or address == LOOPBACK else config.host
+        return f"{scheme}://{netloc(host, self._port_of_this)}"
 
     async def _take_part(self, cluster: Cluster, front: Front) -> None:
         """Lead as often as nobody else does, until the server has ended."""

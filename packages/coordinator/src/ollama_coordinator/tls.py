@@ -71,6 +71,7 @@ def files_of(setting: str) -> tuple[Path, Path] | None:
 class Tls:
     """What the next connections are secured with. `context` is `None` where TLS is off.
 
+    `shown`: the SHA-256 of the certificate that they see, in hexadecimal digits; empty without TLS.
     `fingerprint`: the SHA-256 of a certificate that the coordinator has made itself, in hexadecimal
     digits; empty for others, which change when they are renewed. `pin`: of its public key, as
     curl's `--pinnedpubkey` takes it.
@@ -81,7 +82,7 @@ class Tls:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self.context: ssl.SSLContext | None = None
-        self.fingerprint = self.pin = ""
+        self.shown = self.fingerprint = self.pin = ""
         self.files = files_of(config.tls)
         self._is_own = config.tls.lower() == SELF
         self._seen: object = None
@@ -109,8 +110,9 @@ class Tls:
             given = f"{certificate},{key}"
             raise ConfigError(VARIABLE, given, f"it cannot be used ({reason}); {EXPECTED}") from exc
         self.context = context
+        self.shown = sha256(der).hexdigest()
         if self._is_own:
-            self.fingerprint = sha256(der).hexdigest()
+            self.fingerprint = self.shown
             self.pin = _pin_of(der)
 
     def _look(self) -> object:

@@ -198,12 +198,14 @@ class Upstreams:
         body: bytes | bytearray = b"",
         stream: AsyncIterator[bytes] | None = None,
         again: SendAgain = _always,
+        certificate: bytes | None = None,
     ) -> "_Opened":
         """`async with` sends a request, and has the response once its headers are here.
 
         `stream` is a body in pieces, in place of `body`. `again`: whether it may be sent once more.
-        Leaving the block before the end of the response's body closes the connection, by which
-        Ollama learns that its client has left.
+        `certificate`: the SHA-256 of the one that must be shown, in place of one that an authority
+        vouches for. Leaving the block before the end of the response's body closes the connection,
+        by which Ollama learns that its client has left.
 
         Raises (at the block's start):
             Unreachable: no headers arrived.
@@ -213,7 +215,12 @@ class Upstreams:
         sent = [*headers, (VIA_HEADER, via)]
         if self._api_keys and (key := self._key_of(str(url))):
             sent.append(bearer(key))
-        return _Opened(self._send(method, url, sent, body, stream, again))
+        tls = True if certificate is None else aiohttp.Fingerprint(certificate)
+        return _Opened(self._send(method, url, sent, body, stream, again, tls))
+
+    def has_key(self, url: str) -> bool:
+        """Whether the Ollama that a URL leads to has an API key, which nobody else knows."""
+        return bool(self._api_keys) and bool(self._key_of(url))
 
     def _key_of(self, url: str) -> str:
         """The API key of the Ollama that a URL leads to; empty where it has none."""
@@ -228,6 +235,7 @@ class Upstreams:
         body: bytes | bytearray,
         stream: AsyncIterator[bytes] | None,
         again: SendAgain,
+        tls: aiohttp.Fingerprint | bool,
         tries: int = LAG_TRIES,
     ) -> aiohttp.ClientResponse:
         """The response, once its headers are here.
@@ -247,11 +255,12 @@ class Upstreams:
                 headers=headers,
                 data=_payload(body, sending) if stream is None else stream,
                 allow_redirects=False,
+                ssl=tls,
             )
         except aiohttp.ConnectionTimeoutError:
             if not tries or not self._clock.has_lagged_since(began):
                 raise
-            return await self._send(method, url, headers, body, stream, again, tries - 1)
+            return await self._send(method, url, headers, body, stream, again, tls, tries - 1)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
             now = asyncio.get_running_loop().time()
             is_stale = stream is None and sending.was_stale(exc, now)
@@ -259,7 +268,12 @@ class Upstreams:
                 raise
         try:
             return await self._fresh.request(
-                method, url, headers=headers, data=_payload(body, sending), allow_redirects=False
+                method,
+                url,
+                headers=headers,
+                data=_payload(body, sending),
+                allow_redirects=False,
+                ssl=tls,
             )
         except aiohttp.ClientConnectorError as exc:
             _forget_frames(exc)

@@ -80,13 +80,21 @@ class Database(Protocol):
 
 @runtime_checkable
 class SharedDatabase(Database, Protocol):
-    """A database that several coordinators have: whoever has opened it with `open` leads."""
+    """A database that several coordinators have: whoever has opened it with `open` leads.
+
+    `of_machines`: they may be on several machines.
+    """
+
+    of_machines: bool
 
     def open_beside(self) -> None:
         """Connect as a coordinator that does not lead."""
 
     def address_here(self) -> str:
         """This machine's address towards the database's server."""
+
+    def now_ms(self) -> int:
+        """Milliseconds of a clock that all of them have."""
 
     def is_led(self) -> bool:
         """Whether any coordinator leads."""

@@ -62,6 +62,7 @@ class PostgresDatabase:
     """The database that a `postgresql://` URL names."""
 
     errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
+    of_machines = True
 
     def __init__(self, url: str, shown: str) -> None:
         """Take the address; nothing is connected yet. `shown` is the URL without its password.
@@ -159,6 +160,11 @@ class PostgresDatabase:
         with closing(_socket_of(self._db)) as connection:
             name = connection.getsockname()
         return str(name[0]) if isinstance(name, tuple) else LOOPBACK
+
+    def now_ms(self) -> int:
+        """The server's clock."""
+        [row] = self.query("SELECT EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS now")
+        return int(row["now"])
 
     def is_led(self) -> bool:
         """Whether a session has the advisory lock."""

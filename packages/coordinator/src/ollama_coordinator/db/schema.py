@@ -110,6 +110,7 @@ COORDINATORS = Table(
     {
         "id": str,
         "url": str,
+        "certificate": str,
         "version": str,
         "started_ms": int,
         "seen_ms": int,

@@ -5,6 +5,7 @@ A file that was deleted or replaced while it was open is written anew from the o
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import sqlite_utils
 from sqlite_utils import Migrations
 
+from .database import InUse
 from .file import FileClaim
 from .schema import STEPS, Column, Table, newer, opened
 
@@ -27,6 +29,7 @@ class SqliteDatabase:
     """The database in a file; with `None`, in memory."""
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    of_machines = False
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -101,6 +104,35 @@ class SqliteDatabase:
         except (sqlite3.Error, ValueError):
             connection.close()
             raise
+
+    def open_beside(self) -> None:
+        """Connect as a process that does not lead; what it writes may be lost in a crash."""
+        if self._path is None:
+            raise sqlite3.OperationalError("a database in memory is one process's alone")
+        connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        self._opened = sqlite_utils.Database(connection)
+
+    def address_here(self) -> str:
+        """Loopback: all that have the file are on this machine."""
+        return "127.0.0.1"
+
+    def now_ms(self) -> int:
+        """The machine's clock."""
+        return int(time.time() * 1000)
+
+    def is_led(self) -> bool:
+        """Whether a process has claimed the file."""
+        try:
+            self._claim.take()
+        except InUse:
+            return True
+        self._claim.release()
+        return False
+
+    def yield_lead(self) -> None:
+        """Leave the file to another process; the connection stays."""
+        self._claim.release()
 
     def settle(self) -> None:
         """Have everything in the one file, for copies that are only read."""

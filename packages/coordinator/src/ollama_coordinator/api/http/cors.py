@@ -102,6 +102,13 @@ class Cors:
         else:
             await self._app(scope, receive, _adding(self._headers(origin), send))
 
+    def adding(self, scope: Scope, send: Send) -> Send:
+        """`send` for an answer that does not pass here, with the headers that it would get here."""
+        origin = first(scope["headers"], b"origin")
+        if not origin or not self._origins.allow(origin):
+            return send
+        return _adding(self._headers(origin), send)
+
     def _log(self, origin: str) -> None:
         """One line a minute at most: a page may try again each second."""
         self._refused += 1

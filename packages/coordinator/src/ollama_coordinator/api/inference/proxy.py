@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from secrets import token_hex
 
 import msgspec
@@ -50,7 +51,7 @@ from ollama_coordinator_common.types import AgentId
 
 from . import audio
 from .context_fit import ContextFit
-from .relay import Call, Failure, Relay
+from .relay import CARRIER, Call, Carrier, Failure, Sent, Way, attempted
 from .request import LANE, NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
 from .retry_rule import Poison, error_text, say_the_same
 from .unload import make_room, unload_everywhere
@@ -216,7 +217,9 @@ class Proxy:
         # A model at ollama.com is not in any agent's memory.
         unloads = routing.unload_only and not (offered and not holders)
         headers = to_ollama(scope["headers"])
-        return Call(self._route, fitted.request, headers, fitted.body, send, unloads, fitted)
+        carrier: Carrier | None = scope.get(CARRIER)
+        body, request = fitted.body, fitted.request
+        return Call(self._route, request, headers, body, send, unloads, fitted, carrier)
 
     async def _unload(self, call: Call, scope: Scope) -> None:
         caller = caller_of(scope)
@@ -365,7 +368,7 @@ class Proxy:
                 continue
             if failure is None:
                 return [], False
-            has_worked = failure.was_sent or held.agent in [one.agent for one in failures]
+            has_worked = failure.was_sent or held.agent.id in [one.agent_id for one in failures]
             failures.append(failure)
             request = structs.replace(request, admitted=True)
             if failure.outcome.result is Result.TAKEN_BACK:
@@ -381,8 +384,10 @@ class Proxy:
             if one.outcome.result in (Result.REJECTED, Result.TAKEN_BACK):
                 continue  # nobody blamed it
             others = (other.outcome for other in failures if other is not one)
-            if is_poison or any(say_the_same(one.outcome, other) for other in others):
-                self._dispatch.pardon(one.agent, request.model)
+            agent = self._registry.find(one.agent_id)
+            is_blameless = is_poison or any(say_the_same(one.outcome, other) for other in others)
+            if is_blameless and agent is not None:
+                self._dispatch.pardon(agent, request.model)
 
     def _missing(self, request: Request) -> OllamaCoordinatorError:
         if request.model.endswith(OF_THE_CLOUD):
@@ -394,30 +399,66 @@ class Proxy:
         body, held.note = call.body, ""
         if call.fitted is not None:
             body, held.note, held.num_ctx = await self._context_fit.at(call.fitted, held.agent)
-        relay = Relay(call, held, self._dispatch)
         if held.lease.unload:
             await make_room(self._parts, held.agent, held.lease.unload)
-        try:
-            async with (
-                held.interrupt,
-                self._upstreams.open(
-                    "POST",
-                    held.agent.url + call.route.path,
-                    headers=call.headers,
-                    body=body,
-                    again=partial(self._sends_again, held),
-                ) as response,
-            ):
-                if call.request.model.endswith(OF_THE_CLOUD):
-                    self._cloud.note(held.agent.id, response.status)
-                return await relay.run(response)
-        except UpstreamError as exc:
-            return await relay.broken(exc)
+        edited_body = None if body is call.body else bytes(body)
+        url, path = held.agent.url, call.route.path
+        sent = Sent(
+            url + path,
+            path,
+            call.headers,
+            self._way(call.request, held),
+            self._again_after(held),
+            edited_body,
+        )
+        is_ours_alone = held.agent.registration.link or self._upstreams.has_key(url)
+        if call.carrier is not None and not is_ours_alone:
+            failure = await call.carrier.carry(sent, held, self._others(call.request, held))
+            if failure is None:  # whoever looks at answers on their way sees this one here
+                await send_whole(call.send, held.status or 200, [], b"")
+        else:
+            began = partial(self._dispatch.began, held)
+            failure = await attempted(
+                self._upstreams,
+                sent,
+                body,
+                held,
+                call.send,
+                began,
+                self._clock.now,
+                partial(self._others, call.request, held),
+            )
+        if held.status and call.request.model.endswith(OF_THE_CLOUD):
+            self._cloud.note(held.agent.id, held.status)
+        return failure
 
-    def _sends_again(self, held: Held, idle_seconds: float) -> bool:
-        """Whether a kept connection was closed because it was idle; else its agent broke it off.
+    def _way(self, request: Request, held: Held) -> Way:
+        agent, key = held.agent, request.model
+        row, servable = agent.inventory.available.get(key), agent.inventory.servable.get(key)
+        return Way(
+            agent.id,
+            agent.name,
+            request.id,
+            request.name,
+            request.name if request.alias else "",
+            held.note,
+            None if row is None else row.model.name,
+            servable is not None and bool(servable.model.remote_host),
+        )
 
-        The only agent is asked once more anyway.
+    def _others(self, request: Request, held: Held) -> list[str] | None:
+        """The capabilities that other holders list; `None` where none lists any."""
+        listed = {
+            capability
+            for agent in self._registry.holders(request.model)
+            if agent is not held.agent
+            for capability in agent.inventory.available[request.model].model.capabilities
+        }
+        return sorted(listed) or None
+
+    def _again_after(self, held: Held) -> float:
+        """How long a kept connection was idle that was closed for that; else its agent broke it
+        off. The only agent is asked once more anyway.
         """
         request, now = held.lease.request, self._clock.now()
         others = (one for one in self._registry.servers(request.model) if one is not held.agent)
@@ -425,8 +466,8 @@ class Proxy:
             one.id not in request.excluded and self._registry.is_routable(one, now)
             for one in others
         ):
-            return True
-        return idle_seconds >= IDLE_SECONDS and request.model not in held.agent.model_cooldowns
+            return 0.0
+        return inf if request.model in held.agent.model_cooldowns else IDLE_SECONDS
 
     async def _answer_failure(self, call: Call, failures: Sequence[Failure]) -> None:
         """Every agent failed: answer with the last one's refusal, or why none was reached."""
@@ -448,7 +489,7 @@ def _uncompressed(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:
     """The agents that were slow, and did not fail."""
-    result = {one.agent.id: one.outcome.result for one in failures}
+    result = {one.agent_id: one.outcome.result for one in failures}
     return frozenset(agent for agent, last in result.items() if last is Result.TAKEN_BACK)
 
 

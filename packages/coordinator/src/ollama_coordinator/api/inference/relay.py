@@ -5,12 +5,16 @@ streamed); until then the attempt can be repeated elsewhere, afterwards never.
 """
 
 import logging
+from collections.abc import Callable
+from typing import Protocol
 
 import aiohttp
 from msgspec import Struct
 from starlette.types import Send
 
+from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.api.http.dialects import (
+    INFERENCE_ROUTES,
     NO_JSON,
     Ending,
     InferenceRoute,
@@ -29,9 +33,8 @@ from ollama_coordinator.api.http.headers import (
     to_client,
 )
 from ollama_coordinator.api.http.json_edit import Body
-from ollama_coordinator.dispatch import Dispatch, Held
-from ollama_coordinator.registry import AgentState
-from ollama_coordinator.scheduler import Outcome, Request, Result
+from ollama_coordinator.dispatch import Held
+from ollama_coordinator.scheduler import Outcome, Request, RequestId, Result
 from ollama_coordinator.upstream import (
     SMALL_ANSWER_BYTES,
     AgentLost,
@@ -44,10 +47,12 @@ from ollama_coordinator.upstream import (
     RequestCancelled,
     TakenBack,
     UpstreamError,
+    Upstreams,
     chunks,
     whole,
 )
 from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.types import AgentId
 
 from .context_fit import Fitted
 from .retry_rule import DIED, judge, says_nothing_of_the_machine
@@ -60,6 +65,11 @@ WHOLE_BYTES = 16 * 1024 * 1024
 ERRORS = range(400, 600)
 """A status beyond HTTP's own is no answer that a client could be given."""
 
+CARRIER = "carrier"
+"""The key of a request's `Carrier` in its ASGI scope."""
+
+ROUTES = {route.path: route for route in INFERENCE_ROUTES}
+
 STREAMED = ("application/x-ndjson", "text/event-stream")
 
 
@@ -70,7 +80,7 @@ class Failure(Struct, frozen=True):
     request reached the agent.
     """
 
-    agent: AgentState
+    agent_id: AgentId
     outcome: Outcome
     status: int = 0
     headers: list[tuple[bytes, bytes]] = []
@@ -78,10 +88,56 @@ class Failure(Struct, frozen=True):
     was_sent: bool = True
 
 
+class Way(Struct, frozen=True):
+    """What the way back of an attempt has to know, wherever it runs.
+
+    `model`: what served, where an alias was asked for. `note`: the runner that serves it, where its
+    context is larger than what was asked for. `listed_as`: the model's name on the agent, in its
+    letter case.
+    """
+
+    agent_id: AgentId
+    agent: str
+    request_id: RequestId
+    name: str
+    model: str = ""
+    note: str = ""
+    listed_as: str | None = None
+    of_cloud: bool = False
+
+
+class Sent(Struct, frozen=True):
+    """One attempt as it goes out: to which URL, on which route, and what its way back has to know.
+
+    It may go out once more if a kept connection is closed that was idle for `again_after` seconds.
+    `body`: `None` where it is as the client sent it.
+    """
+
+    url: str
+    route: str
+    headers: list[tuple[str, str]]
+    way: Way
+    again_after: float
+    body: bytes | None = None
+
+
+class Carrier(Protocol):
+    """Whoever has the client's connection, where that is another process: the bytes pass there."""
+
+    async def carry(self, sent: Sent, held: Held, others: list[str] | None) -> Failure | None:
+        """Carry out an attempt; as `attempted`.
+
+        Raises:
+            RequestCancelled: an operator ended it before the client had anything.
+            ClientLeft: whoever carries it out is gone.
+        """
+
+
 class Call(Struct, frozen=True):
     """One request on its way: its route, the request, and the way back to the client.
 
     `unloads`: it only asks to drop the model from memory. `fitted` is how it fits the agents.
+    `carrier` is there where the client is connected to another process.
     """
 
     route: InferenceRoute
@@ -91,17 +147,76 @@ class Call(Struct, frozen=True):
     send: Send
     unloads: bool = False
     fitted: Fitted | None = None
+    carrier: Carrier | None = None
+
+
+class Tracked(Protocol):
+    """What the way back notes of an attempt under way; see `Held`."""
+
+    interrupt: Interrupt
+    outcome: Outcome
+    progress_at: float
+    began_at: float | None
+    records: int
+    status: int
+    restarts: bool
+
+
+async def attempted(
+    upstreams: Upstreams,
+    sent: Sent,
+    body: Body,
+    tracked: Tracked,
+    send: Send,
+    began: Callable[[], None],
+    now: Callable[[], float],
+    others: Callable[[], list[str] | None],
+) -> Failure | None:
+    """Try one agent; `None` when the client has its answer, also a broken-off one.
+
+    `began` is called with the first byte, and notes that in `tracked`. `now`: monotonic seconds.
+    `others`: the capabilities that other holders of the model list; `None` where none lists any.
+
+    Raises:
+        RequestCancelled: an operator ended it before the client had anything.
+    """
+    relay = Relay(ROUTES[sent.route], sent.way, tracked, send, began, now, others)
+    opened = upstreams.open(
+        "POST",
+        sent.url,
+        headers=sent.headers,
+        body=body,
+        again=lambda idle_seconds: idle_seconds >= sent.again_after,
+    )
+    try:
+        async with tracked.interrupt, opened as response:
+            return await relay.run(response)
+    except UpstreamError as exc:
+        return await relay.broken(exc)
 
 
 class Relay:
-    """The way back of one attempt: from the upstream's answer to the client."""
+    """The way back of one attempt, see `attempted`: from the upstream's answer to the client."""
 
-    def __init__(self, call: Call, held: Held, dispatch: Dispatch) -> None:
-        self._call = call
-        self._held = held
-        self._dispatch = dispatch
+    def __init__(
+        self,
+        route: InferenceRoute,
+        way: Way,
+        tracked: Tracked,
+        send: Send,
+        began: Callable[[], None],
+        now: Callable[[], float],
+        others: Callable[[], list[str] | None],
+    ) -> None:
+        self._route = route
+        self._way = way
+        self._held = tracked
+        self._send = send
+        self._began = began
+        self._now = now
+        self._others = others
         self._started = False
-        self._records = Records(call.route.dialect.separator)
+        self._records = Records(route.dialect.separator)
 
     async def run(self, response: aiohttp.ClientResponse) -> Failure | None:
         """Relay the answer.
@@ -111,17 +226,17 @@ class Relay:
         """
         self._held.status = response.status
         head = to_client(response.raw_headers)
-        head += served_by(self._held.agent.name, self._call.request.id)
-        if self._call.request.alias:
-            head.append((MODEL_HEADER, self._call.request.name.encode()))
+        head += served_by(self._way.agent, self._way.request_id)
+        if self._way.model:
+            head.append((MODEL_HEADER, self._way.model.encode()))
         if response.status in ERRORS:
             body = await whole(response, SMALL_ANSWER_BYTES)
             return await self._refused(response.status, head, body)
         if response.status != 200:
             return self._useless(f"answered {response.status} in place of an answer")
-        if self._held.note:
-            head.append((RUNNER_HEADER, self._held.note.encode()))
-        if response.content_type in STREAMED and not self._call.route.one_piece:
+        if self._way.note:
+            head.append((RUNNER_HEADER, self._way.note.encode()))
+        if response.content_type in STREAMED and not self._route.one_piece:
             head.append(UNBUFFERED)
             return await self._stream(response, head)
         return await self._whole(response, head)
@@ -131,54 +246,42 @@ class Relay:
     ) -> Failure | None:
         """An error: one of the request's own making passes, any other is tried elsewhere."""
         held = self._held
-        outcome = judge(status, body, of_cloud=self._is_of_the_cloud(), lists=self._others_list)
+        outcome = judge(status, body, of_cloud=self._way.of_cloud, lists=self._others_list)
         if outcome is not None and not self._is_of_the_case(outcome):
             held.outcome = outcome
-            return Failure(held.agent, outcome, status, headers, body)
+            return Failure(self._way.agent_id, outcome, status, headers, body)
         held.status, held.outcome = status, Outcome(Result.REJECTED)
-        await send_whole(self._call.send, status, headers, body)
+        await send_whole(self._send, status, headers, body)
         return None
 
     def _useless(self, reason: str) -> Failure:
         """What came is no answer that the client could be given."""
         self._held.outcome = outcome = Outcome(Result.MODEL_FAILED, reason)
-        return Failure(self._held.agent, outcome)
+        return Failure(self._way.agent_id, outcome)
 
     def _nothing(self, status: int, headers: list[tuple[bytes, bytes]]) -> Failure:
         """A transcription or image without a byte: an error that Ollama swallowed, or silence."""
         self._held.outcome = outcome = Outcome(Result.REJECTED, "answered with nothing")
-        return Failure(self._held.agent, outcome, status, headers)
+        return Failure(self._way.agent_id, outcome, status, headers)
 
     async def _refused_late(self, wrong: str) -> Failure | None:
         """The answer began well, and is none: `NO_JSON`, or an object with an error."""
         if wrong == NO_JSON:
             return self._useless(wrong)
         headers = [(b"content-type", b"application/json; charset=utf-8")]
-        headers += served_by(self._held.agent.name, self._call.request.id)
+        headers += served_by(self._way.agent, self._way.request_id)
         return await self._refused(500, headers, wrong.encode())
 
     def _is_of_the_case(self, outcome: Outcome) -> bool:
         """Whether the agent has the model, and the route finds it in another letter case only."""
-        request = self._call.request
-        row = self._held.agent.inventory.available.get(request.model)
-        minds = self._call.route.minds_case and outcome.result is Result.MODEL_MISSING
-        return minds and row is not None and ModelName.parse(request.name).short != row.model.name
-
-    def _is_of_the_cloud(self) -> bool:
-        row = self._held.agent.inventory.servable.get(self._call.request.model)
-        return row is not None and bool(row.model.remote_host)
+        minds = self._route.minds_case and outcome.result is Result.MODEL_MISSING
+        listed = self._way.listed_as
+        return minds and listed is not None and ModelName.parse(self._way.name).short != listed
 
     def _others_list(self, capability: str) -> bool | None:
         """Whether another holder's listing has a capability; `None` where no listing has any."""
-        model = self._call.request.model
-        listings = [
-            agent.inventory.available[model].model.capabilities
-            for agent in self._dispatch.registry.holders(model)
-            if agent is not self._held.agent
-        ]
-        if any(capability in listed for listed in listings):
-            return True
-        return False if any(listings) else None
+        others = self._others()
+        return None if others is None else capability in others
 
     async def _whole(
         self, response: aiohttp.ClientResponse, head: list[tuple[bytes, bytes]]
@@ -186,11 +289,11 @@ class Relay:
         """An answer in one piece, held back until it is complete or too large to hold."""
         parts: list[bytes] = []
         size = 0
-        held, now, send = self._held, self._dispatch.clock.now, self._call.send
+        held, now, send = self._held, self._now, self._send
         async for chunk in chunks(response):
             held.progress_at = now()
             if held.began_at is None:
-                self._dispatch.began(held)
+                self._began()
             parts.append(chunk)
             size += len(chunk)
             if size > WHOLE_BYTES:
@@ -200,13 +303,13 @@ class Relay:
                 parts.clear()
         body = b"".join(parts)
         if not self._started:
-            wrong = wrong_start(self._call.route, body, streamed=False)
-            if wrong == NO_JSON and self._call.route.one_piece:
+            wrong = wrong_start(self._route, body, streamed=False)
+            if wrong == NO_JSON and self._route.one_piece:
                 if not body:
                     return self._nothing(response.status, head)
             elif wrong is not None:
                 return await self._refused_late(wrong)
-        self._settle(read_ending(self._call.route, body, 0))
+        self._settle(read_ending(self._route, body, 0))
         if self._started:
             await self._finish(body)
         else:
@@ -217,12 +320,12 @@ class Relay:
         self, response: aiohttp.ClientResponse, head: list[tuple[bytes, bytes]]
     ) -> Failure | None:
         """Whole records as they come. The first one decides whether the answer has begun."""
-        records, route, first = self._records, self._call.route, b""
-        held, now, send = self._held, self._dispatch.clock.now, self._call.send
+        records, route, first = self._records, self._route, b""
+        held, now, send = self._held, self._now, self._send
         async for chunk in chunks(response):
             held.progress_at = now()
             if held.began_at is None:
-                self._dispatch.began(held)
+                self._began()
             whole = records.feed(chunk)
             if not whole:
                 continue
@@ -247,11 +350,11 @@ class Relay:
         return None
 
     async def _end_stream(self) -> None:
-        route, records = self._call.route, self._records
+        route, records = self._route, self._records
         self._settle(read_ending(route, records.last, records.count))
         rest = records.rest
         if swallowed_error(route, records.last):
-            rest += error_record(route, f"agent {self._held.agent.name} broke off the answer")
+            rest += error_record(route, f"agent {self._way.agent} broke off the answer")
             self._held.outcome = Outcome(Result.MODEL_FAILED, "broke off the answer")
         await self._finish(rest)
 
@@ -266,21 +369,21 @@ class Relay:
             result = Result.MODEL_FAILED
         elif isinstance(error, TakenBack):
             result = Result.TAKEN_BACK
-        reason = f"agent {held.agent.name}: {error}"
+        reason = f"agent {self._way.agent}: {error}"
         died = isinstance(error, ConnectionLost | Cut | Gone) and not held.restarts
         held.outcome = Outcome(result, str(error), died=died, asked=_asked(error))
         log.warning(
             "attempt taken back" if result is Result.TAKEN_BACK else "attempt failed",
-            extra={"agent_id": held.agent.id, "agent": held.agent.name, "reason": str(error)},
+            extra={"agent_id": self._way.agent_id, "agent": self._way.agent, "reason": str(error)},
         )
         if not self._started:
             # One that hung until its Ollama was restarted is as if it had never been sent there.
             was_sent = not (isinstance(error, NotConnected) or held.restarts)
-            return Failure(held.agent, Outcome(result, reason), was_sent=was_sent)
+            return Failure(self._way.agent_id, Outcome(result, reason), was_sent=was_sent)
         if isinstance(error, AgentLost):
             reason = str(error)
         if self._records.count:
-            await self._finish(error_record(self._call.route, reason))
+            await self._finish(error_record(self._route, reason))
         # An answer without records has no place for an error: it ends unfinished, and the server
         # then closes the connection, by which the client knows.
         return None
@@ -291,7 +394,7 @@ class Relay:
         if not self._started:
             raise error
         if self._records.count:
-            await self._finish(error_record(self._call.route, str(error)))
+            await self._finish(error_record(self._route, str(error)))
 
     # ── to the client ─────────────────────────────────────────────────────────────────────────
 
@@ -308,10 +411,10 @@ class Relay:
         if self._started:
             return
         self._started = True
-        await self._call.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _finish(self, data: bytes) -> None:
-        await self._call.send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
 
 def _asked(error: UpstreamError) -> int:
