@@ -75,6 +75,15 @@ def test_the_living_outvote_those_that_are_away() -> None:
 
 
 @pytest.mark.spec("SURFACE-11")
+def test_one_machine_with_many_agents_outvotes_nobody() -> None:
+    copies = _copies(_row("d1"), _row("d1"), _row("d2"), _row("d2"), _row("d2"))
+    everybody = [AgentId(str(number)) for number in range(5)]
+    hosts = dict(zip(everybody, ("a", "b", "c", "c", "c"), strict=True))
+    assert set(preferred(copies, everybody, hosts=hosts)) == {"0", "1"}
+    assert set(preferred(copies, everybody)) == {"2", "3", "4"}
+
+
+@pytest.mark.spec("SURFACE-11")
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["", "x", "y"])), min_size=1),
     st.sets(st.integers(0, 9)),

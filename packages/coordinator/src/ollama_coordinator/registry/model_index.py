@@ -16,10 +16,13 @@ from itertools import count, islice
 
 from msgspec import Raw, Struct, json
 
+from ollama_coordinator_common.network import LOOPBACK
 from ollama_coordinator_common.types import AgentId, AvailableModel
 
 from .agent import AgentState
 from .inventory import EMPTY, AvailableRow
+
+NO_HOSTS: Mapping[AgentId, str] = {}
 
 
 class ModelIndex:
@@ -121,7 +124,10 @@ class ModelIndex:
         if ids is None:
             if key not in self._by_key:
                 return []  # not remembered: clients ask for any name
-            found = preferred(self.copies(key), self._online, self._shown)
+            # Nobody else registers this machine's loopback.
+            agents = [self._agents[agent_id] for agent_id in self._by_key[key]]
+            hosts = {one.id: one.host for one in agents if one.host != LOOPBACK}
+            found = preferred(self.copies(key), self._online, self._shown, hosts)
             ids = self._preferred[key] = sorted(found)
         return ids
 
@@ -194,9 +200,16 @@ def _layers_known(group: Copies) -> bool:
 
 
 def preferred(
-    copies: Copies, online: Iterable[AgentId], shown: Mapping[str, str] = EMPTY
+    copies: Copies,
+    online: Iterable[AgentId],
+    shown: Mapping[str, str] = EMPTY,
+    hosts: Mapping[AgentId, str] = NO_HOSTS,
 ) -> dict[AgentId, AvailableRow]:
-    """The copies of the content to serve: on most online agents, then on most, then the newest."""
+    """The copies of the content to serve: on most online machines, then on most, then the newest.
+
+    `hosts`: the agents' machines. Several agents of one count once: a machine registers as often
+    as it likes.
+    """
     groups = contents(copies, shown)
     if len(groups) < 2:
         return groups[0] if groups else {}
@@ -204,8 +217,8 @@ def preferred(
     return max(
         groups,
         key=lambda group: (
-            len(online_ids & group.keys()),
-            len(group),
+            len({hosts.get(agent, agent) for agent in online_ids & group.keys()}),
+            len({hosts.get(agent, agent) for agent in group}),
             max(modified_at(row) for row in group.values()),
             min(row.identity for row in group.values()),
         ),
