@@ -40,7 +40,7 @@ class TryView extends View {
     const compose = h("form.compose", { onsubmit: (event) => { event.preventDefault(); this.ask(); } }, this.thumbs, h("div.row", null, this.input, this.file, this.attach, this.send, this.stop));
     this.system = h("textarea", { rows: 2, placeholder: "Such as: Answer in one sentence.", oninput: () => this.snippet() });
     this.options = Object.fromEntries(OPTIONS.map(([name, , attributes]) => [name, h("input", { type: "number", step: "any", placeholder: "default", ...attributes, oninput: () => this.snippet() })]));
-    this.think = h("select", { onchange: () => this.snippet() }, [["", "as the model does"], ["true", "yes"], ["false", "no"]].map(([value, label]) => h("option", { value }, label)));
+    this.think = h("select", { onchange: () => this.snippet() }, [["", "default"], ["true", "yes"], ["false", "no"]].map(([value, label]) => h("option", { value }, label)));
     this.thinkField = h("label.field", { hidden: true }, "Think first", this.think);
     const tuning = h("details.card.lines", null, h("summary", null, "System prompt and parameters"), h("div.stack", null,
       h("label.field", null, "System prompt", this.system),
