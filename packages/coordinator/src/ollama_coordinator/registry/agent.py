@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from msgspec import UNSET, Struct
 
 from ollama_coordinator_common.network import LOOPBACK, link_host, netloc, same_host
-from ollama_coordinator_common.protocol import HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .inventory import Inventory
@@ -258,3 +258,58 @@ class AgentState:
         if self.resting and self.cooldown is not None:
             return self.cooldown.reason
         return None
+
+
+def view_of(
+    agent: AgentState,
+    status: AgentStatus,
+    conflict: str | None,
+    *,
+    last_seen: datetime,
+    in_flight: int,
+) -> AgentView:
+    """An agent as the API shows it; `last_seen` is its `heard_at` in UTC."""
+    registration, report, inventory = agent.registration, agent.report, agent.inventory
+    return AgentView(
+        id=agent.id,
+        machine_name=registration.machine_name,
+        ip_address=registration.ip_address,
+        ollama_version=registration.ollama_version,
+        ollama_port=registration.ollama_port,
+        status=status,
+        registered_at=agent.registered_at,
+        last_seen=last_seen,
+        in_flight=in_flight,
+        url=agent.url,
+        link=agent.registration.link,
+        display_name=agent.settings.display_name,
+        labels=agent.settings.labels,
+        notes=agent.settings.notes,
+        agent_version=registration.agent_version,
+        platform=registration.platform,
+        ollama_running=agent.ollama_running,
+        out_of_rotation=agent.out_of_rotation(),
+        conflict=conflict,
+        cpu_usage=report.cpu_usage if report else None,
+        memory_usage=report.memory_usage if report else None,
+        memory_total_bytes=report.memory_total_bytes if report else None,
+        disk_free_bytes=report.disk_free_bytes if report else None,
+        active_requests=report.active_requests if report else None,
+        gpus=report.gpus if report else [],
+        runner=report.runner if report else None,
+        avoided_models={
+            agent.inventory.available[key].model.name: cooldown.reason
+            for key, cooldown in agent.model_cooldowns.items()
+            if key in agent.inventory.available
+        },
+        models=sorted(row.model.name for row in inventory.available.values()),
+        broken_models=dict(inventory.broken),
+        left_behind=report.left_behind if report else None,
+        loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
+    )
+
+
+def lasting(report: HealthReport) -> tuple[object, ...]:
+    """The facts of a report that do not change from one report to the next."""
+    memory = [gpu.memory_total_bytes for gpu in report.gpus]
+    return report.ollama_running, report.runner, report.memory_total_bytes, memory

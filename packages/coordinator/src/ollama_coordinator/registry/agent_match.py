@@ -8,6 +8,8 @@ Ollama has neither: it is known by its address, and by its name once it is gone 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from msgspec import Struct
+
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.network import same_host
 from ollama_coordinator_common.protocol import RegisterRequest
@@ -264,3 +266,52 @@ def _claims(agent: AgentState) -> list[Identity]:
     if known.machine_id is not None:
         claims.append((f"id {known.machine_id}", known.ollama_port))
     return claims
+
+
+class UnknownAgent(OllamaCoordinatorError):
+    """No agent has this id; an agent that gets this answer registers again."""
+
+    def __init__(self, agent_id: str, text: str = "") -> None:
+        text = text or f'agent "{agent_id}" is not registered; register it with POST /api/agents'
+        super().__init__(text)
+
+
+Judgement = Callable[[AgentState], bool]
+"""Something that is asked of an agent; see `access.machines` for who is believed."""
+
+
+def always(agent: AgentState) -> bool:
+    """Everybody is believed."""
+    return True
+
+
+class Registration(Struct, frozen=True):
+    """The agent that a registration created or renewed.
+
+    `replaced` are agents that reported the same Ollama until now; they are offline.
+    """
+
+    agent: AgentState
+    created: bool
+    replaced: tuple[AgentState, ...] = ()
+
+
+FORGET_SECONDS = 86_400.0
+"""A machine that is registered before it is set up is so by the next day."""
+
+MOST_UNANSWERED = 256
+"""Registrations of machines that are still to come; each is probed again and again."""
+
+
+def forgettable(agents: Iterable[AgentState], now: float) -> list[AgentState]:
+    """The agents behind which nothing ever answered, and nothing will.
+
+    Those older than `FORGET_SECONDS`, and the oldest where there are more than `MOST_UNANSWERED`.
+    """
+    silent = [agent for agent in agents if not agent.has_answered]
+    silent.sort(key=lambda agent: agent.heard_at, reverse=True)
+    return [
+        agent
+        for place, agent in enumerate(silent)
+        if place >= MOST_UNANSWERED or now - agent.heard_at >= FORGET_SECONDS
+    ]

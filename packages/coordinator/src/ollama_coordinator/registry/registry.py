@@ -1,11 +1,10 @@
 """All registered agents: their identity, their status, and the models they have."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from datetime import datetime
 
-from msgspec import UNSET, Struct, structs
+from msgspec import UNSET, structs
 
-from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.printable import printable
 from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
 from ollama_coordinator_common.types import AgentId, AgentStatus
@@ -17,47 +16,23 @@ from .agent import (
     Cooldown,
     cooldown_after,
     endpoints,
+    lasting,
     model_cooldown_after,
+    view_of,
 )
-from .agent_match import Identities, NotItsOllama
+from .agent_match import (
+    Identities,
+    Judgement,
+    NotItsOllama,
+    Registration,
+    UnknownAgent,
+    always,
+)
 from .inventory import EMPTY
 from .model_index import MOST_SHOWN, CloudModels, ModelIndex
 
-FORGET_SECONDS = 86_400.0
-"""A machine that is registered before it is set up is so by the next day."""
-
 VERSION_CHARACTERS = 100
 """Of a version; Ollama's have a dozen."""
-
-MOST_UNANSWERED = 256
-"""Registrations of machines that are still to come; each is probed again and again."""
-
-
-class UnknownAgent(OllamaCoordinatorError):
-    """No agent has this id; an agent that gets this answer registers again."""
-
-    def __init__(self, agent_id: str, text: str = "") -> None:
-        text = text or f'agent "{agent_id}" is not registered; register it with POST /api/agents'
-        super().__init__(text)
-
-
-Judgement = Callable[[AgentState], bool]
-"""Something that is asked of an agent; see `access.machines` for who is believed."""
-
-
-def _always(agent: AgentState) -> bool:
-    return True
-
-
-class Registration(Struct, frozen=True):
-    """The agent that a registration created or renewed.
-
-    `replaced` are agents that reported the same Ollama until now; they are offline.
-    """
-
-    agent: AgentState
-    created: bool
-    replaced: tuple[AgentState, ...] = ()
 
 
 class Registry:
@@ -124,8 +99,8 @@ class Registry:
         *,
         host: str = "",
         answering: Container[AgentId] = (),
-        believed: Judgement = _always,
-        yields: Judgement = _always,
+        believed: Judgement = always,
+        yields: Judgement = always,
     ) -> Registration:
         """Add an agent, or renew the one that `agent_match.match` finds.
 
@@ -206,7 +181,7 @@ class Registry:
         now: float,
         *,
         host: str = "",
-        believed: Judgement = _always,
+        believed: Judgement = always,
     ) -> AgentState | None:
         """An agent that is away, which a registration at another address would renew by its name.
 
@@ -304,7 +279,7 @@ class Registry:
             self.list_loaded(agent, bytes(report.ps), now)
         if not report.ollama_running:
             self._forget_runners(agent)
-        if agent.report is None or _lasting(agent.report) != _lasting(report):
+        if agent.report is None or lasting(agent.report) != lasting(report):
             self.changes += 1
         if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
             agent.registration = structs.replace(
@@ -332,44 +307,8 @@ class Registry:
         self, agent: AgentState, now: float, *, last_seen: datetime, in_flight: int
     ) -> AgentView:
         """An agent as the API shows it; `last_seen` is its `heard_at` in UTC."""
-        registration, report, inventory = agent.registration, agent.report, agent.inventory
-        return AgentView(
-            id=agent.id,
-            machine_name=registration.machine_name,
-            ip_address=registration.ip_address,
-            ollama_version=registration.ollama_version,
-            ollama_port=registration.ollama_port,
-            status=agent.status(now, self.agent_timeout),
-            registered_at=agent.registered_at,
-            last_seen=last_seen,
-            in_flight=in_flight,
-            url=agent.url,
-            link=agent.registration.link,
-            display_name=agent.settings.display_name,
-            labels=agent.settings.labels,
-            notes=agent.settings.notes,
-            agent_version=registration.agent_version,
-            platform=registration.platform,
-            ollama_running=agent.ollama_running,
-            out_of_rotation=agent.out_of_rotation(),
-            conflict=self.conflict(agent, now),
-            cpu_usage=report.cpu_usage if report else None,
-            memory_usage=report.memory_usage if report else None,
-            memory_total_bytes=report.memory_total_bytes if report else None,
-            disk_free_bytes=report.disk_free_bytes if report else None,
-            active_requests=report.active_requests if report else None,
-            gpus=report.gpus if report else [],
-            runner=report.runner if report else None,
-            avoided_models={
-                agent.inventory.available[key].model.name: cooldown.reason
-                for key, cooldown in agent.model_cooldowns.items()
-                if key in agent.inventory.available
-            },
-            models=sorted(row.model.name for row in inventory.available.values()),
-            broken_models=dict(inventory.broken),
-            left_behind=report.left_behind if report else None,
-            loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
-        )
+        status, conflict = agent.status(now, self.agent_timeout), self.conflict(agent, now)
+        return view_of(agent, status, conflict, last_seen=last_seen, in_flight=in_flight)
 
     def note_probe(self, agent: AgentState, version: str, passes: frozenset[str]) -> bool:
         """What an answered probe says of the Ollama; whether that is news."""
@@ -395,18 +334,8 @@ class Registry:
             self.changes += 1
 
     def forgettable(self, now: float) -> list[AgentState]:
-        """The registrations behind which nothing ever answered, and nothing will.
-
-        Those older than `FORGET_SECONDS`, and the oldest where there are more than
-        `MOST_UNANSWERED`.
-        """
-        silent = [agent for agent in self._agents.values() if not agent.has_answered]
-        silent.sort(key=lambda agent: agent.heard_at, reverse=True)
-        return [
-            agent
-            for place, agent in enumerate(silent)
-            if place >= MOST_UNANSWERED or now - agent.heard_at >= FORGET_SECONDS
-        ]
+        """The registrations behind which nothing ever answered, and nothing will."""
+        return agent_match.forgettable(self._agents.values(), now)
 
     def link(self, agent: AgentState, now: float) -> None:
         """The agent's link is open: it is back at once, whatever failed when the last one ended."""
@@ -668,9 +597,3 @@ class Registry:
             agent.status(now, self.agent_timeout) is AgentStatus.ONLINE
             and agent.out_of_rotation() is None
         )
-
-
-def _lasting(report: HealthReport) -> tuple[object, ...]:
-    """The facts of a report that do not change from one report to the next."""
-    memory = [gpu.memory_total_bytes for gpu in report.gpus]
-    return report.ollama_running, report.runner, report.memory_total_bytes, memory
