@@ -73,11 +73,15 @@ class AnswerPiece(Struct, frozen=True, tag="piece", array_like=True):
 
 
 class Order(Struct, frozen=True, tag="attempt", array_like=True):
-    """Carry out this attempt. `others`: what other holders of the model list as capabilities."""
+    """Carry out this attempt. `others`: what other holders of the model list as capabilities.
+
+    It may go out once more where a kept connection was idle for `again_after` seconds.
+    """
 
     id: int
     sent: Sent
     others: list[str] | None
+    again_after: float
 
 
 class Abort(Struct, frozen=True, tag="abort", array_like=True):
@@ -202,7 +206,9 @@ class FrontCarrier:
             more = message.get("more_body", False)
             await self._tell(AnswerPiece(bytes(message.get("body", b"")), more))
 
-    async def carry(self, sent: Sent, held: Held, others: list[str] | None) -> Failure | None:
+    async def carry(
+        self, sent: Sent, held: Held, others: list[str] | None, again_after: float
+    ) -> Failure | None:
         """Have the front carry out an attempt."""
         number, future = self._carried.begin(held)
         loop = asyncio.get_running_loop()
@@ -220,7 +226,7 @@ class FrontCarrier:
 
         aborting: set[asyncio.Task[None]] = set()
         try:
-            await self._tell(Order(number, sent, others))
+            await self._tell(Order(number, sent, others, again_after))
             held.interrupt.divert(abort)
             ended = await future
         finally:
@@ -369,7 +375,7 @@ class FrontAttempts:
         try:
             failure = await attempted(
                 self._upstreams, sent, body, attempt, answering.pass_on, began, now,
-                lambda: order.others,
+                lambda: order.others, lambda idle_seconds: idle_seconds >= order.again_after,
             )  # fmt: skip
             ended = AttemptEnd(attempt.outcome, attempt.status, failure)
             if failure is None:

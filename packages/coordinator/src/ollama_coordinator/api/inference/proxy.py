@@ -401,19 +401,14 @@ class Proxy:
             body, held.note, held.num_ctx = await self._context_fit.at(call.fitted, held.agent)
         if held.lease.unload:
             await make_room(self._parts, held.agent, held.lease.unload)
-        edited_body = None if body is call.body else bytes(body)
         url, path = held.agent.url, call.route.path
-        sent = Sent(
-            url + path,
-            path,
-            call.headers,
-            self._way(call.request, held),
-            self._again_after(held),
-            edited_body,
-        )
+        sent = Sent(url + path, path, call.headers, self._way(call.request, held))
         is_ours_alone = held.agent.registration.link or self._upstreams.has_key(url)
         if call.carrier is not None and not is_ours_alone:
-            failure = await call.carrier.carry(sent, held, self._others(call.request, held))
+            if body is not call.body:
+                sent = structs.replace(sent, body=bytes(body))
+            others, again_after = self._others(call.request, held), self._again_after(held)
+            failure = await call.carrier.carry(sent, held, others, again_after)
             if failure is None:  # whoever looks at answers on their way sees this one here
                 await send_whole(call.send, held.status or 200, [], b"")
         else:
@@ -427,6 +422,7 @@ class Proxy:
                 began,
                 self._clock.now,
                 partial(self._others, call.request, held),
+                lambda idle_seconds: idle_seconds >= self._again_after(held),
             )
         if held.status and call.request.model.endswith(OF_THE_CLOUD):
             self._cloud.note(held.agent.id, held.status)

@@ -45,6 +45,7 @@ from ollama_coordinator.upstream import (
     ModelStuck,
     NotConnected,
     RequestCancelled,
+    SendAgain,
     TakenBack,
     UpstreamError,
     Upstreams,
@@ -109,7 +110,6 @@ class Way(Struct, frozen=True):
 class Sent(Struct, frozen=True):
     """One attempt as it goes out: to which URL, on which route, and what its way back has to know.
 
-    It may go out once more if a kept connection is closed that was idle for `again_after` seconds.
     `body`: `None` where it is as the client sent it.
     """
 
@@ -117,15 +117,18 @@ class Sent(Struct, frozen=True):
     route: str
     headers: list[tuple[str, str]]
     way: Way
-    again_after: float
     body: bytes | None = None
 
 
 class Carrier(Protocol):
     """Whoever has the client's connection, where that is another process: the bytes pass there."""
 
-    async def carry(self, sent: Sent, held: Held, others: list[str] | None) -> Failure | None:
+    async def carry(
+        self, sent: Sent, held: Held, others: list[str] | None, again_after: float
+    ) -> Failure | None:
         """Carry out an attempt; as `attempted`.
+
+        It may go out once more where a kept connection was idle for `again_after` seconds.
 
         Raises:
             RequestCancelled: an operator ended it before the client had anything.
@@ -171,11 +174,13 @@ async def attempted(
     began: Callable[[], None],
     now: Callable[[], float],
     others: Callable[[], list[str] | None],
+    again: SendAgain,
 ) -> Failure | None:
     """Try one agent; `None` when the client has its answer, also a broken-off one.
 
     `began` is called with the first byte, and notes that in `tracked`. `now`: monotonic seconds.
     `others`: the capabilities that other holders of the model list; `None` where none lists any.
+    `again`: whether it may go out once more on another connection.
 
     Raises:
         RequestCancelled: an operator ended it before the client had anything.
@@ -186,7 +191,7 @@ async def attempted(
         sent.url,
         headers=sent.headers,
         body=body,
-        again=lambda idle_seconds: idle_seconds >= sent.again_after,
+        again=again,
     )
     try:
         async with tracked.interrupt, opened as response:
