@@ -3,6 +3,7 @@ them."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from statistics import median
 
 from ollama_coordinator.registry import AgentState, AvailableRow, Registry
@@ -61,7 +62,8 @@ class Machines:
         self._check_at = now + RECHECK_SECONDS
         if all(machine.unsettled is None for machine in self.by_agent.values()):
             expiry = self._registry.next_expiry()
-            self._check_at = max(self._check_at, float("inf") if expiry is None else expiry)
+            if expiry is None or expiry > now:  # else the registry will say who is gone
+                self._check_at = inf if expiry is None else expiry
         return concerned
 
     def _add(self, agent: AgentState) -> Machine:
