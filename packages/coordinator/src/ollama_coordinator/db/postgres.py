@@ -38,6 +38,9 @@ ANSWER_SECONDS = 20.0
 SILENT_SECONDS = 3
 """After so much silence the server ends the session; it hears of the coordinator every second."""
 
+PREPARING_SECONDS = 15
+"""The same within a transaction, in which many rows may be prepared between two statements."""
+
 LOOPBACK = "127.0.0.1"
 
 LOCK_KEY = 0x6F6C6C61
@@ -115,8 +118,8 @@ class PostgresDatabase:
         if version < OLDEST_VERSION:
             text = f"PostgreSQL {version} is too old; it needs {OLDEST_VERSION} or newer"
             raise psycopg.NotSupportedError(text)
-        for what in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
-            session.execute(f"SET {what} = '{SILENT_SECONDS}s'")
+        session.execute(f"SET idle_session_timeout = '{SILENT_SECONDS}s'")
+        session.execute(f"SET idle_in_transaction_session_timeout = '{PREPARING_SECONDS}s'")
         [facts] = session.execute(
             "SELECT current_setting('server_encoding') AS encoding, current_schema() AS schema,"
             " pg_try_advisory_lock(%s, hashtext(current_schema())) AS locked",
