@@ -82,6 +82,7 @@ class SettingsApi:
             raise HttpError(400, str(exc)) from exc
         self._parts.apply_settings()
         self._settings.keep()
+        await self._parts.store.flush()
         shown = {name: _shown(name, wanted[name]) for name in wanted}
         tell(request.scope, ", ".join(wanted), **shown)
         log.info("settings changed", extra=shown)
