@@ -161,7 +161,8 @@ async def test_no_slot_is_tried_on_a_slow_machine_where_waiting_for_a_fast_one_c
 ) -> None:
     """Nobody reports slots here: more are tried, but not where that ends later."""
     fast = Hardware(prefill_tokens_per_second=4000, decode_tokens_per_second=400)
-    slow = Hardware(prefill_tokens_per_second=400, decode_tokens_per_second=20)
+    # So slow that its first token costs more than a tie (10 ms) beyond any wait for the fast one.
+    slow = Hardware(prefill_tokens_per_second=400, decode_tokens_per_second=14)
     async with (
         running() as coordinator,
         machines(coordinator, fast, slow) as ((quick, _), (lame, _)),

@@ -37,6 +37,9 @@ class Memory(asyncio.Transport):
 
     resume_reading = write_eof = pause_reading
 
+    def can_write_eof(self) -> bool:
+        return True
+
     def close(self) -> None:
         if not self.closed and self.protocol is not None:
             self.closed = True

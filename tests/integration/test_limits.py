@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.registry import registry as registries
+from ollama_coordinator.registry import agent_match as registries
 from ollama_coordinator.registry.inventory import MOST_MODELS
 from ollama_coordinator.upstream import Unreachable, Upstreams
 from support.coordinator import Running, running
