@@ -28,6 +28,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.commands.client import NoAnswer
 from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.front import LeaderReplaced
 from ollama_coordinator.operations import Refused, UploadError
 from ollama_coordinator.registry import UnknownAgent
 from ollama_coordinator.scheduler import (
@@ -38,6 +39,7 @@ from ollama_coordinator.scheduler import (
     SchedulerError,
 )
 from ollama_coordinator.upstream import AgentLost, Cut, Unreachable, UpstreamError
+from ollama_coordinator.workers import WorkerFailed
 from ollama_coordinator_common.error import (
     ConfigError,
     ConflictingSource,
@@ -50,6 +52,8 @@ NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     UpstreamError: "a branch; only its children are raised",
     SchedulerError: "a branch; only its children are raised",
     ConfigError: "ends the program before it serves",
+    WorkerFailed: "ends the program that started the processes",
+    LeaderReplaced: "has the request passed on again, or its answer broken off",
     NoAnswer: "is for the command line that asks a coordinator",
 }
 BRINGS_ITS_OWN = (Denied, HttpError, Refused, UploadError)
