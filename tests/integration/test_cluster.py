@@ -54,7 +54,12 @@ class Coordinator:
         }
         async with self.session.post(f"{self.url}/api/agents", json=facts) as response:
             assert response.status == 201, await response.text()
-            return str((await response.json())["agent_id"])
+            agent_id = str((await response.json())["agent_id"])
+        # A setting is in the database before its answer, and with it the agent's models.
+        url, setting = f"{self.url}/api/settings", {"max_queue": 512}
+        async with self.session.patch(url, json=setting) as response:
+            assert response.status == 200, await response.text()
+        return agent_id
 
     async def leads(self, *, epoch: int) -> None:
         """Wait until it leads."""

@@ -331,7 +331,7 @@ class FrontAttempts:
         `reading` surrounds the reading of `chunks`, and may end it. Where the leader is lost, an
         attempt under way goes on to its end.
         """
-        answering = _Answering(leader, body, send)
+        answering = _CarriedRequest(leader, body, send)
         async with OwnedTasks() as tasks:
             try:
                 async with reading, asyncio.timeout(None) as answering.limit:
@@ -344,7 +344,7 @@ class FrontAttempts:
                     log.warning("leader lost", extra={"url": leader, "reason": str(exc)})
         return answering.has_begun
 
-    async def _obey(self, told: Told, answering: "_Answering", tasks: OwnedTasks) -> None:
+    async def _obey(self, told: Told, answering: "_CarriedRequest", tasks: OwnedTasks) -> None:
         match told:
             case AnswerStart():
                 message = {"status": told.status, "headers": told.headers}
@@ -361,7 +361,7 @@ class FrontAttempts:
                 if attempt is not None and kind and not (kind is TakenBack and has_begun):
                     attempt.interrupt.fire(kind(told.reason))
 
-    async def _carry_out(self, order: Order, answering: "_Answering") -> None:
+    async def _carry_out(self, order: Order, answering: "_CarriedRequest") -> None:
         now, sent = self._clock.now, order.sent
         attempt = CarriedAttempt(answering.leader, now())
         self._under_way[order.id] = attempt
@@ -414,7 +414,7 @@ class FrontAttempts:
                 return
 
 
-class _Answering:
+class _CarriedRequest:
     """One client's request while a leader says how it is answered.
 
     `has_begun`: the client has a part of an answer. `is_over`: it has all of it.

@@ -233,20 +233,12 @@ class Front:
             NotConnected: it took no connection.
         """
         has_more = body.get("more_body", False)
-        sent = [("X-Ollama-Coordinator-Front", self._credentials(scope))]
-        sent += [
-            (name.decode("latin-1"), as_text(value))
-            for name, value in scope["headers"]
-            if name not in NOT_PASSED and (name != b"content-length" or has_more)
-        ]
-        if scope["path"] in _INFERENCE:
-            sent.append((CARRIES.decode(), "1"))
         kept: list[tuple[bytes, bytes]] | None = None
         part = b""
         opened = self._upstreams.open(
             scope["method"],
             URL(leader.url + _target(scope), encoded=True),
-            headers=sent,
+            headers=self._headers(scope, has_more=has_more),
             body=body.get("body", b""),
             stream=_parts(body, receive) if has_more else None,
             certificate=self._cluster.certificate_at(leader.url),
@@ -286,6 +278,18 @@ class Front:
             return True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
+
+    def _headers(self, scope: Scope, *, has_more: bool) -> list[tuple[str, str]]:
+        """Those of a request as it is passed on; the length is another's to say of a whole body."""
+        sent = [("X-Ollama-Coordinator-Front", self._credentials(scope))]
+        sent += [
+            (name.decode("latin-1"), as_text(value))
+            for name, value in scope["headers"]
+            if name not in NOT_PASSED and (name != b"content-length" or has_more)
+        ]
+        if scope["path"] in _INFERENCE:
+            sent.append((CARRIES.decode(), "1"))
+        return sent
 
     @asynccontextmanager
     async def _while_leading(self, leader: Coordinator) -> AsyncIterator[Interrupt]:
