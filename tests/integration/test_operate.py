@@ -73,8 +73,12 @@ async def test_a_name_that_is_nobodys_or_several_agents_says_so(coordinator: Run
         code, output = await run(coordinator, "agents", "drain", "same")
         assert code == 1
         assert all(agent_id in output for agent_id in ids)
+        whole = [f"same (127.0.0.1:{node.port})" for node in (one, two)]
         code, output = await run(coordinator, "agents", "drain", "nobody")
-        assert (code, "there are: same, same" in output) == (1, True)
+        assert (code, f"there are: {', '.join(sorted(whole))}" in output) == (1, True)
+        assert await run(coordinator, "agents", "drain", whole[1]) == (0, f"{whole[1]}: draining\n")
+        assert [row["name"] for row in await answer(coordinator, "agents")] == sorted(whole)
+        assert [coordinator.agent(one).settings.draining for one in ids] == [False, True]
 
 
 @pytest.mark.spec("OPERATION-45")

@@ -66,6 +66,35 @@ def report(agent: AgentState, body: str = "") -> HealthReport:
 # ── who is who ────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.spec("FLEET-77")
+def test_agents_that_are_called_the_same_have_what_tells_them_apart(registry: Registry) -> None:
+    def named() -> list[str]:
+        return [agent.name for agent in registry]
+
+    register(registry, machine("gpu", "10.0.0.1", machine_id="m-one"))
+    assert named() == ["gpu"]
+    register(registry, machine("gpu", "10.0.0.2", machine_id="m-two"))
+    assert named() == ["gpu (10.0.0.1)", "gpu (10.0.0.2)"]
+    third = register(registry, machine("gpu", "10.0.0.2", port=9, machine_id="m-two")).agent
+    assert named() == [
+        "gpu (10.0.0.1:11434)", "gpu (10.0.0.2:11434)", "gpu (10.0.0.2:9)"
+    ]  # fmt: skip
+    registry.update_settings(third.id, AgentSettings(display_name="spare"))
+    assert named() == ["gpu (10.0.0.1)", "gpu (10.0.0.2)", "spare"]
+    registry.remove(next(iter(registry)).id)
+    assert named() == ["gpu", "spare"]
+
+
+@pytest.mark.spec("FLEET-77")
+def test_what_tells_two_apart_is_their_ids_where_their_places_are_the_same(
+    registry: Registry,
+) -> None:
+    for name in "ab":
+        wanted = structs.replace(machine("gpu", "10.0.0.1", machine_id=f"m-{name}"), link=True)
+        registry.register(wanted, AgentId(name * 36), AT, 0.0, host=f"link {name}")
+    assert [agent.name for agent in registry] == ["gpu (aaaaaaaa)", "gpu (bbbbbbbb)"]
+
+
 def test_a_machine_that_registers_again_keeps_its_id_and_its_age(registry: Registry) -> None:
     first = register(registry, machine())
     again = registry.register(machine(), AgentId("new"), datetime(2027, 1, 1, tzinfo=UTC), 5.0)

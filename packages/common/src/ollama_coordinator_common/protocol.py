@@ -211,7 +211,11 @@ class AgentOperation(Struct, frozen=True):
 
 
 class AgentView(Struct, frozen=True):
-    """One row of `GET /api/agents`; times are UTC."""
+    """One row of `GET /api/agents`; times are UTC.
+
+    `name` is the display name or the machine's, with what tells it apart where another agent is
+    called the same.
+    """
 
     id: AgentId
     machine_name: str
@@ -244,4 +248,5 @@ class AgentView(Struct, frozen=True):
     broken_models: dict[str, str] = {}
     left_behind: str | None = None
     loaded_models: list[str] = []
+    name: str = ""
     operations: list[AgentOperation] = []

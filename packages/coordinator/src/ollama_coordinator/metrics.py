@@ -232,9 +232,9 @@ class _Labelled(NamedTuple):
 
 def _labelled(agents: Iterable[AgentState]) -> list[_Labelled]:
     agents = list(agents)
-    names = Counter(agent.name for agent in agents)
+    names = Counter(agent.called for agent in agents)
     return [
-        _Labelled(one.name if names[one.name] == 1 else f"{one.name} ({one.id[:8]})", one)
+        _Labelled(one.called if names[one.called] == 1 else f"{one.called} ({one.id[:8]})", one)
         for one in agents
     ]
 

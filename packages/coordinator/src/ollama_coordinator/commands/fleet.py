@@ -18,6 +18,7 @@ from .tables import (
     holders_table,
     loaded_table,
     models_table,
+    name_of,
     readable,
     shown_json,
     targets_table,
@@ -218,7 +219,7 @@ def _placement(replicas: int | None, on: str | None) -> dict[str, str]:
 
 async def _names(client: Client) -> dict[str, str]:
     agents = await client.json("GET", "/api/agents")
-    return {agent["id"]: agent["display_name"] or agent["machine_name"] for agent in agents}
+    return {agent["id"]: name_of(agent) for agent in agents}
 
 
 async def _operation(

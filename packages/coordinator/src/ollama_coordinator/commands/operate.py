@@ -19,6 +19,7 @@ from .tables import (
     agents_table,
     console,
     facts,
+    name_of,
     requests_table,
     settings_table,
     shown_json,
@@ -117,7 +118,7 @@ async def add(
         row = await client.json("GET", f"/api/agents/{answer['agent_id']}")
         added.append(row)
         if not json:
-            console().print(Text(f"{answer['status']}: {row['machine_name']}, {_state(row)}"))
+            console().print(Text(f"{answer['status']}: {name_of(row)}, {_state(row)}"))
     if json and added:
         shown_json(added[0] if len(addresses) == 1 else added)
     if failures:
@@ -210,7 +211,7 @@ async def remove(client: Client, agent: Agent, json: Json = False) -> None:
     if json:
         shown_json({"removed": row["id"]})
         return
-    console().print(Text(f"removed {_name(row)}"))
+    console().print(Text(f"removed {name_of(row)}"))
 
 
 async def _agent(client: Client, wanted: str) -> Mapping[str, Any]:
@@ -221,14 +222,15 @@ async def _agent(client: Client, wanted: str) -> Mapping[str, Any]:
     """
     listed: Sequence[Mapping[str, Any]] = await client.json("GET", "/api/agents")
     ids = [row for row in listed if row["id"] == wanted]
+    exact = [row for row in listed if wanted == name_of(row)]
     named = [row for row in listed if wanted in (row["display_name"], row["machine_name"])]
-    found = ids or named
+    found = ids or exact or named
     if len(found) == 1:
         return found[0]
     if found:
-        same = ", ".join(f"{row['id']} at {row['url']}" for row in found)
-        raise NoAnswer(f"several agents are called {wanted}; give an id: {same}")
-    names = ", ".join(sorted(_name(row) for row in listed)) or "none"
+        same = ", ".join(f"'{name_of(row)}', {row['id']}" for row in found)
+        raise NoAnswer(f"several agents are called {wanted}; give a whole name or an id: {same}")
+    names = ", ".join(sorted(name_of(row) for row in listed)) or "none"
     raise NoAnswer(f"no agent is called {wanted}; there are: {names}")
 
 
@@ -238,11 +240,7 @@ async def _change(client: Client, wanted: str, *, json: bool, **changes: object)
     if json:
         shown_json(row)
         return
-    console().print(Text(f"{_name(row)}: {_state(row)}"))
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return str(row["display_name"] or row["machine_name"])
+    console().print(Text(f"{name_of(row)}: {_state(row)}"))
 
 
 def _state(row: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from ollama_coordinator.simulation.machine import GIB
 from ollama_coordinator_common.names import model_key
 
 from .client import Client, Model, NoAnswer, asks
-from .tables import WIDE, console, shown_json, table
+from .tables import WIDE, console, name_of, shown_json, table
 
 SEEN_SECONDS = 0.005
 """What is less is shown as 0.00."""
@@ -265,7 +265,7 @@ def fleet_of(recorded: Recorded, doubled: Iterable[str]) -> Fleet:
     """
     models = {model_key(row["name"]): row for row in recorded.models}
     machines = {
-        str(row["machine_name"]): _machine(row, recorded.estimates, models)
+        name_of(row): _machine(row, recorded.estimates, models)
         for row in recorded.agents
         if row["status"] != "offline"
     }
@@ -288,7 +288,7 @@ def _machine(agent: Row, estimates: Sequence[Row], models: Mapping[str, Row]) ->
     video = sum(gpu.get("memory_total_bytes") or 0 for gpu in agent["gpus"])
     runner = agent["runner"] or {}
     return MachineSpec(
-        name=agent["machine_name"],
+        name=name_of(agent),
         models=tuple(ModelSpec(str(models[key]["name"]), int(models[key]["size"])) for key in mine),
         memory_bytes=video or agent["memory_total_bytes"] or UNKNOWN_MEMORY_BYTES,
         slots=runner.get("num_parallel") or max((row["slots"] for row in mine.values()), default=1),

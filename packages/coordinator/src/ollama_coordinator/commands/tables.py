@@ -63,7 +63,7 @@ def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Group:
     notes = []
     for agent in agents:
         # As texts, not as markup: a machine may be called anything.
-        name = Text(agent["display_name"] or agent["machine_name"])
+        name = Text(name_of(agent))
         status, note = _status(agent)
         whole = Text.assemble(status, ": " if note else "", note)
         if note and not is_wide:
@@ -78,6 +78,11 @@ def agents_table(agents: Iterable[Mapping[str, Any]], width: int) -> Group:
             *(Text(agent[name.lower()]) for name in wide),
         )
     return Group(made, *notes)
+
+
+def name_of(agent: Mapping[str, Any]) -> str:
+    """What an agent is called, with what tells it apart; earlier coordinators do not."""
+    return str(agent.get("name") or agent["display_name"] or agent["machine_name"])
 
 
 def _short(model: str) -> str:

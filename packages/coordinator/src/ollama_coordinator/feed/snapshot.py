@@ -140,7 +140,7 @@ class Snapshots:
         """Everything a row is made of: while this is equal, so is the row."""
         return (
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
-            agent.linked, agent.unlinked_at,
+            agent.linked, agent.unlinked_at, agent.mark,
             agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
             tuple(agent.model_cooldowns.items()),
             tuple(agent.inventory.loaded), len(agent.inventory.available),
@@ -159,7 +159,6 @@ class Snapshots:
         row.pop("operations", None)
         standing = self._sampler.standing.get(agent.id)
         row["models"] = len(agent.inventory.available)
-        row["name"] = agent.name
         # As it is now: an agent that was drained a moment ago has not been sampled yet.
         row["state"] = state = state_of(agent, now, self._registry.agent_timeout)
         since = standing.since if standing and standing.state == state else now

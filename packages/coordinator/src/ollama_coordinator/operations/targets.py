@@ -71,7 +71,7 @@ class Placement(Struct, frozen=True):
         if self.rule is Rule.LABEL:
             return not set(self.names).isdisjoint(agent.settings.labels)
         if self.rule is Rule.AGENTS:
-            return not set(self.names).isdisjoint((agent.id, agent.name))
+            return not set(self.names).isdisjoint((agent.id, agent.name, agent.called))
         return True
 
 

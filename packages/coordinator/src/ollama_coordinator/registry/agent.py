@@ -149,7 +149,8 @@ class AgentState:
     it has answered a request well; `bad_since` is when the first one failed after its last good
     answer. `passes` are the ids of the coordinators that a request to it passes, where it is one
     itself. `linked`: the link by which it is reached is open; `unlinked_at` is when that ended.
-    `reached`: whether the last probe got a connection to it.
+    `reached`: whether the last probe got a connection to it. `mark`: what tells it apart from those
+    that are called as it is, see `Identities`.
     """
 
     id: AgentId
@@ -173,11 +174,17 @@ class AgentState:
     linked: bool = False
     unlinked_at: float | None = None
     reached: bool = True
+    mark: str = ""
+
+    @property
+    def called(self) -> str:
+        """Its display name, or else its machine's name; others may have the same."""
+        return self.settings.display_name or self.registration.machine_name
 
     @property
     def name(self) -> str:
-        """Its display name, or else its machine's name."""
-        return self.settings.display_name or self.registration.machine_name
+        """What it is called; with its `mark` where another agent is called so too."""
+        return f"{self.called} ({self.mark})" if self.mark else self.called
 
     @property
     def url(self) -> str:
@@ -272,6 +279,7 @@ def view_of(
     registration, report, inventory = agent.registration, agent.report, agent.inventory
     return AgentView(
         id=agent.id,
+        name=agent.name,
         machine_name=registration.machine_name,
         ip_address=registration.ip_address,
         ollama_version=registration.ollama_version,

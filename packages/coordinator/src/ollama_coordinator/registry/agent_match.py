@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from msgspec import Struct
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import same_host
+from ollama_coordinator_common.network import netloc, same_host
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
@@ -204,7 +204,7 @@ def conflict(agent: AgentState, others: Iterable[AgentState]) -> str | None:
 
 
 def _where(agents: Iterable[AgentState]) -> str:
-    return ", ".join(f"{agent.name} at {agent.registration.ip_address}" for agent in agents)
+    return ", ".join(f"{agent.called} at {agent.registration.ip_address}" for agent in agents)
 
 
 Identity = tuple[str, str | int]
@@ -214,10 +214,13 @@ class Identities:
     """The agents by each thing that identifies them: machine id, name, host and port.
 
     `api_keys` are those of Ollamas that an operator added, by their URLs; empty where one has none.
+    Agents that are called the same get a `mark` each: the first of address, address with port, and
+    start of the id that all of them have different ones of.
     """
 
     def __init__(self) -> None:
         self.api_keys: dict[str, str] = {}
+        self._called: defaultdict[str, dict[AgentId, AgentState]] = defaultdict(dict)
         self._agents: defaultdict[Identity, set[AgentId]] = defaultdict(set)
 
     def __len__(self) -> int:
@@ -229,6 +232,8 @@ class Identities:
             self._agents[one].add(agent.id)
         if agent.registration.url is not None:
             self.api_keys[agent.url] = agent.settings.api_key
+        self._called[agent.called][agent.id] = agent
+        self._mark(agent.called)
 
     def discard(self, agent: AgentState) -> None:
         """Remove an agent: before it reports something else, or when it is removed."""
@@ -238,6 +243,19 @@ class Identities:
                 del self._agents[one]
         if agent.registration.url is not None:
             self.api_keys.pop(agent.url, None)
+        self._called[agent.called].pop(agent.id, None)
+        self._mark(agent.called)
+
+    def _mark(self, called: str) -> None:
+        """Tell those apart that are called the same."""
+        same = list(self._called[called].values())
+        if not same:
+            del self._called[called]
+            return
+        choices = zip(*map(_marks, same), strict=True)
+        marks = next(found for found in choices if len({*found}) == len(same))
+        for agent, mark in zip(same, marks, strict=True):
+            agent.mark = mark if len(same) > 1 else ""
 
     def alike(self, agent: AgentState) -> set[AgentId]:
         """The other agents with its Ollama port and its machine id or its name.
@@ -257,6 +275,13 @@ class Identities:
     def _others(self, agent: AgentState, claims: Iterable[Identity]) -> set[AgentId]:
         found = (self._agents[one] for one in claims if one in self._agents)
         return set().union(*found) - {agent.id}
+
+
+def _marks(agent: AgentState) -> tuple[str, ...]:
+    """What may tell an agent apart from one that is called the same; the last one always does."""
+    known = agent.registration
+    place = known.url or netloc(known.ip_address, known.relay_port or known.ollama_port)
+    return known.ip_address, place, agent.id[:8], agent.id
 
 
 def _claims(agent: AgentState) -> list[Identity]:
