@@ -235,5 +235,5 @@ async def test_status_says_what_is_wrong(launch: Launch) -> None:
         code, output = await outcome(process)
     words = " ".join(output.split())
     assert code == 1
-    assert "connection refused; is the coordinator running?" in words
+    assert "connection refused: nothing listens there; is the coordinator running?" in words
     assert "nothing listens at" in words

@@ -95,9 +95,9 @@ def test_the_list_of_the_librarys_errors_is_not_empty() -> None:
     [
         (TimeoutError(), "firewall"),
         (ConnectionRefusedError(), "is the coordinator running"),
-        (OSError(113, "No route to host"), "No route to host"),
+        (OSError(113, "No route to host"), "unreachable"),
         (UnicodeError("label too long"), "COORDINATOR_URL"),
-        (example(client_exceptions.ClientConnectorDNSError), "does not resolve"),
+        (example(client_exceptions.ClientConnectorDNSError), "check COORDINATOR_URL and the DNS"),
         (example(client_exceptions.ClientConnectorCertificateError), "certificate"),
         (example(client_exceptions.ServerDisconnectedError), "hung up"),
     ],

@@ -1,10 +1,20 @@
-"""The address that people type on other machines."""
+"""Addresses that people type, and what goes wrong with connections."""
 
+import asyncio
+import errno
+import socket
+import ssl
 from ipaddress import ip_address
 
 import pytest
 
-from ollama_coordinator_common.network import coordinator_url, is_address, public_address
+from ollama_coordinator_common.network import (
+    cause_of,
+    coordinator_url,
+    is_address,
+    public_address,
+)
+from support.deadline import DEADLINE_SECONDS
 
 
 @pytest.mark.spec("DASH-35")
@@ -64,3 +74,69 @@ def test_what_is_no_coordinators_url_is_refused(written: str) -> None:
 )
 def test_a_number_at_the_end_of_a_name_makes_it_no_address(text: str, expected: bool) -> None:
     assert is_address(text) is expected
+
+
+def wrapped(inner: OSError) -> Exception:
+    """As aiohttp wraps what the system said."""
+    outer = Exception("Cannot connect to host c:1 ssl:default")
+    outer.os_error = inner  # type: ignore[attr-defined]
+    return outer
+
+
+def unverified(code: int) -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code = code
+    return error
+
+
+BOTH_REFUSED = "Multiple exceptions: " + ", ".join(
+    f"[Errno {errno.ECONNREFUSED}] Connect call failed ('{host}', 8080)"
+    for host in ("::1", "127.0.0.1")
+)
+
+
+@pytest.mark.spec("AGENT-62")
+@pytest.mark.parametrize(
+    ("error", "clause"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "connection refused"),
+        (wrapped(ConnectionRefusedError()), "connection refused"),
+        (OSError(BOTH_REFUSED), "connection refused"),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "unreachable"),
+        (OSError(errno.ENETUNREACH, "x"), "no route to its network"),
+        (OSError(errno.EPERM, "x"), "a firewall of this machine"),
+        (TimeoutError(), "no answer in time"),
+        (ConnectionResetError(), "reset the connection"),
+        (socket.gaierror(socket.EAI_NONAME, "x"), "host name is not found"),
+        (socket.gaierror(socket.EAI_AGAIN, "x"), "no name server answers"),
+        (unverified(10), "has expired, or this machine's clock is ahead"),
+        (unverified(9), "clock behind"),
+        (unverified(18), "vouched for by nobody"),
+        (unverified(62), "another host's"),
+        (unverified(23), "not believed"),
+        (ssl.SSLError(1, "handshake failure"), "TLS fails: handshake failure"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "Permission denied: /x/y"),
+        (asyncio.InvalidStateError(), "invalid state error"),
+    ],
+)
+def test_an_error_is_told_by_its_cause(error: Exception, clause: str) -> None:
+    assert clause in cause_of(error)
+    assert not any(piece in cause_of(error) for piece in ("Errno", "Error(", "SSL:"))
+
+
+@pytest.mark.spec("AGENT-62")
+async def test_what_the_system_really_says_is_told_by_its_cause() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        port = plain.getsockname()[1]
+        plain.settimeout(DEADLINE_SECONDS)
+        calling = asyncio.open_connection("127.0.0.1", port, ssl=ssl.create_default_context())
+        task = asyncio.create_task(calling)
+        peer, _ = await asyncio.to_thread(plain.accept)
+        peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        with pytest.raises(ssl.SSLError) as spoken:
+            await task
+        peer.close()
+    assert cause_of(spoken.value) == "it speaks no TLS there: http in place of https?"
+    with pytest.raises(OSError, match="127") as refused:
+        await asyncio.open_connection("127.0.0.1", port)
+    assert cause_of(refused.value).startswith("connection refused")

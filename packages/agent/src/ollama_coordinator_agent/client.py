@@ -17,6 +17,7 @@ import msgspec
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.join_token import JoinToken
+from ollama_coordinator_common.network import cause_of
 from ollama_coordinator_common.protocol import (
     PROOF_HEADER,
     AgentView,
@@ -271,7 +272,7 @@ def _reason(exc: BaseException) -> str:
     """One short clause for the operator."""
     match exc:
         case aiohttp.ClientConnectorDNSError():
-            return "its host name does not resolve; check COORDINATOR_URL and the DNS"
+            return f"{cause_of(exc)}; check COORDINATOR_URL and the DNS"
         case aiohttp.ServerFingerprintMismatch() | WrongCertificate():
             return (
                 "its certificate is not the one that this agent believes: give it a new join token "
@@ -280,22 +281,13 @@ def _reason(exc: BaseException) -> str:
         # An ssl.SSLCertVerificationError is a ValueError too.
         case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError() | SSLError():
             return (
-                f"TLS fails ({_text(exc)}); check http against https, and give a certificate of "
+                f"{cause_of(exc)}; check http against https, and give a certificate of "
                 "its own by AGENT_JOIN_TOKEN or COORDINATOR_CERTIFICATE"
             )
-        case ConnectionRefusedError():
-            return "connection refused; is the coordinator running?"
-        case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
-            return "connection refused; is the coordinator running?"
-        case TimeoutError():
-            return "timed out; is it running, and does a firewall let this machine through?"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
             return "it hung up; check http against https"
         case aiohttp.InvalidURL() | ValueError():
-            return f"the URL cannot be used ({_text(exc)}); check COORDINATOR_URL"
+            return f"the URL cannot be used ({cause_of(exc)}); check COORDINATOR_URL"
         case _:
-            return _text(exc)
-
-
-def _text(exc: BaseException) -> str:
-    return str(exc) or type(exc).__name__
+            cause = cause_of(exc)
+            return f"{cause}; is the coordinator running?" if "refused" in cause else cause

@@ -8,7 +8,13 @@ answers on a private network. From then on only that one is followed, which its 
 import asyncio
 import logging
 
-from ollama_coordinator_common.network import is_loopback, is_private, netloc, parse_address
+from ollama_coordinator_common.network import (
+    cause_of,
+    is_loopback,
+    is_private,
+    netloc,
+    parse_address,
+)
 from ollama_coordinator_common.protocol import SERVICE
 from ollama_coordinator_common.settings import AgentConfig
 
@@ -161,7 +167,7 @@ async def announced_urls(seconds: float) -> list[str]:
                     if info.port and address is not None and is_private(address):
                         urls.add(f"{scheme}://{netloc(text, info.port)}")
     except (OSError, Error) as exc:
-        log.debug("multicast DNS is not possible", extra={"reason": str(exc)})
+        log.debug("multicast DNS is not possible", extra={"reason": cause_of(exc)})
     return sorted(urls)
 
 

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
-from ollama_coordinator_common.network import LOOPBACK, is_ours, netloc, parse_address
+from ollama_coordinator_common.network import LOOPBACK, cause_of, is_ours, netloc, parse_address
 from ollama_coordinator_common.types import RunnerSettings
 
 T = TypeVar("T")
@@ -97,6 +97,7 @@ class Ollama:
         self.port = port
         self.url = f"http://{netloc(host, port)}"
         self._session = session
+        self._seconds = timeout_seconds
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     async def version(self) -> str:
@@ -123,9 +124,18 @@ class Ollama:
             ) as response:
                 body = await response.read()
         except aiohttp.ClientConnectorError as exc:
-            raise OllamaError(Presence.ABSENT, f"nothing listens at {self.url}") from exc
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            raise OllamaError(Presence.SILENT, f"{self.url} does not answer: {exc!r}") from exc
+            refused = isinstance(exc.os_error, ConnectionRefusedError)
+            text = "nothing listens there" if refused else cause_of(exc)
+            raise OllamaError(Presence.ABSENT, f"no Ollama at {self.url}: {text}") from exc
+        except TimeoutError as exc:
+            text = f"{self.url} takes the connection and does not answer within {self._seconds:g} s"
+            raise OllamaError(Presence.SILENT, text) from exc
+        except aiohttp.ServerDisconnectedError as exc:
+            text = f"{self.url} ends the connection without an answer"
+            raise OllamaError(Presence.SILENT, text) from exc
+        except (aiohttp.ClientError, OSError) as exc:
+            text = f"{self.url} does not answer: {cause_of(exc)}"
+            raise OllamaError(Presence.SILENT, text) from exc
         if response.status >= 500:
             raise OllamaError(Presence.SILENT, f"{self.url}{path} answers {response.status}")
         if response.status != 200:

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from msgspec import Struct
 
-from ollama_coordinator_common.network import netloc
+from ollama_coordinator_common.network import cause_of, netloc
 
 from .ollama import serve_host
 
@@ -246,10 +246,10 @@ def keep_small(file: Path) -> None:
             _copy_end(file, _older(file, 1), size)
         except OSError as exc:
             _older(file, 1).unlink(missing_ok=True)
-            log.warning("output of ollama serve not kept", extra={"reason": str(exc)})
+            log.warning("output of ollama serve not kept", extra={"reason": cause_of(exc)})
         os.truncate(file, 0)
     except OSError as exc:
-        log.debug("output of ollama serve not looked at", extra={"reason": str(exc)})
+        log.debug("output of ollama serve not looked at", extra={"reason": cause_of(exc)})
 
 
 def _older(file: Path, number: int) -> Path:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from msgspec import UNSET, Struct, UnsetType
 
-from ollama_coordinator_common.network import is_loopback, local_address
+from ollama_coordinator_common.network import cause_of, is_loopback, local_address
 from ollama_coordinator_common.settings import AgentConfig
 
 from .pacing import AgentPace, Reminder, forever
@@ -166,7 +166,8 @@ class Reach:
         try:
             opened = self._relay.listen(port, fallback=self._state.last_run.relay_port)
         except OSError as exc:
-            text = f"the relay's port cannot be opened ({exc}); set AGENT_RELAY_PORT to a free one"
+            text = f"the relay's port cannot be opened ({cause_of(exc)})"
+            text += "; set AGENT_RELAY_PORT to a free one"
             if self._reminder.due(text, asyncio.get_running_loop().time()):
                 log.error(text)
             return

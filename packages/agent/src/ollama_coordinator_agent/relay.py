@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from ollama_coordinator_common.network import Address, parse_address
+from ollama_coordinator_common.network import Address, cause_of, parse_address
 from ollama_coordinator_common.pump import Framing, Pipe, carry
 
 from .pacing import Reminder
@@ -81,7 +81,7 @@ class TcpRelay:
                     try:
                         peer, _ = await loop.sock_accept(listener)
                     except OSError as exc:  # too many open files, or a peer that left already
-                        self._reminder.warn(f"the relay cannot accept: {exc}")
+                        self._reminder.warn(f"the relay cannot accept: {cause_of(exc)}")
                         await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
                         continue
                     connections.create_task(self._serve(peer))

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.network import cause_of
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def host_folder(base: Path, name: str, own_id: str, *, take_over: bool) -> Path:
             if file.is_file():
                 file.rename(own / file.name)
     except OSError as exc:
-        extra = {"folder": str(known[0]), "reason": str(exc)}
+        extra = {"folder": str(known[0]), "reason": cause_of(exc)}
         log.warning("what this machine kept before could not be taken over", extra=extra)
     return own
 
@@ -150,7 +151,7 @@ class StateFolder:
         except Timeout as exc:
             raise AlreadyRunning(self._lock_file) from exc
         except (OSError, NotImplementedError) as exc:
-            log.warning("a second agent would go unnoticed", extra={"reason": str(exc)})
+            log.warning("a second agent would go unnoticed", extra={"reason": cause_of(exc)})
         try:
             yield
         finally:
@@ -188,7 +189,7 @@ class StateFolder:
                 log.warning("the machine's secret is damaged: remove it", extra={"file": str(file)})
                 return ""
         except OSError as exc:
-            facts = {"file": str(file), "reason": str(exc)}
+            facts = {"file": str(file), "reason": cause_of(exc)}
             log.warning("no secret can be kept: this machine is known by its address", extra=facts)
             return ""
         return text
@@ -203,7 +204,7 @@ class StateFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._last_run_file, msgspec.json.encode(changed))
         except OSError as exc:
-            log.debug("not remembered", extra={"reason": str(exc)})
+            log.debug("not remembered", extra={"reason": cause_of(exc)})
 
     def _recall(self) -> LastRun:
         try:
@@ -213,7 +214,7 @@ class StateFolder:
         except (OSError, msgspec.DecodeError) as exc:
             log.warning(
                 "what the last run remembered cannot be read; starting afresh",
-                extra={"file": str(self._last_run_file), "reason": str(exc)},
+                extra={"file": str(self._last_run_file), "reason": cause_of(exc)},
             )
             return LastRun()
 
@@ -247,7 +248,7 @@ class StateFolder:
         log.warning(
             "the machine id cannot be kept, so the coordinator knows this machine by its name;"
             " make the folder readable and writable, or set AGENT_STATE_DIR",
-            extra={"file": str(self._machine_id_file), "reason": str(exc)},
+            extra={"file": str(self._machine_id_file), "reason": cause_of(exc)},
         )
 
 

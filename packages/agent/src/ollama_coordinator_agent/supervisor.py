@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Mapping
 
+from ollama_coordinator_common.network import cause_of
+
 from .ollama import Presence
 from .pacing import AgentPace, Backoff, Reminder
 from .process import Child, ServeCommand, keep_small
@@ -138,7 +140,7 @@ class Supervisor:
             self.child = command.start()
         except OSError as exc:
             self._not_before = now + self._backoff.next()
-            self._say(now, f"ollama serve cannot be started: {exc}; {GET_OLLAMA}")
+            self._say(now, f"ollama serve cannot be started: {cause_of(exc)}; {GET_OLLAMA}")
             return
         self.environ_of_child = command.environ
         self._state.remember(child=ChildRecord(self.child.pid, self.child.created))

@@ -1,9 +1,11 @@
 """Hosts, addresses and ports, as texts and as this machine's routes have them."""
 
 import contextlib
+import errno
 import ipaddress
 import re
 import socket
+import ssl
 from asyncio.trsock import TransportSocket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -236,3 +238,78 @@ def public_address(bound: str) -> str | None:
     if address is None or address.is_loopback:
         return None
     return f"[{address}]" if address.version == 6 else str(address)
+
+
+_REFUSED = "connection refused: nothing listens there"
+_SILENT = "no answer in time: it is stuck or off, or a firewall drops what is sent to it"
+_RESET = "it reset the connection"
+_CAUSES = {
+    "ECONNREFUSED": _REFUSED,
+    "EHOSTUNREACH": "unreachable: no machine answers at that address, or a firewall rejects it",
+    "EHOSTDOWN": "unreachable: the machine at that address is down",
+    "ENETUNREACH": "no route to its network",
+    "ENETDOWN": "this machine's network is down",
+    "EPERM": "a firewall of this machine forbids it",
+    "ECONNRESET": _RESET,
+    "ECONNABORTED": _RESET,
+    "EPIPE": _RESET,
+    "ETIMEDOUT": _SILENT,
+    "EADDRINUSE": "the port is in use",
+    "EMFILE": "this process has no file descriptor left (ulimit -n)",
+}
+_BY_NUMBER = {getattr(errno, name): text for name, text in _CAUSES.items() if hasattr(errno, name)}
+
+_CERTIFICATE = {
+    9: "its certificate is not valid yet: is this machine's clock behind?",
+    10: "its certificate has expired, or this machine's clock is ahead",
+    62: "its certificate is another host's",
+    64: "its certificate is another address's",
+    **dict.fromkeys(
+        (18, 19, 20, 21), "its certificate is vouched for by nobody whom this machine trusts"
+    ),
+}
+"""By OpenSSL's X509_V_ERR_* (x509_vfy.h): 18 to 21 are self-signed and unknown issuers."""
+
+_PLAIN = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+
+
+_KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (socket.gaierror, "its host name is not found"),
+    (ConnectionRefusedError, _REFUSED),
+    (ConnectionError, _RESET),
+    (TimeoutError, _SILENT),
+)
+
+
+def cause_of(exc: BaseException) -> str:
+    """What went wrong, in one clause for people: refused, unreachable, no route, not found, TLS.
+
+    aiohttp keeps the system's error in another one; asyncio puts those of several addresses into
+    one text, with their numbers.
+    """
+    for name in ("certificate_error", "os_error"):
+        exc = getattr(exc, name, None) or exc
+    if isinstance(exc, ssl.SSLError):
+        return _cause_of_tls(exc)
+    if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_AGAIN:
+        return "no name server answers for its host name"
+    for kind, text in _KINDS:
+        if isinstance(exc, kind):
+            return text
+    if isinstance(exc, OSError) and exc.filename:
+        return f"{exc.strerror}: {exc.filename}"
+    own = getattr(exc, "errno", None)
+    numbers = re.findall(r"\[Errno (\d+)\]", str(exc)) if own is None else [own]
+    known = next((_BY_NUMBER[one] for one in map(int, numbers) if one in _BY_NUMBER), None)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(exc).__name__).lower()
+    return known or getattr(exc, "strerror", None) or str(exc) or words
+
+
+def _cause_of_tls(exc: ssl.SSLError) -> str:
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        known = _CERTIFICATE.get(getattr(exc, "verify_code", 0))
+        return known or f"its certificate is not believed: {exc.strerror or exc}"
+    reason = getattr(exc, "reason", None) or exc.strerror or "the handshake ended"
+    if reason in _PLAIN:
+        return "it speaks no TLS there: http in place of https?"
+    return f"TLS fails: {reason.replace('_', ' ').lower()}"

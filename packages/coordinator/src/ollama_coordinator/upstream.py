@@ -34,6 +34,7 @@ from yarl import URL
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.network import (
     LINK_DOMAIN,
+    cause_of,
     is_no_machine,
     keep_alive,
     parse_address,
@@ -460,17 +461,15 @@ def _reason(exc: Exception) -> str:
         return f"has no address that can be reached: {exc}"
     if isinstance(exc, aiohttp.ClientResponseError):
         return "answers in no form of HTTP"
-    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
-        return f"cannot connect: {exc.certificate_error}"
-    if isinstance(exc, aiohttp.ClientConnectorError):
-        return f"cannot connect: {exc.os_error.strerror or exc.os_error}"
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorError):
+        return f"cannot connect: {cause_of(exc)}"
     if isinstance(exc, aiohttp.ServerDisconnectedError):
         return "closed the connection without an answer"
     if isinstance(exc, aiohttp.ClientPayloadError):
         return "closed the connection in the middle of the answer"
     if isinstance(exc, ConnectionResetError) or getattr(exc, "errno", None) in _RESET:
         return "reset the connection"
-    return str(exc) or type(exc).__name__
+    return cause_of(exc)
 
 
 # ── sending ───────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ from ollama_coordinator.aliases import Aliases
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation
 from ollama_coordinator.settings import Settings
+from ollama_coordinator_common.network import cause_of
 from ollama_coordinator_common.types import AgentId
 
 from .concerns import GRACE_SECONDS, Concern, Concerns, Severity
@@ -180,7 +181,7 @@ class Attention:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             # The address may contain a secret.
-            reason = str(exc).replace(config.webhook, "its address") or type(exc).__name__
+            reason = cause_of(exc).replace(config.webhook, "its address")
             log.warning("the webhook failed", extra={"reason": reason, "again_in": pause})
             return pause
         for known in self._watched.values():

@@ -18,7 +18,7 @@ from ollama_coordinator.db import files_beside
 from ollama_coordinator.tls import OFF
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.join_token import certificate_in
-from ollama_coordinator_common.network import coordinator_url, is_loopback
+from ollama_coordinator_common.network import cause_of, coordinator_url, is_loopback
 from ollama_coordinator_common.printable import all_printable, printable
 from ollama_coordinator_common.settings import CoordinatorConfig
 
@@ -152,11 +152,11 @@ def _reason(exc: Exception) -> str:
         case aiohttp.ServerFingerprintMismatch():
             return "it has another certificate than COORDINATOR_CERTIFICATE"
         case aiohttp.ClientConnectorCertificateError():
-            return f"{exc}; give the SHA-256 of its own certificate with --certificate"
+            return f"{cause_of(exc)}; give the SHA-256 of its own certificate with --certificate"
         case aiohttp.ServerDisconnectedError():
             return "it hung up: check http against https"
         case _:
-            return str(exc)
+            return cause_of(exc)
 
 
 def _error_of(body: bytes) -> str:
