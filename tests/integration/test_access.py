@@ -16,6 +16,8 @@ import pytest
 from yarl import URL
 
 from ollama_coordinator.access import NewKey
+from ollama_coordinator.access.keys import key_made_in
+from ollama_coordinator_common.error import ConfigError
 from support.coordinator import Running, running
 from support.ollama import StandIn
 
@@ -476,6 +478,22 @@ async def test_the_first_key_comes_from_a_file_and_follows_it(tmp_path: Path) ->
             assert states == [False] if number == "0" else [True, False]
             other = "oc_" + ("1" if number == "0" else "0") * 43
             assert (await asked(coordinator, "/api/keys", **bearer(other)))[0] == 401
+
+
+@pytest.mark.spec("ACCESS-13")
+async def test_a_file_without_a_first_key_is_made_with_one(tmp_path: Path) -> None:
+    file, url = tmp_path / "key", f"sqlite://{tmp_path}/a.db"
+    texts = set()
+    for _ in range(2):
+        async with running(access="keys", key_file=file, database_url=url) as coordinator:
+            texts.add(file.read_text().strip())
+            status, _ = await asked(coordinator, "/api/keys", **bearer(file.read_text().strip()))
+            assert status == 200
+    assert len(texts) == 1
+    if sys.platform != "win32":
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="cannot be made"):
+        key_made_in(tmp_path / "none" / "key")
 
 
 @pytest.mark.spec("ACCESS-14")

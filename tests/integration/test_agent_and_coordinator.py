@@ -105,8 +105,14 @@ async def test_status_looks_at_a_coordinator_that_asks_for_keys(tmp_path: Path) 
         with_token = {"AGENT_JOIN_TOKEN": token}
         async with agent(tmp_path, coordinator.url, ollama, **with_token):
             await coordinator.until(lambda: any(one.heard_at for one in coordinator.parts.registry))
-            async with agent(tmp_path, coordinator.url, ollama, "status", **with_token) as status:
+            # The machine's secret is enough once it has joined; the token opens it before.
+            async with agent(tmp_path, coordinator.url, ollama, "status") as status:
                 assert await status.ended() == 0, status.output
+            elsewhere = {**with_token, "AGENT_STATE_DIR": str(tmp_path / "new")}
+            async with agent(tmp_path, coordinator.url, ollama, "status", **elsewhere) as status:
+                assert await status.ended() == 1
+                assert "not registered" in " ".join(status.output.split())
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.spec("AGENT-4")

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ollama_coordinator.main import app
+from support import programs
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
 from support.transfers import names
@@ -51,6 +55,32 @@ async def test_pull_list_copy_remove(fleet: tuple[Running, list[StandIn]]) -> No
     removed = await _run(coordinator, "models", "rm", "tiny", "mine")
     assert removed.exit_code == 0, removed.output
     assert [names(ollama) for ollama in ollamas] == [["llama3.2:latest"], []]
+
+
+@pytest.mark.spec("SURFACE-29")
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+async def test_a_terminal_lists_the_machines_before_it_deletes(
+    fleet: tuple[Running, list[StandIn]],
+) -> None:
+    coordinator, ollamas = fleet
+    for typed, code, left in ((b"n\n", 1, ["llama3.2:latest"]), (b"y\n", 0, [])):
+        ours, theirs = os.openpty()
+        os.write(ours, typed)
+        done = await asyncio.create_subprocess_exec(
+            programs.command("ollama-coordinator"), "models", "rm", "llama3.2",
+            "--url", coordinator.url,
+            stdin=theirs, stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": "80"},
+        )  # fmt: skip
+        try:
+            output, _ = await done.communicate()
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert done.returncode == code, output
+        lines = output.decode().splitlines()
+        assert lines[1].split() == ["llama3.2", "first"]
+        assert "Delete what is listed?" in output.decode()
+        assert names(ollamas[0]) == left
 
 
 @pytest.mark.spec("SURFACE-29")

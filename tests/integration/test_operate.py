@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import click
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ollama_coordinator.main import app
@@ -188,6 +191,53 @@ async def test_every_command_that_changes_something_answers_in_json(coordinator:
         gone = ["agents", "show", "nobody", "--json"]
         done = await asyncio.to_thread(runner.invoke, app, gone)
         assert (done.exit_code, list(json.loads(done.stdout))) == (1, ["error"])
+
+
+@pytest.mark.spec("OPERATION-45")
+async def test_keys_tokens_aliases_and_replays_answer_in_json(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama)
+        assert (await answer(coordinator, "keys", "create", "anna"))["key"].startswith("oc_")
+        assert (await answer(coordinator, "keys", "show", "anna"))["rights"] == ["use"]
+        assert [key["name"] for key in await answer(coordinator, "keys", "list")] == ["anna"]
+        assert (await answer(coordinator, "keys", "revoke", "anna"))["revoked_at"]
+        made = await answer(coordinator, "join-token", "create", "rack")
+        assert made["join_token"].startswith("oc1.")
+        assert [one["name"] for one in await answer(coordinator, "join-token", "list")] == ["rack"]
+        assert (await answer(coordinator, "join-token", "revoke", "rack"))["revoked_at"]
+        assert await answer(coordinator, "join-request", "list") == {"join_requests": []}
+        alias = await answer(coordinator, "models", "alias", "fast", "llama3.2")
+        assert alias["resolved"] == ["llama3.2"]
+        removed = await answer(coordinator, "models", "alias", "fast", "--rm")
+        assert removed == {"deleted": "fast"}
+        assert (await coordinator.chat())[0] == 200
+        await coordinator.until(coordinator.at_rest)
+        played = await answer(coordinator, "replay", "--policy", "predicted")
+        assert played["requests"] == played["policies"]["predicted"]["requests"] == 1
+        for failing in (
+            ("keys", "show", "nobody"), ("models", "alias", "fast", "--rm"),
+            ("join-request", "admit", "nobody"), ("replay", "--add", "nobody"),
+        ):  # fmt: skip
+            code, output = await run(coordinator, *failing, "--json")
+            assert (code, list(json.loads(output.splitlines()[0]))) == (1, ["error"])
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command by its whole name."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+@pytest.mark.spec("OPERATION-45")
+def test_every_command_has_json_but_those_that_serve_or_print_a_file() -> None:
+    found = get_command(app)
+    assert isinstance(found, click.Group)
+    options = {name: {o for p in one.params for o in p.opts} for name, one in commands(found)}
+    without = {name for name, given in options.items() if "--json" not in given}
+    assert without == {"serve", "top", "grafana", "alerts"}
 
 
 @pytest.mark.spec("OPERATION-45")

@@ -117,7 +117,10 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
         ollama = Ollama(session, host, config.ollama_port)
         facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)
         client = CoordinatorClient(
-            session, token=join_token(config), certificate=certificate(config)
+            session,
+            secret=state.secret(create=False),
+            token=join_token(config),
+            certificate=certificate(config),
         )
         for url in config.coordinator_urls or (state.last_run.coordinator_url or DEFAULT,):
             client.follow(url)

@@ -175,7 +175,7 @@ class StateFolder:
         )
         return self._make_machine_id(replace=True) if create else None
 
-    def secret(self) -> str:
+    def secret(self, *, create: bool = True) -> str:
         """What proves that this machine speaks, made at the first start; empty if it is not kept.
 
         One that would be lost with this process would make another machine of it at each start.
@@ -183,6 +183,8 @@ class StateFolder:
         file = self.folder / PROOF
         try:
             if not file.exists():
+                if not create:
+                    return ""
                 self._publish(file, secrets.token_urlsafe(32), replace=False)
             text = file.read_text("utf-8", errors="replace").strip()
             if _SECRET.fullmatch(text) is None:

@@ -336,7 +336,7 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     )] = ACCESS_CHOICES[0]
     key_file: Annotated[Path | None, Setting(
         "COORDINATOR_KEY_FILE",
-        "A file with a key of all rights, which is made if need be; the command line sends it",
+        "A file with a key of all rights, made if there is none; the command line sends it",
         metavar="FILE",
     )] = None
     join_token: Annotated[str, Setting(

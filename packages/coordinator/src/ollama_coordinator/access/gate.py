@@ -30,7 +30,7 @@ from .keys import (
     Key,
     KeyRing,
     Right,
-    key_in,
+    key_made_in,
     token_in,
 )
 from .limits import KeyUsage
@@ -131,13 +131,13 @@ class Access:
 
         Raises:
             DatabaseError: the database cannot be read.
-            ConfigError: the file has no key.
+            ConfigError: the file has no key, and cannot be made.
         """
         await self.keys.restore()
         await self.sessions.restore()
         await self.usage.restore()
         if key_file is not None:
-            self.keys.adopt(key_in(key_file), FROM_FILE, "operate")
+            self.keys.adopt(key_made_in(key_file), FROM_FILE, "operate")
         if join_token:
             self.keys.adopt(token_in(join_token).secret, FROM_SETTING, *OF_TOKENS)
         self.secret.write()

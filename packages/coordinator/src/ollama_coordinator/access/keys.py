@@ -5,6 +5,8 @@ nothing; and since it is looked up by its hash, which no client can choose byte 
 that the look-up takes tells nothing of a key either.
 """
 
+import logging
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.network import parse_address
 
 from . import signature
+
+log = logging.getLogger(__name__)
 
 PREFIX = "oc_"
 KEY_BYTES = 32
@@ -398,6 +402,27 @@ def _now() -> datetime:
 def after(seconds: float) -> datetime:
     """The time so many seconds from now."""
     return _now() + timedelta(seconds=seconds)
+
+
+def key_made_in(file: Path) -> str:
+    """The key in a file of `COORDINATOR_KEY_FILE`; the file is made if there is none.
+
+    Raises:
+        ConfigError: it cannot be read or made, or has no key.
+    """
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return key_in(file)
+    except OSError as exc:
+        if file.exists():
+            return key_in(file)
+        reason = f"it cannot be made: {exc.strerror}"
+        raise ConfigError("COORDINATOR_KEY_FILE", file, reason) from exc
+    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+        opened.write(f"{new_secret()}\n")
+    log.info("the first key is made", extra={"file": str(file)})
+    return key_in(file)
 
 
 def key_in(file: Path) -> str:

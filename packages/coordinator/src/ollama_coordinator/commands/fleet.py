@@ -1,13 +1,16 @@
 """`models …`, `ps` and `attention`: the fleet from the command line."""
 
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
+from rich.text import Text
 
-from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.names import ModelName, model_key
 
 from .client import Client, Json, Model, NoAnswer, asks
 from .tables import (
@@ -21,6 +24,7 @@ from .tables import (
     name_of,
     readable,
     shown_json,
+    table,
     targets_table,
 )
 
@@ -129,16 +133,42 @@ async def cp(
 async def rm(
     client: Client,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete models on every agent; those that are away do it when they return."""
+    """Delete models on every agent; those that are away do it when they return.
+
+    In a terminal the agents are listed first.
+    """
+    if sys.stdin.isatty() and not yes and not json:
+        await _confirm(client, models)
+    done = []
     for model in models:
         wanted = {"kind": "delete", "model": model}
         operation = await client.json("POST", "/api/operations", wanted)
-        if json:
-            shown_json(operation)
-        else:
+        done.append(operation)
+        if not json:
             console().print(targets_table(operation))
+    if json:
+        shown_json(done[0] if len(models) == 1 else done)
+
+
+async def _confirm(client: Client, models: Sequence[str]) -> None:
+    """List the agents that have models, and ask whether these are deleted there."""
+    made = table("MODEL", "AGENT", "")
+    agents = await client.json("GET", "/api/agents")
+    for model in models:
+        key = model_key(model)
+        for agent in agents:
+            if any(model_key(name) == key for name in agent["models"]):
+                away = "away: when it returns" if agent["status"] == "offline" else ""
+                made.add_row(Text(model), Text(name_of(agent)), away)
+    if not made.row_count:
+        return  # the coordinator says what is wrong
+    console().print(made)
+    # Ctrl-C ends the question, not just the task that asks it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    typer.confirm("Delete what is listed?", abort=True)
 
 
 @models.command()
@@ -170,13 +200,19 @@ async def alias(
             typer.echo("No alias is set.")
     elif rm:
         await client.json("DELETE", f"/api/aliases/{quote(name)}")
-        typer.echo(f"deleted {name}")
+        if json:
+            shown_json({"deleted": name})
+        else:
+            typer.echo(f"deleted {name}")
     elif not models:
         raise NoAnswer(f"say what {name} stands for: models alias {name} MODEL...")
     else:
         wanted = {"name": name, "models": models, "wait_seconds": wait}
         made = await client.json("POST", "/api/aliases", wanted)
-        typer.echo(f"{name} → {', '.join(made['resolved'])}")
+        if json:
+            shown_json(made)
+        else:
+            typer.echo(f"{name} → {', '.join(made['resolved'])}")
 
 
 @models.command()

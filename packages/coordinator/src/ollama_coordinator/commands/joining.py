@@ -6,13 +6,13 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from ollama_coordinator_common.network import is_loopback, public_address
 
 from .client import Client, Json, asks
 from .keys import Expires, expiry, shown_time, state_of
-from .tables import shown_json
+from .tables import console, shown_json, table
 
 tokens = typer.Typer(
     add_completion=False,
@@ -41,7 +41,11 @@ Once = Annotated[bool, typer.Option("--once", help="For one machine; else for an
 @tokens.command()
 @asks
 async def create(
-    client: Client, name: NewName = "", once: Once = False, expires: Expires = ""
+    client: Client,
+    name: NewName = "",
+    once: Once = False,
+    expires: Expires = "",
+    json: Json = False,
 ) -> None:
     """Make a join token and show it, this once."""
     wanted = {
@@ -51,6 +55,9 @@ async def create(
         "expires_at": expiry(expires),
     }
     made = await client.json("POST", "/api/keys", wanted)
+    if json:
+        shown_json(made)
+        return
     # Nothing but the token on the standard output, so that a script can take it.
     typer.echo(made["join_token"])
     hints = Console(stderr=True, soft_wrap=True)
@@ -71,27 +78,32 @@ async def create(
 
 @tokens.command("list")
 @asks
-async def list_tokens(client: Client) -> None:
+async def list_tokens(client: Client, json: Json = False) -> None:
     """List the join tokens."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("NAME", "TOKEN", "FOR", "STATE", "LAST USED"):
-        table.add_column(column)
-    for key in await _tokens(client):
-        table.add_row(
-            key["name"],
+    listed = await _tokens(client)
+    if json:
+        shown_json(listed)
+        return
+    made = table("NAME", "TOKEN", "FOR", "STATE", "LAST USED")
+    for key in listed:
+        made.add_row(
+            Text(key["name"]),
             f"oc1.….{key['hint']}…",
             "one machine" if key["once"] else "any number",
             state_of(key),
             shown_time(key["last_used_at"]) or "never",
         )
-    Console().print(table)
+    console().print(made)
 
 
 @tokens.command()
 @asks
-async def revoke(client: Client, name: Name) -> None:
+async def revoke(client: Client, name: Name, json: Json = False) -> None:
     """End a join token; the machines that joined with it stay."""
-    await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
+    key = await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
+    if json:
+        shown_json(key)
+        return
     typer.echo(f"'{name}' is revoked")
 
 
@@ -119,26 +131,30 @@ async def list_requests(client: Client, json: Json = False) -> None:
     if json:
         shown_json(answer)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("MACHINE", "FINGERPRINT", "FROM", "SINCE"):
-        table.add_column(column)
+    made = table("MACHINE", "FINGERPRINT", "FROM", "SINCE")
     for one in answer["join_requests"]:
         facts = (one["machine_name"], one["fingerprint"], one["address"])
-        table.add_row(*facts, shown_time(one["asked_at"]))
-    Console().print(table)
+        made.add_row(*map(Text, facts), shown_time(one["asked_at"]))
+    console().print(made)
 
 
 @requests.command()
 @asks
-async def admit(client: Client, name: Asking) -> None:
+async def admit(client: Client, name: Asking, json: Json = False) -> None:
     """Let a machine join; it does when it asks again, some seconds later."""
-    await client.json("POST", f"/api/join-requests/{quote(name, safe='')}")
+    machine = await client.json("POST", f"/api/join-requests/{quote(name, safe='')}")
+    if json:
+        shown_json(machine)
+        return
     typer.echo(f"'{name}' may join")
 
 
 @requests.command()
 @asks
-async def refuse(client: Client, name: Asking) -> None:
+async def refuse(client: Client, name: Asking, json: Json = False) -> None:
     """Refuse a machine, now and when it asks again."""
-    await client.json("DELETE", f"/api/join-requests/{quote(name, safe='')}")
+    machine = await client.json("DELETE", f"/api/join-requests/{quote(name, safe='')}")
+    if json:
+        shown_json(machine)
+        return
     typer.echo(f"'{name}' is refused")

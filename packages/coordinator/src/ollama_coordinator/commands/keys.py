@@ -8,9 +8,10 @@ from urllib.parse import quote, urlsplit
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from .client import Client, NoAnswer, asks
+from .client import Client, Json, NoAnswer, asks
+from .tables import console, shown_json, table
 
 keys = typer.Typer(
     add_completion=False,
@@ -81,6 +82,7 @@ async def create(
     concurrent: Concurrent = 0,
     tokens_per_day: TokensPerDay = 0,
     gpu_seconds_per_day: GpuSeconds = 0.0,
+    json: Json = False,
 ) -> None:
     """Make a key and show it, this once."""
     limits = {
@@ -92,6 +94,9 @@ async def create(
     wanted = _wanted(name, rights, models, weight, expires, names_users=names_users)
     wanted |= {"in_path": in_path, "limits": limits, "lane": lane}
     made = await client.json("POST", "/api/keys", wanted)
+    if json:
+        shown_json(made)
+        return
     # Nothing but the key on the standard output, so that a script can take it.
     typer.echo(made["key"])
     hints = Console(stderr=True, soft_wrap=True)
@@ -112,6 +117,7 @@ async def add_ssh(
     models: Models = "",
     weight: Weight = 1.0,
     expires: Expires = "",
+    json: Json = False,
 ) -> None:
     """Let in an `ollama` program by its own public key: it signs with OLLAMA_AUTH=1."""
     try:
@@ -119,35 +125,43 @@ async def add_ssh(
     except (OSError, UnicodeDecodeError) as exc:
         raise NoAnswer(f"{file} cannot be read: {exc}") from exc
     wanted = _wanted(name, rights, models, weight, expires, names_users=False)
-    await client.json("POST", "/api/keys", {**wanted, "ssh": public})
+    made = await client.json("POST", "/api/keys", {**wanted, "ssh": public})
+    if json:
+        shown_json(made)
+        return
     typer.echo(f"OLLAMA_AUTH=1 OLLAMA_HOST={client.url} ollama list")
 
 
 @keys.command("list")
 @asks
-async def list_keys(client: Client) -> None:
+async def list_keys(client: Client, json: Json = False) -> None:
     """List every key, and when it was last used."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("NAME", "KEY", "RIGHTS", "MODELS", "STATE", "LAST USED"):
-        table.add_column(column)
-    for key in (await client.json("GET", "/api/keys"))["keys"]:
-        table.add_row(
-            key["name"],
+    listed = (await client.json("GET", "/api/keys"))["keys"]
+    if json:
+        shown_json(listed)
+        return
+    made = table("NAME", "KEY", "RIGHTS", "MODELS", "STATE", "LAST USED")
+    for key in listed:
+        made.add_row(
+            Text(key["name"]),
             f"{key['hint']}…",
             ",".join(key["rights"]),
-            ",".join(key["models"]) or "all",
+            Text(",".join(key["models"]) or "all"),
             state_of(key),
             shown_time(key["last_used_at"]) or "never",
         )
-    Console().print(table)
+    console().print(made)
 
 
 @keys.command()
 @asks
-async def show(client: Client, name: Name) -> None:
+async def show(client: Client, name: Name, json: Json = False) -> None:
     """Show what a key allows; its text is not kept."""
     key = await client.json("GET", f"/api/keys/{quote(name, safe='')}")
-    console = Console()
+    if json:
+        shown_json(key)
+        return
+    screen = console()
     limits = ", ".join(f"{what.replace('_', ' ')} {most:g}" for what, most in key["limits"].items())
     rows = {
         "name": key["name"],
@@ -166,14 +180,17 @@ async def show(client: Client, name: Name) -> None:
         "sessions": str(key["sessions"]),
     }
     for title, text in rows.items():
-        console.print(f"{title:<12} {text}", highlight=False, markup=False)
+        screen.print(f"{title:<12} {text}", highlight=False, markup=False)
 
 
 @keys.command()
 @asks
-async def revoke(client: Client, name: Name) -> None:
+async def revoke(client: Client, name: Name, json: Json = False) -> None:
     """End a key at once, and the log-ins with it."""
-    await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
+    key = await client.json("DELETE", f"/api/keys/{quote(name, safe='')}")
+    if json:
+        shown_json(key)
+        return
     typer.echo(f"'{name}' is revoked")
 
 

@@ -8,7 +8,6 @@ from statistics import median
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import msgspec
 import typer
 from msgspec import Struct, structs
 from rich.console import Group
@@ -33,7 +32,7 @@ from ollama_coordinator.simulation import (
 from ollama_coordinator.simulation.machine import GIB
 from ollama_coordinator_common.names import model_key
 
-from .client import Client, Model, NoAnswer, asks
+from .client import Client, Json, Model, NoAnswer, asks
 from .tables import WIDE, console, name_of, shown_json, table
 
 SEEN_SECONDS = 0.005
@@ -71,7 +70,7 @@ async def explain(
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", metavar="TOKENS", help="The context to ask for.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the API's own answer.")] = False,
+    json: Json = False,
 ) -> None:
     """Show where a request would go, and why; it is not sent. Times are in seconds."""
     body: dict[str, Any] = {"model": model, "prompt": prompt}
@@ -131,12 +130,12 @@ async def advise(
     hours: Annotated[
         float, typer.Option("--hours", metavar="HOURS", help="How far back to look.")
     ] = 24.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the API's own answer.")] = False,
+    json: Json = False,
 ) -> None:
     """Show which replica or load would have cut waiting most. Nothing is done."""
     answer = await client.json("GET", f"/api/advice?hours={hours:g}")
     if json:
-        typer.echo(msgspec.json.encode(answer))
+        shown_json(answer)
         return
     out = console()
     for piece in answer["advice"]:
@@ -170,6 +169,7 @@ async def replay(
         list[str] | None,
         typer.Option("--add", metavar="AGENT", help="One more agent like this one; repeat."),
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what it found as JSON.")] = False,
 ) -> None:
     """Play what was recorded again, on the fleet as it was learned, under other policies.
 
@@ -186,15 +186,21 @@ async def replay(
     played = [request for request in played if request.model in held]
     if not played:
         raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
+    summaries, most = {}, 0
+    for name in policies:
+        run = Simulation(fleet, partial(_create, name)).run(played)
+        most = max(most, sum(_waited(record) for record in run.records))
+        summaries[name] = summarise(run, fleet)
+    if json:
+        facts = {"requests": len(played), "seconds": played[-1].at, "most_waited": most}
+        shown_json({**facts, "policies": summaries})
+        return
     screen = console()
     screen.print(f"{len(played)} requests over {played[-1].at:.0f} s")
     figures = ("MEAN", "P50", "P95", "P99", "WITHIN 10 s", "LOADS/h", "FAILED")
     made = table("POLICY", *figures, right=figures)
-    most = 0
-    for name in policies:
-        run = Simulation(fleet, partial(_create, name)).run(played)
-        most = max(most, sum(_waited(record) for record in run.records))
-        _add_summary(made, name, summarise(run, fleet))
+    for name, summary in summaries.items():
+        _add_summary(made, name, summary)
     screen.print(made)
     if most < FEW_WAITED * len(played):
         screen.print(
