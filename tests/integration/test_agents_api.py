@@ -188,8 +188,12 @@ async def test_a_model_that_only_draining_agents_have_is_503(
 
 @pytest.mark.spec("FLEET-9")
 @pytest.mark.parametrize(
-    "change", [{"draining": "yes"}, {"labels": "x"}, {"preference": 0}, {"backup_seconds": -1}]
-)
+    "change",
+    [
+        {"draining": "yes"}, {"labels": "x"}, {"preference": 0}, {"backup_seconds": -1},
+        {"slots": 0}, {"memory_bytes": "8 GB"}, {"gpu": ""},
+    ],
+)  # fmt: skip
 async def test_a_wrong_setting_of_an_agent_is_400(
     coordinator: Running, ollama: StandIn, change: dict[str, object]
 ) -> None:
@@ -197,6 +201,22 @@ async def test_a_wrong_setting_of_an_agent_is_400(
     url = f"{coordinator.url}/api/agents/{agent_id}"
     async with coordinator.session.patch(url, json=change) as response:
         assert response.status == 400
+
+
+@pytest.mark.spec("FLEET-9")
+async def test_what_is_told_by_hand_is_shown_as_such_until_it_is_cleared(
+    coordinator: Running, ollama: StandIn
+) -> None:
+    agent_id = (await coordinator.get("/api/agents"))[0]["id"]
+    url, told = f"{coordinator.url}/api/agents/{agent_id}", {"slots": 3, "gpu": "RTX 3090"}
+    async with coordinator.session.patch(url, json={**told, "memory_bytes": 2**34}) as response:
+        view = await response.json()
+    assert view["by_hand"] == {**told, "memory_bytes": 2**34}
+    assert view["runner"]["num_parallel"] == 3
+    nothing = dict.fromkeys(("slots", "memory_bytes", "gpu"))
+    async with coordinator.session.patch(url, json=nothing) as response:
+        view = await response.json()
+    assert (view["by_hand"], view["runner"]) == (None, None)
 
 
 @pytest.mark.spec("FLEET-10")

@@ -23,14 +23,16 @@ async def test_a_restarted_coordinator_knows_its_agents_and_serves_at_once(datab
         async with running(database_url=database.url) as coordinator:
             agent_id = await coordinator.register(ollama, "kept")
             patch = {"display_name": "Kept", "labels": ["gpu"], "notes": "rack 3"}
+            told = {"slots": 2, "memory_bytes": 2**34, "gpu": "none"}
             url = f"{coordinator.url}/api/agents/{agent_id}"
-            async with coordinator.session.patch(url, json=patch):
+            async with coordinator.session.patch(url, json={**patch, **told}):
                 pass
         async with running(database_url=database.url) as coordinator:
             assert (await coordinator.chat())[0] == 200
             view = await coordinator.get(f"/api/agents/{agent_id}")
             assert view["status"] == "online"
             assert {key: view[key] for key in patch} == patch
+            assert view["by_hand"] == told
             assert await coordinator.heartbeat(agent_id) == 200
 
 

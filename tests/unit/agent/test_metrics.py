@@ -5,16 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
-import pynvml  # type: ignore[import-untyped]
 import pytest
 
 from ollama_coordinator_agent import metrics
-from ollama_coordinator_agent.metrics import Meter, Nvidia, built_in, requests_at
-from ollama_coordinator_common.types import Gpu
+from ollama_coordinator_agent.metrics import Meter, requests_at
 
 
 @pytest.mark.spec("AGENT-35")
@@ -42,55 +38,6 @@ def test_a_reading_that_fails_leaves_the_last_one_standing(
         assert meter.ready.wait(10)
     assert meter.latest.memory_total_bytes is None
     assert "no such sensor" in caplog.text
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """An NVIDIA driver with one GPU that does not tell its temperature."""
-    state = SimpleNamespace(inits=0, is_there=True)
-
-    def init() -> None:
-        state.inits += 1
-        if not state.is_there:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    def unsupported(*_: object) -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    fakes: dict[str, Any] = {
-        "nvmlInit": init,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetName": lambda device: b"NVIDIA RTX",
-        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=24, used=6),
-        "nvmlDeviceGetUtilizationRates": lambda device: SimpleNamespace(gpu=37),
-        "nvmlDeviceGetTemperature": unsupported,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(pynvml, name, fake)
-    return state
-
-
-@pytest.mark.spec("AGENT-35")
-def test_what_the_driver_does_not_give_is_left_out(driver: SimpleNamespace) -> None:
-    expected = Gpu("NVIDIA RTX", 0, 24, 6, utilization_percent=37.0, temperature_celsius=None)
-    assert Nvidia().read() == [expected]
-
-
-@pytest.mark.spec("AGENT-35")
-def test_without_a_driver_there_are_no_gpus_and_it_is_rarely_asked(driver: SimpleNamespace) -> None:
-    driver.is_there = False
-    nvidia = Nvidia()
-    assert [nvidia.read() for _ in range(31)] == [[]] * 31
-    assert driver.inits == 1
-    driver.is_there = True
-    assert len(nvidia.read()) == 1
-
-
-def test_apples_processors_have_a_gpu_that_no_driver_tells_of() -> None:
-    (gpu,) = built_in("Darwin", "arm64")
-    assert (gpu.name, gpu.memory_total_bytes) == ("Apple GPU", None)
-    assert built_in("Darwin", "x86_64") == built_in("Linux", "arm64") == []
 
 
 def eventually_true(condition: Callable[[], bool]) -> bool:

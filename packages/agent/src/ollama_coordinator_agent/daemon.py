@@ -316,6 +316,7 @@ class Daemon:
     def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:
         facts, readings = self.parts.watch.facts, self.parts.meter.latest
         lists = {"tags": facts.tags, "ps": facts.ps}
+        self.parts.meter.gpus.model_bytes = facts.ps.gpu_bytes if facts.ps else 0
         return HealthReport(
             agent_id=agent_id,
             cpu_usage=readings.cpu_percent,

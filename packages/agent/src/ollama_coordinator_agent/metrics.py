@@ -1,22 +1,22 @@
 """CPU, memory, disk and GPU readings, taken in one thread; no network, no asyncio."""
 
 import logging
-import platform
 import socket
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
-import pynvml  # type: ignore[import-untyped]
 from msgspec import Struct
 
 from ollama_coordinator_common.types import Gpu
+
+from .gpus import Gpus
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Meter:
         self._disk = disk
         self._interval_seconds = interval_seconds
         self._stop = threading.Event()
-        self._gpus = Nvidia()
+        self.gpus = Gpus()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def __enter__(self) -> Self:
@@ -89,70 +89,9 @@ class Meter:
             memory_percent=memory.percent,
             memory_total_bytes=memory.total,
             disk_free_bytes=_free_bytes(self._disk),
-            gpus=self._gpus.read() or built_in(platform.system(), platform.machine()),
+            gpus=self.gpus.read(),
             requests=requests_at(self._ollama_port),
         )
-
-
-class Nvidia:
-    """NVIDIA's driver; where there is none, it is looked for again after some readings."""
-
-    RETRY_AFTER_READINGS = 30
-    """A minute at the usual interval: loading the library again is slow."""
-
-    def __init__(self) -> None:
-        self._is_open = False
-        self._skip = 0
-
-    def read(self) -> list[Gpu]:
-        """Every NVIDIA GPU; none without a driver."""
-        if self._skip:
-            self._skip -= 1
-            return []
-        try:
-            if not self._is_open:
-                pynvml.nvmlInit()
-                self._is_open = True
-            return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
-            self._is_open = False
-            self._skip = self.RETRY_AFTER_READINGS
-            return []
-
-
-def built_in(system: str, processor: str) -> list[Gpu]:
-    """The GPU of Apple's own processors; it shares the machine's memory and has no readings.
-
-    `system` and `processor` are `platform.system()` and `platform.machine()`.
-    """
-    return [Gpu(name="Apple GPU")] if (system, processor) == ("Darwin", "arm64") else []
-
-
-def _gpu(index: int) -> Gpu:
-    """One GPU; a reading that its driver does not support is `None`."""
-    device = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name = pynvml.nvmlDeviceGetName(device)
-    memory = _reading(pynvml.nvmlDeviceGetMemoryInfo, device)
-    load = _reading(pynvml.nvmlDeviceGetUtilizationRates, device)
-    return Gpu(
-        name=name.decode() if isinstance(name, bytes) else name,
-        index=index,
-        memory_total_bytes=memory and memory.total,
-        memory_used_bytes=memory and memory.used,
-        utilization_percent=load and float(load.gpu),
-        temperature_celsius=_reading(_temperature, device),
-    )
-
-
-def _temperature(device: object) -> float:
-    return float(pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU))
-
-
-def _reading(read: Callable[[object], Any], device: object) -> Any:
-    try:
-        return read(device)
-    except pynvml.NVMLError:
-        return None
 
 
 def _free_bytes(folder: Path) -> int | None:

@@ -62,6 +62,7 @@ class ModelRow(msgspec.Struct):
     name: str
     digest: str = ""
     context_length: int | None = None
+    size_vram: int = 0
 
 
 class ModelRows(msgspec.Struct):
@@ -74,10 +75,12 @@ class ModelList(msgspec.Struct, frozen=True):
     """One body of `/api/tags` or `/api/ps`, byte for byte, and (name, digest, context) of each.
 
     Only a change of `models` is news: the expiry in `/api/ps` moves with every request.
+    `gpu_bytes` is what they take of a GPU's memory.
     """
 
     body: bytes
     models: tuple[tuple[str, str, int | None], ...] = ()
+    gpu_bytes: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +118,8 @@ class Ollama:
     async def _list(self, path: str) -> ModelList:
         body = await self._get(path)
         rows = self._decode(body, ModelRows).models or []
-        return ModelList(body, tuple((row.name, row.digest, row.context_length) for row in rows))
+        models = tuple((row.name, row.digest, row.context_length) for row in rows)
+        return ModelList(body, models, sum(row.size_vram for row in rows))
 
     async def _get(self, path: str) -> bytes:
         try:

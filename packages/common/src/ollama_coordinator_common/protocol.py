@@ -197,6 +197,17 @@ class LinkOrder(Struct, frozen=True, omit_defaults=True):
     report: bool = False
 
 
+class ByHand(Struct, frozen=True, omit_defaults=True):
+    """What an operator says of a machine, in place of what its agent reports.
+
+    `gpu` is a name, or `none`. `memory_bytes` is what models may take there.
+    """
+
+    slots: int | None = None
+    memory_bytes: int | None = None
+    gpu: str | None = None
+
+
 class AgentOperation(Struct, frozen=True):
     """An agent's part of a model operation; `completed` and `total` in bytes."""
 
@@ -215,6 +226,7 @@ class AgentView(Struct, frozen=True):
 
     `name` is the display name or the machine's, with what tells it apart where another agent is
     called the same.
+    `foreign_memory_bytes` is what other programs take where models could be.
     """
 
     id: AgentId
@@ -244,6 +256,8 @@ class AgentView(Struct, frozen=True):
     active_requests: int | None = None
     gpus: list[Gpu] = []
     runner: RunnerSettings | None = None
+    by_hand: ByHand | None = None
+    foreign_memory_bytes: int = 0
     models: list[str] = []
     broken_models: dict[str, str] = {}
     left_behind: str | None = None

@@ -22,7 +22,11 @@ class AgentStatus(Enum):
 
 
 class Gpu(Struct, frozen=True, omit_defaults=True):
-    """One accelerator; `None` is a reading that its driver does not have."""
+    """One accelerator; `None` is a reading that its driver does not have.
+
+    `integrated`: a part of the processor without memory of its own, which Ollama uses only where it
+    can; one of Apple's, which it always uses, is none.
+    """
 
     name: str
     index: int = 0
@@ -30,6 +34,7 @@ class Gpu(Struct, frozen=True, omit_defaults=True):
     memory_used_bytes: int | None = None
     utilization_percent: float | None = None
     temperature_celsius: float | None = None
+    integrated: bool = False
 
 
 class RunnerSettings(Struct, frozen=True, omit_defaults=True):

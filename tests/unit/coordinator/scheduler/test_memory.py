@@ -6,11 +6,11 @@ from msgspec import UNSET, Raw, structs
 
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import Kind, Result, RunnerOptions, Timings
-from ollama_coordinator.scheduler.memory import Fit, MemoryLimits
+from ollama_coordinator.scheduler.memory import Fit, MemoryLimits, memory_of
 from ollama_coordinator.scheduler.types import normal, serves
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.protocol import HealthReport
-from ollama_coordinator_common.types import AgentId
+from ollama_coordinator_common.types import AgentId, Gpu, RunnerSettings
 from unit.coordinator.scheduler.world import GB, World
 
 SHORT = Timings(100, 100, 2.0, 0.0, 0.1, 1.9)
@@ -329,3 +329,73 @@ def test_what_ended_and_left_at_once_is_not_taken_to_be_in_memory() -> None:
     world.registry.heartbeat(_listed(agent, {}), world.now + 10.0)
     world.plan(after=10.0)
     assert world.scheduler.explain(world.request("m"), world.now).action == "load"
+
+
+@pytest.mark.spec("SCHED-97")
+def test_what_other_programs_take_does_not_fit_any_more_and_is_shown() -> None:
+    world = World()
+    agent = world.agent("a", models={"m": 4 * GB}, slots=1, memory=24 * GB)
+    before = world.registry.changes
+    for _ in range(2):
+        world.registry.heartbeat(_with_game(agent, 17 * GB), world.now)
+    assert world.registry.changes > before
+    assert 10 * GB < agent.foreign_bytes <= 11 * GB
+    assert memory_of(agent) == 24 * GB - agent.foreign_bytes
+    world.registry.heartbeat(_with_game(agent, 5 * GB), world.now)
+    assert (agent.foreign_bytes, memory_of(agent)) == (0, 24 * GB)
+
+
+@pytest.mark.spec("SCHED-97")
+def test_one_reading_beside_another_moments_list_is_no_other_program() -> None:
+    agent = World().agent("a", models={"m": 4 * GB}, slots=1, memory=24 * GB)
+    agent.take(_with_game(agent, 17 * GB))
+    agent.take(_with_game(agent, 1 * GB))
+    agent.take(_with_game(agent, 17 * GB))
+    assert agent.foreign_bytes == 0
+
+
+@pytest.mark.spec("SCHED-97")
+def test_without_a_gpu_main_memory_that_others_take_counts() -> None:
+    agent = World().agent("a", models={"m": 4 * GB}, slots=1)
+    for used in (15.0, 15.0, 70.0, 70.0):
+        agent.inventory.read_ps(b'{"models":[]}')
+        report = HealthReport(agent.id, 1.0, used, 0, memory_total_bytes=100 * GB)
+        agent.take(report)
+        if used < 20:
+            assert memory_of(agent) == 80 * GB
+    assert 29 * GB < (memory_of(agent) or 0) < 31 * GB
+
+
+@pytest.mark.spec("SCHED-98")
+def test_what_an_operator_says_of_a_machine_counts_until_it_is_cleared() -> None:
+    world = World()
+    agent = world.agent("a", models={"m": 4 * GB}, loaded=["m"], slots=1, memory=24 * GB)
+    told = structs.replace(agent.settings, slots=2, memory_bytes=8 * GB, gpu="none")
+    world.registry.update_settings(agent.id, told)
+    assert (world.send("m").agent_id, world.send("m").agent_id) == (agent.id, agent.id)
+    assert (memory_of(agent), agent.lacks_gpu) == (8 * GB, True)
+    cleared = structs.replace(told, slots=None, memory_bytes=None, gpu=None)
+    world.registry.update_settings(agent.id, cleared)
+    assert (memory_of(agent), agent.lacks_gpu) == (24 * GB, False)
+    assert agent.runner is not None
+    assert agent.runner.num_parallel == 1
+
+
+@pytest.mark.spec("SCHED-98")
+def test_a_gpu_in_the_processor_is_none_until_a_model_is_seen_there() -> None:
+    agent = World().agent("a", models={"m": 4 * GB})
+    report = HealthReport(agent.id, 1.0, 10.0, 0, memory_total_bytes=100 * GB)
+    agent.take(structs.replace(report, gpus=[Gpu("in the processor", integrated=True)]))
+    assert agent.lacks_gpu
+    agent.take(structs.replace(report, gpus=[Gpu("Apple M2")]))
+    assert not agent.lacks_gpu
+
+
+def _with_game(agent: AgentState, used: int) -> HealthReport:
+    gpu = Gpu("card", memory_total_bytes=24 * GB, memory_used_bytes=used)
+    ps = b'{"models":[{"name":"m","size":5000000000,"size_vram":5000000000}]}'
+    tags = b'{"models":[{"name":"m","size":4000000000,"digest":"d"}]}'
+    return HealthReport(
+        agent.id, 1.0, 10.0, 0, gpus=[gpu], ps=Raw(ps), tags=Raw(tags),
+        memory_total_bytes=100 * GB, runner=RunnerSettings(num_parallel=1),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ollama_coordinator.registry import Registry
+from ollama_coordinator.registry import NO_GPU, Registry
 from ollama_coordinator.scheduler import POLICIES, Kind, Lane, Scheduler, create_scheduler
 from ollama_coordinator.scheduler.rates import TYPICAL_BYTES
 from ollama_coordinator.simulation import (
@@ -292,16 +292,18 @@ def _machine(agent: Row, estimates: Sequence[Row], models: Mapping[str, Row]) ->
     learned = {key: row for key, row in mine.items() if any(row["samples"])} or mine
     sizes = {key: max(int(models[key]["size"]), 1) for key in learned}
     video = sum(gpu.get("memory_total_bytes") or 0 for gpu in agent["gpus"])
-    runner = agent["runner"] or {}
+    runner, by_hand = agent["runner"] or {}, agent.get("by_hand") or {}
+    memory = by_hand.get("memory_bytes") or video or agent["memory_total_bytes"]
+    gpus = [gpu for gpu in agent["gpus"] if not gpu.get("integrated")]
     return MachineSpec(
         name=name_of(agent),
         models=tuple(ModelSpec(str(models[key]["name"]), int(models[key]["size"])) for key in mine),
-        memory_bytes=video or agent["memory_total_bytes"] or UNKNOWN_MEMORY_BYTES,
+        memory_bytes=memory or UNKNOWN_MEMORY_BYTES,
         slots=runner.get("num_parallel") or max((row["slots"] for row in mine.values()), default=1),
         prefill_tokens_per_second=_typical(learned, sizes, "prefill_tokens_per_second"),
         decode_tokens_per_second=_typical(learned, sizes, "decode_tokens_per_second"),
         load_bytes_per_second=_load_rate(learned, sizes),
-        has_gpu=bool(agent["gpus"]),
+        has_gpu=by_hand["gpu"] != NO_GPU if "gpu" in by_hand else bool(gpus),
     )
 
 

@@ -477,6 +477,7 @@ def _next_step(request: Row, now: datetime) -> str:
 def _memory(agent: Row) -> Text:
     gpus = [gpu for gpu in agent["gpus"] if gpu.get("memory_total_bytes")]
     total = sum(gpu["memory_total_bytes"] for gpu in gpus) or agent.get("memory_total_bytes", 0)
+    total = agent.get("by_hand", {}).get("memory_bytes") or total
     if not total:
         return Text("–", "dim")
     used = sum(gpu.get("memory_used_bytes", 0) for gpu in gpus)

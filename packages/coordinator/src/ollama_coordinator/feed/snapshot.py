@@ -141,7 +141,8 @@ class Snapshots:
         return (
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
             agent.linked, agent.unlinked_at, agent.mark,
-            agent.cooldown, agent.resting, agent.inventory.tags, agent.inventory.ps,
+            agent.cooldown, agent.resting, agent.foreign_bytes,
+            agent.inventory.tags, agent.inventory.ps,
             tuple(agent.model_cooldowns.items()),
             tuple(agent.inventory.loaded), len(agent.inventory.available),
             self._dispatch.scheduler.in_flight(agent.id), self._sampler.standing.get(agent.id),
@@ -193,7 +194,7 @@ class Snapshots:
 
     def slots(self, agent: AgentState) -> int:
         """How many requests it runs at once: learned for each loaded model, else as reported."""
-        runner = agent.report.runner if agent.report else None
+        runner = agent.runner
         reported = (runner.num_parallel if runner else None) or 1
         learned = [self._estimates.get((agent.id, key)) for key in agent.inventory.loaded]
         return sum(estimate.slots if estimate else reported for estimate in learned) or reported

@@ -4,17 +4,32 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from urllib.parse import urlsplit
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, structs
 
 from ollama_coordinator_common.network import LOOPBACK, link_host, netloc, same_host
-from ollama_coordinator_common.protocol import AgentView, HealthReport, RegisterRequest
-from ollama_coordinator_common.types import AgentId, AgentStatus
+from ollama_coordinator_common.protocol import AgentView, ByHand, HealthReport, RegisterRequest
+from ollama_coordinator_common.types import AgentId, AgentStatus, RunnerSettings
 
 from .inventory import Inventory
 
 LONGEST_COOLDOWN_SECONDS = 30.0
 """An agent that is repaired gets requests again within half a minute."""
 
+
+MEMORY_SHARE_WITHOUT_GPU = 0.8
+"""The share of main memory that models may take; the rest is for the system and the desktop."""
+
+OVERHEAD_FACTOR = 1.1
+"""What a model takes beside its weights: its context and buffers."""
+
+DRIVER_BYTES = 1_000_000_000
+"""The desktop and the driver take so much of a GPU and are not another program."""
+
+FOREIGN_STEP = 512 * 1024**2
+"""Smaller changes of what other programs take change no decision."""
+
+NO_GPU = "none"
+"""How an operator says that a machine has no GPU."""
 
 LINK_RETURN_SECONDS = 5.0
 """An agent whose link ended is offline so much later. Requests for it wait so long: one that lost
@@ -64,7 +79,9 @@ class AgentSettings(Struct, frozen=True):
     """What an operator sets for one agent; kept across restarts.
 
     A backup is taken only where all others would take `backup_seconds` longer; 0 for no backup.
-    `api_key` is sent to its Ollama and to nobody else; nothing shows it.
+    `api_key` is sent to its Ollama and to nobody else; nothing shows it. `slots`, `memory_bytes`
+    and `gpu` (a name, or `none`) are what the operator says of the machine; they count in place of
+    what its agent reports, and where it has none.
     """
 
     display_name: str | None = None
@@ -74,6 +91,9 @@ class AgentSettings(Struct, frozen=True):
     preference: float = 1.0
     backup_seconds: float = 0.0
     api_key: str = ""
+    slots: int | None = None
+    memory_bytes: int | None = None
+    gpu: str | None = None
 
 
 class Cooldown(Struct, frozen=True):
@@ -150,7 +170,8 @@ class AgentState:
     answer. `passes` are the ids of the coordinators that a request to it passes, where it is one
     itself. `linked`: the link by which it is reached is open; `unlinked_at` is when that ended.
     `reached`: whether the last probe got a connection to it. `mark`: what tells it apart from those
-    that are called as it is, see `Identities`.
+    that are called as it is, see `Identities`. `foreign_bytes` is the memory that other programs
+    take where models could be.
     """
 
     id: AgentId
@@ -175,6 +196,47 @@ class AgentState:
     unlinked_at: float | None = None
     reached: bool = True
     mark: str = ""
+    foreign_bytes: int = 0
+    _foreign_last: int = 0
+
+    def take(self, report: HealthReport) -> bool:
+        """Take over a report; whether it has facts that last.
+
+        Other programs' memory is the smaller one of two reports': the readings of a model that
+        comes or goes do not belong to the same moment as Ollama's list.
+        """
+        before = (self.report and lasting(self.report), self.foreign_bytes)
+        version = report.ollama_version or self.registration.ollama_version
+        if version != self.registration.ollama_version:
+            self.registration = structs.replace(self.registration, ollama_version=version)
+        self.report = report
+        foreign = foreign_bytes(self)
+        self.foreign_bytes, self._foreign_last = min(foreign, self._foreign_last), foreign
+        return before != (lasting(report), self.foreign_bytes)
+
+    @property
+    def runner(self) -> RunnerSettings | None:
+        """How its Ollama is set up: as reported, with the slots that the operator says."""
+        reported = self.report.runner if self.report is not None else None
+        if self.settings.slots is None:
+            return reported
+        return structs.replace(reported or RunnerSettings(), num_parallel=self.settings.slots)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """The memory of all its GPUs as reported; 0 where they have none of their own."""
+        gpus = self.report.gpus if self.report is not None else []
+        return sum(gpu.memory_total_bytes or 0 for gpu in gpus)
+
+    @property
+    def lacks_gpu(self) -> bool:
+        """Whether it is known to have no GPU that Ollama surely uses."""
+        if self.settings.gpu is not None:
+            return self.settings.gpu == NO_GPU
+        report = self.report
+        if report is None or not report.memory_total_bytes:
+            return False
+        return all(gpu.integrated for gpu in report.gpus)
 
     @property
     def called(self) -> str:
@@ -304,7 +366,9 @@ def view_of(
         disk_free_bytes=report.disk_free_bytes if report else None,
         active_requests=report.active_requests if report else None,
         gpus=report.gpus if report else [],
-        runner=report.runner if report else None,
+        runner=agent.runner,
+        by_hand=by_hand(agent.settings),
+        foreign_memory_bytes=agent.foreign_bytes,
         avoided_models={
             agent.inventory.available[key].model.name: cooldown.reason
             for key, cooldown in agent.model_cooldowns.items()
@@ -315,6 +379,35 @@ def view_of(
         left_behind=report.left_behind if report else None,
         loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
     )
+
+
+def by_hand(settings: AgentSettings) -> ByHand | None:
+    """What the operator says of a machine; `None` for nothing."""
+    told = ByHand(settings.slots, settings.memory_bytes, settings.gpu)
+    return None if told == ByHand() else told
+
+
+def foreign_bytes(agent: AgentState) -> int:
+    """The memory that other programs take where models could be, in steps of `FOREIGN_STEP`.
+
+    What the system says is used, less what Ollama says its models take, less what every machine
+    needs: of GPUs the driver's and the desktop's, of main memory a fifth.
+    """
+    report = agent.report
+    if report is None or not agent.inventory.ps:
+        return 0
+    loaded = [row.model for row in agent.inventory.loaded.values()]
+    if agent.gpu_bytes:
+        used = sum(gpu.memory_used_bytes or 0 for gpu in report.gpus)
+        own, usual = sum(model.size_vram or model.size for model in loaded), DRIVER_BYTES
+    else:
+        total = report.memory_total_bytes or 0
+        used = int(total * report.memory_usage / 100)
+        own = sum(model.size for model in loaded)
+        usual = int(total * (1 - MEMORY_SHARE_WITHOUT_GPU))
+    # The runner's own overhead is not in Ollama's figure; a tenth more is not another program.
+    foreign = max(0, int(used - own * OVERHEAD_FACTOR - usual))
+    return foreign // FOREIGN_STEP * FOREIGN_STEP
 
 
 def lasting(report: HealthReport) -> tuple[object, ...]:

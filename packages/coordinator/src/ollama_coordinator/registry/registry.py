@@ -16,7 +16,6 @@ from .agent import (
     Cooldown,
     cooldown_after,
     endpoints,
-    lasting,
     model_cooldown_after,
     view_of,
 )
@@ -279,15 +278,10 @@ class Registry:
             self.list_loaded(agent, bytes(report.ps), now)
         if not report.ollama_running:
             self._forget_runners(agent)
-        if agent.report is None or lasting(agent.report) != lasting(report):
-            self.changes += 1
-        if report.ollama_version and report.ollama_version != agent.registration.ollama_version:
-            agent.registration = structs.replace(
-                agent.registration, ollama_version=report.ollama_version
-            )
-        if report.ollama_running and not agent.ollama_running:
+        elif not agent.ollama_running:
             self._hasten(agent, now)
-        agent.report = report
+        if agent.take(report):
+            self.changes += 1
         self.heard(agent, now)
         if report.leaving:
             agent.left = True

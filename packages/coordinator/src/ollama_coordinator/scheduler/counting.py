@@ -191,7 +191,7 @@ class CountingScheduler(Scheduler):
         return None
 
     def _has_slot(self, agent: AgentState, model: str) -> bool:
-        runner = agent.report.runner if agent.report else None
+        runner = agent.runner
         if runner is None or runner.num_parallel is None:
             return True
         return self._running(agent.id, model) < runner.num_parallel

@@ -9,15 +9,10 @@ then the agent's Ollama decides itself which model leaves.
 from dataclasses import dataclass
 from enum import Enum
 
-from ollama_coordinator.registry import AgentState
+from ollama_coordinator.registry import MEMORY_SHARE_WITHOUT_GPU, OVERHEAD_FACTOR, AgentState
 
-MEMORY_SHARE_WITHOUT_GPU = 0.8  # the rest is for the system and other programs
 MODELS_PER_DEVICE = 3  # Ollama's own default of `OLLAMA_MAX_LOADED_MODELS`
-# Beside its weights a model takes its context and buffers, by default about so much:
-OVERHEAD_FACTOR = 1.1
-OVERHEAD_BYTES = 200_000_000
-# The desktop and the driver take so much of a GPU and are not another program.
-DRIVER_BYTES = 5 * OVERHEAD_BYTES
+OVERHEAD_BYTES = 200_000_000  # what every model takes beside `OVERHEAD_FACTOR`
 # The share of the free memory that fits for certain: Ollama is off by some 20 %.
 CAREFUL_SHARE = 0.8
 SAFE_FACTOR = 0.98  # what was refused is not certain either when it is only a little smaller
@@ -96,29 +91,23 @@ class MemoryLimits:
 
     def read(self, agent: AgentState) -> None:
         """Take over what the agent reports of its memory."""
-        report = agent.report
-        if report is None:
-            return
-        gpu_bytes = sum(gpu.memory_total_bytes or 0 for gpu in report.gpus)
-        if gpu_bytes:
-            self.total = gpu_bytes - _foreign_bytes(agent)
-        elif report.memory_total_bytes:
-            self.total = int(report.memory_total_bytes * MEMORY_SHARE_WITHOUT_GPU)
-        runner = report.runner
-        if runner is not None and runner.max_loaded_models is not None:
+        self.total = memory_of(agent)
+        report, runner = agent.report, agent.runner
+        if report is not None and runner is not None and runner.max_loaded_models is not None:
             per_device = MODELS_PER_DEVICE * max(len(report.gpus), 1)
             self.models = runner.max_loaded_models or per_device
 
 
-def _foreign_bytes(agent: AgentState) -> int:
-    """GPU memory that other programs use: what the driver says less what Ollama says."""
-    report = agent.report
-    if report is None or not agent.inventory.ps:
-        return 0
-    used = sum(gpu.memory_used_bytes or 0 for gpu in report.gpus)
-    own = sum(row.model.size_vram or row.model.size for row in agent.inventory.loaded.values())
-    # The runner's own overhead is not in Ollama's figure; a tenth more is not a foreign program.
-    return max(0, int(used - own * OVERHEAD_FACTOR - DRIVER_BYTES))
+def memory_of(agent: AgentState) -> int | None:
+    """The memory in bytes that models may take: as the operator says, else as reported.
+
+    From the latter goes what other programs use; `None` is unknown.
+    """
+    if agent.settings.memory_bytes is not None:
+        return agent.settings.memory_bytes
+    main = (agent.report.memory_total_bytes if agent.report is not None else None) or 0
+    total = agent.gpu_bytes or int(main * MEMORY_SHARE_WITHOUT_GPU)
+    return max(total - agent.foreign_bytes, 1) if total else None
 
 
 def predicted_bytes(disk_bytes: int) -> int:

@@ -350,6 +350,7 @@ class RegistryFacts(NamedTuple):
     loaded_list: object
     loaded: tuple[str, ...]
     lacks_gpu: bool
+    foreign_bytes: int
     cooldowns: tuple[tuple[str, object], ...]
     offered: tuple[str, ...]
 

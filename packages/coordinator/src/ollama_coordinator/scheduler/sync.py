@@ -132,7 +132,7 @@ class Machines:
         """
         loaded = machine.agent.inventory.loaded.values()
         used_gpu = any(row.model.size_vram for row in loaded)
-        if machine.judge(used_gpu=used_gpu, lacks_gpu=_lacks_gpu(machine.agent)):
+        if machine.judge(used_gpu=used_gpu, lacks_gpu=machine.agent.lacks_gpu):
             for place in machine.places.values():
                 place.take_rates(self._rates)
 
@@ -250,12 +250,13 @@ def _facts(agent: AgentState, *, routable: bool) -> RegistryFacts:
     return RegistryFacts(
         routable,
         agent.settings,
-        runner=agent.report.runner if agent.report is not None else None,
+        runner=agent.runner,
         available=inventory.available,
         available_count=len(inventory.available),
         loaded_list=inventory.ps,
         loaded=tuple(inventory.loaded),
-        lacks_gpu=_lacks_gpu(agent),
+        lacks_gpu=agent.lacks_gpu,
+        foreign_bytes=agent.foreign_bytes,
         cooldowns=tuple(agent.model_cooldowns.items()),
         offered=tuple(inventory.offered),
     )
@@ -273,12 +274,6 @@ def _expect_sizes(places: list[Place]) -> None:
     for place in places:
         if not place.measured:
             place.expect_bytes(int(predicted_bytes(place.disk_bytes) * heavier))
-
-
-def _lacks_gpu(agent: AgentState) -> bool:
-    """Whether its report has no GPU; agents do not see those of some makers."""
-    report = agent.report
-    return report is not None and bool(report.memory_total_bytes) and not report.gpus
 
 
 def _is_serial(row: AvailableRow) -> bool:

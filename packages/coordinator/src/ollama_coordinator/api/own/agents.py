@@ -60,7 +60,11 @@ Label = Annotated[str, Meta(max_length=100)]
 
 
 class SettingsPatch(Struct, frozen=True, forbid_unknown_fields=True):
-    """`PATCH /api/agents/{id}`: the settings to change; the others stay."""
+    """`PATCH /api/agents/{id}`: the settings to change; the others stay.
+
+    `slots`, `memory_bytes` and `gpu` (a name, or `none`) count in place of what the agent reports,
+    until they are null again.
+    """
 
     display_name: Annotated[str, Meta(max_length=100)] | UnsetType | None = UNSET
     labels: Annotated[list[Label], Meta(max_length=50)] | UnsetType = UNSET
@@ -68,10 +72,15 @@ class SettingsPatch(Struct, frozen=True, forbid_unknown_fields=True):
     draining: bool | UnsetType = UNSET
     preference: Annotated[float, Meta(gt=0, le=1000)] | UnsetType = UNSET
     backup_seconds: Annotated[float, Meta(ge=0, le=86_400)] | UnsetType = UNSET
+    slots: Annotated[int, Meta(ge=1, le=1024)] | UnsetType | None = UNSET
+    memory_bytes: Annotated[int, Meta(ge=1, le=2**50)] | UnsetType | None = UNSET
+    gpu: Annotated[str, Meta(min_length=1, max_length=100)] | UnsetType | None = UNSET
 
     def __post_init__(self) -> None:
         if isinstance(self.display_name, str):
             check_printable("display_name", self.display_name)
+        if isinstance(self.gpu, str):
+            check_printable("gpu", self.gpu)
         if isinstance(self.labels, list):
             check_printable("a label", *self.labels)
         if isinstance(self.notes, str):

@@ -15,12 +15,16 @@ export function drain(agent) {
 }
 
 export async function edit(agent) {
+  const byHand = agent.by_hand ?? {};
   const values = await asked(`Edit ${agent.name}`, [
     { name: "display_name", label: "Display name (empty: the machine's own)", value: agent.display_name ?? "", placeholder: agent.machine_name },
     { name: "labels", label: "Labels, separated by commas", value: agent.labels.join(", ") },
     { name: "notes", label: "Notes", value: agent.notes, kind: "textarea" },
     { name: "preference", label: "Preference: 2 counts as twice as fast, 0.5 as half", value: String(agent.preference ?? 1) },
     { name: "backup_seconds", label: "Backup: taken only if all others would take so many seconds longer (0: as the others)", value: String(agent.backup_seconds ?? 0) },
+    { name: "slots", label: "Slots: requests that a model runs at once (empty: as its agent reports, or as found)", value: String(byHand.slots ?? "") },
+    { name: "memory", label: "Memory for models in GiB (empty: as its agent reports)", value: byHand.memory_bytes ? String(Math.round((byHand.memory_bytes / 2 ** 30) * 100) / 100) : "" },
+    { name: "gpu", label: "GPU: its name, or none (empty: as its agent reports)", value: byHand.gpu ?? "" },
   ]);
   if (!values) return null;
   const labels = [...new Set(values.labels.split(",").map((label) => label.trim()).filter(Boolean))];
@@ -29,6 +33,9 @@ export async function edit(agent) {
   if (preference > 0) patch.preference = preference;
   const backup = Number(values.backup_seconds);
   if (backup >= 0) patch.backup_seconds = backup;
+  patch.slots = Number(values.slots) || null;
+  patch.memory_bytes = Math.round(Number(values.memory) * 2 ** 30) || null;
+  patch.gpu = values.gpu.trim() || null;
   return change(agent.id, patch, "Saved");
 }
 
@@ -50,7 +57,7 @@ function open(button, id) {
   const draining = agent.status === "draining";
   const entries = [
     [draining ? "Resume" : "Drain", drain],
-    ["Edit name, labels, notes", edit],
+    ["Edit name, labels, machine", edit],
     ["Remove", remove],
   ];
   const menu = h("div.menu", { role: "menu" }, entries.map(([label, action]) =>

@@ -31,19 +31,21 @@ const bare = (bytes) => memory(bytes).replace(" GiB", "");
 export function poolOf(agent) {
   const gpus = agent.gpus.filter((gpu) => gpu.memory_total_bytes);
   const onGpu = gpus.length > 0;
-  const total = onGpu ? gpus.reduce((sum, gpu) => sum + gpu.memory_total_bytes, 0) : agent.memory_total_bytes;
+  const told = agent.by_hand ?? {};
+  const total = told.memory_bytes ?? (onGpu ? gpus.reduce((sum, gpu) => sum + gpu.memory_total_bytes, 0) : agent.memory_total_bytes);
   if (!total) return null;
   const sizes = agent.loaded_models.map((row) => ({ name: row.name, bytes: onGpu ? row.size_vram ?? 0 : row.size ?? 0 })).filter((row) => row.bytes > 0);
   const models = sizes.reduce((sum, row) => sum + row.bytes, 0);
   const reported = onGpu
     ? gpus.reduce((sum, gpu) => sum + (gpu.memory_used_bytes ?? 0), 0)
-    : isNumber(agent.memory_usage) ? (agent.memory_usage / 100) * total : 0;
+    : isNumber(agent.memory_usage) ? (agent.memory_usage / 100) * (agent.memory_total_bytes ?? 0) : 0;
   const other = Math.max(0, reported - models);
   const used = Math.min(total, models + other);
   const parts = sizes.map((row) => ({ key: row.name, label: model(row.name), bytes: row.bytes, share: row.bytes / total, tone: hue(row.name) }));
   if (other > total * 0.004) parts.push({ key: "\u0000other", label: "other", bytes: other, share: other / total, tone: "" });
   const names = [...new Set(gpus.map((gpu) => gpu.name))];
-  const title = onGpu ? `${gpus.length > 1 ? `${gpus.length} × ` : ""}${names.join(", ")}` : agent.gpus.length ? "Main memory, which the GPU shares" : "Main memory (no GPU reported)";
+  const byHand = told.gpu && told.gpu !== "none" ? `${told.gpu} (told by hand)` : told.memory_bytes && "Memory for models (told by hand)";
+  const title = byHand || (onGpu ? `${gpus.length > 1 ? `${gpus.length} × ` : ""}${names.join(", ")}` : agent.gpus.length ? "Main memory, which the GPU shares" : "Main memory (no GPU reported)");
   return { title, total, used, parts };
 }
 

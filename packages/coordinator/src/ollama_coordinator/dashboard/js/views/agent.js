@@ -15,7 +15,7 @@ import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
 
 const REFRESH_MS = 5000;
-const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Backup", "Notes"];
+const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Backup", "Told by hand", "Other programs", "Notes"];
 
 class AgentView extends View {
   build() {
@@ -80,7 +80,8 @@ class AgentView extends View {
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
       "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),
       Preference: agent.preference === 1 ? null : String(agent.preference),
-      Backup: agent.backup_seconds ? `if the others would take ${agent.backup_seconds} s longer` : null, Notes: agent.notes,
+      Backup: agent.backup_seconds ? `if the others would take ${agent.backup_seconds} s longer` : null, "Told by hand": byHandText(agent.by_hand),
+      "Other programs": agent.foreign_memory_bytes ? `take ${memory(agent.foreign_memory_bytes)} where models could be` : null, Notes: agent.notes,
     };
     for (const [label, text] of Object.entries(values)) this.facts[label].set(text);
   }
@@ -95,6 +96,13 @@ class AgentView extends View {
       // The stream says what is wrong: the coordinator is away, or the agent is gone.
     }
   }
+}
+
+/** What an operator says of the machine, in place of its agent. */
+function byHandText(told) {
+  if (!told) return null;
+  const gpu = told.gpu && (told.gpu === "none" ? "no GPU" : `GPU ${told.gpu}`);
+  return [told.slots && `${count(told.slots)} slot${told.slots === 1 ? "" : "s"}`, told.memory_bytes && `${memory(told.memory_bytes)} for models`, gpu].filter(Boolean).join(", ");
 }
 
 function box(columns, body) {
