@@ -88,6 +88,27 @@ async def test_the_newest_remain_when_the_database_fails_for_long(
         assert await kept(unwritten) == [past(number).id for number in range(2, 6)]
 
 
+@pytest.mark.spec("DASH-12")
+async def test_what_waited_for_the_database_is_written_in_many_transactions(
+    database: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.ROWS_AT_ONCE", 3)
+    async with store_of(database) as store:
+        unwritten = History(store)
+        for number in range(7):
+            unwritten.note(past(number), None)
+        buckets = [StoredBucket(10, start, "", b"{}") for start in range(4)]
+        writing = asyncio.create_task(unwritten.write(buckets))
+        await asyncio.sleep(0)
+        # Another's turn comes after the first transaction, not after the last.
+        assert await store.run(lambda db: db.query("SELECT count(*) AS n FROM requests")) == [
+            {"n": 3}
+        ]
+        assert await writing
+        assert await kept(unwritten) == [past(number).id for number in range(7)]
+        assert len(await unwritten.buckets(10, "", 0, 9)) == 4
+
+
 @pytest.mark.spec("DASH-7")
 @pytest.mark.parametrize("begun", [True, False])
 async def test_a_write_that_is_cancelled_is_made_up_for(database: Space, begun: bool) -> None:

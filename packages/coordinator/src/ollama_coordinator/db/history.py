@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -37,12 +37,14 @@ from .usage import Used, add_up
 from .usage import prune as prune_usage
 from .usage import read as read_usage
 
+T = TypeVar("T")
+
 UNWRITTEN_AT_MOST = 20_000
 """When the database fails for long, older requests are dropped: each takes a kilobyte or two."""
 
 ROWS_AT_ONCE = 500
-"""The most rows that one transaction deletes or corrects: some tens of milliseconds on a slow disk,
-after which the others that wait for the database have their turn."""
+"""The most rows that one transaction writes, deletes or corrects: some tens of milliseconds on a
+slow disk, after which the others that wait for the database have their turn."""
 
 _PUT_BUCKET = """
     INSERT INTO buckets (tier, start, name, body) VALUES (?, ?, ?, ?)
@@ -145,12 +147,19 @@ class History:
         self._changes.append(change)
 
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
-        """Write what was noted and these buckets; a request that cannot be written stays noted."""
-        if not self._unwritten and not self._changes and not buckets:
-            return True
-        batch, changes = list(self._unwritten), list(self._changes)
-        self._unwritten.clear()
-        self._changes.clear()
+        """Write what was noted and these buckets; a request that cannot be written stays noted.
+
+        At most `ROWS_AT_ONCE` of a kind are one transaction: what waited while the database was
+        away is too much for a single one.
+        """
+        rows = max(len(self._unwritten), len(self._changes), len(buckets))
+        for start in range(0, rows, ROWS_AT_ONCE):
+            if not await self._write_some(buckets[start : start + ROWS_AT_ONCE]):
+                return False
+        return True
+
+    async def _write_some(self, buckets: Sequence[StoredBucket]) -> bool:
+        batch, changes = _first(self._unwritten), _first(self._changes)
         stepped_by = self._stepped_by
         try:
             await self._store.run(lambda db: _write(db, batch, stepped_by, changes, buckets))
@@ -331,6 +340,11 @@ class History:
         values = [value for pair in starts.items() for value in pair]
         rows = await self._store.run(lambda db: db.query(sql, values))
         return [_bucket(row) for row in rows]
+
+
+def _first(noted: deque[T]) -> list[T]:
+    """Take the oldest ones, for one transaction."""
+    return [noted.popleft() for _ in range(min(len(noted), ROWS_AT_ONCE))]
 
 
 # ── in the database's thread ──────────────────────────────────────────────────────────────────
