@@ -1,6 +1,8 @@
 """Imports point one way, and the environment has one reader."""
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +210,11 @@ def test_a_class_name_has_one_meaning_in_all_three_packages() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_a_command_that_only_asks_imports_neither_the_server_nor_a_database_engine() -> None:
+    listed = "import sys, ollama_coordinator.main; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    assert {"hypercorn", "starlette.applications", "sqlite_utils", "psycopg"}.isdisjoint(
+        ran.stdout.split()
+    )

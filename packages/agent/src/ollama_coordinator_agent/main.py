@@ -56,14 +56,14 @@ def _version(asked: bool) -> None:
 @with_settings(read, AgentConfig.settings(), typer.Option)
 def default(
     context: typer.Context,
-    settings: AgentConfig,
+    settings: AgentConfig | None,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Offer this machine's Ollama to a fleet: look after it and report it to the coordinator."""
-    if context.invoked_subcommand is None:
+    if settings is not None:
         _run(settings)
     elif any(is_typed(context, name) for name in context.params):
         typer.echo(f"Error: give options after `{context.invoked_subcommand}`", err=True)

@@ -31,8 +31,9 @@ def with_settings(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a table; its `settings` are what `read` makes of their texts.
 
-    The command's own parameters come first and are passed on. A `ConfigError` ends the program
-    with its sentence and exit code 2. `make` is Typer's `Option`.
+    They are `None` where a command of its own follows, whose options count. The command's own
+    parameters come first and are passed on. A `ConfigError` ends the program with its sentence and
+    exit code 2. `make` is Typer's `Option`.
     """
     parameters = [_parameter(setting, make) for setting in table]
 
@@ -42,8 +43,9 @@ def with_settings(
         @wraps(command)
         def configured(**values: Any) -> None:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+            follows = getattr(mine.get("context"), "invoked_subcommand", None) is not None
             try:
-                settings = read(values)
+                settings = None if follows else read(values)
             except ConfigError as exc:
                 last_words(str(exc), values.get("log_format", ""))
                 raise SystemExit(2) from exc

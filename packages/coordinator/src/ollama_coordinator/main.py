@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from importlib.metadata import version as installed_version
 from importlib.resources import files
@@ -27,12 +27,17 @@ from ollama_coordinator_common.commandline import (
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
-from . import server, workers
 from .aio import loop_of
 from .commands import database, fleet, joining, operate, scheduling
 from .commands.keys import keys
 from .commands.top import top
-from .settings import read
+
+
+def _read(texts: Mapping[str, str]) -> CoordinatorConfig:
+    from .settings import read  # most of a start's time, for which no other command waits
+
+    return read(texts)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -49,17 +54,17 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(read, CoordinatorConfig.settings(), typer.Option)
+@with_settings(_read, CoordinatorConfig.settings(), typer.Option)
 def default(
     context: typer.Context,
-    settings: CoordinatorConfig,
+    settings: CoordinatorConfig | None,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Many Ollama machines behind one endpoint, as if it were one very large Ollama."""
-    if context.invoked_subcommand is None:
+    if settings is not None:
         _serve(settings, context)
     elif any(is_typed(context, name) for name in context.params):
         typer.echo(f"Error: give options after `{context.invoked_subcommand}`", err=True)
@@ -104,13 +109,15 @@ def _text(name: str) -> str:
 
 
 @app.command()
-@with_settings(read, CoordinatorConfig.settings(), typer.Option)
+@with_settings(_read, CoordinatorConfig.settings(), typer.Option)
 def serve(context: typer.Context, settings: CoordinatorConfig) -> None:
     """Serve until stopped; this is also what happens without a command."""
     _serve(settings, context)
 
 
 def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
+    from . import server, workers
+
     given = frozenset(name for name in context.params if is_given(context, name))
     config = structs.replace(settings, given=given)
     if config.workers > 1:
@@ -121,6 +128,8 @@ def _serve(settings: CoordinatorConfig, context: typer.Context) -> None:
 
 def _work(config: CoordinatorConfig, listening: list[socket.socket]) -> None:
     """Serve as one process of several, on sockets that all of them have."""
+    from . import server
+
     try:
         _run(config, partial(server.run, config, listening))
     except typer.Exit as exc:

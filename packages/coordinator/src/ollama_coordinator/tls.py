@@ -20,6 +20,7 @@ from ollama_coordinator_common.error import ConfigError
 from ollama_coordinator_common.network import parse_address, public_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
+from .aio import OFF
 from .db import files_beside, write_for_owner
 
 try:
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "COORDINATOR_TLS"
 
-OFF, SELF = "off", "self"
+SELF = "self"
 
 EXPECTED = "give off, self, or CERT,KEY: the files of a certificate with its chain, and of its key"
 

@@ -14,8 +14,8 @@ import msgspec
 import typer
 
 from ollama_coordinator.access import key_in, secret_path
+from ollama_coordinator.aio import OFF
 from ollama_coordinator.db import files_beside
-from ollama_coordinator.tls import OFF
 from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.join_token import certificate_in
 from ollama_coordinator_common.network import cause_of, coordinator_url, is_loopback

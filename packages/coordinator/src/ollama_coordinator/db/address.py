@@ -3,12 +3,15 @@
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from ollama_coordinator_common.error import ConfigError
 
 from .database import Database
-from .sqlite import SqliteDatabase
+
+if TYPE_CHECKING:
+    from .sqlite import SqliteDatabase
 
 POSTGRES = ("postgresql", "postgres")
 
@@ -23,13 +26,20 @@ def database_of(url: str) -> Database:
         ConfigError: the URL cannot work, or what it needs is not installed.
     """
     if url.partition(":")[0] not in POSTGRES:
-        return SqliteDatabase(database_path(url))
+        return file_database(database_path(url))
     try:
         from .postgres import PostgresDatabase
     except ImportError as exc:
         expected = "PostgreSQL needs an extra; install ollama-coordinator[postgres]"
         raise ConfigError("DATABASE_URL", without_password(url), expected) from exc
     return PostgresDatabase(url, without_password(url))
+
+
+def file_database(path: Path | None) -> "SqliteDatabase":
+    """The SQLite database in a file; nothing is opened yet."""
+    from .sqlite import SqliteDatabase  # a command that only asks a coordinator starts without
+
+    return SqliteDatabase(path)
 
 
 def database_path(url: str) -> Path | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from .address import file_database
 from .database import IN_USE, Database, DatabaseError, InUse
 from .schema import STEPS, Table
-from .sqlite import SqliteDatabase
 
 ROWS_AT_ONCE = 1000
 """A row takes one or two kilobytes."""
@@ -32,7 +32,7 @@ def back_up(source: Database, file: Path) -> int:
     if file.exists():
         raise DatabaseError(str(file), "it exists already; give the name of a new file")
     draft = file.with_name(f".{file.name}.{token_hex(4)}")
-    target = SqliteDatabase(draft)
+    target = file_database(draft)
     try:
         with _read(source):
             if not file.parent.is_dir():
@@ -72,7 +72,7 @@ def restored(file: Path, target: Database, *, replace: bool = False) -> int:
     """
     if not file.is_file():
         raise DatabaseError(str(file), "there is no such file")
-    return move(SqliteDatabase(file), target, replace=replace)
+    return move(file_database(file), target, replace=replace)
 
 
 def _copy(source: Database, target: Database) -> int:
