@@ -476,3 +476,43 @@ async def test_what_several_processes_cannot_share_is_said(tmp_path: Path) -> No
     async with programs.program(tmp_path / "log", command, **settings) as program:
         assert await program.ended() == 1
         assert "COORDINATOR_WORKERS=2 does not work: a database in memory" in program.output
+
+
+@pytest.mark.spec("CLUSTER-9")
+@pytest.mark.spec("PROXY-46")
+@pytest.mark.parametrize("through", ["leader", "front"])
+async def test_an_answer_goes_on_at_another_machine(
+    pair: list[Coordinator], ollama: StandIn, through: str
+) -> None:
+    leader, asked = pair[0], pair[through == "front"]
+    async with StandIn() as other:
+        nodes = {"one": ollama, "two": other}
+        for name, node in nodes.items():
+            await leader.register(node, name)
+            node.hold(after=5)
+        url = f"{asked.url}/api/chat"
+        async with asked.session.post(url, json=CHAT) as response:
+            name = response.headers["x-ollama-coordinator-agent"]
+            dying, living = nodes.pop(name), next(iter(nodes.values()))
+            await dying.seen.wait_for(lambda seen: seen.held == 1)
+            living.release()
+            await dying.kill()
+            lines = [json.loads(line) for line in (await response.read()).splitlines()]
+        assert lines[-1]["continued"] == [{"from": name, "by": next(iter(nodes)), "tokens": 5}]
+        assert len(lines) == 17
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not (rows := (await leader.get("/api/history"))["requests"]):
+                await asyncio.sleep(0.01)
+        assert (rows[0]["output_tokens"], rows[0]["status"]) == (16, "served")
+        # With the leader gone nobody says where it could go on.
+        await dying.start()
+        for node in (ollama, other):
+            node.hold(after=5)
+        async with asked.session.post(url, json=CHAT) as response:
+            for _ in range(5):
+                await response.content.readline()
+            if through == "front":
+                await leader.program.kill()
+                for node in (ollama, other):
+                    await node.kill()
+                assert list(json.loads((await response.read()).splitlines()[-1])) == ["error"]

@@ -86,7 +86,9 @@ async def test_a_stream_cut_after_the_first_byte_is_not_repeated(
 ) -> None:
     for node in (ollama, spare):
         node.faults.cut(after=3, how=how)
-    async with coordinator.stream() as response:
+    body = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
+    headers, url = {"X-Ollama-Coordinator-Continue": "off"}, f"{coordinator.url}/api/chat"
+    async with coordinator.session.post(url, json=body, headers=headers) as response:
         lines = (await response.read()).splitlines()
     assert [json.loads(line).get("done") for line in lines[:-1]] == [False] * 3
     assert "error" in json.loads(lines[-1])

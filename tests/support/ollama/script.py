@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .models import Model
@@ -39,6 +39,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     format: Any = None
     after_tool: bool = False  # the conversation ends with a tool's result
+    written: str = ""  # the answer begins with it, and goes on from there
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,37 @@ def pieces(text: str) -> list[str]:
     return [text[n : n + TOKEN_CHARACTERS] for n in range(0, len(text), TOKEN_CHARACTERS)]
 
 
+ANSWER = "<|answer|>\n"
+"""Where the answer to a prompt begins, as it is rendered."""
+
+ASSISTANT = "<|assistant|>\n"
+"""The same for a conversation; the prompt of its answer ends with it."""
+
+
+def beginning(raw: str) -> tuple[str, str]:
+    """The prompt that a raw one was rendered from, and what of its answer is in it."""
+    prompt, mark, written = raw.rpartition(ANSWER)
+    if mark:
+        return prompt, written
+    prompt, mark, written = raw.rpartition(ASSISTANT)
+    return (prompt + mark, written) if mark else (raw, "")
+
+
 def answer(request: Request, own: AnswerFunction | None = None) -> Script:
-    """The node's own answer, or what the test's function makes of it (tokens, text or a script)."""
+    """The node's own answer, or what the test's function makes of it (tokens, text or a script).
+
+    After a text that the model would not have written, it begins its answer again.
+    """
+    if request.written:
+        limit, whole = request.num_predict, replace(request, written="")
+        if limit is not None and limit >= 0:
+            whole = replace(whole, num_predict=limit + len(request.written))
+        script = answer(whole, own)
+        count = tokens_in(script.content, request.written)
+        rest = replace(whole, num_predict=limit, exact=False)
+        limited = _limited(script.content[count:], rest)
+        ended = limited.done_reason if limit is not None else script.done_reason
+        return replace(script, content=limited.content, done_reason=ended)
     if own is None:
         return _stopped(_usual(request), request)
     made = own(request)
@@ -91,6 +121,15 @@ def answer(request: Request, own: AnswerFunction | None = None) -> Script:
         return made
     content = words(request.prompt, made) if isinstance(made, int) else pieces(made)
     return _stopped(_limited(content, request), request)
+
+
+def tokens_in(content: Sequence[str], text: str) -> int:
+    """How many tokens at the beginning of an answer make this text; 0: it begins otherwise."""
+    length, count = 0, 0
+    while length < len(text) and count < len(content):
+        length += len(content[count])
+        count += 1
+    return count if "".join(content[:count]) == text else 0
 
 
 def _usual(request: Request) -> Script:

@@ -260,6 +260,11 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "Serve a request on a runner with a larger context than it asks for, not by a reload",
         live=True,
     )] = True
+    continue_answers: Annotated[bool, Setting(
+        "COORDINATOR_CONTINUE",
+        "Go on with an answer on another agent when its agent breaks it off",
+        live=True, option="continue",
+    )] = True
     reading_pace: Annotated[float, Setting(
         "COORDINATOR_READING_PACE", "How fast people read along while an answer is written",
         unit="tokens/s", bounds=(0.1, 10_000), live=True,

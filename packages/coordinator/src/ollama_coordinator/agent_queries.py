@@ -221,8 +221,8 @@ class ModelInfo:
             if not holders:
                 raise ModelNotFound(name)
 
-    async def context_parameter(self, name: str) -> int | None:
-        """The context (tokens) that the model's own parameters set; `None` where they do not.
+    async def number_parameter(self, name: str, parameter: str) -> int | None:
+        """A number (0 or more) that the model's own parameters set; `None` where they do not.
 
         Raises:
             OllamaCoordinatorError: as `show`.
@@ -230,7 +230,7 @@ class ModelInfo:
         status, body = await self.show(name, msgspec.json.encode({"model": name}))
         lines = _parameters.decode(body).parameters.splitlines() if status == 200 else []
         words = [line.split() for line in lines]
-        values = [word[1] for word in words if len(word) == 2 and word[0] == "num_ctx"]
+        values = [word[1] for word in words if len(word) == 2 and word[0] == parameter]
         return int(values[-1]) if values and values[-1].isdigit() else None
 
     async def trained_context(self, name: str) -> int | None:

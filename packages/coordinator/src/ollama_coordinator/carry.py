@@ -20,9 +20,10 @@ from starlette.types import Message, Send
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .aio import Interrupt, OwnedTasks
+from .api.http.dialects import error_record
 from .api.http.errors import ClientLeft
 from .api.http.json_edit import Body
-from .api.inference.relay import Failure, Sent, attempted
+from .api.inference.relay import ROUTES, Failure, Sent, attempted
 from .clock import Clock
 from .dispatch import CANCELLED, Dispatch, Held
 from .scheduler import Outcome
@@ -54,6 +55,8 @@ REPORT_TRIES, AGAIN_SECONDS = 3, 0.2
 
 LARGEST_BYTES = 256 * 1024 * 1024
 """Of one message; a body may be in it."""
+
+BODY = "http.response.body"
 
 _LENGTH = struct.Struct(">I")
 
@@ -342,6 +345,9 @@ class FrontAttempts:
                     await asyncio.wait({answering.attempt})
                 if not answering.is_over:
                     log.warning("leader lost", extra={"url": leader, "reason": str(exc)})
+        if answering.broken and not answering.has_ended:  # nobody says where it could go on
+            record = {"body": answering.broken, "more_body": False}
+            await answering.pass_on({"type": BODY, **record})
         return answering.has_begun
 
     async def _obey(self, told: Told, answering: "_CarriedRequest", tasks: OwnedTasks) -> None:
@@ -380,6 +386,8 @@ class FrontAttempts:
             ended = AttemptEnd(attempt.outcome, attempt.status, failure)
             if failure is None:
                 answering.over()
+            elif failure.written is not None:
+                answering.broken = error_record(ROUTES[sent.route], failure.written.reason)
         except RequestCancelled as exc:
             ended = AttemptEnd(attempt.outcome, attempt.status, cancelled=str(exc))
         finally:
@@ -417,7 +425,8 @@ class FrontAttempts:
 class _CarriedRequest:
     """One client's request while a leader says how it is answered.
 
-    `has_begun`: the client has a part of an answer. `is_over`: it has all of it.
+    `has_begun`: the client has a part of an answer. `is_over`: it has all of it. `broken` is the
+    error that ends an answer which broke off, until its end has passed (`has_ended`).
     """
 
     def __init__(self, leader: str, body: Body, send: Send) -> None:
@@ -426,12 +435,15 @@ class _CarriedRequest:
         self.attempt: asyncio.Task[None] | None = None
         self.limit = asyncio.timeout(None)
         self.has_begun = False
+        self.has_ended = False
         self.is_over = False
+        self.broken = b""
         self._send = send
 
     async def pass_on(self, message: Message) -> None:
         """Send the client a part of its answer."""
         self.has_begun = True
+        self.has_ended = message["type"] == BODY and not message.get("more_body", False)
         await self._send(message)
 
     def over(self) -> None:

@@ -28,7 +28,8 @@ class Held:
     last and the first byte, `records` counts streamed ones, `status` is the client's HTTP status,
     and `note` the runner that serves it where its context is larger than what was asked for.
     `late`: it is silent for much longer than predicted; `restarts`: it hangs, and its agent was
-    asked to restart Ollama.
+    asked to restart Ollama. `passed_on`: so many tokens of an answer its client had when another
+    attempt went on with it.
     """
 
     def __init__(self, lease: Lease, agent: AgentState, now: float) -> None:
@@ -44,6 +45,7 @@ class Held:
         self.late = False
         self.restarts = False
         self.note = ""
+        self.passed_on = 0
         self.num_ctx = lease.request.options.num_ctx
 
     def lose(self, reason: str) -> None:
@@ -67,7 +69,7 @@ class Dispatch:
     """Hands out leases and carries out what the scheduler decides.
 
     Other modules only read `scheduler`. `agent_failed` is set whenever an agent is taken out of
-    rotation; the monitor waits for it.
+    rotation; the monitor waits for it. `closed`: nothing is begun any more.
     """
 
     def __init__(self, scheduler: Scheduler, registry: Registry, clock: Clock) -> None:
@@ -80,6 +82,7 @@ class Dispatch:
         self._embedded: dict[str, AgentState] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.agent_failed = asyncio.Event()
+        self.closed = False
 
     def held(self) -> Iterable[Held]:
         """Every attempt under way."""
@@ -258,6 +261,7 @@ class Dispatch:
 
     def close(self, reason: str) -> None:
         """End every attempt and every wait with an error."""
+        self.closed = True
         for held in list(self._held.values()):
             held.lose(reason)
         for request_id, future in self._waiting.items():

@@ -12,7 +12,7 @@ from support.ollama.exchange import NDJSON, Exchange
 from support.ollama.generation import Kind
 from support.ollama.models import Model
 from support.ollama.reply import Outcome, reply
-from support.ollama.script import Request, ToolCall
+from support.ollama.script import ANSWER, Request, ToolCall, beginning
 from support.ollama.wire import ApiError, Stamp, encode, keep_alive_seconds
 
 from . import options as read
@@ -38,10 +38,20 @@ async def generate(exchange: Exchange) -> web.StreamResponse:
     shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
     if not prompt and not images:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
+    written = ""
+    if raw:
+        prompt, written = beginning(prompt)
+    else:
+        prompt = fields.text("system", model.system) + prompt
+    if read.only_renders(exchange, fields):
+        return await _rendered(
+            exchange, model, chosen, keep_alive, encoder, prompt + ANSWER, images
+        )
     request = Request(
         model,
-        prompt if raw else fields.text("system", model.system) + prompt,
-        last_user=prompt,
+        prompt,
+        last_user=fields.text("prompt"),
+        written=written,
         num_predict=chosen.get("num_predict"),
         stop=read.stops(chosen.get("stop")),
         think=think,
@@ -81,9 +91,12 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     shift, truncate = fields.flag("shift", True), fields.flag("truncate", True)
     if not messages:
         return await _loaded(exchange, model, chosen, keep_alive, encoder, shift=shift)
+    prompt = read.conversation(exchange, model, messages, chosen, truncate=truncate)
+    if read.only_renders(exchange, fields):
+        return await _rendered(exchange, model, chosen, keep_alive, encoder, prompt, images)
     request = Request(
         model,
-        read.conversation(exchange, model, messages, chosen, truncate=truncate),
+        prompt,
         last_user=read.last_user(messages),
         num_predict=chosen.get("num_predict"),
         stop=read.stops(chosen.get("stop")),
@@ -102,6 +115,23 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
         truncate=truncate,
     )
     return await reply(exchange, turn, encoder, stream=stream)
+
+
+async def _rendered(
+    exchange: Exchange,
+    model: Model,
+    chosen: Mapping[str, Any],
+    keep_alive: float | None,
+    encoder: Native,
+    prompt: str,
+    images: int | list[str],
+) -> web.StreamResponse:
+    """`_debug_render_only`: the prompt, once the model is in memory, and no answer."""
+    count = images if isinstance(images, int) else len(images)
+    async with exchange.node.engine.runner(
+        model, read.settings(exchange, model, chosen), keep_alive
+    ):
+        return exchange.json(encoder.rendered(prompt, count))
 
 
 def _unloaded(exchange: Exchange, model: Model, encoder: Native) -> web.StreamResponse:
@@ -206,6 +236,16 @@ class Native:
         """The one object that a load or an unload is answered with."""
         body = self._shape.body("", "", [])
         return {**self._start(), **body, "done": True, "done_reason": reason}
+
+    def rendered(self, prompt: str, images: int) -> dict[str, Any]:
+        """What is told of a prompt that is only rendered."""
+        body = self._shape.body("", "", [])
+        return {
+            **self._start(),
+            **body,
+            "done": False,
+            "_debug_info": read.debug_info(prompt, images),
+        }
 
     def _start(self) -> dict[str, Any]:
         return {"model": self._asked, "created_at": self._stamp().decode()}

@@ -51,9 +51,16 @@ async def chat_completions(exchange: Exchange) -> web.StreamResponse:
     if tools:
         require_all(model, "tools")
     limit = fields.number("max_completion_tokens") or fields.number("max_tokens")
+    prompt = read.conversation(exchange, model, messages, {})
+    encoder = ChatChunks(asked, include_usage=_include_usage(fields))
+    if read.only_renders(exchange, fields) and not fields.flag("stream"):
+        wanted = read.settings(exchange, model, _sampling(fields))
+        async with exchange.node.engine.runner(model, wanted, None):
+            info = read.debug_info(prompt, _images(messages))
+            return exchange.json({**encoder.whole(Outcome()), "_debug_info": info})
     request = Request(
         model,
-        read.conversation(exchange, model, messages, {}),
+        prompt,
         last_user=read.last_user(messages),
         num_predict=int(limit) if limit else None,
         stop=read.stops(fields.raw.get("stop")),
@@ -63,7 +70,6 @@ async def chat_completions(exchange: Exchange) -> web.StreamResponse:
         after_tool=messages[-1].text("role") == "tool",
     )
     turn = read.turn(exchange, request, _sampling(fields), images=_images(messages))
-    encoder = ChatChunks(asked, include_usage=_include_usage(fields))
     return await reply(exchange, turn, encoder, stream=fields.flag("stream"))
 
 

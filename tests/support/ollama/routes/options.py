@@ -21,6 +21,7 @@ from support.ollama.script import (
     Script,
     answer,
     count_tokens,
+    tokens_in,
 )
 from support.ollama.wire import ApiError
 
@@ -70,6 +71,20 @@ def settings(
 ) -> Settings:
     check(options)
     return exchange.node.engine.settings(model, options, shift=shift)
+
+
+RENDERS_SINCE = (0, 11, 5)
+
+
+def only_renders(exchange: Exchange, fields: Fields) -> bool:
+    """Whether the prompt is wanted and no answer; old versions do not know that."""
+    version = tuple(int(part) for part in exchange.node.settings.version.split(".")[:3])
+    return version >= RENDERS_SINCE and fields.flag("_debug_render_only")
+
+
+def debug_info(prompt: str, images: int) -> dict[str, Any]:
+    told: dict[str, Any] = {"rendered_template": prompt}
+    return {**told, "image_count": images} if images else told
 
 
 THINKING = '("high", "medium", "low", "max", true, or false)'
@@ -134,7 +149,11 @@ def turn(
         refusal = (500, text)
     elif tokens > wanted.num_ctx and not truncate:
         refusal = (400, TOO_LONG)
-    script = answer(request, exchange.node.settings.answer)
+    own = exchange.node.settings.answer
+    script = answer(request, own)
+    if request.written:
+        whole = answer(replace(request, written="", num_predict=len(request.written)), own)
+        extra += tokens_in(whole.content, request.written) or count_tokens(request.written)
     if not shift:
         script = _ended_by(script, max(wanted.num_ctx - tokens, 0) + 1)
     return Turn(

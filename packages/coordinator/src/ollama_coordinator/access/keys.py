@@ -115,8 +115,9 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `models`: the models it may use, as patterns with `*`; none is all. `weight`: its share among
     clients that wait for one model. `lane`: that of its requests, `interactive` or `batch`, where
     they name none; empty: by what they do. `in_path`: it may stand in an address, `/k/KEY/…`.
-    `names_users`: requests with it may say which user they are for. `ssh`: the public key of an
-    `ollama` program, in place of a secret. `once`: a join token for one machine.
+    `names_users`: requests with it may say which user they are for. `continues`: its answers go
+    on elsewhere where a machine breaks them off, unless a request says otherwise. `ssh`: the public
+    key of an `ollama` program, in place of a secret. `once`: a join token for one machine.
     """
 
     name: str
@@ -126,6 +127,7 @@ class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lane: str = ""
     in_path: bool = False
     names_users: bool = False
+    continues: bool = True
     limits: KeyLimits = NO_LIMITS
     expires_at: datetime | None = None
     ssh: str = ""
@@ -148,6 +150,7 @@ class Key(Struct, kw_only=True):
     lane: str = ""
     in_path: bool = False
     names_users: bool = False
+    continues: bool = True
     limits: KeyLimits = NO_LIMITS
     once: bool = False
     created_at: datetime
@@ -311,6 +314,7 @@ class KeyRing:
             lane=wanted.lane,
             in_path=wanted.in_path,
             names_users=wanted.names_users,
+            continues=wanted.continues,
             limits=wanted.limits,
             once=wanted.once,
             created_at=_now(),

@@ -8,6 +8,7 @@ from .http.dialects import INFERENCE_ROUTES
 from .http.openapi import OpenApi
 from .http.routing import Endpoint
 from .inference.context_fit import ContextFit
+from .inference.continuation import Continuations
 from .inference.proxy import Proxy
 from .inference.retry_rule import Poison
 from .models.cloud import CloudApi
@@ -41,9 +42,8 @@ def _of_ollama(parts: Parts) -> list[Endpoint]:
     context_fit, lists, show = ContextFit(parts), ListsApi(parts), ShowApi(parts)
     transfer, cloud = TransferApi(parts), CloudApi(parts)
     batches, poison = Batches(), Poison(parts.monitor.models.was_well)
-    proxies = [
-        (one.path, Proxy(parts, one, context_fit, poison, batches)) for one in INFERENCE_ROUTES
-    ]
+    shared = (context_fit, poison, batches, Continuations(parts))
+    proxies = [(one.path, Proxy(parts, one, *shared)) for one in INFERENCE_ROUTES]
     return [
         *(Endpoint("POST", path, USE, proxy) for path, proxy in proxies),
         Endpoint("GET", "/api/version", READ, lists.version),

@@ -38,6 +38,13 @@ Weight = Annotated[
 LaneOfKey = Annotated[
     str, typer.Option("--lane", help="interactive or batch; else by what its requests do.")
 ]
+Continues = Annotated[
+    bool,
+    typer.Option(
+        "--continue/--no-continue",
+        help="Whether its answers go on elsewhere where a machine breaks them off.",
+    ),
+]
 Expires = Annotated[
     str, typer.Option("--expires", metavar="DURATION|TIME", help="Such as 30d, 12h, 2030-01-31.")
 ]
@@ -78,6 +85,7 @@ async def create(
     expires: Expires = "",
     in_path: InPath = False,
     names_users: NamesUsers = False,
+    continues: Continues = True,
     requests_per_minute: PerMinute = 0,
     concurrent: Concurrent = 0,
     tokens_per_day: TokensPerDay = 0,
@@ -92,7 +100,7 @@ async def create(
         "gpu_seconds_per_day": gpu_seconds_per_day,
     }
     wanted = _wanted(name, rights, models, weight, expires, names_users=names_users)
-    wanted |= {"in_path": in_path, "limits": limits, "lane": lane}
+    wanted |= {"in_path": in_path, "limits": limits, "lane": lane, "continues": continues}
     made = await client.json("POST", "/api/keys", wanted)
     if json:
         shown_json(made)
@@ -175,6 +183,7 @@ async def show(client: Client, name: Name, json: Json = False) -> None:
         "limits": limits or "none",
         "in a path": "yes" if key["in_path"] else "no",
         "names users": "yes" if key["names_users"] else "no",
+        "continued": "yes" if key["continues"] else "no",
         "made": shown_time(key["created_at"]),
         "last used": shown_time(key["last_used_at"]) or "never",
         "sessions": str(key["sessions"]),

@@ -294,6 +294,8 @@ def reasons(row: Mapping[str, Any], width: int) -> Group:
         ended = attempt.get("result") or "in progress"
         reason = f": {attempt['reason']}" if attempt.get("reason") else ""
         parts.append(Text(f"{number}. {attempt['agent']}: {ended}{reason}"))
+        if attempt.get("continues"):
+            parts.append(Text(f"   went on after {attempt['continues']} tokens of the answer"))
         if attempt.get("rule"):
             parts.append(Text(f"   decided by {attempt['rule']}"))
         refused = attempt.get("refused", {})

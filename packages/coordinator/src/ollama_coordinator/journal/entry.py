@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished, Status
 from ollama_coordinator.dispatch import Held
-from ollama_coordinator.scheduler import Lane, Request, Result
+from ollama_coordinator.scheduler import Lane, Outcome, Request, Result
 from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
@@ -34,6 +34,7 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
     `rule` is what decided, in words. `decision` is what the scheduler compared, if it predicts.
     `refused` are the holders of the model that could not take the request, with the reason by their
     names. `runner` is the context that serves it, if that is larger than what it asked for.
+    `continues`: so many tokens of the answer the client had already, from the attempts before.
     """
 
     agent_id: AgentId
@@ -45,6 +46,7 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
     refused: dict[str, str] = {}
     runner: str = ""
     rule: str = ""
+    continues: int = 0
 
 
 class RequestView(Struct, frozen=True, kw_only=True):
@@ -125,6 +127,16 @@ class JournalEntry:
         self.gpu_seconds = 0.0
 
     @property
+    def passed_on(self) -> int:
+        """The tokens that its client had from attempts which another one continued."""
+        return sum(attempt.held.passed_on for attempt in self.attempts)
+
+    def cancelled(self, reason: str) -> None:
+        """An operator ended it while its answer waited to go on."""
+        if self.held is not None:
+            self.held.outcome = Outcome(Result.CANCELLED, reason)
+
+    @property
     def held(self) -> Held | None:
         """The attempt in progress, or the last one."""
         return self.attempts[-1].held if self.attempts else None
@@ -152,6 +164,7 @@ class JournalEntry:
         granted = held if held is not None and not held.ended else None
         began_at = granted.began_at if granted else None
         tokens = granted.records if granted else 0
+        before = self.passed_on
         ends_at = self.attempts[-1].ends_at if granted and began_at is None else None
         return RequestView(
             id=request.id,
@@ -170,17 +183,21 @@ class JournalEntry:
             granted_at=clock.utc(granted.lease.granted_at) if granted else None,
             first_byte_at=clock.utc(began_at) if began_at is not None else None,
             ends_at=clock.utc(ends_at) if ends_at is not None else None,
-            tokens=tokens,
+            tokens=before + tokens,
             tokens_per_second=_rate(tokens, began_at, now),
             attempts=len(self.attempts),
         )
 
     def attempt_views(self, clock: Clock) -> list[Attempt]:
         """Every attempt so far, with its reasons, as the API shows it."""
-        return [_attempt_view(attempt, clock) for attempt in self.attempts]
+        views, before = [], 0
+        for attempt in self.attempts:
+            views.append(_attempt_view(attempt, clock, before))
+            before += attempt.held.passed_on
+        return views
 
 
-def _attempt_view(attempt: JournalAttempt, clock: Clock) -> Attempt:
+def _attempt_view(attempt: JournalAttempt, clock: Clock, before: int) -> Attempt:
     held = attempt.held
     return Attempt(
         agent_id=held.agent.id,
@@ -192,6 +209,7 @@ def _attempt_view(attempt: JournalAttempt, clock: Clock) -> Attempt:
         refused=attempt.refused,
         runner=held.note,
         rule=attempt.decision.rule if attempt.decision else attempt.rule,
+        continues=before,
     )
 
 
@@ -230,9 +248,13 @@ def finished(
     request, held = entry.request, entry.held
     status, http_status, error = _ending(entry, http_status, error)
     timings = held.outcome.timings if held is not None else None
-    placed_at = held.lease.granted_at if held is not None else now
-    streamed = held is not None and held.records > 0
+    before = entry.passed_on
+    placed_at = _first(entry).lease.granted_at if held is not None else now
+    streamed = held is not None and held.records + before > 0
     output = timings.output_tokens if timings is not None else held.records if held else None
+    if held is not None and held.passed_on:
+        output = 0  # `before` has them
+    prompt = timings.prompt_tokens - before if timings is not None else None
     return Finished(
         id=request.id,
         status=status,
@@ -251,17 +273,23 @@ def finished(
         streamed=streamed,
         lane=request.lane.value,
         alias=request.alias,
-        prompt_tokens=timings.prompt_tokens if timings is not None else None,
-        output_tokens=output,
+        prompt_tokens=None if prompt is None else max(prompt, 0),
+        output_tokens=None if output is None else before + output,
         load_seconds=timings.load_seconds if timings is not None else None,
         first_token_seconds=_first_token(entry, now),
         tokens_per_second=_speed(held, now) if held is not None else None,
     )
 
 
+def _first(entry: JournalEntry) -> Held:
+    """The attempt that began the answer."""
+    attempts = [attempt.held for attempt in entry.attempts]
+    return next((held for held in attempts if held.passed_on), attempts[-1])
+
+
 def _first_token(entry: JournalEntry, now: float) -> float | None:
     """Seconds to the first token: the first record, else the end less Ollama's output time."""
-    held = entry.held
+    held = _first(entry) if entry.attempts else None
     if held is None or held.began_at is None:
         return None
     if held.records:

@@ -77,6 +77,11 @@ class Journal:
         entry.counted = 0
         asyncio.get_running_loop().call_soon(self._explain, attempt)
 
+    def passed_on(self, entry: JournalEntry, held: Held, tokens: int) -> None:
+        """The client has so many tokens of an attempt that broke off: another one goes on."""
+        self._sampler.count(entry)
+        held.passed_on, entry.counted = tokens, 0
+
     def _explain(self, attempt: JournalAttempt) -> None:
         """The estimates of the other candidates are those of this moment, not of the end."""
         scheduler, lease_id = self._dispatch.scheduler, attempt.held.lease.id

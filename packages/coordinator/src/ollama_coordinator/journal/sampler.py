@@ -74,7 +74,7 @@ class Sampler:
     def finished(self, entry: JournalEntry, ended: Ended) -> None:
         """A request ended."""
         request = ended.request
-        left = (request.output_tokens or 0) - entry.counted
+        left = (request.output_tokens or 0) - entry.passed_on - entry.counted
         used = self._used(entry, request)
         self._history.note(request, ended.attempts, used, stepped_by=self._clock.stepped_by)
         self.counters.count(entry, request)
@@ -100,11 +100,7 @@ class Sampler:
         """Take one sample; `live` are the requests in progress."""
         now = self._clock.now()
         for entry in live.values():
-            held = entry.held
-            if held is not None and held.records > entry.counted:
-                for name in (FLEET, held.agent.id):
-                    self._wrote(name, held.records - entry.counted)
-                entry.counted = held.records
+            self.count(entry)
         in_flight = len(list(self._dispatch.held()))
         waiting = sum(entry.is_waiting() for entry in live.values())
         self.series.fresh(FLEET).sample(waiting, in_flight)
@@ -113,6 +109,16 @@ class Sampler:
         self._forget()
         if self.sparklines.is_due(self._at()):
             self._take_point()
+
+    def count(self, entry: JournalEntry) -> None:
+        """Count what the attempt in progress has written since the last time."""
+        held = entry.held
+        if held is None or held.passed_on:
+            return
+        if held.records > entry.counted:
+            for name in (FLEET, held.agent.id):
+                self._wrote(name, held.records - entry.counted)
+            entry.counted = held.records
 
     def _wrote(self, name: str, tokens: int) -> Bucket:
         self._tokens[name] = self._tokens.get(name, 0) + tokens

@@ -274,7 +274,7 @@ class ContextFit:
         """Whether the model's own parameters set a context; assumed where no answer comes soon."""
         try:
             async with self._clock.timeout(SHOW_SECONDS):
-                return await self._model_info.context_parameter(name) is not None
+                return await self._model_info.number_parameter(name, "num_ctx") is not None
         except (OllamaCoordinatorError, TimeoutError):
             return True
 

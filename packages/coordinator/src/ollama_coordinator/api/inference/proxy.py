@@ -5,7 +5,7 @@ lease with the outcome; or answer the error in the client's dialect. Bodies pass
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
@@ -19,7 +19,7 @@ from ollama_coordinator.access import Account, Right, caller_of
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.aliases import Alias
 from ollama_coordinator.api.http.body_timeout import until_disconnect
-from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute
+from ollama_coordinator.api.http.dialects import Dialect, InferenceRoute, error_record
 from ollama_coordinator.api.http.errors import (
     ClientLeft,
     HttpError,
@@ -44,13 +44,19 @@ from ollama_coordinator.scheduler import (
     Result,
     SchedulerError,
 )
-from ollama_coordinator.upstream import SMALL_ANSWER_BYTES, UpstreamError, whole
+from ollama_coordinator.upstream import (
+    SMALL_ANSWER_BYTES,
+    RequestCancelled,
+    UpstreamError,
+    whole,
+)
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.types import AgentId
 
 from . import audio
 from .context_fit import ContextFit
+from .continuation import Continuations, Onward
 from .relay import CARRIER, Call, Carrier, Failure, Sent, Way, attempted
 from .request import LANE, NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
 from .retry_rule import Poison, error_text, say_the_same
@@ -69,6 +75,41 @@ OF_THE_CLOUD = (":cloud", "-cloud")
 """The ends of the routing keys of models that ollama.com runs."""
 
 
+class Course:
+    """One request between its attempts: what failed so far, and what of its answer has to go on.
+
+    `is_over`: nobody is left to try.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.failures: list[Failure] = []
+        self.onward: Onward | None = None
+        self.is_over = False
+
+    def refused(
+        self, error: SchedulerError, missing: Callable[[Request], OllamaCoordinatorError]
+    ) -> None:
+        """No agent takes it now; the error is raised if none was tried."""
+        if not self.failures:
+            raise missing(self.request) if isinstance(error, ModelNotFound) else error
+        slow = _taken_back_from(self.failures) & self.request.excluded
+        # If nobody else serves it now, a slow agent is better than none.
+        self.is_over = isinstance(error, ModelNotFound) or not slow
+        self.request = structs.replace(self.request, excluded=self.request.excluded - slow)
+
+    def failed(self, held: Held, failure: Failure) -> None:
+        """An attempt failed: its agent is asked no more."""
+        known = [one.agent_id for one in self.failures]
+        self.failures.append(failure)
+        self.request = structs.replace(self.request, admitted=True)
+        if failure.outcome.result is Result.TAKEN_BACK:
+            self.request = self.request.taken_from(held.agent.id)
+        elif failure.was_sent or held.agent.id in known:
+            # Else it waits for the agent to come back, as those behind it do.
+            self.request = self.request.without([held.agent.id])
+
+
 class Proxy:
     """The ASGI application of one inference route."""
 
@@ -79,6 +120,7 @@ class Proxy:
         context_fit: ContextFit,
         poison: Poison,
         batches: Batches,
+        continuations: Continuations,
     ) -> None:
         self._parts = parts
         self._registry = parts.registry
@@ -92,6 +134,7 @@ class Proxy:
         self._context_fit = context_fit
         self._poison = poison
         self._batches = batches
+        self._continuations = continuations
         self._settings = parts.settings
         self._turn = parts.reading
         self._usage = parts.access.usage
@@ -219,7 +262,10 @@ class Proxy:
         headers = to_ollama(scope["headers"])
         carrier: Carrier | None = scope.get(CARRIER)
         body, request = fitted.body, fitted.request
-        return Call(self._route, request, headers, body, send, unloads, fitted, carrier)
+        continues = self._continuations.may(
+            self._route, request, body, dict(scope["headers"]), caller_of(scope).key
+        )
+        return Call(self._route, request, headers, body, send, unloads, fitted, carrier, continues)
 
     async def _unload(self, call: Call, scope: Scope) -> None:
         caller = caller_of(scope)
@@ -338,45 +384,61 @@ class Proxy:
         Raises:
             OllamaCoordinatorError: it was not tried at all.
         """
-        request = call.request
-        failures: list[Failure] = []
-        stopped = False
-        while not stopped:
+        course = Course(call.request)
+        is_poison = False
+        while not (is_poison or course.is_over):
             try:
-                async with self._dispatch.lease(request) as held:
-                    self._journal.leased(entry, held)
-                    try:
-                        failure = await self._attempt(call, held)
-                    finally:
-                        seconds = self._clock.now() - held.lease.granted_at
-                        entry.gpu_seconds += seconds
-                        account.add(_tokens_of(held), seconds)
+                held, failure = await self._next(call, course, entry, account)
                 now = self._clock.now()
-                stopped = await self._poison.stops(request, call.body, held, now)
-            except ModelNotFound as exc:
-                if not failures:
-                    raise self._missing(request) from exc
-                break
-            except SchedulerError:
-                if not failures:
-                    raise
-                slow = _taken_back_from(failures) & request.excluded
-                if not slow:
-                    break
-                # Nobody else serves it now: a slow agent is better than none.
-                request = structs.replace(request, excluded=request.excluded - slow)
+                is_poison = await self._poison.stops(course.request, call.body, held, now)
+            except SchedulerError as exc:
+                course.refused(exc, self._missing)
                 continue
+            except RequestCancelled as exc:
+                if course.onward is None:
+                    raise
+                entry.cancelled(str(exc))
+                await _break_off(call, str(exc))
+                return [], False
             if failure is None:
                 return [], False
-            has_worked = failure.was_sent or held.agent.id in [one.agent_id for one in failures]
-            failures.append(failure)
-            request = structs.replace(request, admitted=True)
-            if failure.outcome.result is Result.TAKEN_BACK:
-                request = request.taken_from(held.agent.id)
-            elif has_worked:  # else it waits for the agent to come back, as those behind it do
-                request = request.without([held.agent.id])
-        self._pardon(request, failures, is_poison=stopped)
-        return failures, stopped
+            course.failed(held, failure)
+            await self._turn_on(call, course, entry, held, failure)
+        self._pardon(course.request, course.failures, is_poison=is_poison)
+        if course.onward is not None:  # the client has a part of the answer
+            await _break_off(call, course.onward.written.reason)
+            return [], False
+        return course.failures, is_poison
+
+    async def _next(
+        self, call: Call, course: Course, entry: JournalEntry, account: Account
+    ) -> tuple[Held, Failure | None]:
+        """One attempt, with its lease, and why it failed."""
+        async with self._dispatch.lease(course.request) as held:
+            self._journal.leased(entry, held)
+            try:
+                return held, await self._attempt(call, held, course.onward)
+            finally:
+                seconds = self._clock.now() - held.lease.granted_at
+                entry.gpu_seconds += seconds
+                account.add(_tokens_of(held), seconds)
+
+    async def _turn_on(
+        self, call: Call, course: Course, entry: JournalEntry, held: Held, failure: Failure
+    ) -> None:
+        """Where the client has a part of the answer, look for who goes on with it."""
+        written, onward = failure.written, course.onward
+        if written is not None:
+            self._journal.passed_on(entry, held, written.tokens)
+            course.is_over = self._dispatch.closed
+            if onward is None:
+                limit = await self._continuations.limit(course.request, call.body)
+                course.onward = Onward(call.route.path, written, held.agent.name, limit)
+            else:
+                course.onward = onward.then(held.agent.name, written)
+            course.request = self._continuations.rest(course.request, held, course.onward)
+        elif onward is not None:
+            course.request = self._continuations.without_unable(course.request, held)
 
     def _pardon(self, request: Request, failures: Sequence[Failure], *, is_poison: bool) -> None:
         """No agent served the request: those that say the same are not to blame for it."""
@@ -394,15 +456,20 @@ class Proxy:
             return CloudDisabled("remote model is unavailable")
         return NoSuchModel(404, self._route.unknown(request.name), request.name)
 
-    async def _attempt(self, call: Call, held: Held) -> Failure | None:
-        """Try one agent; `None` when the client has its answer, also a broken-off one."""
+    async def _attempt(self, call: Call, held: Held, onward: Onward | None) -> Failure | None:
+        """Try one agent; `None` when the client has its answer, also one that broke off for good.
+
+        `onward`: the client has a part of the answer, which this attempt continues.
+        """
         body, held.note = call.body, ""
         if call.fitted is not None:
             body, held.note, held.num_ctx = await self._context_fit.at(call.fitted, held.agent)
         if held.lease.unload:
             await make_room(self._parts, held.agent, held.lease.unload)
         url, path = held.agent.url, call.route.path
-        sent = Sent(url + path, path, call.headers, self._way(call.request, held))
+        way = self._way(call, held)
+        continues = None if onward is None else onward.by(held.agent.name)
+        sent = Sent(url + path, path, call.headers, way, onward=continues)
         is_ours_alone = held.agent.registration.link or self._upstreams.has_key(url)
         if call.carrier is not None and not is_ours_alone:
             if body is not call.body:
@@ -428,9 +495,11 @@ class Proxy:
             self._cloud.note(held.agent.id, held.status)
         return failure
 
-    def _way(self, request: Request, held: Held) -> Way:
-        agent, key = held.agent, request.model
+    def _way(self, call: Call, held: Held) -> Way:
+        request, agent = call.request, held.agent
+        key = request.model
         row, servable = agent.inventory.available.get(key), agent.inventory.servable.get(key)
+        of_cloud = servable is not None and bool(servable.model.remote_host)
         return Way(
             agent.id,
             agent.name,
@@ -439,7 +508,8 @@ class Proxy:
             request.name if request.alias else "",
             held.note,
             None if row is None else row.model.name,
-            servable is not None and bool(servable.model.remote_host),
+            of_cloud,
+            call.continues and not of_cloud,
         )
 
     def _others(self, request: Request, held: Held) -> list[str] | None:
@@ -481,6 +551,12 @@ class Proxy:
 def _uncompressed(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The headers that go with a body which `plain_body` has made of the client's."""
     return [header for header in headers if header[0].lower() != "content-encoding"]
+
+
+async def _break_off(call: Call, reason: str) -> None:
+    """End an answer of which the client has a part, with an error."""
+    record = error_record(call.route, reason)
+    await call.send({"type": "http.response.body", "body": record, "more_body": False})
 
 
 def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:

@@ -1,7 +1,8 @@
 """The way back of one attempt: from an agent's answer to the client, record by record.
 
 Nothing reaches the client before the first whole record (or the whole answer, where it is not
-streamed); until then the attempt can be repeated elsewhere, afterwards never.
+streamed); until then the attempt can be repeated elsewhere. Afterwards the answer can at best be
+continued, see `continuation`.
 """
 
 import logging
@@ -56,6 +57,15 @@ from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
 from .context_fit import Fitted
+from .continuation import (
+    GENERATE,
+    CannotContinue,
+    Continuing,
+    Kept,
+    Onward,
+    Written,
+    raw_body,
+)
 from .retry_rule import DIED, judge, says_nothing_of_the_machine
 
 log = logging.getLogger(__name__)
@@ -71,14 +81,18 @@ CARRIER = "carrier"
 
 ROUTES = {route.path: route for route in INFERENCE_ROUTES}
 
+ERROR = b'{"error":'
+"""How an error in mid-stream begins."""
+
 STREAMED = ("application/x-ndjson", "text/event-stream")
 
 
 class Failure(Struct, frozen=True):
-    """Why an attempt failed before the client saw a byte, and the agent's answer.
+    """Why an attempt failed, and the agent's answer.
 
     `status` is 0 where the agent gave no answer that the client could be given. `was_sent`: the
-    request reached the agent.
+    request reached the agent. `written`: what the client has of the answer, if another agent may
+    continue it; else it has seen nothing of this attempt.
     """
 
     agent_id: AgentId
@@ -87,6 +101,7 @@ class Failure(Struct, frozen=True):
     headers: list[tuple[bytes, bytes]] = []
     body: bytes = b""
     was_sent: bool = True
+    written: Written | None = None
 
 
 class Way(Struct, frozen=True):
@@ -94,7 +109,7 @@ class Way(Struct, frozen=True):
 
     `model`: what served, where an alias was asked for. `note`: the runner that serves it, where its
     context is larger than what was asked for. `listed_as`: the model's name on the agent, in its
-    letter case.
+    letter case. `keeps`: the answer is kept, so that another agent may continue it.
     """
 
     agent_id: AgentId
@@ -105,12 +120,13 @@ class Way(Struct, frozen=True):
     note: str = ""
     listed_as: str | None = None
     of_cloud: bool = False
+    keeps: bool = False
 
 
 class Sent(Struct, frozen=True):
     """One attempt as it goes out: to which URL, on which route, and what its way back has to know.
 
-    `body`: `None` where it is as the client sent it.
+    `body`: `None` where it is as the client sent it. `onward`: it continues an answer.
     """
 
     url: str
@@ -118,6 +134,7 @@ class Sent(Struct, frozen=True):
     headers: list[tuple[str, str]]
     way: Way
     body: bytes | None = None
+    onward: Onward | None = None
 
 
 class Carrier(Protocol):
@@ -140,7 +157,8 @@ class Call(Struct, frozen=True):
     """One request on its way: its route, the request, and the way back to the client.
 
     `unloads`: it only asks to drop the model from memory. `fitted` is how it fits the agents.
-    `carrier` is there where the client is connected to another process.
+    `carrier` is there where the client is connected to another process. `continues`: a stream may
+    go on elsewhere.
     """
 
     route: InferenceRoute
@@ -151,6 +169,7 @@ class Call(Struct, frozen=True):
     unloads: bool = False
     fitted: Fitted | None = None
     carrier: Carrier | None = None
+    continues: bool = False
 
 
 class Tracked(Protocol):
@@ -176,7 +195,7 @@ async def attempted(
     others: Callable[[], list[str] | None],
     again: SendAgain,
 ) -> Failure | None:
-    """Try one agent; `None` when the client has its answer, also a broken-off one.
+    """Try one agent; `None` when the client has its answer, also one that broke off for good.
 
     `began` is called with the first byte, and notes that in `tracked`. `now`: monotonic seconds.
     `others`: the capabilities that other holders of the model list; `None` where none lists any.
@@ -185,19 +204,23 @@ async def attempted(
     Raises:
         RequestCancelled: an operator ended it before the client had anything.
     """
-    relay = Relay(ROUTES[sent.route], sent.way, tracked, send, began, now, others)
-    opened = upstreams.open(
-        "POST",
-        sent.url,
-        headers=sent.headers,
-        body=body,
-        again=again,
-    )
+    route, onward, url = ROUTES[sent.route], sent.onward, sent.url
+    if onward is not None:
+        send = Continuing(route, onward, body, send)
+        route, url = ROUTES[GENERATE], sent.url.removesuffix(sent.route) + GENERATE
+    relay = Relay(route, sent.way, tracked, send, began, now, others)
     try:
-        async with tracked.interrupt, opened as response:
-            return await relay.run(response)
+        async with tracked.interrupt:
+            if onward is not None:
+                body = await raw_body(upstreams, sent.url, sent.headers, body, onward)
+            opened = upstreams.open("POST", url, headers=sent.headers, body=body, again=again)
+            async with opened as response:
+                return await relay.run(response)
     except UpstreamError as exc:
         return await relay.broken(exc)
+    except CannotContinue as exc:
+        tracked.outcome = exc.outcome
+        return Failure(sent.way.agent_id, exc.outcome)
 
 
 class Relay:
@@ -222,6 +245,8 @@ class Relay:
         self._others = others
         self._started = False
         self._records = Records(route.dialect.separator)
+        self._kept = Kept(route) if way.keeps else None
+        self._death = b""
 
     async def run(self, response: aiohttp.ClientResponse) -> Failure | None:
         """Relay the answer.
@@ -344,6 +369,7 @@ class Relay:
                 # Not retried after this line: the client has seen tokens from this agent.
                 await self._start(response.status, head)
             held.records = records.count
+            whole = self._keep(whole)
             await send({"type": "http.response.body", "body": whole, "more_body": True})
         if not self._started:
             if first or not records.rest.strip():
@@ -351,20 +377,49 @@ class Relay:
             if (wrong := wrong_start(route, records.rest, streamed=True)) is not None:
                 return await self._refused_late(wrong)
             await self._start(response.status, head)
-        await self._end_stream()
-        return None
+        return await self._end_stream()
 
-    async def _end_stream(self) -> None:
+    def _keep(self, whole: bytes) -> bytes:
+        """Keep some records, less the last one if that says that the runner was lost."""
+        if self._kept is None:
+            return whole
+        start = whole.rfind(ERROR)
+        begins = start == 0 or (start > 0 and whole[start - 1 : start] == b"\n")
+        if begins and DIED.search(whole[start:].decode(errors="replace")):
+            self._death, whole = whole[start:], whole[:start]
+        self._kept.add(whole)
+        return whole
+
+    async def _end_stream(self) -> Failure | None:
         route, records = self._route, self._records
         self._settle(read_ending(route, records.last, records.count))
-        rest = records.rest
+        rest, told = self._death + records.rest, self._held.outcome.reason
         if swallowed_error(route, records.last):
-            rest += error_record(route, f"agent {self._way.agent} broke off the answer")
+            told = f"agent {self._way.agent} broke off the answer"
+            rest += error_record(route, told)
             self._held.outcome = Outcome(Result.MODEL_FAILED, "broke off the answer")
-        await self._finish(rest)
+        elif not self._death:
+            await self._finish(rest)
+            return None
+        failure = self._to_continue(told)
+        if failure is None:
+            await self._finish(rest)
+        return failure
+
+    def _to_continue(self, told: str) -> Failure | None:
+        """Why the answer broke off that the client has a part of, if it can go on elsewhere."""
+        held = self._held
+        if self._kept is None or held.began_at is None:
+            return None
+        written = self._kept.written(self._now() - held.began_at, told)
+        if written is None:
+            return None
+        return Failure(self._way.agent_id, held.outcome, written=written)
 
     async def broken(self, error: UpstreamError) -> Failure | None:
-        """The agent broke off: a `Failure` if the client has seen nothing, else an error record."""
+        """The agent broke off: a `Failure` if the client has seen nothing, or the answer may go on
+        elsewhere; else an error record.
+        """
         if isinstance(error, RequestCancelled):
             await self._cancelled(error)
             return None
@@ -387,6 +442,8 @@ class Relay:
             return Failure(self._way.agent_id, Outcome(result, reason), was_sent=was_sent)
         if isinstance(error, AgentLost):
             reason = str(error)
+        if (failure := self._to_continue(reason)) is not None:
+            return failure
         if self._records.count:
             await self._finish(error_record(self._route, reason))
         # An answer without records has no place for an error: it ends unfinished, and the server

@@ -43,6 +43,7 @@ class KeyView(Struct, frozen=True, kw_only=True):
     lane: str
     in_path: bool
     names_users: bool
+    continues: bool
     limits: KeyLimits
     once: bool
     created_at: datetime
@@ -129,6 +130,7 @@ class KeysApi:
             lane=key.lane,
             in_path=key.in_path,
             names_users=key.names_users,
+            continues=key.continues,
             limits=key.limits,
             once=key.once,
             created_at=key.created_at,

@@ -60,6 +60,7 @@ function attemptPart(attempt, several) {
   if (several || attempt.reason) {
     parts.push(h("p", null, h("b", null, attempt.agent), attempt.result ? ` – ${attempt.result}` : "", attempt.reason ? h("span.muted", null, `: ${attempt.reason}`) : ""));
   }
+  if (attempt.continues) parts.push(h("p", null, `It went on after ${tokens(attempt.continues)} of the answer.`));
   parts.push(h("p.rule", null, h("b", null, "Decided by "), attempt.rule || attempt.decision?.rule || "a policy that counts and does not predict", "."));
   if (attempt.decision) parts.push(h("p.muted.small", null, sentence(attempt.decision)), candidates(attempt.decision, attempt.agent_id));
   const refused = Object.entries(attempt.refused ?? {});

@@ -59,6 +59,7 @@ class AccessView extends View {
     const days = h("input", { type: "number", min: 1, max: 36500, placeholder: "never" });
     const inPath = h("input", { type: "checkbox" });
     const users = h("input", { type: "checkbox" });
+    const continues = h("input", { type: "checkbox", checked: true });
     const check = (input, text) => h("label.row", null, input, text);
     const submit = async (event) => {
       event.preventDefault();
@@ -69,6 +70,7 @@ class AccessView extends View {
         expires_at: days.value ? new Date(Date.now() + Number(days.value) * DAY_MS).toISOString() : null,
         in_path: inPath.checked,
         names_users: users.checked,
+        continues: continues.checked,
       };
       const made = await act(() => call("POST", "/api/keys", wanted));
       if (!made) return;
@@ -79,6 +81,7 @@ class AccessView extends View {
       h("fieldset", null, h("legend", null, "Rights"), RIGHTS.map(([, text], index) => check(rights[index], text))),
       h("label.field", null, "Models", models), h("label.field", null, "Days until it expires", days),
       check(inPath, "It may stand in an address (for clients that send no key)"), check(users, "It says for which user it asks (Open WebUI)"),
+      check(continues, "Its answers go on at another agent when theirs breaks them off"),
       h("div.actions", null, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), h("button.primary", null, "Make"))));
     name.focus();
   }
