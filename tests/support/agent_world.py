@@ -28,7 +28,8 @@ from .deadline import DEADLINE_SECONDS
 FAST = AgentPace(
     heartbeat=0.1, retry_first=0.02, retry_ceiling=0.1, rejected=0.1, first_look=2.0,
     look=0.02, tags=0.02, silence=0.5, stop=5.0, output=0.1,
-    start_after=0.0, adopted_start_after=0.0, restart_first=0.05, restart_ceiling=0.2,
+    availability=0.02, start_after=0.0, adopted_start_after=0.0,
+    restart_first=0.05, restart_ceiling=0.2,
 )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import aiohttp
@@ -11,6 +13,7 @@ import aiohttp
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentStatus
 
+from .availability import Availability, signs
 from .client import CoordinatorClient, CoordinatorError
 from .coordinators import DEFAULT, Coordinators
 from .daemon import AgentParts, Daemon
@@ -30,7 +33,7 @@ from .process import ServeCommand, find_binary
 from .reach import Reach, Transport, needs_relay, own_address
 from .recent import Logs, Recent
 from .relay import TcpRelay, parse_networks
-from .settings import certificate, join_token, machine_name, state_folder
+from .settings import certificate, join_token, machine_name, schedule, state_folder
 from .state import StateFolder
 from .supervisor import GET_OLLAMA, Supervisor
 from .watch import Facts, Watch
@@ -79,6 +82,7 @@ async def assembled(
             reach=reach,
             transport=Transport(config, state),
             meter=meter,
+            availability=Availability(schedule(config), config.idle_after),
             state=state,
             logs=Logs(recent, state.log_file),
             changed=changed,
@@ -132,6 +136,8 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
     meter.read()
     await asyncio.sleep(FIRST_SAMPLE_SECONDS)  # the CPU's share is that since the previous look
     readings = meter.read()
+    availability = Availability(schedule(config), config.idle_after)
+    found = await asyncio.to_thread(signs, None)
     return StatusView(
         machine_name=machine_name(config),
         coordinator_url=client.url,
@@ -144,6 +150,7 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
         relay_port=state.last_run.relay_port if is_relayed else None,
         is_linked=Transport(config, state).is_link,
         active_requests=readings.requests or 0,
+        paused=availability.reason(datetime.now(), time.monotonic(), found),
         coordinator_trouble=coordinator_trouble,
         ollama_trouble=ollama_trouble,
     )

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import platform
 import uuid
+from datetime import datetime
 
 from msgspec import UNSET, Raw, Struct
 
@@ -16,6 +17,7 @@ from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentId
 
 from . import __version__
+from .availability import Availability, signs
 from .client import (
     CoordinatorClient,
     CoordinatorError,
@@ -45,6 +47,7 @@ class AgentParts(Struct, frozen=True, kw_only=True):
     reach: Reach
     transport: Transport
     meter: Meter
+    availability: Availability
     state: StateFolder
     logs: Logs
     changed: asyncio.Event
@@ -69,6 +72,8 @@ class Daemon:
         self._link: CoordinatorLink | None = None
         self._links: set[CoordinatorLink] = set()  # with those that only end what runs over them
         self._ask_reached_at = self._linked_at = 0.0  # by the event loop's clock
+        self._paused: str | None = None
+        self._decided = asyncio.Event()  # whether this machine serves was found out
 
     async def run(self) -> None:
         """Report until cancelled; then say goodbye, and only then end Ollama and the relay."""
@@ -76,6 +81,8 @@ class Daemon:
             self._tasks = tasks
             tasks.create_task(self.parts.watch.run())
             tasks.create_task(self.parts.reach.run())
+            if self.parts.availability.is_limited:
+                tasks.create_task(forever(self._look_at_owner))
             try:
                 await self._take_a_first_look()
                 await forever(self._one_registration)
@@ -87,9 +94,27 @@ class Daemon:
         try:
             async with asyncio.timeout(self._pace.first_look):
                 await self.parts.watch.looked.wait()
+                if self.parts.availability.is_limited:
+                    await self._decided.wait()
         except TimeoutError:
             log.debug("Ollama has not been looked at yet")
         await asyncio.to_thread(self.parts.meter.ready.wait, self._pace.first_look)
+
+    async def _look_at_owner(self) -> float:
+        """Find out whether this machine serves now, and report it at once where that changed."""
+        gpus = self.parts.meter.latest.gpus
+        loads = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
+        found = await asyncio.to_thread(
+            signs, None if self._active_requests() else max(loads, default=None)
+        )
+        now = asyncio.get_running_loop().time()
+        paused = self.parts.availability.reason(datetime.now(), now, found)
+        self._decided.set()
+        if paused != self._paused:
+            self._paused = paused
+            self.parts.changed.set()
+            log.info(f"takes no new requests: {paused}" if paused else "takes requests again")
+        return self._pace.availability
 
     async def _one_registration(self) -> float:
         """Register, then report until the coordinator forgets us or what was registered changes."""
@@ -276,6 +301,7 @@ class Daemon:
             relay_port=offer.relay_port if offer else None,
             is_linked=self.parts.transport.is_link,
             active_requests=self._active_requests(),
+            paused=self._paused,
             coordinator_trouble=self.trouble,
         )
 
@@ -334,6 +360,7 @@ class Daemon:
             broken_models=facts.disk.broken,
             left_behind=facts.left_behind,
             leaving=leaving,
+            paused=self._paused,
             instance_id=self._instance_id,
             **{name: Raw(known.body) for name, known in lists.items() if known},
         )

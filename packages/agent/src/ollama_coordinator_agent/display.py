@@ -35,6 +35,7 @@ class StatusView(Struct, frozen=True):
     relay_port: int | None = None
     is_linked: bool = False
     active_requests: int = 0
+    paused: str | None = None
     coordinator_trouble: str | None = None
     ollama_trouble: str | None = None
 
@@ -79,6 +80,8 @@ def _ollama(view: StatusView) -> list[tuple[str, Text]]:
         ("in memory", Text(_names(facts.ps))),
         ("requests", Text(f"{view.active_requests} in progress")),
     ]
+    if view.paused:
+        rows.append(("paused", Text(view.paused, "yellow")))
     if facts.runner:
         parallel = facts.runner.num_parallel or "automatic"
         rows.append(("slots", Text(f"{parallel} per loaded model")))

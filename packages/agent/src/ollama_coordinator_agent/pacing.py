@@ -44,6 +44,9 @@ class AgentPace(Struct, frozen=True, kw_only=True):
     look: float = 1.0
     """Between looks at Ollama's presence and at the models in memory."""
 
+    availability: float = 5.0
+    """Between looks at whether this machine serves now."""
+
     tags: float = 2.0
     output: float = 10.0
     """Between looks at the models on disk, and at the size of the server's output."""

@@ -17,6 +17,7 @@ from ollama_coordinator_common.network import coordinator_url, is_address
 from ollama_coordinator_common.settings import AgentConfig
 
 from .relay import parse_networks
+from .schedule import Schedule
 from .state import host_folder, host_id
 
 
@@ -39,6 +40,7 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
         expected = "give the path of an executable ollama program"
         raise ConfigError("OLLAMA_BINARY", config.ollama_binary, expected)
     _check_networks(config.relay_allow)
+    schedule(config)
     secured = all(url.startswith("https:") for url in config.coordinator_urls)
     if certificate(config) and not secured:
         expected = "its coordinator has a certificate: give its URL with https://"
@@ -72,6 +74,20 @@ def join_token(config: AgentConfig) -> JoinToken | None:
         return JoinToken.parse(config.join_token)
     except ValueError as exc:
         raise ConfigError("AGENT_JOIN_TOKEN", "a text that is none", str(exc)) from None
+
+
+def schedule(config: AgentConfig) -> Schedule | None:
+    """When this machine serves; `None`: always.
+
+    Raises:
+        ConfigError: the text is no schedule.
+    """
+    if not config.schedule:
+        return None
+    try:
+        return Schedule.parse(config.schedule)
+    except ValueError as exc:
+        raise ConfigError("AGENT_SCHEDULE", config.schedule, str(exc)) from None
 
 
 def _check_networks(entries: tuple[str, ...]) -> None:

@@ -100,7 +100,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     `ollama_running` false: the agent runs, its Ollama does not answer. `leaving`: the agent stops,
     and this is its last report. `instance_id` is that of the registration. `other_requests` are
     those of `active_requests` that did not come through the agent's relay or link, where all of the
-    coordinator's do and the system shows which connections are in use.
+    coordinator's do and the system shows which connections are in use. `paused` is why the machine
+    takes no new requests now, by its own schedule or for its owner.
     """
 
     agent_id: AgentId
@@ -122,9 +123,11 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     leaving: bool = False
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
     other_requests: Annotated[int, Meta(ge=0)] | None = None
+    paused: Word | None = None
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)
+        check_printable("paused", self.paused)
         # A null counts as a list that was left out.
         for name, body in (("tags", self.tags), ("ps", self.ps)):
             if body is not UNSET and bytes(body) == b"null":
@@ -226,7 +229,8 @@ class AgentView(Struct, frozen=True):
 
     `name` is the display name or the machine's, with what tells it apart where another agent is
     called the same.
-    `foreign_memory_bytes` is what other programs take where models could be.
+    `foreign_memory_bytes` is what other programs take where models could be. `paused` is why its
+    machine takes no new requests by itself; where that is `overruled`, it gets them.
     """
 
     id: AgentId
@@ -258,6 +262,8 @@ class AgentView(Struct, frozen=True):
     runner: RunnerSettings | None = None
     by_hand: ByHand | None = None
     foreign_memory_bytes: int = 0
+    paused: str | None = None
+    overruled: bool = False
     models: list[str] = []
     broken_models: dict[str, str] = {}
     left_behind: str | None = None

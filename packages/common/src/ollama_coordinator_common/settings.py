@@ -447,6 +447,17 @@ class AgentConfig(Config, frozen=True, kw_only=True):
         " first that works",
         choices=("auto", "direct", "link"),
     )] = "auto"
+    schedule: Annotated[str | None, Setting(
+        "AGENT_SCHEDULE",
+        "When this machine serves, such as `mon-fri 18:00-08:00, sat-sun`; always if not given",
+        metavar="TIMES",
+    )] = None
+    idle_after: Annotated[float, Setting(
+        "AGENT_IDLE_AFTER",
+        "Serve only after so long without input, while no other program uses the GPU, and not on"
+        " battery",
+        unit="s", bounds=(1, 86_400), zero="to serve always",
+    )] = 0.0
     relay: Annotated[str, Setting(
         "AGENT_RELAY",
         "Whether to relay the coordinator to an Ollama that listens on loopback only",

@@ -121,7 +121,7 @@ class Concerns:
         if agent.id in restless:
             text = "It comes and goes: look at its events, its network and its power."
             yield _of(agent, "flapping", text)
-        elif agent.left or agent.settings.draining:
+        elif agent.left or agent.settings.draining or agent.paused:
             return  # on purpose
         elif not self._registry.is_online(agent, now):
             seconds = round(now - agent.heard_at)

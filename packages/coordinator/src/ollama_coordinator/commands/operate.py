@@ -146,14 +146,15 @@ def _added(address: str, name: str, api_key: str) -> dict[str, object]:
 @asks
 async def drain(client: Client, agent: Agent, json: Json = False) -> None:
     """Let an agent finish what it has, and give it nothing new."""
-    await _change(client, agent, json=json, draining=True)
+    await _change(client, agent, json=json, draining=True, overruled=False)
 
 
 @agents.command("resume")
 @asks
 async def resume(client: Client, agent: Agent, json: Json = False) -> None:
-    """Give a drained agent requests again."""
-    await _change(client, agent, json=json, draining=False)
+    """Give an agent requests again: one that was drained, or pauses by itself."""
+    row = await _agent(client, agent)
+    await _change(client, row["id"], json=json, draining=False, overruled=bool(row.get("paused")))
 
 
 @agents.command("label")
@@ -245,6 +246,8 @@ async def _change(client: Client, wanted: str, *, json: bool, **changes: object)
 
 def _state(row: Mapping[str, Any]) -> str:
     reason = row["out_of_rotation"]
+    if row["status"] == "draining" and row.get("paused"):
+        reason = row["paused"]
     return f"{row['status']}, gets no requests: {reason}" if reason else str(row["status"])
 
 

@@ -173,6 +173,8 @@ def _status(agent: Mapping[str, Any]) -> tuple[Text, str]:
         return Text(status, "red"), agent["conflict"]
     if status != "offline" and agent["out_of_rotation"]:
         return Text("out of rotation", "red"), agent["out_of_rotation"]
+    if status == "draining" and agent.get("paused"):
+        return Text("paused", "yellow"), agent["paused"]
     if status != "offline" and agent["avoided_models"]:
         avoided = "; ".join(f"{name}: {why}" for name, why in agent["avoided_models"].items())
         return Text(status, "yellow"), f"others are asked first for {avoided}"

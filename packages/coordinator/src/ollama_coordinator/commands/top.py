@@ -48,6 +48,7 @@ LONGEST_LINE_BYTES = 64 * 1024 * 1024
 STATES = {
     "online": ("● online", "green"),
     "draining": ("▼ draining", "yellow"),
+    "paused": ("‖ paused", "yellow"),
     "resting": ("▲ resting", "red"),
     "offline": ("○ offline", "dim"),
     "writing": ("writing", "green"),

@@ -81,7 +81,8 @@ class AgentSettings(Struct, frozen=True):
     A backup is taken only where all others would take `backup_seconds` longer; 0 for no backup.
     `api_key` is sent to its Ollama and to nobody else; nothing shows it. `slots`, `memory_bytes`
     and `gpu` (a name, or `none`) are what the operator says of the machine; they count in place of
-    what its agent reports, and where it has none.
+    what its agent reports, and where it has none. `overruled`: it gets requests although it pauses,
+    until it returns by itself.
     """
 
     display_name: str | None = None
@@ -94,6 +95,7 @@ class AgentSettings(Struct, frozen=True):
     slots: int | None = None
     memory_bytes: int | None = None
     gpu: str | None = None
+    overruled: bool = False
 
 
 class Cooldown(Struct, frozen=True):
@@ -210,9 +212,17 @@ class AgentState:
         if version != self.registration.ollama_version:
             self.registration = structs.replace(self.registration, ollama_version=version)
         self.report = report
+        if self.settings.overruled and report.paused is None:
+            self.settings = structs.replace(self.settings, overruled=False)
         foreign = foreign_bytes(self)
         self.foreign_bytes, self._foreign_last = min(foreign, self._foreign_last), foreign
         return before != (lasting(report), self.foreign_bytes)
+
+    @property
+    def paused(self) -> str | None:
+        """Why it takes no new requests by itself, unless the operator overrules that."""
+        reported = self.report.paused if self.report is not None else None
+        return None if self.settings.overruled else reported
 
     @property
     def runner(self) -> RunnerSettings | None:
@@ -295,7 +305,8 @@ class AgentState:
             return AgentStatus.OFFLINE
         if self.unlinked_at is not None and now - self.unlinked_at > LINK_RETURN_SECONDS:
             return AgentStatus.OFFLINE
-        return AgentStatus.DRAINING if self.settings.draining else AgentStatus.ONLINE
+        drains = self.settings.draining or self.paused is not None
+        return AgentStatus.DRAINING if drains else AgentStatus.ONLINE
 
     def avoids(self, key: str, now: float, *, tried: bool = False) -> bool:
         """Whether others are asked for this model first; `tried`: requests for it run here."""
@@ -369,6 +380,8 @@ def view_of(
         runner=agent.runner,
         by_hand=by_hand(agent.settings),
         foreign_memory_bytes=agent.foreign_bytes,
+        paused=report.paused if report else None,
+        overruled=agent.settings.overruled,
         avoided_models={
             agent.inventory.available[key].model.name: cooldown.reason
             for key, cooldown in agent.model_cooldowns.items()
@@ -413,4 +426,4 @@ def foreign_bytes(agent: AgentState) -> int:
 def lasting(report: HealthReport) -> tuple[object, ...]:
     """The facts of a report that do not change from one report to the next."""
     memory = [gpu.memory_total_bytes for gpu in report.gpus]
-    return report.ollama_running, report.runner, report.memory_total_bytes, memory
+    return report.ollama_running, report.runner, report.memory_total_bytes, memory, report.paused

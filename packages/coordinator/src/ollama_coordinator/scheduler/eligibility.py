@@ -59,6 +59,8 @@ def _refusal(registry: Registry, agent: AgentState, request: Request, now: float
     if agent.id in request.excluded:
         return request.unfit.get(agent.id, "already tried")
     status = agent.status(now, registry.agent_timeout)
+    if status is AgentStatus.DRAINING and agent.paused and not agent.settings.draining:
+        return f"paused: {agent.paused}"
     if status is not AgentStatus.ONLINE:
         return str(status.value)
     return agent.out_of_rotation()

@@ -63,13 +63,15 @@ class SettingsPatch(Struct, frozen=True, forbid_unknown_fields=True):
     """`PATCH /api/agents/{id}`: the settings to change; the others stay.
 
     `slots`, `memory_bytes` and `gpu` (a name, or `none`) count in place of what the agent reports,
-    until they are null again.
+    until they are null again. `overruled`: it gets requests although it pauses, until it returns by
+    itself.
     """
 
     display_name: Annotated[str, Meta(max_length=100)] | UnsetType | None = UNSET
     labels: Annotated[list[Label], Meta(max_length=50)] | UnsetType = UNSET
     notes: Annotated[str, Meta(max_length=10_000)] | UnsetType = UNSET
     draining: bool | UnsetType = UNSET
+    overruled: bool | UnsetType = UNSET
     preference: Annotated[float, Meta(gt=0, le=1000)] | UnsetType = UNSET
     backup_seconds: Annotated[float, Meta(ge=0, le=86_400)] | UnsetType = UNSET
     slots: Annotated[int, Meta(ge=1, le=1024)] | UnsetType | None = UNSET

@@ -95,7 +95,7 @@ class HealthApi:
             HttpError: its lists are none of Ollama's (400).
         """
         before = self._registry.get(report.agent_id)
-        was_running, tags = before.ollama_running, before.inventory.tags
+        was_running, kept = before.ollama_running, (before.inventory.tags, before.settings)
         now = self._clock.now()
         try:
             agent = self._registry.heartbeat(report, now)
@@ -109,7 +109,7 @@ class HealthApi:
             log_event("agent reports that its Ollama does not answer", agent)
         elif agent.ollama_running and not was_running:
             self._dispatch.agent_failed.set()  # if it was out of rotation, it is probed now
-        if agent.left or agent.inventory.tags != tags:
+        if agent.left or (agent.inventory.tags, agent.settings) != kept:
             self._parts.agent_store.keep(agent)
         else:
             self._parts.agent_store.keep_seen(agent)

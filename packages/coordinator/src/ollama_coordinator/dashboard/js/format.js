@@ -94,6 +94,7 @@ export function hue(name) {
 export const STATES = {
   online: { label: "Online", tone: "good", icon: "online" },
   draining: { label: "Draining", tone: "warn", icon: "draining" },
+  paused: { label: "Paused", tone: "warn", icon: "paused" },
   resting: { label: "Out of rotation", tone: "bad", icon: "resting" },
   offline: { label: "Offline", tone: "", icon: "offline" },
 };

@@ -9,9 +9,12 @@ import { act } from "./toast.js";
 const address = (id) => path(["api", "agents", id]);
 const change = (id, patch, done) => act(() => call("PATCH", address(id), patch), done);
 
+/** What draining or resuming is called for an agent. */
+export const drainVerb = (agent) => (agent.state === "paused" ? "Serve anyway" : agent.status === "draining" ? "Resume" : "Drain");
+
 export function drain(agent) {
   const draining = agent.state !== "draining" && agent.status !== "draining";
-  return change(agent.id, { draining }, draining ? `${agent.name} gets no new requests` : `${agent.name} serves again`);
+  return change(agent.id, { draining, overruled: !draining && Boolean(agent.paused) }, draining ? `${agent.name} gets no new requests` : `${agent.name} serves again`);
 }
 
 export async function edit(agent) {
@@ -54,9 +57,8 @@ export function agentMenu(id) {
 function open(button, id) {
   const agent = store.state.agents[id];
   if (!agent || document.querySelector(".menu")) return;
-  const draining = agent.status === "draining";
   const entries = [
-    [draining ? "Resume" : "Drain", drain],
+    [drainVerb(agent), drain],
     ["Edit name, labels, machine", edit],
     ["Remove", remove],
   ];

@@ -54,6 +54,8 @@ export function agentCard(agent) {
 /** Why it gets no requests, what it may be taken for, or which of its models cannot run. */
 export function whyText(agent) {
   if (agent.state === "resting") return agent.out_of_rotation;
+  if (agent.state === "paused") return `It takes no new requests by itself: ${agent.paused}`;
+  if (agent.overruled && agent.paused) return `It serves because an operator overruled it: ${agent.paused}`;
   const broken = Object.entries(agent.broken_models ?? {}).map(([name, fault]) => `${name} is not offered: ${fault}`);
   const avoided = Object.entries(agent.avoided_models ?? {}).map(([name, reason]) => `Others are asked first for ${name}: ${reason}`);
   return agent.conflict || [agent.left_behind, ...broken, ...avoided].filter(Boolean).join("; ");

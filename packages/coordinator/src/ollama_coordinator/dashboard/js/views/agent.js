@@ -9,7 +9,7 @@ import { store } from "../store.js";
 import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
 import { aboutText, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
-import { drain, edit, remove } from "../parts/agent-actions.js";
+import { drain, drainVerb, edit, remove } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
 import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
@@ -64,7 +64,7 @@ class AgentView extends View {
     setTitle(agent.name);
     this.pill.update(agent.state);
     setAttr(this.since, "at", agent.since);
-    setText(this.drainButton, agent.status === "draining" ? "Resume" : "Drain");
+    setText(this.drainButton, drainVerb(agent));
     const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
