@@ -145,6 +145,7 @@ async def online(coordinator: Running, joined: Joined) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.e2e
 @pytest.mark.spec("JOIN-1")
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is PowerShell's script")
 async def test_a_machine_with_python_and_curl_joins_in_one_line(
@@ -198,6 +199,7 @@ def newer(folder: Path, version: str) -> dict[str, bytes]:
     return wheels
 
 
+@pytest.mark.e2e
 @pytest.mark.spec("JOIN-6")
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is PowerShell's script")
 async def test_an_agent_that_joined_in_one_line_takes_its_coordinators_version(

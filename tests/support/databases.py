@@ -6,7 +6,7 @@ The PostgreSQL half runs where `TEST_DATABASE_URL` names a server; each test has
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ import pytest
 from ollama_coordinator.db import AgentRow, Database, Store, database_of
 from ollama_coordinator_common.protocol import RegisterRequest
 from ollama_coordinator_common.types import AgentId
+
+Query = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
 
 SERVER = "TEST_DATABASE_URL"
 
@@ -37,6 +39,10 @@ class Space(Protocol):
     @staticmethod
     def mend(db: Database) -> None:
         """The opposite of `stop_writing`."""
+
+    @staticmethod
+    def plan(query: Query, sql: str, values: Sequence[Any]) -> str:
+        """How the engine would go about a statement in a table too large to be read as a whole."""
 
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -89,6 +95,10 @@ class SqliteFile:
     def mend(db: Database) -> None:
         db.execute("PRAGMA query_only = OFF")
 
+    @staticmethod
+    def plan(query: Query, sql: str, values: Sequence[Any]) -> str:
+        return str(query(f"EXPLAIN QUERY PLAN {sql}", values))
+
 
 class PostgresSchema:
     """A schema on a server."""
@@ -112,6 +122,12 @@ class PostgresSchema:
     @staticmethod
     def mend(db: Database) -> None:
         db.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE")
+
+    @staticmethod
+    def plan(query: Query, sql: str, values: Sequence[Any]) -> str:
+        for dear in ("enable_seqscan", "enable_sort", "enable_bitmapscan"):
+            query(f"SELECT set_config('{dear}', 'off', true)", ())
+        return str(query(f"EXPLAIN {sql}", values))
 
 
 @contextmanager
