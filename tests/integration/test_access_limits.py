@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.access import KeyLimits, NewKey
+from ollama_coordinator.access import (
+    NOBODY,
+    Caller,
+    Denied,
+    KeyLimits,
+    KeyUsage,
+    NewKey,
+    limits_of_names,
+)
+from ollama_coordinator.db import Store, database_of
 from support.coordinator import Running, running
 from support.ollama import StandIn
 
@@ -96,3 +105,53 @@ async def test_what_gets_nothing_pays_nothing(coordinator: Running, ollama: Stan
     assert coordinator.parts.access.usage.tokens_today(key) == 0
     assert (await chat(coordinator, headers))[0] == 200
     assert coordinator.parts.access.usage.tokens_today(key) > 0
+
+
+@pytest.mark.spec("ACCESS-20")
+async def test_each_name_that_a_pattern_means_has_its_own_limits(tmp_path: Path) -> None:
+    limits = "*@School.example tokens_per_day=5, guest* requests_per_minute=1"
+    url = f"sqlite://{tmp_path}/a.db"
+    async with StandIn() as ollama:
+        async with running(database_url=url, limits=limits) as coordinator:
+            await coordinator.register(ollama)
+            wanted = NewKey(name="chat page", names_users=True)
+            _, text = coordinator.parts.access.keys.create(wanted)
+            page = {"Authorization": f"Bearer {text}"}
+
+            async def status(user: str) -> int:
+                headers = {**page, "X-OpenWebUI-User-Email": user}
+                return (await chat(coordinator, headers))[0]
+
+            assert [await status("Anna@school.example") for _ in range(2)] == [200, 429]
+            assert [await status("ben@school.example") for _ in range(2)] == [200, 429]
+            assert [await status("carl@example.org") for _ in range(3)] == [200] * 3
+            assert [await status("guest 7") for _ in range(2)] == [200, 429]
+            headers = {**page, "X-OpenWebUI-User-Email": "guest 7"}
+            _, sent, body = await chat(coordinator, headers)
+            assert body["error"] == "'guest 7' has reached the limit of 1 requests a minute"
+            assert int(sent["Retry-After"]) > 0
+            url_of_settings = f"{coordinator.url}/api/settings"
+            async with coordinator.session.patch(url_of_settings, json={"limits": "x"}) as answer:
+                assert answer.status == 400
+            async with coordinator.session.patch(url_of_settings, json={"limits": "g a=1"}) as bad:
+                assert bad.status == 400
+            wanted_limits = {"limits": "*@school.example tokens_per_day=5"}
+            async with coordinator.session.patch(url_of_settings, json=wanted_limits) as answer:
+                assert answer.status == 200
+            assert await status("guest 7") == 200
+            assert await status("anna@school.example") == 429
+        async with running(database_url=url) as coordinator:
+            assert await status("anna@school.example") == 429
+
+
+def test_names_whose_use_is_counted_are_few() -> None:
+    usage = KeyUsage(Store(database_of("sqlite://:memory:")))
+    usage.of_names = limits_of_names("* concurrent=1")
+    callers = [Caller(client=NOBODY.client, name=f"{n}") for n in range(5000)]
+    with usage.admitted(callers[0], 1, 1):
+        for caller in callers[1:]:
+            with usage.admitted(caller, 1, 1):
+                pass
+        assert len(usage._used) <= 4096
+        with pytest.raises(Denied), usage.admitted(callers[0], 1, 1):
+            pass

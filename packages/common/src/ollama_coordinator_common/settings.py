@@ -265,6 +265,12 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "Go on with an answer on another agent when its agent breaks it off",
         live=True, option="continue",
     )] = True
+    limits: Annotated[str, Setting(
+        "COORDINATOR_LIMITS",
+        "How much each client may use whose name a pattern means, such as *@school.example"
+        " concurrent=1 tokens_per_day=50000",
+        metavar="NAME LIMIT=NUMBER,...", live=True,
+    )] = ""
     reading_pace: Annotated[float, Setting(
         "COORDINATOR_READING_PACE", "How fast people read along while an answer is written",
         unit="tokens/s", bounds=(0.1, 10_000), live=True,

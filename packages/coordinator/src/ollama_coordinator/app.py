@@ -16,7 +16,16 @@ from starlette.types import ASGIApp
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.settings import CoordinatorConfig
 
-from .access import Access, KeyRing, KeyUsage, KnownMachines, SecretFile, Sessions, secret_path
+from .access import (
+    Access,
+    KeyRing,
+    KeyUsage,
+    KnownMachines,
+    SecretFile,
+    Sessions,
+    limits_of_names,
+    secret_path,
+)
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
@@ -70,7 +79,9 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     registry = Registry(config.agent_timeout)
     keys, machines = KeyRing(store), KnownMachines(registry, store)
     secret = SecretFile(secret_path(files_beside(config.database_url)))
-    access = Access(config, keys, Sessions(store, keys), secret, machines, KeyUsage(store))
+    usage = KeyUsage(store)
+    usage.of_names = limits_of_names(config.limits)
+    access = Access(config, keys, Sessions(store, keys), secret, machines, usage)
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
     links = Links(clock)

@@ -4,7 +4,7 @@ import asyncio
 
 from msgspec import Struct
 
-from .access import Access, KnownMachines
+from .access import Access, KnownMachines, limits_of_names
 from .agent_logs import AgentLogs
 from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
@@ -79,6 +79,7 @@ class Parts(Struct, kw_only=True, eq=False):
         self.observation.limits.rows = config.history_rows
         self.observation.limits.days = config.history_days
         self.observation.sampler.usage = config.usage
+        self.access.usage.of_names = limits_of_names(config.limits)
         self.targets.default = Placement.parse(config.pull_placement)
         self.operations.worker.return_seconds = config.pull_patience
         self.uploads.limit_bytes = int(config.max_spool_gibibytes * GIBIBYTE)

@@ -19,7 +19,7 @@ from ollama_coordinator_common.error import ConfigError, OllamaCoordinatorError
 from ollama_coordinator_common.network import is_address
 from ollama_coordinator_common.settings import CoordinatorConfig, Setting
 
-from .access import networks, token_in
+from .access import limits_of_names, networks, token_in
 from .aio import loop_of
 from .db import Store, database_of
 from .operations import Placement, WrongPlacement
@@ -88,6 +88,7 @@ def _check_placement(text: str) -> None:
 CHECKS: Mapping[str, Callable[[Any], object]] = {
     "database_url": database_of,
     "pull_placement": _check_placement,
+    "limits": limits_of_names,
     "webhook": partial(_check_url, "webhook", "https://example.org/hook"),
     "advertise": partial(_check_url, "advertise", "http://10.0.0.5:8080"),
     "loop": loop_of,

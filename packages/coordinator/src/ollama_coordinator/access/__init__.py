@@ -17,7 +17,7 @@ from .keys import (
     key_in,
     token_in,
 )
-from .limits import Account, KeyUsage
+from .limits import Account, KeyUsage, limits_of_names
 from .machines import (
     JoinRequest,
     KnownMachines,
@@ -61,6 +61,7 @@ __all__ = [
     "cookie_of",
     "granted",
     "key_in",
+    "limits_of_names",
     "networks",
     "secret_in",
     "secret_path",

@@ -1,4 +1,4 @@
-"""Limits of keys: requests a minute, at once, and tokens and GPU-seconds a day.
+"""Limits of keys and of names: requests a minute, at once, and tokens and GPU-seconds a day.
 
 What counts is taken from leases: their tokens and their seconds, each once, when they end. Until
 then a request holds back what it will probably use, so that many at once do not pass a limit
@@ -8,16 +8,18 @@ together. A request that is given up pays for what it got.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct, structs
 
 from ollama_coordinator.db import Store
+from ollama_coordinator_common.error import ConfigError
 
-from .caller import Denied
-from .keys import NO_LIMITS, Key, KeyCounts
+from .caller import Caller, Denied
+from .keys import NO_LIMITS, Key, KeyCounts, KeyLimits
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,47 @@ MOST_TOKENS = 8192
 """Held back at most: clients give limits that no answer reaches."""
 
 DOCUMENT = "limits"
-"""Under which name the day's sums are in the database: a JSON object of key ids."""
+"""Under which name the day's sums are in the database: a JSON object of key ids and names."""
+
+MOST_NAMES = 4096
+"""Whose use is counted: of more, that of the name that was silent for longest is forgotten."""
+
+
+class NameLimits(Struct, frozen=True):
+    """The limits of each client whose name a pattern means, in any letter case; `*` is any text."""
+
+    pattern: str
+    limits: KeyLimits
+
+
+def limits_of_names(text: str) -> tuple[NameLimits, ...]:
+    """What `COORDINATOR_LIMITS` says, such as `*@school.example concurrent=1, guest* ...`.
+
+    Raises:
+        ConfigError: it means nothing.
+    """
+    found = []
+    for part in text.split(","):
+        words = part.split()
+        values = dict(word.partition("=")[::2] for word in words if "=" in word)
+        if not words:
+            continue
+        try:
+            limits = msgspec.convert(values, KeyLimits, strict=False)
+        except msgspec.ValidationError:
+            limits = NO_LIMITS
+        pattern = " ".join(words[: len(words) - len(values)])
+        is_right = all(value >= 0 for value in structs.astuple(limits)) and "=" not in pattern
+        if not pattern or limits == NO_LIMITS or not is_right:
+            names = ", ".join(field.name for field in structs.fields(KeyLimits))
+            raise ConfigError(
+                "COORDINATOR_LIMITS",
+                text,
+                "give names, * for any text, each with its limits, and split by commas: "
+                f"*@school.example concurrent=1 tokens_per_day=50000; limits are {names}",
+            )
+        found.append(NameLimits(pattern.lower(), limits))
+    return tuple(found)
 
 
 class DaySums(Struct):
@@ -44,21 +86,23 @@ class DaySums(Struct):
 class Usage(Struct):
     """What a key uses now: its requests in progress, what they hold back, and the last minute's."""
 
-    day: DaySums = field(default_factory=DaySums)
+    day: DaySums = msgspec.field(default_factory=DaySums)
     open: int = 0
     held_tokens: int = 0
-    arrivals: deque[float] = field(default_factory=deque)
+    arrivals: deque[float] = msgspec.field(default_factory=deque)
 
 
 class KeyUsage:
-    """How much of its limits each key has used.
+    """How much of its limits each key and each name has used.
 
-    `counts`: by the names of keys. Operators alone make names, so that there are few.
+    `counts`: by the names of keys. Operators alone make names, so that there are few. `of_names`:
+    the limits of clients by their names; the first pattern that means a name counts.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._used: dict[str, Usage] = {}
+        self.of_names: tuple[NameLimits, ...] = ()
         self.counts: dict[str, KeyCounts] = {}
 
     async def restore(self) -> None:
@@ -77,42 +121,53 @@ class KeyUsage:
 
     @contextmanager
     def admitted(
-        self, key: Key | None, prompt_tokens: int, output_limit: int | None
+        self, caller: Caller, prompt_tokens: int, output_limit: int | None
     ) -> Iterator["Account"]:
-        """Count a request of a key as long as the block runs.
+        """Count a request of a caller as long as the block runs.
 
         Raises:
             Denied: 429, a limit is reached.
         """
-        if key is None:
-            yield _OF_NO_KEY
-            return
-        counts = self.counts_of(key)
-        if key.limits == NO_LIMITS:
-            counts.requests += 1
-            yield Account(counts)
-            return
+        counts = None if caller.key is None else self.counts_of(caller.key)
         at = time.time()
-        used = self._of(key, at)
+        limited = list(self._limited(caller, at))
         try:
-            _check(key, used, at)
+            for who, limits, used in limited:
+                _check(who, limits, used, at)
         except Denied:
-            counts.refusals += 1
+            if counts is not None:
+                counts.refusals += 1
             raise
-        counts.requests += 1
+        if counts is not None:
+            counts.requests += 1
         output = UNKNOWN_TOKENS if output_limit is None else output_limit
         held = min(prompt_tokens + max(output, 0), MOST_TOKENS)
-        used.arrivals.append(at)
-        used.open += 1
-        used.held_tokens += held
-        account = Account(counts, used.day)
+        for _, _, used in limited:
+            used.arrivals.append(at)
+            used.open += 1
+            used.held_tokens += held
+        account = Account(counts, [used.day for _, _, used in limited])
         try:
             yield account
         finally:
-            used.open -= 1
-            used.held_tokens -= held
+            for _, _, used in limited:
+                used.open -= 1
+                used.held_tokens -= held
             if account.has_used:
                 self._store.note_document(DOCUMENT, self._encoded)
+
+    def _limited(self, caller: Caller, at: float) -> Iterator[tuple[str, KeyLimits, Usage]]:
+        """Whoever of a caller has limits: its key, and its name."""
+        key = caller.key
+        if key is not None and key.limits != NO_LIMITS:
+            yield f"the key '{key.name}'", key.limits, self._of(key.id, at)
+        if not self.of_names:
+            return
+        name = caller.name.lower()
+        for one in self.of_names:
+            if fnmatchcase(name, one.pattern):
+                yield f"'{caller.name}'", one.limits, self._of(f"name {name}", at)
+                return
 
     def counts_of(self, key: Key) -> KeyCounts:
         """What was asked with a key, and with others of its name, since the start."""
@@ -123,23 +178,29 @@ class KeyUsage:
 
     def tokens_today(self, key: Key) -> int:
         """The tokens that a key has used today."""
-        return self._of(key, time.time()).day.tokens
+        return self._of(key.id, time.time()).day.tokens
 
-    def _of(self, key: Key, at: float) -> Usage:
-        used = self._used.setdefault(key.id, Usage())
+    def _of(self, whose: str, at: float) -> Usage:
+        used = self._used.pop(whose, None) or Usage()
+        self._used[whose] = used
+        if len(self._used) > MOST_NAMES:
+            silent = (name for name, one in self._used.items() if not one.open)
+            self._used.pop(next(silent, whose), None)
         day = int(at // DAY)
         if used.day.day != day:
             used.day = DaySums(day)
         return used
 
     def _encoded(self) -> bytes:
-        return msgspec.json.encode({key_id: used.day for key_id, used in self._used.items()})
+        day = int(time.time() // DAY)
+        days = {whose: used.day for whose, used in self._used.items() if used.day.day == day}
+        return msgspec.json.encode(days)
 
 
 class Account:
     """What one request uses is added to its key's counts, and to the day's sums of its limits."""
 
-    def __init__(self, counts: KeyCounts | None, sums: DaySums | None = None) -> None:
+    def __init__(self, counts: KeyCounts | None, sums: Sequence[DaySums]) -> None:
         self._counts = counts
         self._sums = sums
         self.has_used = False
@@ -148,32 +209,28 @@ class Account:
         """A lease of the request has ended."""
         if self._counts is not None:
             self._counts.tokens += tokens
-        if self._sums is not None:
-            self._sums.tokens += tokens
-            self._sums.gpu_seconds += gpu_seconds
+        for sums in self._sums:
+            sums.tokens += tokens
+            sums.gpu_seconds += gpu_seconds
             self.has_used = True
 
 
-_OF_NO_KEY = Account(None)
-
-
-def _check(key: Key, used: Usage, at: float) -> None:
-    limits = key.limits
+def _check(who: str, limits: KeyLimits, used: Usage, at: float) -> None:
     while used.arrivals and at - used.arrivals[0] >= MINUTE:
         used.arrivals.popleft()
     midnight = DAY - at % DAY
     if limits.requests_per_minute and len(used.arrivals) >= limits.requests_per_minute:
         wait = MINUTE - (at - used.arrivals[0])
-        raise _reached(key, f"{limits.requests_per_minute} requests a minute", wait)
+        raise _reached(who, f"{limits.requests_per_minute} requests a minute", wait)
     if limits.concurrent and used.open >= limits.concurrent:
-        raise _reached(key, f"{limits.concurrent} requests at a time", 1.0)
+        raise _reached(who, f"{limits.concurrent} requests at a time", 1.0)
     tokens = used.day.tokens + used.held_tokens
     if limits.tokens_per_day and tokens >= limits.tokens_per_day:
         wait = midnight if used.day.tokens >= limits.tokens_per_day else 1.0
-        raise _reached(key, f"{limits.tokens_per_day} tokens a day", wait)
+        raise _reached(who, f"{limits.tokens_per_day} tokens a day", wait)
     if limits.gpu_seconds_per_day and used.day.gpu_seconds >= limits.gpu_seconds_per_day:
-        raise _reached(key, f"{limits.gpu_seconds_per_day:g} GPU-seconds a day", midnight)
+        raise _reached(who, f"{limits.gpu_seconds_per_day:g} GPU-seconds a day", midnight)
 
 
-def _reached(key: Key, what: str, wait: float) -> Denied:
-    return Denied(429, f"the key '{key.name}' has reached its limit of {what}", retry_after=wait)
+def _reached(who: str, what: str, wait: float) -> Denied:
+    return Denied(429, f"{who} has reached the limit of {what}", retry_after=wait)

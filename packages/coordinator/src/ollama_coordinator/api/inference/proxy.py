@@ -277,11 +277,11 @@ class Proxy:
 
     @contextmanager
     def _followed(self, call: Call, scope: Scope) -> Iterator[tuple[JournalEntry, Account]]:
-        """Keep the request in the journal, and its key's account, as long as the block runs."""
-        request, key = call.request, caller_of(scope).key
+        """Keep the request in the journal, and its caller's account, as long as the block runs."""
+        request, caller = call.request, caller_of(scope)
         with (
             self._journal.follow(request, self._route.path) as entry,
-            self._usage.admitted(key, request.prompt_tokens, request.output_limit) as account,
+            self._usage.admitted(caller, request.prompt_tokens, request.output_limit) as account,
         ):
             yield entry, account
 
