@@ -136,7 +136,7 @@ class Counters:
             result = held.outcome.result.value.replace(" ", "_")
             agent = self._agent(held.agent.id)
             agent.attempts[result] += 1
-            if reason is not None:
+            if reason not in (None, Result.SERVED.value):
                 self.retries[reason] += 1
             if attempt.loads and held.outcome.result is Result.SERVED:
                 agent.loads += 1

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.db import Finished, Status
 from ollama_coordinator.dispatch import Held
-from ollama_coordinator.scheduler import Lane, Outcome, Request, Result
+from ollama_coordinator.scheduler import Lane, Outcome, Request, RequestId, Result, Timings
 from ollama_coordinator.scheduler.explain import Decision
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
@@ -114,10 +114,11 @@ class JournalAttempt(Struct):
 class JournalEntry:
     """A request in progress. `counted` is how many of its tokens the statistics have already.
 
-    `gpu_seconds`: how long its attempts held slots, those that have ended.
+    `gpu_seconds`: how long its attempts held slots, those that have ended. `is_divided`: its
+    attempts are those of its portions, some at the same time.
     """
 
-    __slots__ = ("attempts", "counted", "gpu_seconds", "path", "request")
+    __slots__ = ("attempts", "counted", "gpu_seconds", "is_divided", "path", "request")
 
     def __init__(self, request: Request, path: str) -> None:
         self.request = request
@@ -125,6 +126,7 @@ class JournalEntry:
         self.attempts: list[JournalAttempt] = []
         self.counted = 0
         self.gpu_seconds = 0.0
+        self.is_divided = False
 
     @property
     def passed_on(self) -> int:
@@ -139,7 +141,17 @@ class JournalEntry:
     @property
     def held(self) -> Held | None:
         """The attempt in progress, or the last one."""
+        if self.is_divided:
+            under_way = (one.held for one in reversed(self.attempts) if not one.held.ended)
+            return next(under_way, self.attempts[-1].held if self.attempts else None)
         return self.attempts[-1].held if self.attempts else None
+
+    def end_with(self, portion: RequestId) -> None:
+        """One portion ended it: its last attempt is the last one."""
+        ids = [attempt.held.lease.request.id for attempt in self.attempts]
+        if portion in ids:
+            at = len(ids) - 1 - ids[::-1].index(portion)
+            self.attempts.append(self.attempts.pop(at))
 
     def is_waiting(self) -> bool:
         """Whether it has no slot: not yet, or not since its last attempt failed."""
@@ -248,6 +260,8 @@ def finished(
     request, held = entry.request, entry.held
     status, http_status, error = _ending(entry, http_status, error)
     timings = held.outcome.timings if held is not None else None
+    if entry.is_divided:
+        timings = _sum(entry)
     before = entry.passed_on
     placed_at = _first(entry).lease.granted_at if held is not None else now
     streamed = held is not None and held.records + before > 0
@@ -279,6 +293,17 @@ def finished(
         first_token_seconds=_first_token(entry, now),
         tokens_per_second=_speed(held, now) if held is not None else None,
     )
+
+
+def _sum(entry: JournalEntry) -> Timings | None:
+    """The tokens of all portions, and the longest load."""
+    of_all = [one.held.outcome.timings for one in entry.attempts]
+    known = [timings for timings in of_all if timings is not None]
+    if not known:
+        return None
+    read, wrote = sum(one.prompt_tokens for one in known), sum(one.output_tokens for one in known)
+    loads = [one.load_seconds for one in known if one.load_seconds is not None]
+    return Timings(read, wrote, load_seconds=max(loads, default=None))
 
 
 def _first(entry: JournalEntry) -> Held:

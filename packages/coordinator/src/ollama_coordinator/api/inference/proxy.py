@@ -57,6 +57,7 @@ from ollama_coordinator_common.types import AgentId
 from . import audio
 from .context_fit import ContextFit
 from .continuation import Continuations, Onward
+from .portions import Portions
 from .relay import CARRIER, Call, Carrier, Failure, Sent, Way, attempted
 from .request import LANE, NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
 from .retry_rule import Poison, error_text, say_the_same
@@ -135,6 +136,7 @@ class Proxy:
         self._poison = poison
         self._batches = batches
         self._continuations = continuations
+        self._portions = Portions(parts)
         self._settings = parts.settings
         self._turn = parts.reading
         self._usage = parts.access.usage
@@ -384,6 +386,16 @@ class Proxy:
         Raises:
             OllamaCoordinatorError: it was not tried at all.
         """
+        portions = await self._portions.of(call)
+        if portions:
+            attempts = partial(self._tried, entry=entry, account=account)
+            return await self._portions.serve(call, portions, entry, attempts)
+        return await self._tried(call, entry, account)
+
+    async def _tried(
+        self, call: Call, entry: JournalEntry, account: Account
+    ) -> tuple[list[Failure], bool]:
+        """As `_attempts`, of a request that goes out whole."""
         course = Course(call.request)
         is_poison = False
         while not (is_poison or course.is_over):

@@ -1,0 +1,283 @@
+"""Large embedding requests, in portions: several agents embed the texts of one.
+
+Each portion is a request of its own for the scheduler, which places it where it is done first, with
+its own lease, attempts and retries. The client gets one answer: all vectors, in the order of its
+texts, or the error of the first portion that failed, as if one agent had been asked.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from secrets import token_hex
+
+import msgspec
+from msgspec import Raw, Struct, structs
+from starlette.types import Message
+
+from ollama_coordinator.api.http.dialects import Dialect
+from ollama_coordinator.api.http.errors import HttpError, send_whole
+from ollama_coordinator.api.http.json_edit import Body, Scan, Span
+from ollama_coordinator.journal import JournalEntry
+from ollama_coordinator.parts import Parts
+from ollama_coordinator.scheduler import Request, RequestId
+
+from .relay import Call, Failure
+from .request import BYTES_PER_TOKEN
+
+ROUTES = frozenset({"/api/embed", "/v1/embeddings"})
+
+PORTION_TOKENS = 4096
+"""The least that goes out by itself. A fast GPU takes some 50 ms for it, a CPU seconds; what a
+portion costs beside (a connection, a lease, two passes over its JSON) is some milliseconds."""
+
+PORTIONS_AN_AGENT = 2
+"""So that a fast agent takes more of them than a slow one."""
+
+MOST_TEXTS = 100_000
+"""In one request that is divided; each is a place in its body to remember."""
+
+AGENT_HEADER = b"x-ollama-coordinator-agent"
+
+Attempts = Callable[[Call], Awaitable[tuple[list[Failure], bool]]]
+"""Serves a request: why no agent did, and whether it is poison; see `Proxy`."""
+
+
+class Portion(Struct, frozen=True):
+    """Some texts of a request: how many, and the request for them."""
+
+    texts: int
+    request: Request
+    body: bytes
+
+
+class PortionAnswer:
+    """In the place of a client's `send`: what a portion is answered."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_whole = False
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        """Keep a part of the answer."""
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", ())
+            self.status = message["status"]
+            self.headers = [header for header in headers if header[0] != b"content-length"]
+        else:
+            self._parts.append(message.get("body", b""))
+            self.is_whole = not message.get("more_body", False)
+
+    @property
+    def body(self) -> bytes:
+        """Its bytes."""
+        return b"".join(self._parts)
+
+
+class PortionUnserved(Exception):
+    """A portion was served by nobody."""
+
+    def __init__(self, failures: list[Failure], is_poison: bool) -> None:
+        super().__init__()
+        self.failures = failures
+        self.is_poison = is_poison
+
+
+class PortionRefused(Exception):
+    """A portion is answered with an error, which is that of the whole request."""
+
+    def __init__(self, answer: PortionAnswer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Portions:
+    """Divides large embedding requests, and puts their answers together."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._registry = parts.registry
+        self._clock = parts.clock
+        self._turn = parts.reading
+
+    async def of(self, call: Call) -> list[Portion]:
+        """The portions of a request; none where it goes out whole."""
+        most = self._most(call)
+        if most < 2:
+            return []
+        async with self._turn:
+            scan = Scan(call.body)
+            span = (await scan.members() or {}).get("input")
+            texts = await scan.items(span, MOST_TEXTS) if span is not None else None
+            quote = b'"'[0]
+            if span is None or not texts or any(call.body[one.start] != quote for one in texts):
+                return []
+            most = min(most, len(texts))
+            size = sum(map(len, texts))
+            groups: list[list[Span]] = [[]]
+            filled = 0
+            for text in texts:
+                if filled >= size * len(groups) / most and groups[-1]:
+                    groups.append([])
+                groups[-1].append(text)
+                filled += len(text)
+                await scan.pause()
+            if len(groups) < 2:
+                return []
+            return [_portion(call, span, group, at) for at, group in enumerate(groups)]
+
+    def _most(self, call: Call) -> int:
+        request = call.request
+        most = request.prompt_tokens // PORTION_TOKENS
+        is_plain = all(name.lower() != "content-encoding" for name, _ in call.headers)
+        if call.route.path not in ROUTES or most < 2 or not is_plain:
+            return 0
+        now = self._clock.now()
+        agents = [
+            one
+            for one in self._registry.holders(request.model)
+            if one.id not in request.excluded and self._registry.is_routable(one, now)
+        ]
+        return min(most, PORTIONS_AN_AGENT * len(agents)) if len(agents) > 1 else 0
+
+    async def serve(
+        self, call: Call, portions: Sequence[Portion], entry: JournalEntry, attempts: Attempts
+    ) -> tuple[list[Failure], bool]:
+        """Serve a request in portions; the result is as that of `attempts`.
+
+        Raises:
+            OllamaCoordinatorError: a portion was not tried at all.
+        """
+        entry.is_divided = True
+        serving = [asyncio.ensure_future(_served(call, one, attempts)) for one in portions]
+        try:
+            await asyncio.wait(serving, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+        for portion, task in zip(portions, serving, strict=True):
+            if not task.cancelled() and task.exception() is not None:
+                entry.end_with(portion.request.id)
+                break
+        try:
+            answers = [task.result() for task in serving if not task.cancelled()]
+            body = await asyncio.to_thread(_joined, call.route.dialect, portions, answers)
+        except PortionUnserved as exc:
+            return exc.failures, exc.is_poison
+        except PortionRefused as exc:
+            await send_whole(call.send, exc.answer.status, exc.answer.headers, exc.answer.body)
+            return [], False
+        await send_whole(call.send, 200, _headers(answers), body)
+        return [], False
+
+
+def _portion(call: Call, span: Span, texts: Sequence[Span], number: int) -> Portion:
+    """The first one has the id of the request, by which it is cancelled."""
+    body: Body = call.body
+    parts = [bytes(body[: span.start]), b"[", b",".join(text.of(body) for text in texts), b"]"]
+    parts.append(bytes(body[span.end :]))
+    tokens = sum(map(len, texts)) // BYTES_PER_TOKEN
+    request = structs.replace(call.request, prompt_tokens=tokens)
+    if number:
+        request = structs.replace(request, id=RequestId(token_hex(8)), admitted=True)
+    return Portion(len(texts), request, b"".join(parts))
+
+
+async def _served(call: Call, portion: Portion, attempts: Attempts) -> PortionAnswer:
+    answer = PortionAnswer()
+    own = structs.replace(
+        call, request=portion.request, body=portion.body, send=answer, fitted=None, carrier=None
+    )
+    failures, is_poison = await attempts(own)
+    if failures:
+        raise PortionUnserved(failures, is_poison)
+    if answer.status != 200:
+        raise PortionRefused(answer)
+    if not answer.is_whole:
+        raise HttpError(503, "an agent broke off its part of a large embedding")
+    return answer
+
+
+# ── one answer of several ─────────────────────────────────────────────────────────────────────
+
+
+class _Embedded(Struct):
+    """An answer of `/api/embed`; durations in nanoseconds."""
+
+    model: Raw
+    embeddings: list[Raw]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+
+
+class _Vector(Struct):
+    embedding: Raw
+    object: str = "embedding"
+    index: int = 0
+
+
+class _Used(Struct):
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+
+
+class _Listed(Struct):
+    """An answer of `/v1/embeddings`."""
+
+    data: list[_Vector]
+    model: Raw
+    object: str = "list"
+    usage: _Used = msgspec.field(default_factory=_Used)
+
+
+_embedded = msgspec.json.Decoder(_Embedded)
+_listed = msgspec.json.Decoder(_Listed)
+
+
+def _joined(
+    dialect: Dialect, portions: Sequence[Portion], answers: Sequence[PortionAnswer]
+) -> bytes:
+    """One body: vectors pass as they are, tokens are added up, of durations the longest counts.
+
+    Raises:
+        HttpError: 503, a body is not what it should be.
+    """
+    counts = [portion.texts for portion in portions]
+    try:
+        if dialect is Dialect.NATIVE:
+            whole = [_embedded.decode(answer.body) for answer in answers]
+            _check(counts, [len(one.embeddings) for one in whole])
+            return msgspec.json.encode(
+                _Embedded(
+                    whole[0].model,
+                    [vector for one in whole for vector in one.embeddings],
+                    max(one.total_duration for one in whole),
+                    max(one.load_duration for one in whole),
+                    sum(one.prompt_eval_count for one in whole),
+                )
+            )
+        lists = [_listed.decode(answer.body) for answer in answers]
+        _check(counts, [len(one.data) for one in lists])
+        vectors = [vector for one in lists for vector in one.data]
+        for index, vector in enumerate(vectors):
+            vector.index = index
+        read = sum(one.usage.prompt_tokens for one in lists)
+        total = sum(one.usage.total_tokens for one in lists)
+        return (
+            msgspec.json.encode(_Listed(vectors, lists[0].model, usage=_Used(read, total))) + b"\n"
+        )
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise HttpError(503, f"what an agent embedded is no JSON of Ollama's: {exc}") from exc
+
+
+def _check(wanted: list[int], given: list[int]) -> None:
+    if wanted != given:
+        raise HttpError(503, "an agent embedded another number of texts than it was given")
+
+
+def _headers(answers: Sequence[PortionAnswer]) -> list[tuple[bytes, bytes]]:
+    """Those of the first portion, with the names of all agents."""
+    names = [value for one in answers for name, value in one.headers if name == AGENT_HEADER]
+    agents = b", ".join(dict.fromkeys(names))
+    return [(name, agents if name == AGENT_HEADER else value) for name, value in answers[0].headers]

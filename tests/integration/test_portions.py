@@ -1,0 +1,141 @@
+"""Large embedding requests that several machines embed."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ollama_coordinator.api.inference.portions import PORTION_TOKENS
+from support.coordinator import Running
+from support.ollama import Hardware, Model, StandIn
+
+EMBEDDER = Model("embedder", size_bytes=300_000_000, capabilities=("embedding",))
+TEXTS = [f"text {number:07d}: {'water ' * 16}"[:100] for number in range(4 * PORTION_TOKENS // 25)]
+"""Four portions' worth."""
+
+PATHS = ["/api/embed", "/v1/embeddings"]
+
+
+@pytest.fixture
+async def nodes(coordinator: Running) -> Any:
+    speed = Hardware(prefill_tokens_per_second=500_000)
+    async with (
+        StandIn([EMBEDDER], hardware=speed) as one,
+        StandIn([EMBEDDER], hardware=speed) as two,
+    ):
+        for name, node in (("one", one), ("two", two)):
+            await coordinator.register(node, name)
+            await node.load("embedder")
+        yield one, two
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {"model": "embedder", "input": TEXTS, **more}
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in answer.items() if not key.endswith("_duration")}
+
+
+@pytest.mark.spec("PROXY-50")
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_answer_is_as_that_of_one_machine(
+    coordinator: Running, nodes: tuple[StandIn, StandIn], path: str
+) -> None:
+    async with coordinator.session.post(nodes[0].url + path, json=body()) as response:
+        one = await response.json()
+        kind = response.headers["content-type"]
+    asked = [node.seen.count(path) for node in nodes]
+    async with coordinator.session.post(coordinator.url + path, json=body()) as response:
+        assert response.status == 200
+        assert without_times(await response.json()) == without_times(one)
+        assert response.headers["content-type"] == kind
+        by = response.headers["x-ollama-coordinator-agent"]
+    assert sorted(by.split(", ")) == ["one", "two"]
+    portions = [node.seen.count(path) - then for node, then in zip(nodes, asked, strict=True)]
+    assert min(portions) >= 1
+    assert sum(portions) == 4
+    await coordinator.until(coordinator.at_rest)
+    [row] = (await coordinator.get("/api/history"))["requests"]
+    assert (row["status"], row["attempts"], row["prompt_tokens"]) == ("served", 4, 25 * len(TEXTS))
+    assert row["output_tokens"] == 0
+
+
+@pytest.mark.spec("PROXY-50")
+async def test_a_portion_whose_machine_dies_is_embedded_by_the_other(
+    coordinator: Running, nodes: tuple[StandIn, StandIn]
+) -> None:
+    nodes[0].faults.rst(paths=["/api/embed"])
+    status, answer = await coordinator.post("/api/embed", body())
+    assert (status, len(answer["embeddings"])) == (200, len(TEXTS))
+    [row] = (await coordinator.get("/api/history"))["requests"]
+    assert row["status"] == "served"
+
+
+@pytest.mark.spec("PROXY-51")
+async def test_an_error_is_the_whole_answer_and_nothing_goes_on(
+    coordinator: Running, nodes: tuple[StandIn, StandIn]
+) -> None:
+    long = [*TEXTS[:-1], "x" * 40_000]
+    wanted = body(input=long, truncate=False, options={"num_ctx": 2048})
+    async with coordinator.session.post(f"{nodes[0].url}/api/embed", json=wanted) as response:
+        one = response.status, await response.json()
+    assert one[0] == 400
+    for node in nodes:
+        node.hold_prompts()
+    assert await coordinator.post("/api/embed", wanted) == one
+    await coordinator.until(coordinator.at_rest)
+    for node in nodes:
+        await node.seen.wait_for(lambda seen: seen.open == 0)
+    [row] = (await coordinator.get("/api/history"))["requests"]
+    assert (row["status"], row["http_status"]) == ("refused", 400)
+
+
+@pytest.mark.spec("PROXY-51")
+@pytest.mark.parametrize("end", ["client", "operator"])
+async def test_all_portions_end_with_their_request(
+    coordinator: Running, nodes: tuple[StandIn, StandIn], end: str
+) -> None:
+    for node in nodes:
+        node.hold_prompts()
+    asking = asyncio.ensure_future(coordinator.post("/api/embed", body()))
+    await coordinator.until(lambda: len(list(coordinator.parts.dispatch.held())) == 4)
+    if end == "client":
+        asking.cancel()
+    else:
+        [row] = await coordinator.get("/api/requests")
+        async with coordinator.session.delete(
+            f"{coordinator.url}/api/requests/{row['id']}"
+        ) as answer:
+            assert answer.status in (200, 204)
+        assert (await asking)[0] >= 400
+    await coordinator.until(coordinator.at_rest)
+    [row] = (await coordinator.get("/api/history"))["requests"]
+    assert row["status"] == "cancelled"
+
+
+@pytest.mark.spec("PROXY-52")
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"input": TEXTS[: PORTION_TOKENS // 25]},
+        {"input": "".join(TEXTS)},
+        {"input": [*TEXTS, 7]},
+        {"input": [TEXTS]},
+    ],
+    ids=["small", "one text", "a number", "a list"],
+)
+async def test_what_is_small_or_no_list_of_texts_goes_out_whole(
+    coordinator: Running, nodes: tuple[StandIn, StandIn], wanted: dict[str, Any]
+) -> None:
+    before = [node.seen.count("/api/embed") for node in nodes]
+    await coordinator.post("/api/embed", {"model": "embedder", **wanted})
+    assert sum(node.seen.count("/api/embed") for node in nodes) == sum(before) + 1
+
+
+@pytest.mark.spec("PROXY-52")
+async def test_one_machine_gets_all_of_it(coordinator: Running) -> None:
+    async with StandIn([EMBEDDER]) as node:
+        await coordinator.register(node)
+        assert (await coordinator.post("/api/embed", body()))[0] == 200
+        assert node.seen.count("/api/embed") == 1
