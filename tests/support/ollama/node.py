@@ -6,7 +6,9 @@ import asyncio
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from .disk import DiskStore
 from .engine import Engine
 from .faults import Faults
 from .gate import Gate
@@ -35,6 +37,7 @@ class Settings:
     evaluates_on: bool = True  # prompts whose client has left, as until 0.30
     download_bytes_per_second: float = float("inf")
     models_path: str = "/usr/share/ollama/.ollama/models"  # OLLAMA_MODELS
+    on_disk: bool = False  # models are files in models_path, which others may read and write
     may_push: bool = True
     lacks: Sequence[str] = ()  # routes an older version does not have yet: 404
     answer: AnswerFunction | None = None
@@ -96,7 +99,9 @@ class Node:
         return cls(
             settings=settings,
             hardware=hardware,
-            store=Store(models),
+            store=DiskStore(Path(settings.models_path), models)
+            if settings.on_disk
+            else Store(models),
             registry=Store(registry),
             seen=seen,
             gate=gate,

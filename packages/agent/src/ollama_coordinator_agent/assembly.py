@@ -19,6 +19,7 @@ from .coordinators import DEFAULT, Coordinators
 from .daemon import AgentParts, Daemon
 from .display import StatusView
 from .metrics import FIRST_SAMPLE_SECONDS, Meter
+from .model_server import ModelServer
 from .ollama import (
     Ollama,
     OllamaError,
@@ -75,16 +76,18 @@ async def assembled(
             certificate=certificate(config),
         )
         reach = Reach(config, relay, state, changed, pace)
+        watch = Watch(ollama, supervisor, environ, changed, pace)
         parts = AgentParts(
             client=client,
             coordinators=Coordinators(config, client, reach, state),
-            watch=Watch(ollama, supervisor, environ, changed, pace),
+            watch=watch,
             reach=reach,
             transport=Transport(config, state),
             meter=meter,
             availability=Availability(schedule(config), config.idle_after),
             state=state,
             logs=Logs(recent, state.log_file),
+            models=ModelServer(config, client, watch, state, changed, pace),
             changed=changed,
         )
         yield Daemon(config, parts, pace)

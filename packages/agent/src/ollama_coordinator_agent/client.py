@@ -42,6 +42,9 @@ NO_LINKS = (404, 426, 501)
 HEALTHZ_BYTES = 64 * 1024
 """More than a coordinator answers."""
 
+FILE_SECONDS = 20.0
+"""How long nothing may come of a file of a model before another machine is asked for it."""
+
 UNKNOWN = (401, 404)
 """No such agent, or its secret is of none: it registers again."""
 
@@ -170,6 +173,27 @@ class CoordinatorClient:
         status, body = await self._call("GET", f"/join?shell={shell}", None)
         self._check(status, body)
         return body
+
+    async def file(self, path: str, start: int, piece_bytes: int) -> AsyncIterator[bytes]:
+        """A file of a model from byte `start` on, in pieces; from whichever machine gives it.
+
+        Raises:
+            CoordinatorError: it did not come, or not to its end.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, connect=FILE_SECONDS, sock_read=FILE_SECONDS)
+        headers = {**self._headers, "Range": f"bytes={start}-"}
+        async with (
+            self._translated(),
+            self._session.get(
+                self.url + path, headers=headers, timeout=timeout, ssl=self._ssl
+            ) as response,
+        ):
+            if response.status not in (200, 206) or (start and response.status == 200):
+                body = await response.content.read(HEALTHZ_BYTES)
+                sentence = _sentence(body) or f"it answers {response.status} for a file"
+                raise CoordinatorError(f"{response.url.host}: {sentence}")
+            async for piece in response.content.iter_chunked(piece_bytes):
+                yield piece
 
     async def upgrade(self, path: str) -> Dialled:
         """A connection of a link, at a path below the coordinator's URL.

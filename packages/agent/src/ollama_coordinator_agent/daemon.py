@@ -28,6 +28,7 @@ from .coordinators import Coordinators
 from .display import StatusView
 from .link.link import CoordinatorLink, LinkLost
 from .metrics import SHOWS_USE, Meter
+from .model_server import ModelServer
 from .pacing import AgentPace, Backoff, Reminder, forever
 from .reach import Offer, Reach, Transport
 from .recent import Logs
@@ -50,6 +51,7 @@ class AgentParts(Struct, frozen=True, kw_only=True):
     availability: Availability
     state: StateFolder
     logs: Logs
+    models: ModelServer
     changed: asyncio.Event
 
 
@@ -61,6 +63,7 @@ class Daemon:
         self.trouble: str | None = "not registered yet"
         self.parts = parts
         self._config = config
+        parts.models.is_busy = lambda: self._active_requests() > 0
         self._pace = pace
         self._machine_name = machine_name(config)
         self._machine_id = parts.state.machine_id()
@@ -83,6 +86,7 @@ class Daemon:
             tasks.create_task(self.parts.reach.run())
             if self.parts.availability.is_limited:
                 tasks.create_task(forever(self._look_at_owner))
+            tasks.create_task(self.parts.models.run())
             try:
                 await self._take_a_first_look()
                 await forever(self._one_registration)
@@ -165,7 +169,12 @@ class Daemon:
             link.retire()
         parts = self.parts
         link = CoordinatorLink(
-            parts.client, parts.reach.target, parts.watch, agent_id, parts.changed
+            parts.client,
+            parts.reach.target,
+            parts.watch,
+            agent_id,
+            parts.changed,
+            lambda: parts.models.target,
         )
         await link.open()
         self._link, self._linked_at = link, asyncio.get_running_loop().time()
@@ -362,5 +371,6 @@ class Daemon:
             leaving=leaving,
             paused=self._paused,
             instance_id=self._instance_id,
+            store=self.parts.models.store(linked=self.parts.transport.is_link),
             **{name: Raw(known.body) for name, known in lists.items() if known},
         )

@@ -20,8 +20,8 @@ MODEL_LAYER = "application/vnd.ollama.image.model"
 class Layer(msgspec.Struct, rename={"media_type": "mediaType"}):
     """One layer of a manifest; `size` in bytes."""
 
-    media_type: str
-    digest: str
+    media_type: str = ""
+    digest: str = ""
     size: int | None = None
 
 
@@ -29,6 +29,7 @@ class Manifest(msgspec.Struct):
     """The part of a manifest that we read."""
 
     layers: list[Layer]
+    config: Layer | None = None
 
 
 class OnDisk(msgspec.Struct, frozen=True):
@@ -93,11 +94,39 @@ def _fault(layer: Layer, blobs: Path) -> str | None:
 
 def _manifest(folder: Path, name: str) -> bytes | None:
     try:
-        parts = ModelName.parse(name)
-        path = folder / "manifests" / parts.host / parts.namespace / parts.model / parts.tag
-        return path.read_bytes()
-    except (OSError, InvalidModelName):
+        return manifest_of(folder, name)
+    except OSError:
         return None
+
+
+def manifest_of(folder: Path, name: str) -> bytes:
+    """The bytes of a model's manifest in one of Ollama's folders.
+
+    Raises:
+        FileNotFoundError: there is none, or no model can have the name.
+        OSError: it cannot be read.
+    """
+    try:
+        parts = ModelName.parse(name)
+    except InvalidModelName as exc:
+        raise FileNotFoundError(name) from exc
+    path = folder / "manifests" / parts.host / parts.namespace / parts.model / parts.tag
+    return path.read_bytes()
+
+
+def all_layers(content: bytes) -> list[Layer]:
+    """Everything that a manifest names: its layers, then its config; empty where it is none."""
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.DecodeError:
+        return []
+    config = manifest.config
+    return [*manifest.layers, *([config] if config is not None and config.digest else ())]
+
+
+def digests_of(content: bytes) -> set[str]:
+    """The digests of everything that a manifest names."""
+    return {layer.digest for layer in all_layers(content)}
 
 
 def _layers(content: bytes) -> list[Layer]:

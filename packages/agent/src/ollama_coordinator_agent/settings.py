@@ -41,6 +41,7 @@ def read(texts: Mapping[str, str]) -> AgentConfig:
         raise ConfigError("OLLAMA_BINARY", config.ollama_binary, expected)
     _check_networks(config.relay_allow)
     schedule(config)
+    models_address(config.models)
     secured = all(url.startswith("https:") for url in config.coordinator_urls)
     if certificate(config) and not secured:
         expected = "its coordinator has a certificate: give its URL with https://"
@@ -109,3 +110,18 @@ def state_folder(config: AgentConfig, *, take_over: bool = False) -> Path:
 def machine_name(config: AgentConfig) -> str:
     """What people call this machine."""
     return config.machine_name or platform.node() or "unknown"
+
+
+def models_address(text: str) -> tuple[str, str, int]:
+    """`AGENT_MODELS` as a mode (auto, link, off, address), a host and a port.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    word = text.strip()
+    if word.lower() in ("auto", "link", "off"):
+        return word.lower(), "", 0
+    host, _, port = word.rpartition(":")
+    if host and port.isdecimal() and 0 < int(port) < 65_536:
+        return "address", host.strip("[]"), int(port)
+    raise ConfigError("AGENT_MODELS", text, "give auto, link, off, or an address as HOST:PORT")

@@ -117,6 +117,7 @@ class LastRun(Struct, frozen=True):
     agent_id: str | None = None
     instance_id: str | None = None
     relay_port: int | None = None
+    models_port: int | None = None
     linked: bool = False
     coordinator: str | None = None
     coordinator_url: str | None = None

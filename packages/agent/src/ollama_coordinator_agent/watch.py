@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ class Facts(Struct, frozen=True):
         )
 
 
+class StoreAccess(Struct, frozen=True):
+    """What the agent may do in the folder where its Ollama keeps its models."""
+
+    readable: bool = False
+    writable: bool = False
+
+
 class Watch:
     """Looks at Ollama about once a second; sets `changed` when there is news.
 
@@ -87,6 +95,17 @@ class Watch:
         self._answering = asyncio.Event()
         self._orphans: frozenset[int] = frozenset()
         self._folders: tuple[list[Path], bool] = ([], False)
+        self.store_access = StoreAccess()
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the server may keep its models, likeliest first."""
+        return self._folders[0]
+
+    @property
+    def owns_server(self) -> bool:
+        """Whether the agent started the server."""
+        return self._supervisor.child is not None
 
     async def run(self) -> None:
         """Watch until cancelled; then end the server that the supervisor started."""
@@ -186,6 +205,9 @@ class Watch:
         pairs = [(name, digest) for name, digest, _ in tags.models]
         # Each time: a file may be lost or cut while the list stays as it is.
         disk = await asyncio.to_thread(read_manifests, pairs, folders, is_certain=is_certain)
+        self.store_access = await asyncio.to_thread(
+            _store_access, folders, is_certain=is_certain, has_read=bool(disk.contents) or not pairs
+        )
         for name in sorted(disk.broken.keys() - self.facts.disk.broken.keys()):
             log.warning("a model is not offered", extra={"model": name, "why": disk.broken[name]})
         self._update(tags=tags, disk=disk)
@@ -203,3 +225,13 @@ class Watch:
         before, self.facts = self.facts, msgspec.structs.replace(self.facts, **facts)
         if self.facts.news() != before.news():
             self._changed.set()
+
+
+def _store_access(folders: list[Path], *, is_certain: bool, has_read: bool) -> StoreAccess:
+    """What may be done in the server's folder; it may be written to only if that is certain."""
+    blobs = [folder / "blobs" for folder in folders]
+    readable = has_read and any(os.access(one, os.R_OK | os.X_OK) for one in blobs)
+    parts = [folders[0], *(folders[0] / one for one in ("blobs", "manifests"))] if folders else []
+    there = [one for one in parts if one.exists()]
+    may = bool(there) and all(os.access(one, os.W_OK | os.X_OK) for one in there)
+    return StoreAccess(readable=readable, writable=is_certain and may)

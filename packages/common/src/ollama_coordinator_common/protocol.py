@@ -88,6 +88,26 @@ class RegisterReply(Struct, frozen=True):
     reached: bool | UnsetType = UNSET
 
 
+class ModelStore(Struct, frozen=True, omit_defaults=True):
+    """How an agent gives its machine's models to others, and how it can take theirs.
+
+    `port` is its own, which takes tickets (`tickets.py`); `host` where other machines reach that,
+    empty: at the machine's address. `direct` false: over the link alone. `clock` is the agent's, in
+    seconds, at the report. `readable`: it may read the files of its Ollama; `writable`: it may
+    write there. `owns`: the Ollama is its own, or needs it to write (Windows). `coordinator` is the
+    URL at which it reaches the coordinator.
+    """
+
+    port: Port
+    clock: float
+    coordinator: Annotated[str, Meta(max_length=2000)] = ""
+    host: Annotated[str, Meta(max_length=253)] = ""
+    direct: bool = True
+    readable: bool = False
+    writable: bool = False
+    owns: bool = False
+
+
 class HealthReport(Struct, frozen=True, omit_defaults=True):
     """`POST /api/health`: one heartbeat. Percentages are of the whole machine.
 
@@ -101,7 +121,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     and this is its last report. `instance_id` is that of the registration. `other_requests` are
     those of `active_requests` that did not come through the agent's relay or link, where all of the
     coordinator's do and the system shows which connections are in use. `paused` is why the machine
-    takes no new requests now, by its own schedule or for its owner.
+    takes no new requests now, by its own schedule or for its owner. `store`: models can be
+    brought from this machine, or to it.
     """
 
     agent_id: AgentId
@@ -124,6 +145,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     instance_id: Annotated[str, Meta(max_length=128)] | None = None
     other_requests: Annotated[int, Meta(ge=0)] | None = None
     paused: Word | None = None
+    store: ModelStore | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)

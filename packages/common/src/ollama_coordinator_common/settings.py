@@ -475,6 +475,12 @@ class AgentConfig(Config, frozen=True, kw_only=True):
         "Addresses and networks, split by commas, that may use the relay besides the coordinator",
         metavar="LIST",
     )] = ()
+    models: Annotated[str, Setting(
+        "AGENT_MODELS",
+        "Where other machines of the fleet get this machine's models, with a ticket of the"
+        " coordinator: at any free port, at an address, over the link alone, or nowhere",
+        metavar="auto|HOST:PORT|link|off",
+    )] = "auto"
     log_level: Annotated[str, Setting(
         "AGENT_LOG_LEVEL", "How much to log", choices=LOG_LEVELS,
     )] = "INFO"

@@ -56,6 +56,7 @@ from .operations import (
     Placement,
     Remote,
     TargetChooser,
+    Transfers,
     Uploads,
 )
 from .parts import GIBIBYTE, Parts
@@ -97,11 +98,14 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     uploads = Uploads(
         uploads_folder(config.database_url), int(config.max_spool_gibibytes * GIBIBYTE)
     )
+    port = 0 if config.tls != "off" else config.port
+    transfers = Transfers(dispatch, upstreams, machines, port=port)
     operations = Operations(
         dispatch,
         monitor,
         Remote(upstreams, uploads, clock),
         Deferred(store),
+        transfers,
         return_seconds=config.pull_patience,
     )
     attention = Attention(dispatch, observation, settings, access, aliases)
@@ -133,6 +137,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         targets=targets,
         blobs=Blobs(queries, targets, clock),
         operations=operations,
+        transfers=transfers,
         snapshots=snapshots,
         feed=Feed(snapshots.take),
         reading=asyncio.Lock(),

@@ -429,6 +429,7 @@ class Monitor:
                 agent, bodies[0], known.blobs, now, known.contents, known.broken
             )
             self._registry.list_loaded(agent, bodies[1], now)
+            agent.note_listed(now)
         except msgspec.DecodeError as exc:
             raise Unreachable(f"lists its models in no form of Ollama's: {exc}") from exc
         if changed:

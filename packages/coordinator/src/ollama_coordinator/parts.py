@@ -20,7 +20,7 @@ from .identity import Identity
 from .journal import Observation
 from .link import Links
 from .monitor import Monitor
-from .operations import Blobs, Operations, Placement, TargetChooser, Uploads
+from .operations import Blobs, Operations, Placement, TargetChooser, Transfers, Uploads
 from .registry import Registry
 from .scheduler import Scheduler
 from .settings import Settings
@@ -64,6 +64,7 @@ class Parts(Struct, kw_only=True, eq=False):
     targets: TargetChooser
     blobs: Blobs
     operations: Operations
+    transfers: Transfers
     snapshots: Snapshots
     feed: Feed
     reading: asyncio.Lock

@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from support.ollama import names
+from support.ollama.disk import DiskStore
 from support.ollama.exchange import Exchange
 from support.ollama.models import Model
 from support.ollama.node import Settings
@@ -41,6 +42,8 @@ async def status(exchange: Exchange) -> web.StreamResponse:
 
 async def tags(exchange: Exchange) -> web.StreamResponse:
     settings = exchange.node.settings
+    if isinstance(exchange.node.store, DiskStore):
+        exchange.node.store.written()
     listed = [_on_disk(model, settings) for model in exchange.node.store]
     return exchange.json({"models": listed})
 

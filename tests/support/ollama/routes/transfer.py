@@ -10,6 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from support.ollama import names
+from support.ollama.disk import DiskStore
+from support.ollama.disk import pull as pull_over_http
 from support.ollama.exchange import Exchange
 from support.ollama.gojson import Fields
 from support.ollama.models import Model, sha256_hex
@@ -34,7 +36,7 @@ async def pull(exchange: Exchange) -> web.StreamResponse:
         raise ApiError(400, "invalid model name")
 
     async def work(lines: ProgressLines) -> None:
-        await _pulled(exchange, asked, lines)
+        await _pulled(exchange, asked, lines, insecure=fields.flag("insecure", False))
         await lines.send("success")
 
     return await report(exchange, work, stream=fields.flag("stream", True))
@@ -121,18 +123,24 @@ def _no_manifest(exchange: Exchange, asked: str) -> str:
     return f"open {path}: no such file or directory"
 
 
-async def _pulled(exchange: Exchange, asked: str, lines: ProgressLines) -> Model:
+async def _pulled(
+    exchange: Exchange, asked: str, lines: ProgressLines, *, insecure: bool = False
+) -> Model:
     """Layer by layer, from where an earlier attempt was cut; then the manifest."""
     store = exchange.node.store
     await lines.send("pulling manifest")
+    name = names.parse(asked)
+    if isinstance(store, DiskStore) and name is not None and name.host != names.DEFAULT_HOST:
+        return await pull_over_http(store, name, lines.send, insecure=insecure)
     model = exchange.node.registry.find(asked)
     if model is None:
         raise StreamError(NOT_IN_REGISTRY)
-    for digest, size in _layers(model):
+    layers = store.layers(model) if isinstance(store, DiskStore) else _layers(model)
+    for digest, size in layers:
         await _layer(exchange, digest, size, lines)
     await lines.send("verifying sha256 digest")
     await lines.send("writing manifest")
-    for digest, _ in _layers(model):
+    for digest, _ in layers:
         store.partial.pop(digest, None)
     return store.add(model)
 

@@ -8,7 +8,7 @@ as Ollama has slots, and `SPARE` more. The end of the control connection is the 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +25,7 @@ from ollama_coordinator_common.protocol import (
     LogReport,
 )
 from ollama_coordinator_common.pump import Framing, carry
+from ollama_coordinator_common.tickets import PREFIX
 from ollama_coordinator_common.types import AgentId
 from ollama_coordinator_common.websocket import FrameReader, NotWebSocket, head_of
 
@@ -54,6 +55,9 @@ held up for a while is not left; one whose machine is gone is, after fifteen sec
 
 REPLY_SECONDS = 5.0
 
+FOR_MODELS = tuple(f"{method} {PREFIX}".encode() for method in ("GET", "POST"))
+"""How a connection begins that is for the agent's own port and not for its Ollama."""
+
 _orders = msgspec.json.Decoder(LinkOrder)
 
 
@@ -67,7 +71,8 @@ class LinkLost(CoordinatorError):
 class CoordinatorLink:
     """One link: `open`, then `run` until it ends. `reached`: what the coordinator last said of it.
 
-    `changed` is set where the coordinator wants a report, and at the end.
+    `changed` is set where the coordinator wants a report, and at the end. `models`: where the
+    agent's own port is.
     """
 
     def __init__(
@@ -77,12 +82,14 @@ class CoordinatorLink:
         watch: Watch,
         agent_id: AgentId,
         changed: asyncio.Event,
+        models: Callable[[], tuple[str, int] | None] = lambda: None,
     ) -> None:
         self.agent_id = agent_id
         self.reached: bool | None = None
         self._framings: set[Framing] = set()
         self._client = client
         self._target = target
+        self._models = models
         self._watch = watch
         self._changed = changed
         self._control: _Control | None = None
@@ -268,6 +275,10 @@ class CoordinatorLink:
         if tunnel.ended.is_set():
             return
         framing = Framing()
+        models = self._models()
+        if models is not None and tunnel.begins_with(*FOR_MODELS):
+            await carry(tunnel, models, framing)
+            return
         self._framings.add(framing)
         try:
             await carry(tunnel, self._target, framing)

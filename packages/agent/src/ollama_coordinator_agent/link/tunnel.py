@@ -32,6 +32,10 @@ class Tunnel(Pipe):
         if not self.used.is_set():
             dialled.transport.resume_reading()
 
+    def begins_with(self, *starts: bytes) -> bool:
+        """Whether what has come begins with one of these."""
+        return self._early.startswith(starts)
+
     def join(self, other: Pipe) -> None:
         """Pass everything on between the two, beginning with what has come."""
         early, self._early = self._early, b""

@@ -197,6 +197,10 @@ class KnownMachines:
         machine, address = self._of(agent), caller.client.address
         return machine_of(address) == host and address not in (machine.first, machine.last)
 
+    def ticket_key(self, agent_id: AgentId) -> str:
+        """What tickets for an agent are signed with; empty where its secret is not known."""
+        return (self._known.get(agent_id) or NO_MACHINE).secret
+
     def _of(self, agent: AgentState) -> KnownMachine:
         return self._known.get(agent.id) or NO_MACHINE
 

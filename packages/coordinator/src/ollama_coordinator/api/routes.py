@@ -12,6 +12,7 @@ from .inference.continuation import Continuations
 from .inference.proxy import Proxy
 from .inference.retry_rule import Poison
 from .models.cloud import CloudApi
+from .models.files import FilesApi
 from .models.lists import AliasesApi, FleetApi, ListsApi
 from .models.show import ShowApi
 from .models.transfer import TransferApi
@@ -74,7 +75,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
     fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
     settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
     keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
-    joining, install = JoiningApi(parts), InstallApi(parts)
+    joining, install, files = JoiningApi(parts), InstallApi(parts), FilesApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
@@ -90,6 +91,9 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/join", FREE, install.join),
         Endpoint("GET", "/join/{file}", FREE, install.file),
         # models and operations
+        Endpoint("GET", "/v2", USE, files.root),
+        Endpoint("GET", "/v2/{namespace}/{model}/manifests/{tag}", FREE, files.manifest),
+        Endpoint("GET", "/v2/{namespace}/{model}/blobs/{digest}", FREE, files.file),
         Endpoint("GET", "/api/models", READ, fleet.models),
         Endpoint("GET", "/api/aliases", READ | MANAGE, aliases.list),
         Endpoint("POST", "/api/aliases", MANAGE, aliases.put),

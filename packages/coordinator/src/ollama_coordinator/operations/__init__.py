@@ -5,7 +5,9 @@ from .deferred import Deferred
 from .operation import Operation
 from .remote import Remote
 from .runner import Operations
+from .supply import FLEET
 from .targets import Chosen, Placement, TargetChooser, WrongPlacement, choose
+from .transfers import FileWay, Transfer, Transfers
 from .types import (
     AgentCommand,
     DeferredCommand,
@@ -20,11 +22,13 @@ from .types import (
 from .uploads import UploadError, Uploads, digest_of
 
 __all__ = [
+    "FLEET",
     "AgentCommand",
     "Blobs",
     "Chosen",
     "Deferred",
     "DeferredCommand",
+    "FileWay",
     "NoAgentForModel",
     "Operation",
     "OperationError",
@@ -36,6 +40,8 @@ __all__ = [
     "Refused",
     "Remote",
     "TargetChooser",
+    "Transfer",
+    "Transfers",
     "UnknownOperation",
     "UploadError",
     "Uploads",

@@ -123,7 +123,9 @@ class Operation:
     """A command for several agents, with its followers, its progress and its end.
 
     `followers` counts the clients that wait for it. Without any, it continues if `detached`, and is
-    cancelled otherwise. `spare` are agents that replace those that fail.
+    cancelled otherwise. `spare` are agents that replace those that fail. `seed` is the agent that
+    pulls from the internet where others get the model from it, but for those `on_their_own`;
+    `content` is the digest of what it pulled.
     """
 
     def __init__(
@@ -142,6 +144,9 @@ class Operation:
         self.followers = 0
         self.targets: dict[AgentId, Target] = {}
         self.spare: list[AgentState] = []
+        self.seed: AgentId | None = None
+        self.on_their_own: set[AgentId] = set()
+        self.content = ""
         self.progress = Progress()
         self.feed = ProgressFeed()
         self.error: OllamaCoordinatorError | None = None

@@ -1,6 +1,7 @@
 """Merges several agents' progress into one stream in Ollama's own format; pure.
 
-A layer's bytes are those of the slowest agent, and its total never changes. A step after the layers
+A layer's bytes are those of the slowest agent, or where agents get it one from the other, the mean
+of all; its total never changes. A step after the layers
 is reported when the last agent has reached it. `success` is left to the operation.
 """
 
@@ -44,6 +45,11 @@ class Progress:
         self._layers: dict[str, tuple[str, int]] = {}
         self._shown: dict[str, int] = {}
         self._reported: set[str] = set()
+        self._shares = 0
+
+    def share_among(self, agents: int) -> None:
+        """So many agents do it one after the other: a layer's bytes are their mean."""
+        self._shares = agents
 
     def begin(self, agent_id: AgentId) -> None:
         """An agent starts an attempt."""
@@ -74,7 +80,8 @@ class Progress:
 
     def leave(self, agent_id: AgentId) -> list[ProgressLine]:
         """The operation waits for an agent no longer."""
-        self._agents.pop(agent_id, None)
+        if self._agents.pop(agent_id, None) is not None:
+            self._shares = max(0, self._shares - 1)
         return self._new_lines() if self._agents else []
 
     def of(self, agent_id: AgentId) -> tuple[int, int]:
@@ -90,7 +97,8 @@ class Progress:
         lines = self._new_layer_lines(self._layers)
         for step in LATE:
             is_reported = any(step in agent.steps for agent in agents)
-            if is_reported and all(agent.has_reached(step) for agent in agents):
+            is_whole = len(agents) >= self._shares
+            if is_reported and is_whole and all(agent.has_reached(step) for agent in agents):
                 lines += self._report(step)
         return lines
 
@@ -98,7 +106,8 @@ class Progress:
         lines: list[ProgressLine] = []
         for digest in digests:
             status, total = self._layers[digest]
-            least = min(agent.completed(digest, total) for agent in self._agents.values())
+            done = [agent.completed(digest, total) for agent in self._agents.values()]
+            least = sum(done) // max(self._shares, len(done)) if self._shares else min(done)
             if least > self._shown.get(digest, -1):
                 self._shown[digest] = least
                 line: ProgressLine = {"status": status, "digest": digest, "total": total}

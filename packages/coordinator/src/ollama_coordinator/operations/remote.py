@@ -64,6 +64,18 @@ class Remote:
                 async for _ in chunks(response):
                     pass
 
+    async def order(self, url: str, body: bytes, report: Callable[[ProgressLine], None]) -> None:
+        """Have an agent itself do something that it reports on as Ollama does.
+
+        Raises:
+            Refused: the agent answered with an error.
+            UpstreamError: the answer broke off, or there was none.
+        """
+        async with self._upstreams.open("POST", url, headers=JSON, body=body) as response:
+            if response.status >= 400:
+                raise Refused(response.status, await _text_of(response))
+            await _follow(response, report)
+
     async def _send_blob(self, agent: AgentState, digest: str) -> None:
         """Upload a file to an agent that does not have it yet."""
         url = f"{agent.url}/api/blobs/{digest}"

@@ -17,7 +17,9 @@ from ollama_coordinator_common.types import AgentId
 from .deferred import Deferred, is_void
 from .operation import Operation
 from .remote import Remote
+from .supply import Supply
 from .targets import Placement, Rule
+from .transfers import Transfers
 from .types import (
     AgentCommand,
     DeferredCommand,
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 REMEMBERED = 100
 """Ended operations that `GET /api/operations` still shows; each has a row for every agent."""
 
+SWEEP_SECONDS = 5.0
+"""How often what interrupted transfers left is looked for: nobody sees it meanwhile."""
+
 EXPIRE_SECONDS = 60.0
 """How often old uploads are looked for; they are kept for a day."""
 
@@ -48,6 +53,7 @@ class Operations:
         monitor: Monitor,
         remote: Remote,
         deferred: Deferred,
+        transfers: Transfers,
         *,
         return_seconds: float,
     ) -> None:
@@ -55,7 +61,8 @@ class Operations:
         self._clock = dispatch.clock
         self._uploads = remote.uploads
         self._deferred = deferred
-        self.worker = Worker(dispatch, monitor, remote, deferred, return_seconds)
+        self._supply = Supply(dispatch, transfers, remote)
+        self.worker = Worker(dispatch, monitor, self._supply, deferred, return_seconds)
         self._tasks = OwnedTasks()
         self._running: dict[str, Operation] = {}
         self._ended: deque[Operation] = deque(maxlen=REMEMBERED)
@@ -69,6 +76,7 @@ class Operations:
         await self._tasks.__aenter__()
         self._tasks.start(self._resume_for_ever())
         self._tasks.start(self._expire_for_ever())
+        self._tasks.start(self._sweep_for_ever())
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -246,6 +254,14 @@ class Operations:
             except OSError as exc:
                 log.warning("old uploads cannot be dropped", extra={"reason": str(exc)})
             await asyncio.sleep(EXPIRE_SECONDS)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self._supply.sweep()
+            except Exception:
+                log.exception("what transfers left is swept up later")
 
     # ── deferred commands ─────────────────────────────────────────────────────────────────────
 

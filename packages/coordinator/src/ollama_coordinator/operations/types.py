@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import Enum
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.names import is_name, model_key
@@ -95,7 +95,9 @@ class OperationState(Enum):
 class AgentCommand(Struct, frozen=True):
     """One request to an agent's Ollama. The agent needs the files `blobs` (digests) before it.
 
-    `name` is the model's name as the client wrote it, `key` its routing key.
+    `name` is the model's name as the client wrote it, `key` its routing key. `origin` is where a
+    pull takes the model from: the internet if empty, `fleet` for the other machines alone, or the
+    name or the id of one of them.
     """
 
     kind: OperationKind
@@ -105,10 +107,11 @@ class AgentCommand(Struct, frozen=True):
     path: str
     body: str
     blobs: tuple[str, ...] = ()
+    origin: str = ""
 
     def is_like(self, other: "AgentCommand") -> bool:
         """Whether both do the same to the same model, however they spell its name."""
-        if (self.kind, self.key) != (other.kind, other.key):
+        if (self.kind, self.key, self.origin) != (other.kind, other.key, other.origin):
             return False
         return self == other or self._options() == other._options()
 
@@ -124,10 +127,11 @@ class AgentCommand(Struct, frozen=True):
         return cls(kind, name, model_key(name), "POST", path, body)
 
     @classmethod
-    def pull(cls, name: str, *, insecure: bool = False) -> "AgentCommand":
-        """Download a model from a model registry."""
+    def pull(cls, name: str, *, insecure: bool = False, origin: str = "") -> "AgentCommand":
+        """Download a model from a model registry, or from other machines of the fleet."""
         fields = {"model": name, "insecure": insecure, "stream": True}
-        return cls._post(OperationKind.PULL, name, "/api/pull", fields)
+        command = cls._post(OperationKind.PULL, name, "/api/pull", fields)
+        return structs.replace(command, origin=origin)
 
     @classmethod
     def push(cls, name: str, *, insecure: bool = False) -> "AgentCommand":

@@ -13,7 +13,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from .deferred import Deferred
 from .operation import Operation, Target
 from .progress import ProgressLine
-from .remote import Remote
+from .supply import SAME_EVERYWHERE, Supply
 from .types import AgentCommand, DeferredCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,6 @@ PROBE_SECONDS = 5.0
 MOST_FAILURES = 8
 """Attempts in a row on one agent that break off without any progress; then its part has failed."""
 
-SAME_EVERYWHERE = ("does not exist", "invalid", "not authorized", "unauthorized")
-"""Words of refusals that every other agent would answer with too."""
-
 
 class Worker:
     """Carries operations out.
@@ -51,7 +48,7 @@ class Worker:
         self,
         dispatch: Dispatch,
         monitor: Monitor,
-        remote: Remote,
+        supply: Supply,
         deferred: Deferred,
         return_seconds: float,
     ) -> None:
@@ -59,7 +56,7 @@ class Worker:
         self._registry = dispatch.registry
         self._clock = dispatch.clock
         self._monitor = monitor
-        self._remote = remote
+        self._supply = supply
         self._deferred = deferred
         self.return_seconds = return_seconds
 
@@ -75,6 +72,7 @@ class Worker:
 
     async def carry_out(self, operation: Operation) -> None:
         """Run until every target is over; targets may be added meanwhile."""
+        self._supply.plan(operation)
         slots = asyncio.Semaphore(PARALLEL_AGENTS)
         started: set[Target] = set()
         running: set[asyncio.Task[None]] = set()
@@ -108,6 +106,11 @@ class Worker:
                 text = f"agent {target.agent_name} was removed"
                 self._fail(operation, target, Refused(503, text))
             elif self._registry.is_reachable(agent, self._clock.now()):
+                try:
+                    await self._supply.turn(operation, target)
+                except Refused as exc:
+                    self._fail(operation, target, exc)
+                    continue
                 async with slots:
                     await self._attempt(operation, target, agent)
             else:
@@ -126,7 +129,7 @@ class Worker:
         target.interrupt = Interrupt()
         try:
             async with target.interrupt:
-                await self._remote.do(agent, operation.command, report)
+                await self._supply.carry_out(operation, target, agent, report)
         except Refused as exc:
             log.warning("agent refused", extra=_facts(operation, target, exc))
             self._fail(operation, target, exc)
@@ -138,6 +141,7 @@ class Worker:
             self._deferred.finish(target.agent_id, operation.command)
             self._registry.answered(agent)
             await self._update_models(operation.command, agent)
+            self._supply.succeeded(operation, agent)
             operation.succeeds(target)
 
     def _fail(self, operation: Operation, target: Target, reason: OllamaCoordinatorError) -> None:

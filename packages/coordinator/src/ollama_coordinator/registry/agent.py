@@ -7,7 +7,13 @@ from urllib.parse import urlsplit
 from msgspec import UNSET, Struct, structs
 
 from ollama_coordinator_common.network import LOOPBACK, link_host, netloc, same_host
-from ollama_coordinator_common.protocol import AgentView, ByHand, HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import (
+    AgentView,
+    ByHand,
+    HealthReport,
+    ModelStore,
+    RegisterRequest,
+)
 from ollama_coordinator_common.types import AgentId, AgentStatus, RunnerSettings
 
 from .inventory import Inventory
@@ -30,6 +36,9 @@ FOREIGN_STEP = 512 * 1024**2
 
 NO_GPU = "none"
 """How an operator says that a machine has no GPU."""
+
+LISTED_SECONDS = 60.0
+"""An agent reads its own list of models again within this time."""
 
 LINK_RETURN_SECONDS = 5.0
 """An agent whose link ended is offline so much later. Requests for it wait so long: one that lost
@@ -174,6 +183,8 @@ class AgentState:
     `reached`: whether the last probe got a connection to it. `mark`: what tells it apart from those
     that are called as it is, see `Identities`. `foreign_bytes` is the memory that other programs
     take where models could be.
+    `reached`: whether the last probe got a connection to it. `listed_at` is when its Ollama itself
+    was asked for its models, and `outdated` what the report before had of them.
     """
 
     id: AgentId
@@ -253,6 +264,9 @@ class AgentState:
         """Its display name, or else its machine's name; others may have the same."""
         return self.settings.display_name or self.registration.machine_name
 
+    listed_at: float = float("-inf")
+    outdated: bytes = b""
+
     @property
     def name(self) -> str:
         """What it is called; with its `mark` where another agent is called so too."""
@@ -269,6 +283,29 @@ class AgentState:
     def way(self) -> str:
         """How it is reached, for an operator."""
         return "its link" if self.registration.link else self.url
+
+    def note_listed(self, now: float) -> None:
+        """Its models were just read from its Ollama itself."""
+        self.listed_at = now
+        self.outdated = self._tags(self.report)
+
+    def has_older_list(self, report: HealthReport, now: float) -> bool:
+        """Whether a report has the list of models of before one that was read since.
+
+        The agent reads its own only now and then.
+        """
+        recent = now - self.listed_at < LISTED_SECONDS
+        return recent and bool(self.outdated) and self._tags(report) == self.outdated
+
+    @staticmethod
+    def _tags(report: HealthReport | None) -> bytes:
+        return b"" if report is None or report.tags is UNSET else bytes(report.tags)
+
+    @property
+    def store(self) -> ModelStore | None:
+        """How models are brought from this machine, or to it; `None` where no report says so."""
+        store = UNSET if self.report is None else self.report.store
+        return store if isinstance(store, ModelStore) else None
 
     @property
     def endpoints(self) -> frozenset[tuple[str, int]]:

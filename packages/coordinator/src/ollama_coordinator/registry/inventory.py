@@ -13,6 +13,7 @@ from msgspec import Raw, Struct, structs
 
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.tickets import is_passing
 from ollama_coordinator_common.types import AvailableModel, LoadedModel
 
 MOST_MODELS = 1000
@@ -90,6 +91,7 @@ class Inventory:
 
     `sampled_at` is when the lists were last read (monotonic seconds), `None` before the first time.
     `blobs`, `contents` and `broken` are what its agent read on its disk, by a model's listed name.
+    `passing` are names under which models arrive from other machines: no list shows them.
     """
 
     available: dict[str, AvailableRow] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class Inventory:
     contents: Mapping[str, str] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
     offered: dict[str, AvailableRow] = field(default_factory=dict)
+    passing: tuple[str, ...] = ()
 
     @property
     def servable(self) -> Mapping[str, AvailableRow]:
@@ -124,7 +127,8 @@ class Inventory:
         rows = _read(tags, _available, AvailableModel)
         weights = {_key(name): blob for name, blob in blobs.items()}
         layers = {_key(name): content for name, content in contents.items()}
-        left_out = {"", *map(_key, broken)}
+        self.passing = tuple(model.name for _, model in rows if _is_passing(model.name))
+        left_out = {"", *map(_key, broken), *map(_key, self.passing)}
         self.available = {
             key: AvailableRow(key, model, raw, weights.get(key, ""), layers.get(key, ""))
             for raw, model in rows
@@ -258,6 +262,10 @@ def _model(row: bytes, decoder: msgspec.json.Decoder[Model], kind: type[Model]) 
         return kind(name=_named.decode(row).name)
     except msgspec.DecodeError:
         return None
+
+
+def _is_passing(name: str) -> bool:
+    return "/" in name and is_passing(name.split("/")[-2].lower())
 
 
 def _key(name: str) -> str:

@@ -271,7 +271,7 @@ class Registry:
             raise UnknownAgent(report.agent_id)
         if self._is_replaced(agent):
             raise UnknownAgent(report.agent_id)
-        if report.tags is not UNSET:
+        if report.tags is not UNSET and not agent.has_older_list(report, now):
             contents, broken = report.model_contents, report.broken_models
             self.list_models(agent, bytes(report.tags), report.model_blobs, now, contents, broken)
         if report.ps is not UNSET:
@@ -544,6 +544,7 @@ class Registry:
         """The agent answered that it lacks a model that it listed."""
         alike = agent.inventory.namesakes(key)
         agent.inventory.note_missing(key)
+        agent.outdated = b""
         self._cloud.withdraw(key, agent)
         self.models.drop(agent, [key])
         self._loaded_changed(agent, alike)

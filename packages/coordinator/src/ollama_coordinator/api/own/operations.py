@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +14,7 @@ from ollama_coordinator.api.http.progress_response import ProgressResponse
 from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.api.models.transfer import copies, delete_everywhere
 from ollama_coordinator.operations import (
+    FLEET,
     AgentCommand,
     Chosen,
     Operation,
@@ -28,7 +29,10 @@ from ollama_coordinator_common.types import AgentId
 
 
 class NewOperation(Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /api/operations`. `placement`: for pull and load; `destination`: for copy."""
+    """`POST /api/operations`. `placement`: for pull and load; `destination`: for copy.
+
+    `from`: for a pull from other machines alone: `fleet`, or the name or the id of one of them.
+    """
 
     kind: Literal["pull", "push", "copy", "delete", "load", "unload"]
     model: str
@@ -36,6 +40,7 @@ class NewOperation(Struct, frozen=True, forbid_unknown_fields=True):
     destination: str = ""
     insecure: bool = False
     keep_alive: int | str | None = None
+    origin: str = field(name="from", default="")
 
 
 class PendingView(Struct, frozen=True):
@@ -123,10 +128,13 @@ class OperationsApi:
         placement = self._targets.default if given is None else Placement.parse(given)
         match OperationKind(wanted.kind):
             case OperationKind.PULL:
+                if wanted.origin:
+                    self._check_origin(wanted, await copies(self._parts, wanted.model))
                 found = self._targets.for_pull(wanted.model, placement)
-                return self._begin(
-                    AgentCommand.pull(wanted.model, insecure=wanted.insecure), found, placement
+                command = AgentCommand.pull(
+                    wanted.model, insecure=wanted.insecure, origin=wanted.origin
                 )
+                return self._begin(command, found, placement)
             case OperationKind.PUSH:
                 agent = await self._targets.for_push(wanted.model)
                 command = AgentCommand.push(wanted.model, insecure=wanted.insecure)
@@ -140,6 +148,19 @@ class OperationsApi:
                 return await self._copy(wanted, placement)
             case _:
                 return await delete_everywhere(self._parts, wanted.model)
+
+    def _check_origin(self, wanted: NewOperation, holders: list[AgentState]) -> None:
+        """Refuse a pull from where the model is not.
+
+        Raises:
+            HttpError: 404.
+        """
+        if wanted.origin != FLEET and not any(
+            wanted.origin in (agent.id, agent.name) for agent in holders
+        ):
+            names = ", ".join(agent.name for agent in holders)
+            text = f"agent '{wanted.origin}' does not have {wanted.model}; {names} has it"
+            raise HttpError(404, text)
 
     async def _copy(self, wanted: NewOperation, placement: Placement) -> Operation:
         if not wanted.destination:

@@ -1,0 +1,246 @@
+"""Where each target of a pull gets its model from: one from the internet, the others from it.
+
+The seed is the target that pulls from the model registry. The others wait for it; whoever has the
+model then gives it to the next ones, so that the number of givers doubles. A target that no machine
+can give the model pulls it from the internet as well.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.dispatch import Dispatch
+from ollama_coordinator.registry import AgentState
+from ollama_coordinator.upstream import UpstreamError
+from ollama_coordinator_common.names import ModelName
+from ollama_coordinator_common.tickets import FLEET_HOST
+from ollama_coordinator_common.types import AgentId
+
+from .operation import Operation, Target
+from .progress import ProgressLine
+from .remote import Remote
+from .transfers import NoSource, Transfer, Transfers
+from .types import AgentCommand, OperationKind, OperationState, Refused
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1
+"""How often a target looks whether the seed has the model."""
+
+SEED_AWAY_SECONDS = 5.0
+"""After so long another target becomes the seed in place of one that went away."""
+
+TRIES = 4
+"""For one target: with each, the machines that failed are left out."""
+
+SAME_EVERYWHERE = ("does not exist", "invalid", "not authorized", "unauthorized")
+"""Words of refusals that every other agent would answer with too."""
+
+NO_ROOM = "no space left"
+"""Words of a refusal for which no other source helps."""
+
+FLEET = "fleet"
+"""The origin of a pull that takes a model from whichever machine has it, and from nowhere else."""
+
+Report = Callable[[ProgressLine], None]
+
+
+class Supply:
+    """Carries out the pulls of operations."""
+
+    def __init__(self, dispatch: Dispatch, transfers: Transfers, remote: Remote) -> None:
+        self._registry = dispatch.registry
+        self._clock: Clock = dispatch.clock
+        self._transfers = transfers
+        self._remote = remote
+
+    def plan(self, operation: Operation) -> None:
+        """Choose the seed of a pull; without any, each target pulls from the internet."""
+        if operation.kind is not OperationKind.PULL:
+            return
+        if operation.command.origin:
+            operation.progress.share_among(len(operation.targets))
+            return
+        now = self._clock.now()
+        agents = [self._registry.find(target.agent_id) for target in operation.targets.values()]
+        there = [a for a in agents if a is not None and self._registry.is_reachable(a, now)]
+        able = [agent for agent in there if self._transfers.can_give(agent, now)]
+        takers = [agent for agent in there if self._transfers.arrival(agent) is not None]
+        seed = min(able, key=lambda agent: self._fitness(operation, agent), default=None)
+        if seed is None or all(agent is seed for agent in takers):
+            return
+        operation.seed = seed.id
+        operation.progress.share_among(len(there))
+        others = [agent.name for agent in takers if agent is not seed]
+        text = f"{seed.name} pulls it; then it goes from machine to machine to {_listed(others)}"
+        operation.feed.publish([{"status": text}])
+
+    def _fitness(self, operation: Operation, agent: AgentState) -> tuple[bool, float, str]:
+        """A holder first, which may have most of it already; then the most free disk."""
+        free = agent.report.disk_free_bytes if agent.report is not None else None
+        lacks = operation.command.key not in agent.inventory.available
+        return lacks, -(free or 0), agent.id
+
+    async def turn(self, operation: Operation, target: Target) -> None:
+        """Wait until a target may begin: a seed at once, the others when the seed is done.
+
+        Raises:
+            Refused: the seed was refused what every other would be refused too.
+        """
+        while operation.seed is not None and target.agent_id != operation.seed:
+            seed = operation.targets.get(operation.seed)
+            if seed is None or target.replaced is not None or self._is_alone(operation, target):
+                return
+            if seed.state is OperationState.DONE:
+                return
+            if seed.state is OperationState.FAILED:
+                if any(words in str(seed.error) for words in SAME_EVERYWHERE):
+                    raise Refused(500, str(seed.error))
+                return
+            away = seed.away_since
+            is_away = away is not None and self._clock.now() - away >= SEED_AWAY_SECONDS
+            if seed.state.is_over or is_away:
+                operation.seed = target.agent_id
+                return
+            target.status = f"waits for {seed.agent_name}"
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def succeeded(self, operation: Operation, agent: AgentState) -> None:
+        """The models of an agent that did its part were just listed."""
+        row = agent.inventory.available.get(operation.command.key)
+        if agent.id == operation.seed and row is not None:
+            operation.content = row.model.digest
+
+    def _is_alone(self, operation: Operation, target: Target) -> bool:
+        """Whether a target gets nothing from other machines."""
+        agent = self._registry.find(target.agent_id)
+        lacks_way = agent is None or self._transfers.arrival(agent) is None
+        return lacks_way or target.agent_id in operation.on_their_own
+
+    async def carry_out(
+        self, operation: Operation, target: Target, agent: AgentState, report: Report
+    ) -> None:
+        """One attempt of one target.
+
+        Raises:
+            Refused: it cannot be done.
+            UpstreamError: the answer broke off, or there was none.
+        """
+        origin = operation.command.origin
+        from_fleet = operation.seed not in (None, agent.id)
+        if not origin and (not from_fleet or self._is_alone(operation, target)):
+            await self._remote.do(agent, operation.command, report)
+            return
+        try:
+            await self._from_fleet(operation, agent, report)
+        except Refused as exc:
+            if origin or NO_ROOM in str(exc):
+                raise
+            log.warning(
+                "a machine pulls from the internet, as no other gives it the model",
+                extra={"agent": agent.name, "model": operation.command.name, "reason": str(exc)},
+            )
+            operation.on_their_own.add(agent.id)
+            report({"status": f"{agent.name} pulls it from the internet: {exc}"})
+            await self._remote.do(agent, operation.command, report)
+
+    async def _from_fleet(self, operation: Operation, agent: AgentState, report: Report) -> None:
+        command = operation.command
+        name, digest = ModelName.parse(command.name), self._wanted(operation)
+        row = agent.inventory.available.get(command.key)
+        if row is not None and row.model.digest == digest:
+            return
+        failed: set[AgentId] = self._not_asked(command)
+        for attempt in range(TRIES):
+            transfer = None
+            try:
+                async with self._transfers.moving(agent, name, _full(digest), failed) as transfer:
+                    report({"status": f"{agent.name} gets it from {transfer.first.name}"})
+                    await self._bring(agent, transfer, report)
+                    return
+            except Refused as exc:
+                givers = transfer.given_by or {transfer.first.id} if transfer is not None else set()
+                failed |= givers
+                if isinstance(exc, NoSource) or NO_ROOM in str(exc) or attempt + 1 == TRIES:
+                    raise
+                names = [one.name for one in map(self._registry.find, givers) if one is not None]
+                facts = {"agent": agent.name, "from": names, "reason": str(exc)}
+                log.warning("a model did not come whole from other machines", extra=facts)
+
+    def _wanted(self, operation: Operation) -> str | None:
+        """The digest of the content that the others get: the seed's, else the preferred one."""
+        key = operation.command.key
+        seed = None if operation.seed is None else operation.targets.get(operation.seed)
+        ids = [seed.agent_id] if seed is not None and seed.state is OperationState.DONE else []
+        if ids and operation.content:
+            return operation.content
+        for agent in [*map(self._registry.find, ids), *self._registry.holders(key)]:
+            row = None if agent is None else agent.inventory.available.get(key)
+            if row is not None:
+                return row.model.digest
+        return None
+
+    def _not_asked(self, command: AgentCommand) -> set[AgentId]:
+        """The agents that an operator's choice of one origin leaves out."""
+        if command.origin in ("", FLEET):
+            return set()
+        named = (command.origin,)
+        return {agent.id for agent in self._registry if not {agent.id, agent.name} & set(named)}
+
+    # ── bringing it ───────────────────────────────────────────────────────────────────────────
+
+    async def _bring(self, agent: AgentState, transfer: Transfer, report: Report) -> None:
+        """Have an agent take a model under a name of passage, and give it its own name then."""
+        host, name = self._transfers.arrival(agent), transfer.name
+        if host is None:
+            raise NoSource(name.short)
+        arrived = f"{host or FLEET_HOST}/{transfer.namespace}/{name.model}:{name.tag}"
+        before = f"{FLEET_HOST}/{transfer.namespace}/{name.model}:before"
+        had_one = name.key in agent.inventory.available
+        try:
+            if host:
+                pull = AgentCommand.pull(f"http://{arrived}", insecure=True)
+                await self._remote.do(agent, pull, report)
+            else:
+                await self._order(agent, transfer, arrived, report)
+            if had_one:  # whose files go with it, if nothing else needs them
+                await self._quick(agent, AgentCommand.copy(name.short, before))
+            await self._remote.do(agent, AgentCommand.copy(arrived, name.short), report)
+        finally:
+            for passing in (arrived, *((before,) if had_one else ())):
+                await self._quick(agent, AgentCommand.delete(passing))
+
+    async def _quick(self, agent: AgentState, command: AgentCommand) -> None:
+        with suppress(Refused, UpstreamError):
+            await self._remote.do(agent, command, lambda line: None)
+
+    async def _order(
+        self, agent: AgentState, transfer: Transfer, arrived: str, report: Report
+    ) -> None:
+        path = f"/v2/{transfer.namespace}/{transfer.name.model}"
+        order = {"name": arrived, "path": path, "manifest": transfer.manifest}
+        url = self._transfers.writing(transfer, agent, arrived)
+        await self._remote.order(url, msgspec.json.encode(order), report)
+
+    async def sweep(self) -> None:
+        """Delete what transfers that were cut off left under names of passage."""
+        now = self._clock.now()
+        for agent in list(self._registry):
+            if not self._registry.is_reachable(agent, now):
+                continue
+            for passing in agent.inventory.passing:
+                if not self._transfers.is_open(ModelName.parse(passing).namespace):
+                    await self._quick(agent, AgentCommand.delete(passing))
+
+
+def _full(digest: str | None) -> str | None:
+    return None if digest is None else f"sha256:{digest.removeprefix('sha256:')}"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,205 @@
+"""Models go from machine to machine: real agents, real files, and what a stock Ollama asks for."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollama_coordinator_agent import watch
+from ollama_coordinator_common.settings import AgentConfig
+from support import agent_world
+from support.coordinator import Running, running
+from support.ollama import Model, StandIn
+from support.ollama.disk import DiskStore
+from support.transfers import assert_is_one_clean_stream, names, progress
+
+TINY = Model("tiny", size_bytes=350_000)
+PULL = {"model": "tiny"}
+KEY = "registry.ollama.ai/library/tiny:latest"
+
+Fleet = tuple[Running, list[StandIn]]
+Machines = Callable[..., Any]
+
+
+def disk(ollama: StandIn) -> DiskStore:
+    assert isinstance(ollama.models, DiskStore)
+    return ollama.models
+
+
+def manifest(ollama: StandIn, name: str = "tiny") -> bytes:
+    return disk(ollama).manifest(name).read_bytes()
+
+
+def left_over(ollama: StandIn) -> list[str]:
+    """What no manifest names, and names of passage."""
+    folder = disk(ollama).folder
+    wanted = {file.name for file in (folder / "blobs").iterdir()} - {
+        d.replace(":", "-") for m in folder.glob("manifests/*/*/*/*") for d in _named(m)
+    }
+    return sorted(wanted) + [str(m) for m in folder.glob("manifests/*/transfer-*/*/*")]
+
+
+def _named(file: Path) -> set[str]:
+    read = json.loads(file.read_bytes())
+    return {one["digest"] for one in [*read["layers"], read["config"]]}
+
+
+def from_internet(ollamas: list[StandIn]) -> list[str]:
+    """The pulls that went to the model registry, by the machine's number."""
+    return [
+        str(number)
+        for number, ollama in enumerate(ollamas)
+        for record in ollama.seen.requests
+        if record.path == "/api/pull" and b"transfer-" not in record.body
+    ]
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    """Makes fleets of agents whose Ollamas keep their models in folders."""
+    folders: dict[int, Path] = {}
+
+    def environment(port: int) -> dict[str, str]:
+        return {"OLLAMA_MODELS": str(folders[port])}
+
+    monkeypatch.setattr(watch, "environment_of_listener", environment)
+
+    @asynccontextmanager
+    async def made(
+        *held: list[Model], agent: dict[str, Any] | None = None, **settings: Any
+    ) -> AsyncIterator[Fleet]:
+        async with AsyncExitStack() as stack:
+            coordinator = await stack.enter_async_context(running(**settings))
+            ollamas = []
+            for number, models in enumerate(held):
+                folder = tmp_path / f"machine-{number}"
+                ollama = await stack.enter_async_context(
+                    StandIn(models, registry=[TINY], on_disk=True, models_path=str(folder))
+                )
+                folders[ollama.port] = folder
+                config = AgentConfig(
+                    coordinator_url=coordinator.url, ollama_port=ollama.port,
+                    machine_name=f"machine-{number}", state_dir=tmp_path / f"state-{number}",
+                    manage_ollama=False, ip_address="127.0.0.1", **(agent or {}),
+                )  # fmt: skip
+                await stack.enter_async_context(agent_world.running(config))
+                ollamas.append(ollama)
+            await coordinator.until(lambda: _ready(coordinator, len(held)))
+            yield coordinator, ollamas
+
+    return made
+
+
+def _ready(coordinator: Running, count: int) -> bool:
+    agents = list(coordinator.parts.registry)
+    return len(agents) == count and all(
+        agent.store is not None and agent.store.readable and agent.store.writable
+        for agent in agents
+    )
+
+
+def named(coordinator: Running, number: int) -> Any:
+    return next(a for a in coordinator.parts.registry if a.name == f"machine-{number}")
+
+
+@pytest.mark.spec("SURFACE-76")
+async def test_a_pull_comes_from_the_internet_once(machines: Machines) -> None:
+    async with machines([], [], [], []) as (coordinator, ollamas):
+        lines = await progress(coordinator, "/api/pull", PULL)
+        assert_is_one_clean_stream(lines)
+        assert len(from_internet(ollamas)) == 1
+        assert [names(ollama) for ollama in ollamas] == [["tiny:latest"]] * 4
+        assert len({manifest(ollama) for ollama in ollamas}) == 1
+        assert [left_over(ollama) for ollama in ollamas] == [[]] * 4
+        said = " ".join(str(line.get("status")) for line in lines)
+        assert "from machine to machine" in said
+        assert said.count(" gets it from ") == 3
+        tags = await coordinator.get("/api/tags")
+        assert [model["name"] for model in tags["models"]] == ["tiny:latest"]
+
+
+async def brought(coordinator: Running, number: int, origin: str = "fleet") -> dict[str, Any]:
+    """Bring `tiny` to a machine from the others; the ended operation."""
+    order = {"kind": "pull", **PULL, "from": origin, "placement": f"agents:machine-{number}"}
+    status, started = await coordinator.post("/api/operations", order)
+    assert status == 202, started
+    await coordinator.parts.operations.get(started["id"]).feed.over()
+    ended: dict[str, Any] = await coordinator.get(f"/api/operations/{started['id']}")
+    return ended
+
+
+def spoil(ollama: StandIn) -> None:
+    """Change a byte of the weights on a disk."""
+    model = disk(ollama).find("tiny")
+    assert model is not None
+    file = disk(ollama).file(model.blob)
+    file.write_bytes(b"?" + file.read_bytes()[1:])
+
+
+@pytest.mark.spec("SURFACE-77")
+@pytest.mark.parametrize("owns", [False, True], ids=["ollama pulls", "agent writes"])
+async def test_a_spoilt_file_is_refused_and_taken_from_elsewhere(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, owns: bool
+) -> None:
+    monkeypatch.setattr(watch.Watch, "owns_server", owns)
+    async with machines([TINY], [TINY], []) as (coordinator, ollamas):
+        spoilt = min(named(coordinator, 0), named(coordinator, 1), key=lambda agent: agent.id)
+        number = int(spoilt.name[-1])
+        spoil(ollamas[number])
+        ended = await brought(coordinator, 2)
+        assert ended["state"] == "done", json.dumps(ended)
+        model = disk(ollamas[2]).find("tiny")
+        assert model is not None
+        good = disk(ollamas[1 - number]).file(model.blob).read_bytes()
+        assert disk(ollamas[2]).file(model.blob).read_bytes() == good
+        assert manifest(ollamas[2]) == manifest(ollamas[0])
+        assert left_over(ollamas[2]) == []
+        assert from_internet(ollamas) == []
+        assert any(b"transfer-" in r.body for r in ollamas[2].seen.of("/api/pull")) is not owns
+
+
+@pytest.mark.spec("SURFACE-77")
+async def test_a_model_goes_over_links_where_no_port_is_reached(machines: Machines) -> None:
+    async with machines([TINY], [], agent={"transport": "link"}) as (coordinator, ollamas):
+        ended = await brought(coordinator, 1, "machine-0")
+        assert ended["state"] == "done", json.dumps(ended)
+        assert manifest(ollamas[1]) == manifest(ollamas[0])
+        assert left_over(ollamas[1]) == []
+
+
+@pytest.mark.spec("SURFACE-78")
+async def test_the_registry_needs_a_ticket_or_the_right_to_use_models(machines: Machines) -> None:
+    async with machines([TINY], access="open") as (coordinator, ollamas):
+        base = f"{coordinator.url}/v2/library/tiny"
+        session = coordinator.session
+        async with session.get(f"{base}/manifests/latest") as answer:
+            assert (answer.status, await answer.read()) == (200, manifest(ollamas[0]))
+        model = disk(ollamas[0]).find("tiny")
+        assert model is not None
+        url = f"{base}/blobs/{model.blob}"
+        async with session.head(url) as answer:
+            assert (answer.status, answer.headers["content-length"]) == (200, "350000")
+        async with session.get(url, allow_redirects=False) as answer:
+            other = f"http://[::ffff:127.0.0.1]:{answer.url.port}/"
+            assert answer.status == 307
+            assert answer.headers["location"].startswith(other)
+        content = disk(ollamas[0]).file(model.blob).read_bytes()
+        async with session.get(f"{url}?part=1", headers={"Range": "bytes=10-19"}) as answer:
+            assert (answer.status, await answer.read()) == (206, content[10:20])
+        agent = named(coordinator, 0)
+        ways = coordinator.parts.transfers
+        async with session.get(ways.url(agent, "tiny", "sha256:" + "0" * 64, "read")) as answer:
+            assert answer.status == 404
+        once = ways.url(agent, "tiny", model.blob, "read")
+        for expected in (200, 403):
+            async with session.get(once) as answer:
+                assert answer.status == expected
+        async with session.get(once.replace("/v2/", "/v2/0")) as answer:
+            assert answer.status == 403
+        coordinator.parts.access.mode = "keys"
+        for asked in (f"{base}/manifests/latest", url, f"{coordinator.url}/v2"):
+            async with session.get(asked) as answer:
+                assert (answer.status, "'use'" in await answer.text()) == (401, True)
