@@ -394,6 +394,11 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "COORDINATOR_ANNOUNCE",
         "Whether agents on the private network that have no URL find it, by multicast DNS",
     )] = True
+    otlp_endpoint: Annotated[str, Setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "Where traces of requests are sent, by OTLP over HTTP; needs the extra [otel]",
+        metavar="URL",
+    )] = ""
     access_log: Annotated[bool, Setting(
         "COORDINATOR_ACCESS_LOG", "Whether each request is a line of the log",
     )] = False

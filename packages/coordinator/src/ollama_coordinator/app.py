@@ -65,6 +65,7 @@ from .saved_state import SavedState
 from .scheduler import Learned, create_scheduler
 from .settings import Settings
 from .tls import Tls
+from .traces import Traces
 from .upstream import Upstreams
 
 SPARKLINES_SECONDS = 60.0
@@ -126,6 +127,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         links=links,
         store=store,
         observation=observation,
+        traces=Traces(config.otlp_endpoint),
         agent_store=agent_store,
         agent_logs=AgentLogs(),
         attention=attention,
@@ -174,6 +176,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         parts.dispatch.plan()  # the scheduler reads the restored agents before anybody asks it
         parts.registry.prove(row.agent_id for row in parts.scheduler.export_state().pairs)
         await stack.enter_async_context(parts.observation.running())
+        await stack.enter_async_context(parts.traces.running())
         await stack.enter_async_context(beside(parts.feed.run(), parts.attention.run()))
         stack.callback(parts.feed.close)
         await stack.enter_async_context(parts.upstreams)

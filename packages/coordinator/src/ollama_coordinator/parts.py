@@ -25,6 +25,7 @@ from .registry import Registry
 from .scheduler import Scheduler
 from .settings import Settings
 from .tls import Tls
+from .traces import Traces
 from .upstream import Upstreams
 
 GIBIBYTE = 1024**3
@@ -53,6 +54,7 @@ class Parts(Struct, kw_only=True, eq=False):
     links: Links
     store: Store
     observation: Observation
+    traces: Traces
     agent_store: AgentStore
     agent_logs: AgentLogs
     attention: Attention

@@ -91,6 +91,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "limits": limits_of_names,
     "webhook": partial(_check_url, "webhook", "https://example.org/hook"),
     "advertise": partial(_check_url, "advertise", "http://10.0.0.5:8080"),
+    "otlp_endpoint": partial(_check_url, "otlp_endpoint", "http://localhost:4318"),
     "loop": loop_of,
     "origins": _check_each(
         "origins",

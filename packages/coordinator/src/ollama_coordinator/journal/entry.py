@@ -15,6 +15,7 @@ from ollama_coordinator.db import Finished, Status
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.scheduler import Lane, Outcome, Request, RequestId, Result, Timings
 from ollama_coordinator.scheduler.explain import Decision
+from ollama_coordinator.traces import RequestTrace
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
@@ -115,12 +116,13 @@ class JournalEntry:
     """A request in progress. `counted` is how many of its tokens the statistics have already.
 
     `gpu_seconds`: how long its attempts held slots, those that have ended. `is_divided`: its
-    attempts are those of its portions, some at the same time.
+    attempts are those of its portions, some at the same time. `trace`: its spans.
     """
 
-    __slots__ = ("attempts", "counted", "gpu_seconds", "is_divided", "path", "request")
+    __slots__ = ("attempts", "counted", "gpu_seconds", "is_divided", "path", "request", "trace")
 
-    def __init__(self, request: Request, path: str) -> None:
+    def __init__(self, request: Request, path: str, trace: RequestTrace | None = None) -> None:
+        self.trace = trace
         self.request = request
         self.path = path
         self.attempts: list[JournalAttempt] = []

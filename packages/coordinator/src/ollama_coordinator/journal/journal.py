@@ -16,6 +16,7 @@ from ollama_coordinator.dispatch import Dispatch, Held
 from ollama_coordinator.scheduler import Form, Kind, Lease, Request, SchedulerError, Waiting
 from ollama_coordinator.scheduler.eligibility import eligible
 from ollama_coordinator.scheduler.explain import Decision
+from ollama_coordinator.traces import RequestTrace
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .entry import Ended, JournalAttempt, JournalEntry, RequestState, RequestView, finished
@@ -58,9 +59,11 @@ class Journal:
     # ── what the request path reports ─────────────────────────────────────────────────────────
 
     @contextmanager
-    def follow(self, request: Request, path: str) -> Iterator[JournalEntry]:
+    def follow(
+        self, request: Request, path: str, trace: RequestTrace | None = None
+    ) -> Iterator[JournalEntry]:
         """Keep a request as long as the block runs; an error that leaves it is its end."""
-        entry = self.live[request.id] = JournalEntry(request, path)
+        entry = self.live[request.id] = JournalEntry(request, path, trace)
         try:
             yield entry
         except BaseException as raised:
@@ -120,6 +123,8 @@ class Journal:
         now = self._clock.now()
         last = finished(entry, self._clock, now, http_status=http_status, error=error)
         ended = Ended(last, entry.attempt_views(self._clock))
+        if entry.trace is not None:
+            entry.trace.ended(last)
         self.follow_clock()
         self.recent.append(ended)
         self._sampler.finished(entry, ended)

@@ -44,6 +44,7 @@ from ollama_coordinator.scheduler import (
     Result,
     SchedulerError,
 )
+from ollama_coordinator.traces import traced
 from ollama_coordinator.upstream import (
     SMALL_ANSWER_BYTES,
     RequestCancelled,
@@ -281,8 +282,10 @@ class Proxy:
     def _followed(self, call: Call, scope: Scope) -> Iterator[tuple[JournalEntry, Account]]:
         """Keep the request in the journal, and its caller's account, as long as the block runs."""
         request, caller = call.request, caller_of(scope)
+        now, path = self._clock.now(), self._route.path
+        trace = self._parts.traces.begin(request, path, call.headers, now)
         with (
-            self._journal.follow(request, self._route.path) as entry,
+            self._journal.follow(request, path, trace) as entry,
             self._usage.admitted(caller, request.prompt_tokens, request.output_limit) as account,
         ):
             yield entry, account
@@ -426,14 +429,17 @@ class Proxy:
         self, call: Call, course: Course, entry: JournalEntry, account: Account
     ) -> tuple[Held, Failure | None]:
         """One attempt, with its lease, and why it failed."""
-        async with self._dispatch.lease(course.request) as held:
-            self._journal.leased(entry, held)
-            try:
-                return held, await self._attempt(call, held, course.onward)
-            finally:
-                seconds = self._clock.now() - held.lease.granted_at
-                entry.gpu_seconds += seconds
-                account.add(_tokens_of(held), seconds)
+        with traced(entry.trace) as trace:
+            async with self._dispatch.lease(course.request) as held:
+                self._journal.leased(entry, held)
+                if trace is not None:
+                    call = structs.replace(call, headers=trace.granted(held, call.headers))
+                try:
+                    return held, await self._attempt(call, held, course.onward)
+                finally:
+                    seconds = self._clock.now() - held.lease.granted_at
+                    entry.gpu_seconds += seconds
+                    account.add(_tokens_of(held), seconds)
 
     async def _turn_on(
         self, call: Call, course: Course, entry: JournalEntry, held: Held, failure: Failure
