@@ -54,6 +54,7 @@ class Coordinator:
         self.is_mute = False
         self.log_status: int | None = None
         self.problem: str | None = None
+        self.asks_findings = False
         self.logs: list[LogReport] = []
         self._prefix = prefix
         self._port = free_port()
@@ -141,7 +142,8 @@ class Coordinator:
             return web.json_response({"error": "no such agent"}, status=404)
         wanted = {} if self.log_status is None else {"log_after": 0}
         problem = {} if self.problem is None else {"problem": self.problem}
-        return web.json_response({"status": "ok", **wanted, **problem})
+        asked = {"asks_findings": True} if self.asks_findings else {}
+        return web.json_response({"status": "ok", **wanted, **problem, **asked})
 
     async def _log(self, request: web.Request) -> web.StreamResponse:
         report = msgspec.json.decode(await request.read(), type=LogReport)

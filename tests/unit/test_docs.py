@@ -1,7 +1,6 @@
 """What README and the specifications say is what the programs do."""
 
 import json
-import plistlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,8 @@ import pytest
 import typer
 
 from ollama_coordinator import main as coordinator
-from ollama_coordinator import server
 from ollama_coordinator.api.routes import endpoints
 from ollama_coordinator.app import create_app
-from ollama_coordinator.db import database_path
 from ollama_coordinator_agent import main as agent
 from ollama_coordinator_common import protocol
 from ollama_coordinator_common.settings import CoordinatorConfig
@@ -116,31 +113,6 @@ def block(language: str, text: str) -> str:
     """The one block in a language."""
     [found] = [block for of, block in fenced(text) if of == language]
     return found
-
-
-def test_the_services_set_what_the_programs_read() -> None:
-    units = block("ini", COORDINATOR) + block("ini", AGENT)
-    lines = re.findall(r"^Environment=(.*)$", units, re.MULTILINE)
-    given = dict(pair.split("=", 1) for line in lines for pair in line.split())
-    assert given.keys() <= (documented(COORDINATOR) | documented(AGENT)).keys()
-    database = database_path(given["DATABASE_URL"])
-    assert database is not None
-    assert database.as_posix() == "/var/lib/ollama-coordinator/coordinator.db"
-
-
-def test_the_service_is_given_the_time_that_an_orderly_end_takes() -> None:
-    found = re.search(r"^TimeoutStopSec=(\d+)$", block("ini", COORDINATOR), re.MULTILINE)
-    assert found
-    ending = server.LAST_RECORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
-    assert int(found[1]) > CoordinatorConfig().drain_timeout + ending
-
-
-def test_the_property_list_is_one() -> None:
-    facts = plistlib.loads(block("xml", AGENT).encode())
-    program, *given = facts["ProgramArguments"]
-    assert Path(program).name == facts["Label"] == "ollama-coordinator-agent"
-    assert given == ["--coordinator-url", "http://coordinator:8080"]
-    assert f'"{" ".join(given)}"' in block("powershell", AGENT)
 
 
 # ── routes ────────────────────────────────────────────────────────────────────────────────────

@@ -60,7 +60,7 @@ def from_ours(module: Path) -> set[str]:
 
 LAYERS = (
     {"main"},
-    {"workers"},
+    {"workers", "service"},
     {"server"},
     {"app"},
     {"front"},

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import aiohttp
+from msgspec import structs
 
+from ollama_coordinator_common.protocol import Finding
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentStatus
 
@@ -18,6 +20,8 @@ from .client import CoordinatorClient, CoordinatorError
 from .coordinators import DEFAULT, Coordinators
 from .daemon import AgentParts, Daemon
 from .display import StatusView
+from .doctor import FAILED, OK, Surroundings, cards, of_machine, of_the_way
+from .manifests import OnDisk, read_manifests
 from .metrics import FIRST_SAMPLE_SECONDS, Meter
 from .model_server import ModelServer
 from .ollama import (
@@ -30,7 +34,7 @@ from .ollama import (
     runner_settings,
 )
 from .pacing import AgentPace
-from .process import ServeCommand, find_binary
+from .process import ServeCommand, find_binary, left_behind, orphaned_runners
 from .reach import Reach, Transport, needs_relay, own_address
 from .recent import Logs, Recent
 from .relay import TcpRelay, parse_networks
@@ -88,6 +92,7 @@ async def assembled(
             state=state,
             logs=Logs(recent, state.log_file),
             models=ModelServer(config, client, watch, state, changed, pace),
+            surroundings=surroundings(config, environ, state, ollama.url),
             changed=changed,
         )
         yield Daemon(config, parts, pace)
@@ -112,6 +117,72 @@ def serve_command(
     if binary is None:
         return None
     return ServeCommand(binary, environ, config.ollama_port, log_file)
+
+
+def surroundings(
+    config: AgentConfig, environ: Mapping[str, str], state: StateFolder, url: str
+) -> Surroundings:
+    """What is beside the Ollama at a URL, but for what has to be read or asked."""
+    return Surroundings(
+        url=url,
+        binary=find_binary(config.ollama_binary, environ),
+        may_start=config.manage_ollama,
+        unkept=state.unkept,
+    )
+
+
+async def diagnosed(
+    config: AgentConfig, environ: Mapping[str, str]
+) -> AsyncGenerator[Finding, None]:
+    """The doctor's findings, each as soon as it is there; nothing is changed."""
+    state = StateFolder(state_folder(config), config.ollama_port)
+    is_reached = False
+    async with aiohttp.ClientSession() as session:
+        pinned = certificate(config)
+        client = CoordinatorClient(
+            session,
+            secret=state.secret(create=False),
+            token=join_token(config),
+            certificate=pinned,
+        )
+        for url in config.coordinator_urls or (state.last_run.coordinator_url or DEFAULT,):
+            client.follow(url)
+            async for finding in of_the_way(client, pinned):
+                is_reached = finding.check == "key" and finding.level == OK
+                yield finding
+            if is_reached:
+                yield await _standing(client, state.last_run.agent_id)
+                break
+        ollama = Ollama(session, ollama_host(environ), config.ollama_port)
+        facts = await _facts(ollama, config, environ)
+    meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
+    around = structs.replace(
+        surroundings(config, environ, state, ollama.url),
+        cards=await asyncio.to_thread(cards),
+        skew_seconds=client.skew_seconds,
+    )
+    for finding in of_machine(facts, await asyncio.to_thread(meter.read), around):
+        yield finding
+
+
+async def _standing(client: CoordinatorClient, agent_id: str | None) -> Finding:
+    """What the coordinator makes of this machine: whether it is known, and reached."""
+    trouble = await _look_at_coordinator(client, agent_id)
+    if trouble is None:
+        return Finding("transport", OK, "registered, and the coordinator reaches its Ollama")
+    return Finding("transport", FAILED, trouble)
+
+
+async def _facts(ollama: Ollama, config: AgentConfig, environ: Mapping[str, str]) -> Facts:
+    """What a look at Ollama, at its files and at what a killed one left finds."""
+    facts, _ = await _look_at_ollama(ollama, config, environ)
+    left = await asyncio.to_thread(orphaned_runners)
+    disk = OnDisk()
+    if facts.tags is not None:
+        pairs = [(name, digest) for name, digest, _ in facts.tags.models]
+        folders = model_folders(environ)
+        disk = await asyncio.to_thread(read_manifests, pairs, folders, is_certain=False)
+    return structs.replace(facts, disk=disk, left_behind=left_behind(left) if left else None)
 
 
 async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusView:
@@ -166,7 +237,7 @@ async def _look_at_ollama(
         version = await ollama.version()
         tags, ps = await ollama.tags(), await ollama.ps()
     except OllamaError as exc:
-        return Facts(presence=exc.presence), _advice(exc, config, environ)
+        return Facts(exc.presence, trouble=str(exc)), _advice(exc, config, environ)
     of_server = await asyncio.to_thread(environment_of_listener, config.ollama_port)
     runner = None if of_server is None else runner_settings(of_server, version)
     facts = Facts(Presence.ANSWERING, version=version, tags=tags, ps=ps, runner=runner)

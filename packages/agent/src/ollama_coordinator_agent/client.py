@@ -6,8 +6,10 @@ CoordinatorError   no answer, an answer of another program, or one that says "no
 └── Forgotten      the coordinator does not know this agent: 404 or 401 to a heartbeat or a log
 """
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from ssl import SSLError
 from typing import TypeVar
 from urllib.parse import quote
@@ -75,7 +77,8 @@ class CoordinatorClient:
     """Sends requests to one coordinator; `url` may have a base path.
 
     `secret` proves which machine speaks; `token` is what it may join with. `certificate`: the
-    SHA-256 of the only one that is believed, where it is given.
+    SHA-256 of the only one that is believed, where it is given. `skew_seconds` is how far this
+    machine's clock was ahead of the coordinator's at the last answer.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class CoordinatorClient:
         self._certificate = bytes.fromhex(certificate)
         self._ssl = aiohttp.Fingerprint(self._certificate) if certificate else True
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self.skew_seconds: float | None = None
 
     def follow(self, url: str, *, gives_token: bool = True) -> None:
         """Speak to the coordinator at another URL; a join token is not for everybody."""
@@ -247,10 +251,17 @@ class CoordinatorClient:
                 target = response.headers.get("Location", "elsewhere")
                 raise self._not_a_coordinator(f"it redirects to {target}")
             body = await response.read()
+            self._note_date(response.headers.get("Date", ""))
             if response.status == 403 and "Retry-After" in response.headers:
                 # This machine waits for an operator to admit it.
                 raise CoordinatorError(f"{self.url} says: {_sentence(body) or 'try again'}")
             return response.status, body
+
+    def _note_date(self, date: str) -> None:
+        try:
+            self.skew_seconds = time.time() - parsedate_to_datetime(date).timestamp()
+        except ValueError:
+            self.skew_seconds = None
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:

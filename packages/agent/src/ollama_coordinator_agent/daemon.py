@@ -10,9 +10,9 @@ import platform
 import uuid
 from datetime import datetime
 
-from msgspec import UNSET, Raw, Struct
+from msgspec import UNSET, Raw, Struct, structs
 
-from ollama_coordinator_common.protocol import HealthReply, HealthReport, RegisterRequest
+from ollama_coordinator_common.protocol import Finding, HealthReply, HealthReport, RegisterRequest
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentId
 
@@ -26,6 +26,7 @@ from .client import (
 )
 from .coordinators import Coordinators
 from .display import StatusView
+from .doctor import OK, REPORTED_OTHERWISE, Surroundings, cards, of_machine
 from .link.link import CoordinatorLink, LinkLost
 from .metrics import SHOWS_USE, Meter
 from .model_server import ModelServer
@@ -37,6 +38,9 @@ from .state import StateFolder
 from .watch import Watch
 
 log = logging.getLogger(__name__)
+
+LONGEST = 800
+"""Characters of a finding's text that are sent; the coordinator takes 1000."""
 
 
 class AgentParts(Struct, frozen=True, kw_only=True):
@@ -52,6 +56,7 @@ class AgentParts(Struct, frozen=True, kw_only=True):
     state: StateFolder
     logs: Logs
     models: ModelServer
+    surroundings: Surroundings
     changed: asyncio.Event
 
 
@@ -71,6 +76,8 @@ class Daemon:
         self._previous_instance_id = parts.state.last_run.instance_id
         self._backoff = Backoff(pace.retry_first, pace.retry_ceiling)
         self._reminder = Reminder()
+        self._sent_findings: list[Finding] | None = None  # what the coordinator knows of them
+        self._surroundings = parts.surroundings
         self._is_proven = False  # whether a heartbeat was accepted since the registration
         self._link: CoordinatorLink | None = None
         self._links: set[CoordinatorLink] = set()  # with those that only end what runs over them
@@ -103,6 +110,8 @@ class Daemon:
         except TimeoutError:
             log.debug("Ollama has not been looked at yet")
         await asyncio.to_thread(self.parts.meter.ready.wait, self._pace.first_look)
+        found = await asyncio.to_thread(cards)
+        self._surroundings = structs.replace(self._surroundings, cards=found)
 
     async def _look_at_owner(self) -> float:
         """Find out whether this machine serves now, and report it at once where that changed."""
@@ -130,7 +139,7 @@ class Daemon:
                 log.info(
                     "registered", extra={"agent_id": reply.agent_id, "to": self.parts.client.url}
                 )
-            self.agent_id = reply.agent_id
+            self.agent_id, self._sent_findings = reply.agent_id, None
             self.parts.state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
             self._is_proven = False
             self.parts.transport.note(reply.reached, is_running=self._is_running)
@@ -219,7 +228,12 @@ class Daemon:
 
     async def _beat(self, channel: CoordinatorClient | CoordinatorLink, agent_id: AgentId) -> bool:
         """Send one heartbeat, and do what its answer asks for; whether an operator looks on."""
-        reply = await channel.report(self._report(agent_id))
+        report = self._report(agent_id)
+        reply = await channel.report(report)
+        if reply.asks_findings is True:
+            self._sent_findings = None
+        elif report.findings is not UNSET:
+            self._sent_findings = report.findings
         if reply.log_after is not UNSET:
             await self._send_log(channel, agent_id, reply.log_after)
         self._note_accepted(reply)
@@ -324,6 +338,14 @@ class Daemon:
         is_told_apart = self.parts.transport.is_link or (offer is not None and offer.relay_port)
         return self.parts.meter.latest.requests if is_told_apart and SHOWS_USE else None
 
+    def _findings(self) -> list[Finding]:
+        """What an operator should know of this machine and no other field of a report says."""
+        skew = self.parts.client.skew_seconds
+        around = structs.replace(self._surroundings, skew_seconds=skew)
+        found = of_machine(self.parts.watch.facts, self.parts.meter.latest, around)
+        wanted = [one for one in found if one.level != OK and one.check not in REPORTED_OTHERWISE]
+        return [structs.replace(one, text=one.text[:LONGEST]) for one in wanted]
+
     @property
     def _is_running(self) -> bool:
         return self.parts.watch.facts.is_running
@@ -350,7 +372,7 @@ class Daemon:
 
     def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:
         facts, readings = self.parts.watch.facts, self.parts.meter.latest
-        lists = {"tags": facts.tags, "ps": facts.ps}
+        lists, findings = {"tags": facts.tags, "ps": facts.ps}, self._findings()
         self.parts.meter.gpus.model_bytes = facts.ps.gpu_bytes if facts.ps else 0
         return HealthReport(
             agent_id=agent_id,
@@ -372,5 +394,7 @@ class Daemon:
             paused=self._paused,
             instance_id=self._instance_id,
             store=self.parts.models.store(linked=self.parts.transport.is_link),
+            findings=UNSET if findings == self._sent_findings else findings,
+            owned=self.parts.watch.owns_server,
             **{name: Raw(known.body) for name, known in lists.items() if known},
         )

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ollama_coordinator_common.printable import printable
+from ollama_coordinator_common.protocol import Finding
 from ollama_coordinator_common.types import Gpu
 
 from .metrics import Readings
@@ -134,6 +135,22 @@ def _meter(percent: float) -> Text:
     return bar.append("─" * (20 - filled), style="dim").append(
         f" {percent:5.1f} %", style="default"
     )
+
+
+LEVELS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "red"}
+
+
+def render_finding(finding: Finding) -> RenderableType:
+    """One finding of the doctor, with what to do below it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=7, no_wrap=True)
+    table.add_column(width=11, no_wrap=True)
+    table.add_column(overflow="fold")
+    text = Text(printable(finding.text))
+    if finding.remedy:
+        text.append(f"\n→ {printable(finding.remedy)}", "bold")
+    table.add_row(Text(finding.level, LEVELS[finding.level]), finding.check, text)
+    return table
 
 
 async def show(console: Console, view: Callable[[], StatusView]) -> None:

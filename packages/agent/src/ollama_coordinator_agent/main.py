@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -26,11 +27,14 @@ from ollama_coordinator_common.commandline import (
     with_settings,
 )
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.protocol import Finding
 from ollama_coordinator_common.settings import AgentConfig
 
 from . import __version__
-from .assembly import assembled, examined
-from .display import render, show
+from .assembly import assembled, diagnosed, examined
+from .display import render, render_finding, show
+from .doctor import FAILED
+from .service import service
 from .settings import certificate, read
 from .upgrade import joined_to, upgrade
 
@@ -70,6 +74,9 @@ def default(
         raise typer.Exit(2)
 
 
+app.add_typer(service, name="service")
+
+
 @app.command()
 @with_settings(read, AgentConfig.settings(), typer.Option)
 def run(settings: AgentConfig) -> None:
@@ -86,6 +93,31 @@ def status(settings: AgentConfig) -> None:
     Console().print(render(view))
     if view.coordinator_trouble or view.ollama_trouble:
         raise typer.Exit(1)
+
+
+@app.command()
+@with_settings(read, AgentConfig.settings(), typer.Option)
+def doctor(
+    settings: AgentConfig,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Go through all that is needed, and say what is wrong and what to do; exit code 1 if so."""
+    log_to(logging.StreamHandler(), "WARNING", PLAIN)
+    found = asyncio.run(_diagnose(settings, None if json else Console()))
+    if json:
+        typer.echo(msgspec.json.encode(found))
+    if any(finding.level == FAILED for finding in found):
+        raise typer.Exit(1)
+
+
+async def _diagnose(settings: AgentConfig, screen: Console | None) -> list[Finding]:
+    found = []
+    async with aclosing(diagnosed(settings, os.environ)) as findings:
+        async for finding in findings:
+            found.append(finding)
+            if screen is not None:
+                screen.print(render_finding(finding), highlight=False)
+    return found
 
 
 @app.command("upgrade")

@@ -25,8 +25,9 @@ T = TypeVar("T")
 DEFAULT_MAX_QUEUE = 512
 """Ollama's own default of OLLAMA_MAX_QUEUE."""
 
-FIRST_VERSION_WITH_ONE_SLOT = (0, 10)
-"""Up to 0.9.6 an unset OLLAMA_NUM_PARALLEL means "as many as fit"; later it means one."""
+LEARNED_SLOTS = (0, 10)
+"""Before it the number of slots is learned: up to 0.9.6 an unset OLLAMA_NUM_PARALLEL means "as many
+as fit", later it means one."""
 
 
 class Presence(Enum):
@@ -129,8 +130,10 @@ class Ollama:
                 body = await response.read()
         except aiohttp.ClientConnectorError as exc:
             refused = isinstance(exc.os_error, ConnectionRefusedError)
-            text = "nothing listens there" if refused else cause_of(exc)
-            raise OllamaError(Presence.ABSENT, f"no Ollama at {self.url}: {text}") from exc
+            text = f"nothing listens at {self.url}"
+            if not refused:
+                text = f"{self.url} cannot be reached: {cause_of(exc)}"
+            raise OllamaError(Presence.ABSENT, text) from exc
         except TimeoutError as exc:
             text = f"{self.url} takes the connection and does not answer within {self._seconds:g} s"
             raise OllamaError(Presence.SILENT, text) from exc
@@ -172,7 +175,7 @@ def environment_of_listener(port: int) -> dict[str, str] | None:
 
 def runner_settings(environ: Mapping[str, str], version: str | None) -> RunnerSettings:
     """How a server with this environment runs its models; what it chooses itself is `None`."""
-    fallback = None if _is_older(version, FIRST_VERSION_WITH_ONE_SLOT) else 1
+    fallback = None if is_older(version, LEARNED_SLOTS) else 1
     return RunnerSettings(
         num_parallel=_number(environ, "OLLAMA_NUM_PARALLEL") or fallback,
         max_loaded_models=_number(environ, "OLLAMA_MAX_LOADED_MODELS"),
@@ -187,7 +190,8 @@ def _number(environ: Mapping[str, str], variable: str) -> int | None:
     return int(text) or None if re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
-def _is_older(version: str | None, than: tuple[int, int]) -> bool:
+def is_older(version: str | None, than: tuple[int, int]) -> bool:
+    """Whether a release is older; development builds and unknown versions are not."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if numbers is None:
         return False

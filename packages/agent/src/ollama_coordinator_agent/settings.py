@@ -3,6 +3,7 @@
 The table of `ollama_coordinator_common.settings` says which settings there are.
 """
 
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -105,6 +106,16 @@ def state_folder(config: AgentConfig, *, take_over: bool = False) -> Path:
         return config.state_dir
     base = platformdirs.user_state_path("ollama-coordinator-agent", appauthor=False)
     return host_folder(base, platform.node() or "unknown", host_id(), take_over=take_over)
+
+
+def ollama_variables() -> dict[str, str]:
+    """Ollama's own variables, as this program was given them."""
+    return {name: text for name, text in os.environ.items() if name.startswith("OLLAMA_")}
+
+
+def calling_user() -> str:
+    """The user who runs this program by sudo; empty where nobody does."""
+    return os.environ.get("SUDO_USER", "")
 
 
 def machine_name(config: AgentConfig) -> str:

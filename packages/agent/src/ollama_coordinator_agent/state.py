@@ -197,6 +197,14 @@ class StateFolder:
             return ""
         return text
 
+    @property
+    def unkept(self) -> str:
+        """Why nothing can be kept here; empty where it can."""
+        folder = next(one for one in (self.folder, *self.folder.parents) if one.exists())
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return ""
+        return f"{folder} is no folder that this user can write to"
+
     def remember(self, **changes: Any) -> None:
         """Keep some facts for the next run; a disk that refuses them does no other harm."""
         changed = msgspec.structs.replace(self.last_run, **changes)

@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 STABLE_SECONDS = 60.0
 """After a run of this length a server that dies is started again without a longer back-off."""
 
-GET_OLLAMA = "install it from https://ollama.com/download, or set OLLAMA_BINARY"
+GET_OLLAMA = (
+    "install it (`ollama-coordinator-agent install-ollama`, or https://ollama.com/download), or set"
+    " OLLAMA_BINARY"
+)
 
 
 class Supervisor:
@@ -35,6 +38,7 @@ class Supervisor:
     ) -> None:
         self.child: Child | None = None
         self.environ_of_child: Mapping[str, str] | None = None
+        self.trouble: str | None = None  # why a server of ours does not run
         self._command = command
         self._state = state
         self._pace = pace
@@ -101,18 +105,16 @@ class Supervisor:
             self._backoff.reset()
         delay = self._backoff.next()
         self._not_before = now + delay
+        code, output = self.child.exit_code, self._state.log_file
+        self.trouble = f"ollama serve ended by itself (exit code {code}); its output is in {output}"
         log.warning(
             "ollama serve ended by itself; starting it again unless another one answers",
-            extra={
-                "exit_code": self.child.exit_code,
-                "in_seconds": round(delay, 1),
-                "output": str(self._state.log_file),
-            },
+            extra={"exit_code": code, "in_seconds": round(delay, 1), "output": str(output)},
         )
         self._forget_child()
 
     def _answering(self, now: float) -> None:
-        self._absent_since = None
+        self._absent_since = self.trouble = None
         self._reminder.over()
         if self.child is None:
             self._not_before = now + self._pace.adopted_start_after
@@ -140,7 +142,8 @@ class Supervisor:
             self.child = command.start()
         except OSError as exc:
             self._not_before = now + self._backoff.next()
-            self._say(now, f"ollama serve cannot be started: {cause_of(exc)}; {GET_OLLAMA}")
+            self.trouble = f"ollama serve cannot be started: {cause_of(exc)}"
+            self._say(now, f"{self.trouble}; {GET_OLLAMA}")
             return
         self.environ_of_child = command.environ
         self._state.remember(child=ChildRecord(self.child.pid, self.child.created))

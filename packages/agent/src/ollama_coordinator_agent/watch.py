@@ -34,7 +34,10 @@ TAGS_DUTY = 20
 
 
 class Facts(Struct, frozen=True):
-    """What is known of the local Ollama; `None`: not known yet, or not at all."""
+    """What is known of the local Ollama; `None`: not known yet, or not at all.
+
+    `trouble`: why it does not answer.
+    """
 
     presence: Presence = Presence.ABSENT
     version: str | None = None
@@ -43,6 +46,7 @@ class Facts(Struct, frozen=True):
     disk: OnDisk = OnDisk()
     runner: RunnerSettings | None = None
     left_behind: str | None = None
+    trouble: str | None = None
 
     @property
     def is_running(self) -> bool:
@@ -59,6 +63,7 @@ class Facts(Struct, frozen=True):
             self.disk,
             self.left_behind,
             self.runner,
+            self.trouble,
         )
 
 
@@ -141,17 +146,21 @@ class Watch:
 
     async def _watch_presence(self) -> float:
         loop = asyncio.get_running_loop()
-        presence, version = await self._look(loop.time())
+        presence, version, trouble = await self._look(loop.time())
         is_new = not self._answering.is_set() or version != self.facts.version
         if presence is Presence.ANSWERING and is_new:
             await self._know_server(version)
         self._supervisor.observe(presence, loop.time())
         self._note(presence, version)
+        self._update(trouble=trouble and (self._supervisor.trouble or trouble))
         self.looked.set()
         return self._pace.look
 
-    async def _look(self, now: float) -> tuple[Presence, str | None]:
-        """What is on the port, and its version; a short silence of a known server is ignored."""
+    async def _look(self, now: float) -> tuple[Presence, str | None, str | None]:
+        """What is on the port, its version, and why it does not answer.
+
+        A short silence of a known server is ignored.
+        """
         try:
             version = await self._ollama.version()
         except OllamaError as exc:
@@ -160,9 +169,10 @@ class Watch:
                 and self._answered_at is not None
                 and now - self._answered_at < self._pace.silence
             )
-            return (self.facts.presence if is_brief else exc.presence), self.facts.version
+            presence = self.facts.presence if is_brief else exc.presence
+            return presence, self.facts.version, None if is_brief else str(exc)
         self._answered_at = now
-        return Presence.ANSWERING, version
+        return Presence.ANSWERING, version, None
 
     def _note(self, presence: Presence, version: str | None) -> None:
         if presence is not self.facts.presence or not self.looked.is_set():

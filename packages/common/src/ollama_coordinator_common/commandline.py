@@ -7,7 +7,8 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from functools import wraps
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
-from .error import ConfigError
+from .error import ConfigError, OllamaCoordinatorError
 from .printable import all_printable, printable
 from .settings import Setting
 
@@ -170,6 +171,16 @@ def last_words(text: str, form: str) -> None:
         names = {"name": "exit", "levelname": "CRITICAL", "msg": text}
         line = JsonFormatter().format(logging.makeLogRecord(names))
     print(line, file=sys.stderr)  # noqa: T201 (a program's last words)
+
+
+@contextmanager
+def ending(form: str = "") -> Iterator[None]:
+    """End the program with a sentence and exit code 1 where an error of ours leaves the block."""
+    try:
+        yield
+    except OllamaCoordinatorError as exc:
+        last_words(str(exc), form)
+        raise SystemExit(1) from exc
 
 
 PLAIN = "%(asctime)s %(levelname)-7s %(message)s"

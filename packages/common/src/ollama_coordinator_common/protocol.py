@@ -108,6 +108,21 @@ class ModelStore(Struct, frozen=True, omit_defaults=True):
     owns: bool = False
 
 
+Sentence = Annotated[str, Meta(max_length=1000)]
+
+
+class Finding(Struct, frozen=True, omit_defaults=True):
+    """What the agent's doctor finds at one check; `remedy` is what to do about it.
+
+    `level`: ok, note, warning or failed.
+    """
+
+    check: Word
+    level: Word
+    text: Sentence
+    remedy: Sentence = ""
+
+
 class HealthReport(Struct, frozen=True, omit_defaults=True):
     """`POST /api/health`: one heartbeat. Percentages are of the whole machine.
 
@@ -122,7 +137,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     those of `active_requests` that did not come through the agent's relay or link, where all of the
     coordinator's do and the system shows which connections are in use. `paused` is why the machine
     takes no new requests now, by its own schedule or for its owner. `store`: models can be
-    brought from this machine, or to it.
+    brought from this machine, or to it. `findings` are those of the doctor that are not ok, when
+    they have changed or were asked for. `owned`: the agent started this Ollama, and may restart it.
     """
 
     agent_id: AgentId
@@ -146,6 +162,8 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     other_requests: Annotated[int, Meta(ge=0)] | None = None
     paused: Word | None = None
     store: ModelStore | UnsetType = UNSET
+    findings: Annotated[list[Finding], Meta(max_length=64)] | UnsetType = UNSET
+    owned: bool = False
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)
@@ -163,6 +181,7 @@ class HealthReply(Struct, frozen=True):
     `problem`: a sentence for the operator: why the agent gets no requests, or which other machine
     it is mistaken for. `restart`: why the agent should restart the Ollama that it started itself.
     `reached` false: the coordinator cannot connect to the port of the registration.
+    `asks_findings`: the coordinator knows none of the agent's findings, and wants them.
     """
 
     status: str = "ok"
@@ -170,6 +189,7 @@ class HealthReply(Struct, frozen=True):
     problem: str | UnsetType = UNSET
     restart: str | UnsetType = UNSET
     reached: bool | UnsetType = UNSET
+    asks_findings: bool | UnsetType = UNSET
 
 
 class LogLine(Struct, frozen=True):
@@ -290,5 +310,7 @@ class AgentView(Struct, frozen=True):
     broken_models: dict[str, str] = {}
     left_behind: str | None = None
     loaded_models: list[str] = []
+    findings: list[Finding] = []
+    owned: bool = False
     name: str = ""
     operations: list[AgentOperation] = []

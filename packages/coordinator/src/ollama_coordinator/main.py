@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from functools import partial
 from importlib.metadata import version as installed_version
 from importlib.resources import files
@@ -31,13 +31,7 @@ from .aio import loop_of
 from .commands import database, fleet, joining, operate, scheduling
 from .commands.keys import keys
 from .commands.top import top
-
-
-def _read(texts: Mapping[str, str]) -> CoordinatorConfig:
-    from .settings import read  # most of a start's time, for which no other command waits
-
-    return read(texts)
-
+from .service import read, service
 
 app = typer.Typer(
     add_completion=False,
@@ -54,7 +48,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings(_read, CoordinatorConfig.settings(), typer.Option)
+@with_settings(read, CoordinatorConfig.settings(), typer.Option)
 def default(
     context: typer.Context,
     settings: CoordinatorConfig | None,
@@ -78,6 +72,7 @@ app.add_typer(joining.requests, name="join-request")
 app.add_typer(operate.agents, name="agents")
 app.add_typer(operate.requests, name="requests")
 app.add_typer(operate.settings, name="settings")
+app.add_typer(service, name="service")
 app.command()(operate.history)
 app.command()(operate.usage)
 app.command()(operate.audit)
@@ -109,7 +104,7 @@ def _text(name: str) -> str:
 
 
 @app.command()
-@with_settings(_read, CoordinatorConfig.settings(), typer.Option)
+@with_settings(read, CoordinatorConfig.settings(), typer.Option)
 def serve(context: typer.Context, settings: CoordinatorConfig) -> None:
     """Serve until stopped; this is also what happens without a command."""
     _serve(settings, context)

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from msgspec import Raw, Struct, structs
 
+from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
 from .dispatch import Dispatch, Held
@@ -33,6 +34,10 @@ from .upstream import (
 )
 
 log = logging.getLogger(__name__)
+
+RESTART_SECONDS = 60.0
+"""An agent whose Ollama an operator wants restarted sends a heartbeat within this time, or the wish
+is void: it must not come true hours later."""
 
 LATE_REQUESTS = 2
 """One may have a prompt that is stranger than it looks. None can follow one in the only slot."""
@@ -329,9 +334,16 @@ def _question(request: Request, context: int | None) -> tuple[str, bytes]:
 def take_restart(agent: AgentState, dispatch: Dispatch) -> str | None:
     """Why an agent should restart its Ollama now: a model hangs, and so does all that runs there.
 
-    What hangs there ends with the restart, and is then tried once more.
+    What hangs there ends with the restart, and is then tried once more. Or an operator asked for
+    it, and nothing runs there.
     """
     there = [held for held in dispatch.held() if held.agent is agent]
+    asked, now = agent.restart_until, dispatch.clock.now()
+    if asked is not None and not there and not _others_use(agent, 0):
+        agent.restart_until = None
+        if now <= asked:
+            dispatch.take_out(agent, "its Ollama is being restarted")
+            return "an operator asked for it"
     if not agent.wants_restart or _others_use(agent, len(there)) or not all(map(_is_hung, there)):
         return None
     agent.wants_restart = False
@@ -342,6 +354,34 @@ def take_restart(agent: AgentState, dispatch: Dispatch) -> str | None:
     for held in there:
         held.restarts = True
     return f"it does not answer for {', '.join(stuck)}"
+
+
+def ask_restart(agent: AgentState, dispatch: Dispatch) -> None:
+    """Have an agent restart the Ollama that it started, at its next heartbeat.
+
+    Raises:
+        CannotRestart: it cannot, or something runs there.
+    """
+    now = dispatch.clock.now()
+    if agent.report is None or not dispatch.registry.is_online(agent, now):
+        why = "it has no agent" if agent.is_bare else "its agent is not online"
+        raise CannotRestart(agent, f"{why}; restart its Ollama on the machine itself")
+    if not agent.report.owned:
+        why = "another program started its Ollama; restart it there, as by"
+        raise CannotRestart(agent, f"{why} `systemctl restart ollama`")
+    here = sum(held.agent is agent for held in dispatch.held())
+    running = max(here, agent.report.active_requests)
+    if running:
+        many = "a request runs" if running == 1 else f"{running} requests run"
+        raise CannotRestart(agent, f"{many} there; drain it, and restart it once they have ended")
+    agent.restart_until = now + RESTART_SECONDS
+
+
+class CannotRestart(OllamaCoordinatorError):
+    """The Ollama of an agent is not restarted; says why, and what to do."""
+
+    def __init__(self, agent: AgentState, reason: str) -> None:
+        super().__init__(f"{agent.name} is not restarted: {reason}")
 
 
 def _is_hung(held: Held) -> bool:

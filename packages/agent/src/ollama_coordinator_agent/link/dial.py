@@ -72,12 +72,12 @@ async def dial(
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
     request = f"GET {parts.path.rstrip('/')}{path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
-    context = _context(bool(certificate)) if secure else None
+    context = tls_context(bool(certificate)) if secure else None
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(DIAL_SECONDS):
         transport, answering = await loop.create_connection(_Answering, host, port, ssl=context)
         try:
-            if certificate and _shown(transport) != certificate:
+            if certificate and shown_certificate(transport) != certificate:
                 raise WrongCertificate("the certificate is another one")
             transport.write(request)
             head, rest = await answering.answer
@@ -89,7 +89,7 @@ async def dial(
 
 
 @cache
-def _context(is_pinned: bool) -> ssl.SSLContext:
+def tls_context(is_pinned: bool) -> ssl.SSLContext:
     """What connections are secured with; the caller compares a pinned certificate itself."""
     if not is_pinned:
         return ssl.create_default_context()
@@ -99,7 +99,7 @@ def _context(is_pinned: bool) -> ssl.SSLContext:
     return context
 
 
-def _shown(transport: asyncio.Transport) -> bytes:
+def shown_certificate(transport: asyncio.BaseTransport) -> bytes:
     """The SHA-256 of the server's certificate; empty without TLS."""
     secured = transport.get_extra_info("ssl_object")
     shown = None if secured is None else secured.getpeercert(binary_form=True)

@@ -32,7 +32,7 @@ RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id.")]
 agents = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    help="The fleet's agents: list, show, add, drain, resume, label, rename, prefer, rm.",
+    help="The fleet's agents: list, show, add, drain, resume, restart, label, rename, prefer, rm.",
 )
 requests = typer.Typer(
     add_completion=False,
@@ -155,6 +155,18 @@ async def resume(client: Client, agent: Agent, json: Json = False) -> None:
     """Give an agent requests again: one that was drained, or pauses by itself."""
     row = await _agent(client, agent)
     await _change(client, row["id"], json=json, draining=False, overruled=bool(row.get("paused")))
+
+
+@agents.command("restart")
+@asks
+async def restart(client: Client, agent: Agent, json: Json = False) -> None:
+    """Restart an Ollama that its agent started; refused while a request runs there."""
+    row = await _agent(client, agent)
+    row = await client.json("POST", f"/api/agents/{row['id']}/restart")
+    if json:
+        shown_json(row)
+        return
+    console().print(Text(f"{name_of(row)} restarts its Ollama at its next heartbeat"))
 
 
 @agents.command("label")

@@ -10,6 +10,7 @@ from ollama_coordinator_common.network import LOOPBACK, link_host, netloc, same_
 from ollama_coordinator_common.protocol import (
     AgentView,
     ByHand,
+    Finding,
     HealthReport,
     ModelStore,
     RegisterRequest,
@@ -183,8 +184,9 @@ class AgentState:
     `reached`: whether the last probe got a connection to it. `mark`: what tells it apart from those
     that are called as it is, see `Identities`. `foreign_bytes` is the memory that other programs
     take where models could be.
-    `reached`: whether the last probe got a connection to it. `listed_at` is when its Ollama itself
-    was asked for its models, and `outdated` what the report before had of them.
+    `listed_at` is when its Ollama itself was asked for its models, and `outdated` what the report
+    before had of them. `findings`: what its doctor found; `None`: not known yet. `restart_until`:
+    an operator has asked for a restart, which may begin until then.
     """
 
     id: AgentId
@@ -209,6 +211,8 @@ class AgentState:
     unlinked_at: float | None = None
     reached: bool = True
     mark: str = ""
+    findings: list[Finding] | None = None
+    restart_until: float | None = None
     foreign_bytes: int = 0
     _foreign_last: int = 0
 
@@ -223,6 +227,8 @@ class AgentState:
         if version != self.registration.ollama_version:
             self.registration = structs.replace(self.registration, ollama_version=version)
         self.report = report
+        if report.findings is not UNSET:
+            self.findings = report.findings
         if self.settings.overruled and report.paused is None:
             self.settings = structs.replace(self.settings, overruled=False)
         foreign = foreign_bytes(self)
@@ -371,10 +377,16 @@ class AgentState:
         if self.registration.link and not self.linked:
             return "its link is not open"
         if not self.ollama_running:
-            return "its Ollama does not answer"
+            return "its Ollama does not answer" + self._cause()
         if self.resting and self.cooldown is not None:
             return self.cooldown.reason
         return None
+
+    def _cause(self) -> str:
+        """What its doctor says of its Ollama, and what to do."""
+        known = (one for one in self.findings or () if one.check == "Ollama" and one.remedy)
+        found = next(known, None)
+        return "" if found is None else f" ({found.text}): {found.remedy}"
 
 
 def view_of(
@@ -427,6 +439,8 @@ def view_of(
         models=sorted(row.model.name for row in inventory.available.values()),
         broken_models=dict(inventory.broken),
         left_behind=report.left_behind if report else None,
+        findings=agent.findings or [],
+        owned=report.owned if report else False,
         loaded_models=sorted(row.model.name for row in inventory.loaded.values()),
     )
 

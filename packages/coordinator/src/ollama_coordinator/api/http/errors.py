@@ -19,6 +19,7 @@ from ollama_coordinator.access import Denied, UnknownJoinRequest, UnknownKey, Wr
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.aliases import AliasInTheWay, UnknownAlias, WrongAlias
 from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.model_probes import CannotRestart
 from ollama_coordinator.operations import (
     NoAgentForModel,
     OperationError,
@@ -89,6 +90,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     UnknownAlias: 404,
     AliasInTheWay: 409,
     TwoMachines: 409,
+    CannotRestart: 409,
     NotItsOllama: 409,
     UnknownJoinRequest: 404,
     DatabaseError: 503,

@@ -29,6 +29,7 @@ from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.journal import AgentEvent
+from ollama_coordinator.model_probes import ask_restart
 from ollama_coordinator.monitor import LIST_BYTES, InCircles, VersionReply
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentSettings, AgentState, Registration, place_of, url_of
@@ -375,6 +376,15 @@ class AgentsApi:
         log_event("agent settings changed", agent, changed=sorted(changes))
         self._dispatch.plan()
         return reply(self._view(agent))
+
+    @operation(gives={202: AgentView}, errors=(404, 409))
+    async def restart(self, request: Request) -> Response:
+        """Restart an Ollama that its agent started, where nothing runs; within some seconds."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        ask_restart(agent, self._dispatch)
+        tell(request.scope, agent.name)
+        log_event("restart of its Ollama asked for", agent)
+        return reply(self._view(agent), 202)
 
     @operation(gives={204: None}, errors=(404, 503))
     async def remove(self, request: Request) -> Response:

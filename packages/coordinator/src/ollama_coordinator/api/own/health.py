@@ -119,6 +119,7 @@ class HealthApi:
             log_after=UNSET if log_after is None else log_after,
             problem=self._problem(agent, now) or UNSET,
             restart=take_restart(agent, self._dispatch) or UNSET,
+            asks_findings=True if agent.findings is None else UNSET,
             reached=False if self._is_cut_off(agent) else UNSET,
         )
 

@@ -1,4 +1,4 @@
-/** What an operator does to an agent: drain, resume, rename, label, note, remove. */
+/** What an operator does to an agent: drain, resume, rename, label, note, restart, remove. */
 
 import { call, path } from "../api.js";
 import { h, icon } from "../dom.js";
@@ -15,6 +15,12 @@ export const drainVerb = (agent) => (agent.state === "paused" ? "Serve anyway" :
 export function drain(agent) {
   const draining = agent.state !== "draining" && agent.status !== "draining";
   return change(agent.id, { draining, overruled: !draining && Boolean(agent.paused) }, draining ? `${agent.name} gets no new requests` : `${agent.name} serves again`);
+}
+
+export async function restart(agent) {
+  const sure = await confirmed(`Restart the Ollama of ${agent.name}?`, "Its models leave its memory. It is restarted only if nothing runs there, and gets requests again once it answers.", "Restart");
+  if (!sure) return null;
+  return act(() => call("POST", `${address(agent.id)}/restart`), `${agent.name} restarts its Ollama at its next heartbeat`);
 }
 
 export async function edit(agent) {
@@ -50,7 +56,7 @@ export async function remove(agent) {
 
 /** A menu button for an agent that is looked up when it opens. */
 export function agentMenu(id) {
-  const button = h("button.small.end.dots-button", { "aria-label": "Actions", title: "Drain, edit, remove", "aria-haspopup": "menu", onclick: (event) => { event.stopPropagation(); open(button, id); } }, icon("more"));
+  const button = h("button.small.end.dots-button", { "aria-label": "Actions", title: "Drain, edit, restart, remove", "aria-haspopup": "menu", onclick: (event) => { event.stopPropagation(); open(button, id); } }, icon("more"));
   return button;
 }
 
@@ -60,6 +66,7 @@ function open(button, id) {
   const entries = [
     [drainVerb(agent), drain],
     ["Edit name, labels, machine", edit],
+    ...(agent.owned ? [["Restart its Ollama", restart]] : []),
     ["Remove", remove],
   ];
   const menu = h("div.menu", { role: "menu" }, entries.map(([label, action]) =>

@@ -9,7 +9,7 @@ import { store } from "../store.js";
 import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
 import { aboutText, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
-import { drain, drainVerb, edit, remove } from "../parts/agent-actions.js";
+import { drain, drainVerb, edit, remove, restart } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
 import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
@@ -24,12 +24,14 @@ class AgentView extends View {
     this.since = h("oc-since.muted");
     const agent = () => store.state.agents[this.argument];
     this.drainButton = h("button", { onclick: () => drain(agent()) }, "Drain");
+    this.restartButton = h("button", { onclick: () => restart(agent()), title: "Its agent started this Ollama" }, "Restart Ollama");
     const head = this.head(this.heading, this.pill, this.since, h("div.row.wrap.end", null, this.drainButton,
-      h("button", { onclick: () => edit(agent()) }, "Edit"),
+      h("button", { onclick: () => edit(agent()) }, "Edit"), this.restartButton,
       h("button.danger", { onclick: async () => { if (await remove(agent())) location.hash = "#/fleet"; } }, "Remove")));
     this.reason = h("p.notice.bad", { hidden: true });
     this.outdated = h("p.notice", { hidden: true });
     this.about = h("p.muted");
+    this.findings = h("ul.findings");
     this.labels = h("div.row.wrap");
     this.bars = memoryBars();
     this.slots = slotDots();
@@ -37,7 +39,7 @@ class AgentView extends View {
     this.models = h("tbody");
     this.requests = h("tbody");
     this.events = h("ol.events");
-    this.content = h("div.stack", null, this.reason, this.outdated, this.about, this.labels,
+    this.content = h("div.stack", null, this.reason, this.findings, this.outdated, this.about, this.labels,
       h("div.card.stack", null, this.bars, this.slots), h("dl.facts.card", null, Object.values(this.facts)),
       charts(this.stopping.signal, this.argument),
       h("h2.section", null, "Models"), box(["Model", "Size", "In memory", "Reads", "Writes", "Loads in", "At once", "Measured"], this.models),
@@ -68,6 +70,9 @@ class AgentView extends View {
     const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
+    this.restartButton.hidden = !agent.owned;
+    this.findings.hidden = !agent.findings.length;
+    this.findings.replaceChildren(...agent.findings.map(findingRow));
     this.outdated.hidden = !agent.outdated;
     setText(this.outdated, outdatedText(agent));
     setText(this.about, aboutText(agent));
@@ -103,6 +108,14 @@ function byHandText(told) {
   if (!told) return null;
   const gpu = told.gpu && (told.gpu === "none" ? "no GPU" : `GPU ${told.gpu}`);
   return [told.slots && `${count(told.slots)} slot${told.slots === 1 ? "" : "s"}`, told.memory_bytes && `${memory(told.memory_bytes)} for models`, gpu].filter(Boolean).join(", ");
+}
+
+const TONES = { failed: "bad", warning: "warn" };
+
+/** One thing that its doctor found, and what to do about it. */
+function findingRow(finding) {
+  return h("li", null, h(`span.pill${TONES[finding.level] ? `.${TONES[finding.level]}` : ""}`, null, finding.check),
+    h("div", null, h("p", null, finding.text), finding.remedy ? h("p.muted.small", null, `→ ${finding.remedy}`) : null));
 }
 
 function box(columns, body) {
