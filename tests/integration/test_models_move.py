@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from ollama_coordinator_agent import watch
 from ollama_coordinator_common.settings import AgentConfig
@@ -203,3 +204,66 @@ async def test_the_registry_needs_a_ticket_or_the_right_to_use_models(machines: 
         for asked in (f"{base}/manifests/latest", url, f"{coordinator.url}/v2"):
             async with session.get(asked) as answer:
                 assert (answer.status, "'use'" in await answer.text()) == (401, True)
+
+
+GIB = 1024**3
+
+
+@asynccontextmanager
+async def registry(size: int) -> AsyncIterator[str]:
+    """A model registry that says of every model that it has so many bytes; its host and port."""
+    layer = {"digest": "sha256:" + "a" * 64, "size": size, "mediaType": "m"}
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        return web.json_response({"layers": [layer]})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.spec("SURFACE-79")
+@pytest.mark.parametrize(
+    ("placement", "left_out"),
+    [
+        ("fitting", {"no-disk": "no room on its disk", "no-memory": "too little memory"}),
+        ("all", {"no-disk": "no room on its disk"}),
+        ("1", {}),
+        ("3", {"no-disk": "no room on its disk", "no-memory": "too little memory"}),
+    ],
+)
+async def test_a_machine_that_cannot_hold_a_model_gets_none_of_it(
+    placement: str, left_out: dict[str, str]
+) -> None:
+    async with registry(20 * GIB) as host, running(pull_placement=placement) as coordinator:
+        name = f"{host}/library/large:latest"
+        model = Model(name, size_bytes=20 * GIB)
+        async with AsyncExitStack() as stack:
+            ollamas = {}
+            memory_of = {"no-disk": (64, 5), "no-memory": (16, 500), "able": (64, 400)}
+            for machine, (memory, free) in memory_of.items():
+                ollama = await stack.enter_async_context(StandIn([], registry=[model]))
+                ollamas[machine] = ollama
+                agent_id = await coordinator.register(ollama, machine)
+                facts = {"memory_total_bytes": memory * GIB, "disk_free_bytes": free * GIB}
+                assert await coordinator.heartbeat(agent_id, **facts) == 200
+            lines = await progress(coordinator, "/api/pull", {"model": name, "insecure": True})
+            assert lines[-1] == {"status": "success"}
+            said = [str(line["status"]) for line in lines if "status" in line]
+            for machine, reason in left_out.items():
+                assert any(text.startswith(f"not on {machine}: {reason}") for text in said)
+                assert ollamas[machine].seen.count("/api/pull") == 0
+            assert ollamas["able"].seen.count("/api/pull") == 1
+            view = (await coordinator.get("/api/operations"))["operations"][0]
+            states = {one["agent"]: one["state"] for one in view["targets"]}
+            assert {one for one, state in states.items() if state == "left out"} == set(left_out)
+            again = await coordinator.post("/api/pull?placement=agents:no-disk", {
+                "model": name, "insecure": True,
+            })  # fmt: skip
+            assert again[0] == 503
+            assert "no machine has room" in again[1]["error"]

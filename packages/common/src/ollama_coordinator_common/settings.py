@@ -277,8 +277,8 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     )] = 15.0
     pull_placement: Annotated[str, Setting(
         "COORDINATOR_PULL_PLACEMENT", "Which agents get a model that is pulled or created",
-        metavar="all|NUMBER|label:NAME|agents:NAME,...", live=True,
-    )] = "all"
+        metavar="fitting|all|NUMBER|label:NAME|agents:NAME,...", live=True,
+    )] = "fitting"
     history_rows: Annotated[int, Setting(
         "COORDINATOR_HISTORY_ROWS", "How many finished requests to remember (never their texts)",
         unit="requests", bounds=(1, 1_000_000_000), live=True,

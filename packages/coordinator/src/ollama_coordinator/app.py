@@ -52,6 +52,7 @@ from .monitor import Monitor
 from .operations import (
     Blobs,
     Deferred,
+    ModelSizes,
     Operations,
     Placement,
     Remote,
@@ -95,7 +96,9 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     agent_store = AgentStore(registry, store, clock)
     monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
     queries = AgentQueries(registry, monitor, upstreams, clock)
-    targets = TargetChooser(registry, queries, Placement.parse(config.pull_placement))
+    targets = TargetChooser(
+        registry, queries, ModelSizes(upstreams, clock), Placement.parse(config.pull_placement)
+    )
     uploads = Uploads(
         uploads_folder(config.database_url), int(config.max_spool_gibibytes * GIBIBYTE)
     )

@@ -4,6 +4,7 @@ from .blobs import Blobs
 from .deferred import Deferred
 from .operation import Operation
 from .remote import Remote
+from .room import ModelSizes
 from .runner import Operations
 from .supply import FLEET
 from .targets import Chosen, Placement, TargetChooser, WrongPlacement, choose
@@ -29,6 +30,7 @@ __all__ = [
     "Deferred",
     "DeferredCommand",
     "FileWay",
+    "ModelSizes",
     "NoAgentForModel",
     "Operation",
     "OperationError",

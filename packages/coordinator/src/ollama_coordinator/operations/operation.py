@@ -185,6 +185,13 @@ class Operation:
         self.targets.update((target.agent_id, target) for target in new)
         return new
 
+    def leave_out(self, left_out: Iterable[tuple[AgentState, str]]) -> None:
+        """Agents that get nothing, and why: it is said at once."""
+        for agent, reason in left_out:
+            for target in self.add([agent]):
+                target.state, target.error = OperationState.LEFT_OUT, Refused(507, reason)
+                self.feed.publish([{"status": f"not on {agent.name}: {reason}"}])
+
     # ── what happens to its targets ───────────────────────────────────────────────────────────
 
     def begins(self, target: Target) -> None:

@@ -129,14 +129,15 @@ class Operations:
         *,
         placement: Placement | None = None,
         spare: Iterable[AgentState] = (),
+        left_out: Iterable[tuple[AgentState, str]] = (),
         detached: bool = False,
         resumed: bool = False,
     ) -> Operation:
         """Start a command on these agents; a pull joins one like it that is under way.
 
         It makes older commands for the model void (`is_void`). `spare` agents replace those that
-        fail. A `detached` operation continues when no client follows it, and after a restart. A
-        `resumed` one is older than all others.
+        fail, and those `left_out` have no room. A `detached` operation continues when no client
+        follows it, and after a restart. A `resumed` one is older than all others.
         """
         placement = placement if placement is not None else Placement()
         operation = None if resumed else self._pull_under_way(command, placement)
@@ -148,6 +149,7 @@ class Operations:
             self._running[operation.id] = operation
             self._add(operation, agents)
             operation.spare = list(spare)
+            operation.leave_out(left_out)
             operation.task = self._tasks.start(self._run(operation))
             log.info("operation started", extra=_facts(operation))
         elif placement.rule is not Rule.COUNT:

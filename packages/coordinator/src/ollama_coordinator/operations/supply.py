@@ -23,6 +23,7 @@ from ollama_coordinator_common.types import AgentId
 from .operation import Operation, Target
 from .progress import ProgressLine
 from .remote import Remote
+from .room import lacks_disk
 from .transfers import NoSource, Transfer, Transfers
 from .types import AgentCommand, OperationKind, OperationState, Refused
 
@@ -154,6 +155,8 @@ class Supply:
         row = agent.inventory.available.get(command.key)
         if row is not None and row.model.digest == digest:
             return
+        if reason := lacks_disk(agent, command.key, self._size(command.key)):
+            raise Refused(507, f"{NO_ROOM}: {reason}")
         failed: set[AgentId] = self._not_asked(command)
         for attempt in range(TRIES):
             transfer = None
@@ -183,6 +186,11 @@ class Supply:
             if row is not None:
                 return row.model.digest
         return None
+
+    def _size(self, key: str) -> int | None:
+        """The bytes of a model, of whichever copy is largest."""
+        rows = self._registry.models.copies(key).values()
+        return max((row.model.size for row in rows), default=0) or None
 
     def _not_asked(self, command: AgentCommand) -> set[AgentId]:
         """The agents that an operator's choice of one origin leaves out."""

@@ -1,6 +1,6 @@
 """Placements, and the agents that an operation runs on."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 
 from msgspec import Struct
@@ -9,11 +9,13 @@ from ollama_coordinator.agent_queries import AgentQueries
 from ollama_coordinator.registry import AgentState, Registry
 from ollama_coordinator.scheduler import ModelNotFound
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
-from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.names import ModelName, model_key
+from ollama_coordinator_common.types import AgentId
 
+from .room import ModelSizes, lacks_disk, lacks_memory
 from .types import NoAgentForModel
 
-EXPECTED = "give all, a number of agents, label:NAME, or agents:NAME,NAME"
+EXPECTED = "give fitting, all, a number of agents, label:NAME, or agents:NAME,NAME"
 
 
 class WrongPlacement(OllamaCoordinatorError):
@@ -26,6 +28,7 @@ class WrongPlacement(OllamaCoordinatorError):
 class Rule(Enum):
     """What a placement chooses by."""
 
+    FITTING = "fitting"
     ALL = "all"
     COUNT = "count"
     LABEL = "label"
@@ -33,7 +36,7 @@ class Rule(Enum):
 
 
 class Placement(Struct, frozen=True):
-    """Which agents get a model: all, a number, those with a label, or those named."""
+    """Which agents get a model: those that can hold it, all, a number, by label, by name."""
 
     rule: Rule = Rule.ALL
     count: int = 0
@@ -41,7 +44,7 @@ class Placement(Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> "Placement":
-        """Read `all`, `2`, `label:gpu` or `agents:first,second`.
+        """Read `fitting`, `all`, `2`, `label:gpu` or `agents:first,second`.
 
         Raises:
             WrongPlacement: the text is none of these.
@@ -51,6 +54,8 @@ class Placement(Struct, frozen=True):
         names = tuple(name.strip() for name in rest.split(",") if name.strip())
         if word.lower() in ("all", ""):
             return cls()
+        if word.lower() == "fitting":
+            return cls(Rule.FITTING)
         if word.isascii() and word.isdecimal() and 0 < len(word) < 7 and int(word):
             return cls(Rule.COUNT, count=int(word))
         if kind.lower() in ("label", "agents") and names:
@@ -60,8 +65,8 @@ class Placement(Struct, frozen=True):
     @property
     def text(self) -> str:
         """As `parse` reads it."""
-        if self.rule is Rule.ALL:
-            return "all"
+        if self.rule in (Rule.ALL, Rule.FITTING):
+            return str(self.rule.value)
         if self.rule is Rule.COUNT:
             return str(self.count)
         return f"{self.rule.value}:{','.join(self.names)}"
@@ -76,10 +81,14 @@ class Placement(Struct, frozen=True):
 
 
 class Chosen(Struct, frozen=True):
-    """The chosen agents, and the spare ones that replace those that fail."""
+    """The chosen agents, and the spare ones that replace those that fail.
+
+    `left_out`: the agents that would have been chosen, and why they are not.
+    """
 
     chosen: Sequence[AgentState]
     spare: Sequence[AgentState] = ()
+    left_out: Sequence[tuple[AgentState, str]] = ()
 
 
 def choose(
@@ -90,9 +99,10 @@ def choose(
 ) -> Chosen:
     """Choose among the agents; `holders` have some content under the model's name already.
 
-    `all` and a number always include the holders, also beyond the number: otherwise two contents
-    of one name would remain. A number is filled up with reachable agents, those with the most free
-    disk first. The other rules include agents that are away: they get the model when they are back.
+    `fitting`, `all` and a number always include the holders, also beyond the number: otherwise
+    two contents of one name would remain. A number is filled up with reachable agents, those with
+    the most free disk first. The other rules include agents that are away: they get the model when
+    they are back.
     """
     matching = [agent for agent in agents if placement.matches(agent)]
     if placement.rule is not Rule.COUNT:
@@ -121,8 +131,11 @@ PUSH_LABEL = "push"
 class TargetChooser:
     """Applies placements to the fleet as it is now; `default` is the operator's placement."""
 
-    def __init__(self, registry: Registry, queries: AgentQueries, default: Placement) -> None:
+    def __init__(
+        self, registry: Registry, queries: AgentQueries, sizes: ModelSizes, default: Placement
+    ) -> None:
         self._registry = registry
+        self._sizes = sizes
         self._queries = queries
         self.default = default
 
@@ -130,15 +143,57 @@ class TargetChooser:
         """Every agent, online or not, that has some content under this routing key."""
         return [self._registry.get(agent_id) for agent_id in self._registry.models.copies(key)]
 
-    def for_pull(self, name: str, placement: Placement) -> Chosen:
-        """The agents that pull a model.
+    async def for_pull(
+        self, name: str, placement: Placement, *, insecure: bool = False, origin: str = ""
+    ) -> Chosen:
+        """The agents that pull a model: of those that the placement means, those with room for it.
+
+        A machine that an operator names or labels need not have the memory to run it. Whoever has
+        some content of it already is not left out for that either.
 
         Raises:
-            NoAgentForModel: none of them can be reached now.
+            NoAgentForModel: none of them has room, or can be reached now.
         """
-        everybody = list(self._registry)
-        reachable = self._queries.reachable(everybody)
-        found = choose(placement, everybody, self.copies(model_key(name)), reachable)
+        key = model_key(name)
+        holders = self.copies(key)
+        if origin:
+            size = max((a.inventory.available[key].model.size for a in holders), default=0) or None
+        else:
+            parsed = ModelName.parse(name)
+            size = await self._sizes.size(parsed, holders, insecure=insecure)
+        wants_memory = placement.rule in (Rule.FITTING, Rule.COUNT)
+        why_not: dict[AgentId, str] = {}
+        for agent in self._registry:
+            memory = wants_memory and agent not in holders and lacks_memory(agent, size)
+            if reason := lacks_disk(agent, key, size) or memory or "":
+                why_not[agent.id] = reason
+        found = self._chosen(placement, list(self._registry), holders, why_not)
+        if not found.chosen and found.left_out:
+            reasons = "; ".join(f"{agent.name}: {reason}" for agent, reason in found.left_out)
+            raise NoAgentForModel(f"no machine has room for {name}: {reasons}")
+        self._check(found.chosen, placement)
+        return found
+
+    def _chosen(
+        self,
+        placement: Placement,
+        agents: Sequence[AgentState],
+        holders: Collection[AgentState],
+        why_not: Mapping[AgentId, str],
+    ) -> Chosen:
+        reachable = self._queries.reachable(agents)
+        fitting = [agent for agent in agents if agent.id not in why_not]
+        found = choose(placement, fitting, holders, reachable)
+        if placement.rule is Rule.COUNT and len(found.chosen) >= placement.count:
+            return found
+        wanted = choose(placement, agents, holders, reachable)
+        lacking = [agent for agent in (*wanted.chosen, *wanted.spare) if agent.id in why_not]
+        left_out = [(agent, why_not[agent.id]) for agent in lacking]
+        return Chosen(found.chosen, found.spare, left_out)
+
+    def _for_new(self, name: str, placement: Placement) -> Chosen:
+        """The agents that make a model whose size nobody knows."""
+        found = self._chosen(placement, list(self._registry), self.copies(model_key(name)), {})
         self._check(found.chosen, placement)
         return found
 
@@ -156,12 +211,12 @@ class TargetChooser:
             NoAgentForModel: none of them can be reached now.
         """
         if not source:
-            return self.for_pull(name, placement)
+            return self._for_new(name, placement)
         try:
             await self._queries.holders(source)
         except (ModelNotFound, InvalidModelName):
             # Ollama pulls a source that it lacks by itself, and says what is no name.
-            return self.for_pull(name, placement)
+            return self._for_new(name, placement)
         holders = self._registry.holders(model_key(source))
         reachable = self._queries.reachable(holders)
         found = choose(placement, holders, self.copies(model_key(name)), reachable)
@@ -216,5 +271,5 @@ class TargetChooser:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(away.items()))
         if not reasons:
             raise NoAgentForModel("no agent is registered yet")
-        which = "" if placement.rule is Rule.ALL else f" of '{placement.text}'"
+        which = "" if placement.rule in (Rule.ALL, Rule.FITTING) else f" of '{placement.text}'"
         raise NoAgentForModel(f"no agent{which} can be reached ({reasons})")

@@ -85,6 +85,8 @@ class OperationState(Enum):
     PENDING = "pending"
     """Deferred: the operation ends without this agent, which does its part when it is back."""
     CANCELLED = "cancelled"
+    LEFT_OUT = "left out"
+    """The agent has no room for the model, or could not run it: nothing was begun there."""
 
     @property
     def is_over(self) -> bool:

@@ -300,8 +300,9 @@ class AgentState:
 
         The agent reads its own only now and then.
         """
-        recent = now - self.listed_at < LISTED_SECONDS
-        return recent and bool(self.outdated) and self._tags(report) == self.outdated
+        if self._tags(report) != self.outdated or now - self.listed_at >= LISTED_SECONDS:
+            self.outdated = b""
+        return bool(self.outdated)
 
     @staticmethod
     def _tags(report: HealthReport | None) -> bytes:

@@ -12,6 +12,7 @@ from .error import (
 )
 from .explain import Decision
 from .export import Estimate, Learned, Prospect
+from .memory import main_memory_of, predicted_bytes
 from .policies import create_scheduler
 from .predicted import PredictedScheduler
 from .protocol import Scheduler, Waiting
@@ -58,4 +59,6 @@ __all__ = [
     "Timings",
     "Waiting",
     "create_scheduler",
+    "main_memory_of",
+    "predicted_bytes",
 ]

@@ -110,6 +110,14 @@ def memory_of(agent: AgentState) -> int | None:
     return max(total - agent.foreign_bytes, 1) if total else None
 
 
+def main_memory_of(agent: AgentState) -> int | None:
+    """All the memory that a model may take, of GPUs and beside them; `None` is unknown."""
+    if agent.settings.memory_bytes is not None:
+        return agent.settings.memory_bytes
+    main = (agent.report.memory_total_bytes if agent.report is not None else None) or 0
+    return agent.gpu_bytes + int(main * MEMORY_SHARE_WITHOUT_GPU) or None
+
+
 def predicted_bytes(disk_bytes: int) -> int:
     """The memory that a model never seen loaded will probably take."""
     return int(disk_bytes * OVERHEAD_FACTOR) + OVERHEAD_BYTES

@@ -60,7 +60,7 @@ class TransferApi:
         tell(request.scope, name)
         command = AgentCommand.pull(name, insecure=insecure)
         placement = placement_of(request, self._targets.default)
-        found = self._targets.for_pull(name, placement)
+        found = await self._targets.for_pull(name, placement, insecure=insecure)
         return self._respond(request, command, placement, found, stream=stream)
 
     async def push(self, request: Request) -> ProgressResponse:
@@ -181,6 +181,7 @@ class TransferApi:
             found.chosen,
             placement=placement,
             spare=found.spare,
+            left_out=found.left_out,
             detached=_wants_detached(request),
         )
         return ProgressResponse(self._operations, operation, stream=stream)

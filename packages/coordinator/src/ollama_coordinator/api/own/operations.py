@@ -130,7 +130,9 @@ class OperationsApi:
             case OperationKind.PULL:
                 if wanted.origin:
                     self._check_origin(wanted, await copies(self._parts, wanted.model))
-                found = self._targets.for_pull(wanted.model, placement)
+                found = await self._targets.for_pull(
+                    wanted.model, placement, insecure=wanted.insecure, origin=wanted.origin
+                )
                 command = AgentCommand.pull(
                     wanted.model, insecure=wanted.insecure, origin=wanted.origin
                 )
@@ -185,5 +187,10 @@ class OperationsApi:
 
     def _begin(self, command: AgentCommand, found: Chosen, placement: Placement) -> Operation:
         return self._operations.start(
-            command, found.chosen, placement=placement, spare=found.spare, detached=True
+            command,
+            found.chosen,
+            placement=placement,
+            spare=found.spare,
+            left_out=found.left_out,
+            detached=True,
         )

@@ -17,6 +17,7 @@ const STATES = {
   partial: { label: "Done in part", tone: "warn", icon: "resting" },
   failed: { label: "Failed", tone: "bad", icon: "close" },
   pending: { label: "When it returns", tone: "warn", icon: "history" },
+  "left out": { label: "Left out", tone: "warn", icon: "resting" },
   cancelled: { label: "Cancelled", tone: "", icon: "stop" },
 };
 const VERBS = { pull: "Pull", push: "Push", create: "Create", copy: "Copy", delete: "Delete", load: "Load", unload: "Unload" };

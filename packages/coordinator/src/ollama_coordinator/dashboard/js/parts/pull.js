@@ -10,7 +10,7 @@ import { act } from "./toast.js";
 
 /** A runner needs its weights, and about so much more with a small context. */
 const RUNNER_FACTOR = 1.15;
-const RULES = [["", "As the coordinator is set"], ["all", "Every machine"], ["1", "One, with the most free disk"], ["2", "Two"], ["3", "Three"], ["these", "These:"]];
+const RULES = [["", "As the coordinator is set"], ["fitting", "Every machine that can hold it"], ["all", "Every machine"], ["1", "One, with the most free disk"], ["2", "Two"], ["3", "Three"], ["these", "These:"]];
 
 /**
  * Whether a model of a size fits on an agent: on its disk, and into which memory. Facts that an agent
