@@ -353,3 +353,62 @@ async def test_an_agent_that_is_killed_is_gone_at_once(machines: Machines) -> No
         *_, last = (await out.read()).splitlines()
         assert "error" in json.loads(last)
         assert time.monotonic() - began < 1
+
+
+CARD = """
+import socket
+card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
+own = open("/sys/class/net/cable/address").read().strip()
+wanted = b"\\xff" * 6 + bytes.fromhex(own.replace(":", "")) * 16
+print("listens", flush=True)
+while wanted not in card.recv(2000):
+    pass
+print("magic packet", flush=True)
+"""
+"""A network card: it sees what the firewall of a machine that sleeps does not."""
+
+
+@pytest.mark.spec("FLEET-81")
+@pytest.mark.spec("FLEET-82")
+@pytest.mark.spec("FLEET-83")
+async def test_a_machine_that_went_away_is_woken_by_its_network_and_serves(
+    network: Network, tmp_path: Path
+) -> None:
+    machines = Machines(network, tmp_path)
+    network.unfilter("shut")
+    for place, address in ((network.center, COORDINATOR), (network.machine, MACHINE)):
+        _run("ip", "-n", place, "address", "del", f"{address}/24", "dev", "cable")
+        _run("ip", "-n", place, "address", "add", f"{address}/24", "brd", "+", "dev", "cable")
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / f"agent-{OLLAMA_PORT}.json").write_text('{"slept": true}')
+    ollama = [sys.executable, "-m", "support.ollama", "--port", str(OLLAMA_PORT)]
+    path = str(Path(__file__).parents[1])
+    async with (
+        machines.run(
+            network.center,
+            "coordinator",
+            programs.command("ollama-coordinator"),
+            COORDINATOR_HOST=COORDINATOR,
+            COORDINATOR_PORT=str(PORT),
+            AGENT_TIMEOUT="3",
+            DATABASE_URL=f"sqlite:///{tmp_path}/coordinator.db",
+        ) as coordinator,
+        machines.run(
+            network.machine, "ollama", *ollama, "--model", "llama3.2=5e9", PYTHONPATH=path
+        ),
+    ):
+        await coordinator.says("coordinator listens")
+        world = [sys.executable, "-m", "support.agent_world", f"http://{COORDINATOR}:{PORT}"]
+        world += [str(OLLAMA_PORT), str(state)]
+        async with machines.run(network.machine, "agent", *world, PYTHONPATH=path):
+            await coordinator.says("agent registered")
+            async with machines.run(network.machine, "card", sys.executable, "-c", CARD) as card:
+                await card.says("listens")
+                network.filter(DEAF)
+                await coordinator.says("agent sleeps")
+                async with machines.client(1) as out:
+                    await card.says("magic packet")
+                    network.unfilter("deaf")
+                    assert await out.readline()
+        assert "was not woken" not in coordinator.output

@@ -256,3 +256,16 @@ class OllamaProgram:
             return []
         lines = self._starts.read_bytes().splitlines()
         return [msgspec.json.decode(line, type=Start) for line in lines]
+
+
+async def _main(url: str, port: str, folder: str) -> None:
+    config = AgentConfig(
+        coordinator_url=url, ollama_port=int(port), machine_name="desk", state_dir=Path(folder),
+        manage_ollama=False, transport="direct",
+    )  # fmt: skip
+    async with running(config):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":  # an agent in a process of its own, with the pace of tests
+    asyncio.run(_main(*sys.argv[1:]))

@@ -74,7 +74,7 @@ LAYERS = (
     {"operations"},
     {"agent_queries"},
     {"journal", "monitor", "commands"},
-    {"model_probes", "traces"},
+    {"model_probes", "traces", "wake"},
     {"aliases", "dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster", "tls", "identity"},
     {"registry", "db", "http1", "aio", "agent_logs", "batches", "link", "agent_wheels"},

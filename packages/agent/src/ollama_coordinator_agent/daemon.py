@@ -35,6 +35,7 @@ from .reach import Offer, Reach, Transport
 from .recent import Logs
 from .settings import machine_name
 from .state import StateFolder
+from .suspend import ASK_AGAIN_SECONDS, Gap, is_ending, seconds_asleep, until_announced
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,9 @@ class Daemon:
         self._ask_reached_at = self._linked_at = 0.0  # by the event loop's clock
         self._paused: str | None = None
         self._decided = asyncio.Event()  # whether this machine serves was found out
+        self._awake = asyncio.Event()  # no goodbye was said before sleep
+        self._awake.set()
+        self._gap = Gap()
 
     async def run(self) -> None:
         """Report until cancelled; then say goodbye, and only then end Ollama and the relay."""
@@ -91,6 +95,8 @@ class Daemon:
             self._tasks = tasks
             tasks.create_task(self.parts.watch.run())
             tasks.create_task(self.parts.reach.run())
+            tasks.create_task(forever(self._look_for_sleep))
+            tasks.create_task(forever(self._wait_for_sleep))
             if self.parts.availability.is_limited:
                 tasks.create_task(forever(self._look_at_owner))
             tasks.create_task(self.parts.models.run())
@@ -129,8 +135,35 @@ class Daemon:
             log.info(f"takes no new requests: {paused}" if paused else "takes requests again")
         return self._pace.availability
 
+    async def _look_for_sleep(self) -> float:
+        """See that the machine has slept: it is remembered, and reported at once."""
+        if slept := self._gap.note(seconds_asleep()):
+            log.info("this machine slept", extra={"seconds": round(slept)})
+            self.parts.state.remember(slept=True)
+            self._awake.set()
+            self.parts.changed.set()
+        return self._pace.look
+
+    async def _wait_for_sleep(self) -> float:
+        """Say goodbye before the machine sleeps or is switched off, where that is announced."""
+        if not await until_announced(self._go_to_sleep):
+            return ASK_AGAIN_SECONDS
+        try:
+            async with asyncio.timeout(self._pace.falls_asleep):
+                await self._awake.wait()
+        except TimeoutError:
+            log.info("this machine stays awake")
+        self._awake.set()
+        self.parts.changed.set()
+        return 0.0
+
+    async def _go_to_sleep(self) -> None:
+        self._awake.clear()
+        await self._say_goodbye()
+
     async def _one_registration(self) -> float:
         """Register, then report until the coordinator forgets us or what was registered changes."""
+        await self._awake.wait()
         try:
             await self.parts.coordinators.choose()
             request = self._request(await self.parts.reach.refresh())
@@ -197,6 +230,7 @@ class Daemon:
         self._ask_reached_at = loop.time()
         while self._request(self.parts.reach.offer) == registered:
             self.parts.changed.clear()
+            await self._awake.wait()
             if link is not None and link.has_ended:
                 raise LinkLost
             if self.parts.reach.has_moved():
@@ -274,9 +308,10 @@ class Daemon:
             return
         try:
             async with asyncio.timeout(self._pace.goodbye):
+                asleep = not self._awake.is_set() or await asyncio.to_thread(is_ending)
                 link = self._link
                 channel = self.parts.client if link is None or link.has_ended else link
-                await channel.report(self._report(self.agent_id, leaving=True))
+                await channel.report(self._report(self.agent_id, leaving=True, asleep=asleep))
         except (CoordinatorError, TimeoutError) as exc:
             log.warning("left without a goodbye", extra={"reason": str(exc) or "timed out"})
         else:
@@ -368,9 +403,14 @@ class Daemon:
             previous_instance_id=self._previous_instance_id,
             platform=f"{platform.system()} {platform.release()} {platform.machine()}",
             link=self.parts.transport.is_link,
+            sleeps=self.parts.state.last_run.slept,
+            mac=offer.wake.mac,
+            broadcast=offer.wake.broadcast,
         )
 
-    def _report(self, agent_id: AgentId, *, leaving: bool = False) -> HealthReport:
+    def _report(
+        self, agent_id: AgentId, *, leaving: bool = False, asleep: bool = False
+    ) -> HealthReport:
         facts, readings = self.parts.watch.facts, self.parts.meter.latest
         lists, findings = {"tags": facts.tags, "ps": facts.ps}, self._findings()
         self.parts.meter.gpus.model_bytes = facts.ps.gpu_bytes if facts.ps else 0
@@ -391,6 +431,7 @@ class Daemon:
             broken_models=facts.disk.broken,
             left_behind=facts.left_behind,
             leaving=leaving,
+            asleep=asleep,
             paused=self._paused,
             instance_id=self._instance_id,
             store=self.parts.models.store(linked=self.parts.transport.is_link),

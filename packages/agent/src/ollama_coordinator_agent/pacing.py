@@ -47,6 +47,9 @@ class AgentPace(Struct, frozen=True, kw_only=True):
     availability: float = 5.0
     """Between looks at whether this machine serves now."""
 
+    falls_asleep: float = 15.0
+    """How long nothing is reported after a goodbye before sleep: then it stays awake after all."""
+
     tags: float = 2.0
     output: float = 10.0
     """Between looks at the models on disk, and at the size of the server's output."""

@@ -13,6 +13,7 @@ from ollama_coordinator_common.settings import AgentConfig
 from .pacing import AgentPace, Reminder, forever
 from .relay import TcpRelay
 from .state import StateFolder
+from .suspend import WakeAddress, wake_address
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,14 @@ class Transport:
 
 
 class Offer(Struct, frozen=True):
-    """Where the coordinator is to connect; without a relay, to Ollama's own port."""
+    """Where the coordinator is to connect; without a relay, to Ollama's own port.
+
+    `wake` is where it wakes the machine.
+    """
 
     ip_address: str
     relay_port: int | None = None
+    wake: WakeAddress = WakeAddress()
 
 
 class Reach:
@@ -141,7 +146,8 @@ class Reach:
         address = self._config.ip_address or local_address(addresses, self._coordinator[1])
         if address is None:
             return None
-        return Offer(address, await self._relay_port(address))
+        wake = await asyncio.to_thread(wake_address, address)
+        return Offer(address, await self._relay_port(address), wake)
 
     async def _coordinator_addresses(self) -> list[str]:
         try:

@@ -111,6 +111,7 @@ class ChildRecord(Struct, frozen=True):
 class LastRun(Struct, frozen=True):
     """What the agent of one Ollama knows of its last run; `linked`: it was reached by a link.
 
+    `slept`: the machine was seen to sleep.
     `coordinator` is the id of the one that it found, which was at `coordinator_url` last.
     """
 
@@ -119,6 +120,7 @@ class LastRun(Struct, frozen=True):
     relay_port: int | None = None
     models_port: int | None = None
     linked: bool = False
+    slept: bool = False
     coordinator: str | None = None
     coordinator_url: str | None = None
     child: ChildRecord | None = None

@@ -29,13 +29,19 @@ Word = Annotated[str, Meta(max_length=256)]
 """A version or the name of a platform."""
 
 
+Mac = Annotated[str, Meta(pattern="^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
+"""The number of a network card, which a magic packet has."""
+
+
 class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     """`POST /api/agents`: this machine offers its Ollama to the fleet.
 
     `machine_id` is a random id on the agent's disk: a machine with another name or address keeps
     it. `relay_port` is the agent's own port where Ollama listens on loopback only; the coordinator
     connects to it in place of `ollama_port`. `link`: the coordinator does not reach that port, and
-    the agent opens a link. `instance_id` is new in every agent process, `previous_instance_id` is
+    the agent opens a link. `sleeps`: the machine was seen to sleep. `mac` is the network card that
+    faces the coordinator, `broadcast` the address of all machines on its network: there the
+    coordinator wakes it. `instance_id` is new in every agent process, `previous_instance_id` is
     that of the run before on the same disk: they distinguish copies of one disk. `url` is that of
     an Ollama without an agent that an operator added; no agent sends it.
     """
@@ -52,6 +58,9 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     previous_instance_id: Annotated[str, Meta(max_length=128)] | None = None
     link: bool = False
     url: Annotated[str, Meta(max_length=2000)] | None = None
+    sleeps: bool = False
+    mac: Mac | None = None
+    broadcast: Annotated[str, Meta(max_length=45)] | None = None
 
     def __post_init__(self) -> None:
         for name in ("machine_name", "ollama_version", "agent_version", "platform"):
@@ -139,6 +148,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     takes no new requests now, by its own schedule or for its owner. `store`: models can be
     brought from this machine, or to it. `findings` are those of the doctor that are not ok, when
     they have changed or were asked for. `owned`: the agent started this Ollama, and may restart it.
+    `asleep`, with `leaving`: the machine goes to sleep or is switched off.
     """
 
     agent_id: AgentId
@@ -164,6 +174,7 @@ class HealthReport(Struct, frozen=True, omit_defaults=True):
     store: ModelStore | UnsetType = UNSET
     findings: Annotated[list[Finding], Meta(max_length=64)] | UnsetType = UNSET
     owned: bool = False
+    asleep: bool = False
 
     def __post_init__(self) -> None:
         check_printable("ollama_version", self.ollama_version)
@@ -272,7 +283,9 @@ class AgentView(Struct, frozen=True):
     `name` is the display name or the machine's, with what tells it apart where another agent is
     called the same.
     `foreign_memory_bytes` is what other programs take where models could be. `paused` is why its
-    machine takes no new requests by itself; where that is `overruled`, it gets them.
+    machine takes no new requests by itself; where that is `overruled`, it gets them. `asleep`: it
+    is offline as machines that sleep are; `waking`: it was sent a magic packet and has time to
+    come.
     """
 
     id: AgentId
@@ -306,6 +319,9 @@ class AgentView(Struct, frozen=True):
     foreign_memory_bytes: int = 0
     paused: str | None = None
     overruled: bool = False
+    asleep: bool = False
+    waking: bool = False
+    mac: str | None = None
     models: list[str] = []
     broken_models: dict[str, str] = {}
     left_behind: str | None = None

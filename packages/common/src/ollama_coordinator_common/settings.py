@@ -234,6 +234,17 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
     agent_timeout: Annotated[float, _seconds(
         "AGENT_TIMEOUT", "How long an agent may be silent before it counts as offline",
     )] = 60.0
+    wake_patience: Annotated[float, Setting(
+        "COORDINATOR_WAKE_PATIENCE",
+        "How long a request waits for a machine that sleeps and is woken for it",
+        unit="s", bounds=(1, 3600), zero="to wake none", live=True,
+    )] = 90.0
+    wake_to: Annotated[tuple[str, ...], Setting(
+        "COORDINATOR_WAKE_TO",
+        "Addresses, split by commas, with or without a port, where magic packets go; the broadcast"
+        " address of a machine's network if not given",
+        metavar="LIST",
+    )] = ()
     health_check_interval: Annotated[float, _seconds(
         "HEALTH_CHECK_INTERVAL",
         "How often to ask agents that do not report their models by themselves",

@@ -68,6 +68,7 @@ from .settings import Settings
 from .tls import Tls
 from .traces import Traces
 from .upstream import Upstreams
+from .wake import Waker
 
 SPARKLINES_SECONDS = 60.0
 """How often they are saved while serving: they are no more than the last minutes."""
@@ -94,7 +95,9 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     observation = Observation(dispatch, store, limits, status_of=status_of)
     observation.sampler.usage = config.usage
     agent_store = AgentStore(registry, store, clock)
-    monitor = Monitor(dispatch, upstreams, agent_store, interval=config.health_check_interval)
+    waker = Waker(dispatch, seconds=config.wake_patience, places=config.wake_to)
+    interval = config.health_check_interval
+    monitor = Monitor(dispatch, upstreams, agent_store, waker, interval=interval)
     queries = AgentQueries(registry, monitor, upstreams, clock)
     targets = TargetChooser(
         registry, queries, ModelSizes(upstreams, clock), Placement.parse(config.pull_placement)

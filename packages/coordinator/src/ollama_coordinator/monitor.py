@@ -21,6 +21,7 @@ from .dispatch import Dispatch, Held
 from .model_probes import ModelProbes
 from .registry import AgentState, shown_capabilities, shown_content
 from .upstream import TimedOut, Unreachable, Upstreams, bearer
+from .wake import Waker
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Monitor:
     """Watches the agents; `run` is its loop, the other methods may be called at any time.
 
     `interval` is the time in seconds between questions to agents that report no models. `models`
-    probes models.
+    probes models, `waker` wakes machines.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Monitor:
         dispatch: Dispatch,
         upstreams: Upstreams,
         agent_store: AgentStore,
+        waker: Waker,
         *,
         interval: float,
     ) -> None:
@@ -105,6 +107,7 @@ class Monitor:
         self._clock = dispatch.clock
         self._upstreams = upstreams
         self._agent_store = agent_store
+        self.waker = waker
         self.interval = interval
         self._probes: dict[AgentId, asyncio.Task[None]] = {}
         self._silent: dict[AgentId, tuple[int, float]] = {}  # failed probes in a row, last probe
@@ -163,14 +166,8 @@ class Monitor:
             agent, is_answering = held.agent, held.began_at is not None
             if is_answering and held.progress_at > agent.heard_at and not agent.left:
                 self._registry.heard(agent, held.progress_at)
-        for agent in self._registry.expire(now):
-            silent_seconds = round(now - agent.heard_at)
-            log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
-            self._dispatch.plan()
-        for agent in self._registry.forgettable(now):
-            log.warning("agent forgotten: it never answered", extra=_facts(agent, url=agent.url))
-            self._registry.remove(agent.id)
-            tasks.create_task(self._agent_store.forget(agent.id))
+        self._note_gone(tasks, now)
+        self.waker.look(now)
         self.models.look(tasks, now)
         self._dispatch.take_back()
         silent = self._silent_agents(now)
@@ -191,6 +188,19 @@ class Monitor:
         is_reachable = partial(self._registry.is_reachable, now=now)
         for agent, key in self._registry.models.to_show(is_reachable):
             tasks.create_task(self._ask_content(agent, key))
+
+    def _note_gone(self, tasks: asyncio.TaskGroup, now: float) -> None:
+        """Agents that went offline, and those behind which nothing ever answered."""
+        for agent in self._registry.expire(now):
+            silent_seconds = round(now - agent.heard_at)
+            log.warning("agent offline", extra=_facts(agent, silent_seconds=silent_seconds))
+            if agent.registration.sleeps:
+                tasks.create_task(self._judge_silence(agent))
+            self._dispatch.plan()
+        for agent in self._registry.forgettable(now):
+            log.warning("agent forgotten: it never answered", extra=_facts(agent, url=agent.url))
+            self._registry.remove(agent.id)
+            tasks.create_task(self._agent_store.forget(agent.id))
 
     def _probed(self, agent_id: AgentId, task: asyncio.Task[None]) -> None:
         del self._probes[agent_id]
@@ -314,6 +324,31 @@ class Monitor:
             silent = held.agent is agent and now - held.progress_at >= SILENCE_SECONDS
             if silent and failures >= (SILENT_PROBES if held.began_at is None else STALLED_PROBES):
                 yield held
+
+    async def _judge_silence(self, agent: AgentState) -> None:
+        """One that is known to sleep, and fell silent, sleeps if nothing at all answers there.
+
+        A machine that refuses a connection, or accepts it, is awake. Nothing can be asked where it
+        is reached by a link alone.
+        """
+        where = agent.registration
+        try:
+            if not where.link:
+                async with self._clock.timeout(PROBE_SECONDS):
+                    port = where.relay_port or where.ollama_port
+                    _, writer = await asyncio.open_connection(where.ip_address, port)
+                writer.close()
+                return
+        except ConnectionError:
+            return
+        except (OSError, UnicodeError) as exc:  # a TimeoutError is one
+            log.debug("nothing answers", extra=_facts(agent, reason=str(exc)))
+        now = self._clock.now()
+        if self._registry.find(agent.id) is agent and not self._registry.is_online(agent, now):
+            agent.asleep = True
+            self._registry.changes += 1
+            log.info("agent sleeps", extra=_facts(agent))
+            self._dispatch.plan()
 
     # ── models of agents that do not report them ──────────────────────────────────────────────
 

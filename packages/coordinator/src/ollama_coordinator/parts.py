@@ -78,6 +78,7 @@ class Parts(Struct, kw_only=True, eq=False):
         config = self.settings.config
         self.registry.agent_timeout = config.agent_timeout
         self.scheduler.max_queue = config.max_queue
+        self.monitor.waker.seconds = config.wake_patience
         self.monitor.interval = config.health_check_interval
         self.observation.limits.rows = config.history_rows
         self.observation.limits.days = config.history_days

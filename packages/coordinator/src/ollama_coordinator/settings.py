@@ -24,6 +24,7 @@ from .aio import loop_of
 from .db import Store, database_of
 from .operations import Placement, WrongPlacement
 from .tls import files_of
+from .wake import place_of
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,14 @@ def _check_placement(text: str) -> None:
         raise ConfigError(TABLE["pull_placement"].variable, text, str(exc)) from exc
 
 
+def _is_place(text: str) -> bool:
+    try:
+        place_of(text)
+    except ValueError:
+        return False
+    return True
+
+
 CHECKS: Mapping[str, Callable[[Any], object]] = {
     "database_url": database_of,
     "pull_placement": _check_placement,
@@ -106,6 +115,9 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
         "user_header", _HEADER.fullmatch, "give names of headers such as X-User, split by commas"
     ),
     "tls": files_of,
+    "wake_to": _check_each(
+        "wake_to", _is_place, "give IP addresses such as 192.168.1.255 or 192.168.1.255:9"
+    ),
     "join_token": lambda text: token_in(text) if text else None,
     "trusted_proxies": partial(networks, "COORDINATOR_TRUSTED_PROXIES"),
     "trusted_networks": partial(networks, "COORDINATOR_TRUSTED_NETWORKS"),

@@ -85,6 +85,7 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("PATCH", "/api/agents/{agent_id}", OPERATE, agents.change),
         Endpoint("DELETE", "/api/agents/{agent_id}", OPERATE, agents.remove),
         Endpoint("POST", "/api/agents/{agent_id}/restart", OPERATE, agents.restart),
+        Endpoint("POST", "/api/agents/{agent_id}/wake", OPERATE, agents.wake),
         Endpoint("GET", "/api/agents/{agent_id}/details", WATCH, agents.details),
         Endpoint("GET", "/api/agents/{agent_id}/log", OPERATE, agents.log),
         Endpoint("POST", "/api/agents/{agent_id}/log", JOIN, agents.take_log),

@@ -89,7 +89,7 @@ class Concerns:
             text += f" {asked.fingerprint}. Admit or refuse it on the Fleet page."
             name, severity = f"join:{asked.id}", Severity.NOTE
             yield Concern(name, "join", severity, asked.machine_name, text)
-        if agents and not any(self._registry.is_routable(agent, now) for agent in agents):
+        if agents and not any(self._serves(agent, now) for agent in agents):
             text = "No machine gets requests. Start one, or see below why each is out."
             yield Concern("fleet", "fleet", Severity.CRITICAL, "Fleet", text)
         yield from self._of_the_queue()
@@ -109,6 +109,11 @@ class Concerns:
                 yield Concern(f"alias:{alias.name}", "alias", Severity.WARNING, alias.name, text)
         self._forget()
 
+    def _serves(self, agent: AgentState, now: float) -> bool:
+        """Whether it gets requests, or is woken for them."""
+        wakes = self._registry.wake_seconds > 0 and agent.can_wake(now)
+        return wakes or self._registry.is_routable(agent, now)
+
     def _of_the_queue(self) -> Iterator[Concern]:
         waiting = self._journal.waiting()
         if waiting >= LONG_QUEUE:
@@ -121,7 +126,7 @@ class Concerns:
         if agent.id in restless:
             text = "It comes and goes: look at its events, its network and its power."
             yield _of(agent, "flapping", text)
-        elif agent.left or agent.settings.draining or agent.paused:
+        elif agent.left or agent.settings.draining or agent.paused or agent.asleep:
             return  # on purpose
         elif not self._registry.is_online(agent, now):
             seconds = round(now - agent.heard_at)
@@ -180,7 +185,7 @@ class Concerns:
         served = {model_key(name) for name in self._counters.models}
         for key in sorted(served | self._dispatch.wanted()):
             holders, name = self._registry.holders(key), short_name(key)
-            if holders and not any(self._registry.is_routable(agent, now) for agent in holders):
+            if holders and not any(self._serves(agent, now) for agent in holders):
                 names = _names(holders)
                 text = f"No machine can serve it: {names} cannot be reached, is out or drains."
                 yield _model("model", Severity.CRITICAL, key, text)

@@ -169,6 +169,18 @@ async def restart(client: Client, agent: Agent, json: Json = False) -> None:
     console().print(Text(f"{name_of(row)} restarts its Ollama at its next heartbeat"))
 
 
+@agents.command("wake")
+@asks
+async def wake(client: Client, agent: Agent, json: Json = False) -> None:
+    """Wake a machine that sleeps, by a magic packet (Wake-on-LAN)."""
+    row = await _agent(client, agent)
+    row = await client.json("POST", f"/api/agents/{row['id']}/wake")
+    if json:
+        shown_json(row)
+    else:
+        console().print(Text(f"{name_of(row)}: woken; it is there once its agent reports"))
+
+
 @agents.command("label")
 @asks
 async def label(

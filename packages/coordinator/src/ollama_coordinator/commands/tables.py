@@ -132,7 +132,7 @@ def requests_table(requests: Iterable[Mapping[str, Any]]) -> Table:
             Text(one["id"]),
             Text(one["state"] + position),
             Text(one["model"]),
-            Text(one["agent"] or "-"),
+            Text(f"wakes {one['waits_for']}" if one.get("waits_for") else one["agent"] or "-"),
             str(one["tokens"]),
             f"{one['elapsed_seconds']:.0f} s",
         )
@@ -173,6 +173,8 @@ def _status(agent: Mapping[str, Any]) -> tuple[Text, str]:
         return Text(status, "red"), agent["conflict"]
     if status != "offline" and agent["out_of_rotation"]:
         return Text("out of rotation", "red"), agent["out_of_rotation"]
+    if status == "offline" and agent.get("asleep"):
+        return Text("asleep", "cyan"), "it is woken" if agent.get("waking") else ""
     if status == "draining" and agent.get("paused"):
         return Text("paused", "yellow"), agent["paused"]
     if status != "offline" and agent["avoided_models"]:

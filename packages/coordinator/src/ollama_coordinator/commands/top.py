@@ -49,6 +49,7 @@ STATES = {
     "online": ("● online", "green"),
     "draining": ("▼ draining", "yellow"),
     "paused": ("‖ paused", "yellow"),
+    "asleep": ("☾ asleep", "cyan"),
     "resting": ("▲ resting", "red"),
     "offline": ("○ offline", "dim"),
     "writing": ("writing", "green"),
@@ -467,6 +468,8 @@ def _requests(requests: Iterable[Row], now: datetime, view: View) -> Table:
 
 def _next_step(request: Row, now: datetime) -> str:
     """Its place in the queue, or when an answer in one piece is expected to end."""
+    if request.get("waits_for"):
+        return f"wakes {request['waits_for']}"
     if request["state"] == "waiting" and request.get("position"):
         return f"#{request['position']}"
     if request["state"] != "writing" or not request.get("ends_at"):

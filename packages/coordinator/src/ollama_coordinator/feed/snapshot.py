@@ -140,7 +140,7 @@ class Snapshots:
         """Everything a row is made of: while this is equal, so is the row."""
         return (
             agent.heard_at, agent.registration, agent.report, agent.settings, agent.left,
-            agent.linked, agent.unlinked_at, agent.mark,
+            agent.linked, agent.unlinked_at, agent.asleep, agent.woken_at, agent.mark,
             agent.cooldown, agent.resting, agent.foreign_bytes,
             agent.inventory.tags, agent.inventory.ps,
             tuple(agent.model_cooldowns.items()),

@@ -55,7 +55,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
 
     `alias` is the name that the client asked for, where that stands for the model. `ends_at` is
     when the end of an answer in one piece is predicted: before it nothing of that is seen, so
-    `writing` is a prediction too.
+    `writing` is a prediction too. `waits_for` names a machine that is woken for it.
     """
 
     id: str
@@ -79,6 +79,7 @@ class RequestView(Struct, frozen=True, kw_only=True):
     tokens: int = 0
     tokens_per_second: float | None = None
     attempts: int = 0
+    waits_for: str = ""
 
 
 class Ended(Struct, frozen=True):

@@ -153,16 +153,25 @@ class Journal:
     def views(self, now: float, *, most: int | None = None) -> list[RequestView]:
         """The requests in progress, the oldest `most`, with their position in the queue."""
         queue = self._queue(now)
+        wakes = any(agent.woken_at is not None for agent in self._registry)
         views = []
         for entry in islice(self.live.values(), most):
             view = entry.view(self._clock, now)
-            queued = queue.get(entry.request.id) if view.state is RequestState.WAITING else None
+            waits = view.state is RequestState.WAITING
+            if waits and wakes:
+                view = structs.replace(view, waits_for=self._woken_for(entry.request))
+            queued = queue.get(entry.request.id) if waits else None
             if queued is not None:
                 view = structs.replace(
                     view, position=queued.position, start_in_seconds=queued.start_in_seconds
                 )
             views.append(view)
         return views
+
+    def _woken_for(self, request: Request) -> str:
+        """The name of the machine that is woken for a request that waits; empty for none."""
+        servers = self._registry.servers(request.model)
+        return next((agent.name for agent in servers if agent.woken_at is not None), "")
 
     def follow_clock(self) -> None:
         """Correct the times of what ended before the wall clock was set."""

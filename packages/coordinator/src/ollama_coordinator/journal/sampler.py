@@ -187,11 +187,13 @@ class Sampler:
 
 def state_of(agent: AgentState, now: float, timeout: float) -> str:
     """Its status, `resting` where it is online but out of rotation, `paused` where it drains by
-    itself.
+    itself, `asleep` where it is offline as machines that sleep are.
     """
     status = agent.status(now, timeout)
     if status is AgentStatus.DRAINING and not agent.settings.draining:
         return "paused"
+    if status is AgentStatus.OFFLINE and agent.asleep:
+        return "asleep"
     if status is AgentStatus.ONLINE and agent.out_of_rotation() is not None:
         return "resting"
     return str(status.value)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from urllib.parse import urlsplit
 
 from msgspec import UNSET, Struct, structs
@@ -183,10 +184,11 @@ class AgentState:
     itself. `linked`: the link by which it is reached is open; `unlinked_at` is when that ended.
     `reached`: whether the last probe got a connection to it. `mark`: what tells it apart from those
     that are called as it is, see `Identities`. `foreign_bytes` is the memory that other programs
-    take where models could be.
-    `listed_at` is when its Ollama itself was asked for its models, and `outdated` what the report
-    before had of them. `findings`: what its doctor found; `None`: not known yet. `restart_until`:
-    an operator has asked for a restart, which may begin until then.
+    take where models could be. `listed_at` is when its Ollama itself was asked for its models, and
+    `outdated` what the report before had of them. `findings`: what its doctor found; `None`: not
+    known yet. `restart_until`: an operator has asked for a restart, which may begin until then.
+    `asleep`: it is offline as machines that sleep are; `woken_at` is when it was sent the first
+    magic packet since, and until `left_alone_until` no request wakes it.
     """
 
     id: AgentId
@@ -213,8 +215,37 @@ class AgentState:
     mark: str = ""
     findings: list[Finding] | None = None
     restart_until: float | None = None
+    asleep: bool = False
+    woken_at: float | None = None
+    left_alone_until: float = -inf
     foreign_bytes: int = 0
     _foreign_last: int = 0
+
+    def hear(self, now: float) -> None:
+        """It was heard: it is there, and awake."""
+        self.heard_at, self.left, self.asleep = now, False, False
+        self.woken_at, self.left_alone_until = None, -inf
+
+    def leave(self, *, asleep: bool) -> None:
+        """It said that it leaves, and whether its machine goes to sleep.
+
+        Its registration keeps that over a restart; the next one of its agent says it anew.
+        """
+        self.left, self.asleep = True, asleep
+        if self.registration.sleeps is not asleep:
+            self.registration = structs.replace(self.registration, sleeps=asleep)
+
+    def can_wake(self, now: float) -> bool:
+        """Whether a request may wait for its machine to wake."""
+        is_known = self.asleep and self.registration.mac is not None
+        return is_known and now >= self.left_alone_until
+
+    @property
+    def why_offline(self) -> str:
+        """A word for the status of an agent that is offline, or some."""
+        if self.woken_at is not None:
+            return "asleep; it was sent a magic packet and has time to wake"
+        return "asleep" if self.asleep else AgentStatus.OFFLINE.value
 
     def take(self, report: HealthReport) -> bool:
         """Take over a report; whether it has facts that last.
@@ -432,6 +463,9 @@ def view_of(
         foreign_memory_bytes=agent.foreign_bytes,
         paused=report.paused if report else None,
         overruled=agent.settings.overruled,
+        asleep=agent.asleep,
+        waking=agent.woken_at is not None,
+        mac=registration.mac,
         avoided_models={
             agent.inventory.available[key].model.name: cooldown.reason
             for key, cooldown in agent.model_cooldowns.items()

@@ -38,11 +38,13 @@ class Registry:
     """The agents by id, and by model. Synchronous and without a clock: `now` is monotonic seconds.
 
     `changes` grows with everything that can alter a routing decision: what was derived at the same
-    number is still true. `models` is the index of models, to read only.
+    number is still true. `models` is the index of models, to read only. `wake_seconds` is how long
+    a request waits for a machine that sleeps to wake.
     """
 
     def __init__(self, agent_timeout: float) -> None:
         self._agent_timeout = agent_timeout
+        self.wake_seconds = 0.0
         self.changes = 0
         self._agents: dict[AgentId, AgentState] = {}
         self._identities = Identities()
@@ -227,6 +229,8 @@ class Registry:
             agent.left = True
         if agent.status(now, self.agent_timeout) is not AgentStatus.OFFLINE:
             self._come(agent.id)
+        else:
+            agent.asleep = agent.registration.sleeps
         self.changes += 1
 
     def remove(self, agent_id: AgentId) -> AgentState:
@@ -284,7 +288,7 @@ class Registry:
             self.changes += 1
         self.heard(agent, now)
         if report.leaving:
-            agent.left = True
+            agent.leave(asleep=report.asleep)
             self._go(agent.id)
             self.changes += 1
         return agent
@@ -320,8 +324,7 @@ class Registry:
         # It may have timed out although `expire` was not called since: it comes back all the same,
         # and `changes` must show it.
         is_back = not self.is_online(agent, now) or agent.id not in self._online
-        agent.heard_at = now
-        agent.left = False
+        agent.hear(now)
         # An answer may arrive after its agent was removed: that one stays removed.
         if is_back and agent.id in self._agents:
             self._come(agent.id)

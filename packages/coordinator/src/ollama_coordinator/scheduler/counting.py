@@ -120,7 +120,7 @@ class CountingScheduler(Scheduler):
 
     def submit(self, request: Request, now: float) -> None:
         found = eligible(self._registry, request, now, runs=self._runs)
-        if not found.agents and not found.recovering:
+        if not found.agents and not found.patience:
             raise unavailable(self._registry, request, found, now)
         can_start = any(self._has_slot(agent, request.model) for agent in found.agents)
         if len(self._waiting) >= self.max_queue and not (request.admitted or can_start):
@@ -183,7 +183,7 @@ class CountingScheduler(Scheduler):
             return self._grant(request, self._choose(free, request, self.in_flight), now)
         late = request.deadline is not None and now >= request.deadline
         waited = now - request.arrived_at
-        hopeless = not found.recovering or waited >= RECOVERY_SECONDS
+        hopeless = waited >= found.patience
         if late and found.agents:
             return QueueFull(RETRY_AFTER_SECONDS)
         if late or (not found.agents and hopeless):
@@ -228,6 +228,9 @@ class CountingScheduler(Scheduler):
             min(request.arrived_at + RECOVERY_SECONDS, request.deadline or float("inf"))
             for request in self._waiting.values()
         ]
+        if self._registry.wake_seconds:
+            waits = self._registry.wake_seconds
+            times += [request.arrived_at + waits for request in self._waiting.values()]
         later = [time for time in times if time > now]
         return min(later, default=None)
 

@@ -18,12 +18,12 @@ RECOVERY_SECONDS = 5.0
 class Eligible(Struct, frozen=True):
     """The agents that may serve a request, and why the other holders may not, by their name.
 
-    `recovering`: some of the refused may be back within seconds, so waiting can help.
+    `patience`: for how many seconds waiting can help, since some of the refused may come back.
     """
 
     agents: Sequence[AgentState]
     refused: dict[str, str]
-    recovering: bool
+    patience: float
 
 
 def eligible(
@@ -41,18 +41,26 @@ def eligible(
     agents: list[AgentState] = []
     resting_model: list[AgentState] = []
     refused: dict[str, str] = {}
-    recovering = False
+    patience = 0.0
     for agent in registry.servers(request.model):
         reason = _refusal(registry, agent, request, now)
         if reason is not None:
             refused[agent.name] = reason
-            if agent.id not in request.excluded and registry.is_online(agent, now):
-                recovering = recovering or agent.out_of_rotation() is not None
+            patience = max(patience, _patience(registry, agent, request, now))
             continue
         tried = request.model in agent.model_cooldowns and runs(agent.id, request.model)
         avoided = agent.avoids(request.model, now, tried=tried)
         (resting_model if avoided else agents).append(agent)
-    return Eligible(agents or resting_model, refused, recovering)
+    return Eligible(agents or resting_model, refused, patience)
+
+
+def _patience(registry: Registry, agent: AgentState, request: Request, now: float) -> float:
+    """For how many seconds a request may wait for an agent that cannot serve it now."""
+    if agent.id in request.excluded:
+        return 0.0
+    if registry.is_online(agent, now):
+        return RECOVERY_SECONDS if agent.out_of_rotation() is not None else 0.0
+    return registry.wake_seconds if request.wakes and agent.can_wake(now) else 0.0
 
 
 def _refusal(registry: Registry, agent: AgentState, request: Request, now: float) -> str | None:
@@ -61,7 +69,9 @@ def _refusal(registry: Registry, agent: AgentState, request: Request, now: float
     status = agent.status(now, registry.agent_timeout)
     if status is AgentStatus.DRAINING and agent.paused and not agent.settings.draining:
         return f"paused: {agent.paused}"
-    if status is not AgentStatus.ONLINE:
+    if status is AgentStatus.OFFLINE:
+        return agent.why_offline
+    if status is AgentStatus.DRAINING:
         return str(status.value)
     return agent.out_of_rotation()
 

@@ -192,7 +192,7 @@ def explain(registry: Registry, chooser: Chooser, entry: QueueEntry, now: float)
     """
     request, queue = entry.request, entry.queue
     found = eligible(registry, request, now)
-    if not found.agents and not found.recovering:
+    if not found.agents and not found.patience:
         raise unavailable(registry, request, found, now)
     left = chooser.slots_left(queue, now)
     with queue.unchanged():

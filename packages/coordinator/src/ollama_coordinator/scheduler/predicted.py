@@ -96,7 +96,7 @@ class PredictedScheduler(Scheduler):
         queue = self._queues.of_request(request, now)
         if request.excluded or not (queue.hot or queue.cold or queue.loading):
             found = eligible(self._registry, request, now)
-            if not found.agents and not found.recovering:
+            if not found.agents and not found.patience:
                 raise unavailable(self._registry, request, found, now)
         is_full = len(self._serving.entries) >= self.max_queue
         if is_full and not (request.admitted or _can_start(queue)):

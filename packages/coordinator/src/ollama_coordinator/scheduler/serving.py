@@ -7,7 +7,7 @@ from ollama_coordinator.registry import Registry
 
 from .choose import Chooser
 from .cost import Stay, stay_seconds
-from .eligibility import RECOVERY_SECONDS, eligible, unavailable
+from .eligibility import eligible, unavailable
 from .error import QueueFull, SchedulerError
 from .explain import NO_TAG
 from .leases import Leases
@@ -191,7 +191,7 @@ class Serving:
             found = eligible(self._registry, entry.request, now)
             if queue.avoided and self._try_avoided(queue, entry, now):
                 continue
-            hopeless = entry.stranded(now) >= RECOVERY_SECONDS or not found.recovering
+            hopeless = entry.stranded(now) >= found.patience
             if hopeless and not found.agents:
                 self.refuse(entry, unavailable(self._registry, entry.request, found, now))
 

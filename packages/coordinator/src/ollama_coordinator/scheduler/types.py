@@ -111,6 +111,7 @@ class Request(Struct, frozen=True, kw_only=True):
     unfit: Mapping[AgentId, str] = {}
     taken_back: int = 0
     alias: str = ""
+    wakes: bool = True
 
     @property
     def is_retry(self) -> bool:

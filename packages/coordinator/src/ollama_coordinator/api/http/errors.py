@@ -45,6 +45,7 @@ from ollama_coordinator.upstream import (
     TakenBack,
     Unreachable,
 )
+from ollama_coordinator.wake import CannotWake
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 
 from .dialects import Dialect, error_body
@@ -92,6 +93,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     TwoMachines: 409,
     CannotRestart: 409,
     NotItsOllama: 409,
+    CannotWake: 409,
     UnknownJoinRequest: 404,
     DatabaseError: 503,
     ClientLeft: 499,

@@ -352,6 +352,7 @@ class Proxy:
 
     def _impatient(self, request: Request, alias: Alias) -> Request:
         """The request as it waits for a model that another one may replace."""
+        request = structs.replace(request, wakes=False)
         if alias.wait_seconds is None:
             return request
         until = self._clock.now() + alias.wait_seconds

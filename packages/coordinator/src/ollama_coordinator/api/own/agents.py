@@ -386,6 +386,14 @@ class AgentsApi:
         log_event("restart of its Ollama asked for", agent)
         return reply(self._view(agent), 202)
 
+    @operation(gives={202: AgentView}, errors=(404, 409))
+    async def wake(self, request: Request) -> Response:
+        """Send a magic packet to an agent's machine; it is there once its agent reports."""
+        agent = self._registry.get(request.path_params["agent_id"])
+        self._monitor.waker.wake(agent)
+        tell(request.scope, agent.name)
+        return reply(self._view(agent), 202)
+
     @operation(gives={204: None}, errors=(404, 503))
     async def remove(self, request: Request) -> Response:
         """Forget an agent; its requests in flight end as they would have."""

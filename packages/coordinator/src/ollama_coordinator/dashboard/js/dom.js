@@ -63,6 +63,7 @@ const PATHS = {
   online: "M12 2a10 10 0 1 0 0 20 10 10 0 0 0 0-20z",
   offline: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18z",
   draining: "M12 3v13m0 0-6-6m6 6 6-6M5 21h14",
+  asleep: "M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.500 10.500z",
   paused: "M8 5v14M16 5v14",
   resting: "M12 3 2 21h20zM12 10v5M12 18h.01",
   close: "M6 6l12 12M18 6 6 18",

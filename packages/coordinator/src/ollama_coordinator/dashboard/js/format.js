@@ -96,6 +96,7 @@ export const STATES = {
   draining: { label: "Draining", tone: "warn", icon: "draining" },
   paused: { label: "Paused", tone: "warn", icon: "paused" },
   resting: { label: "Out of rotation", tone: "bad", icon: "resting" },
+  asleep: { label: "Asleep", tone: "", icon: "asleep" },
   offline: { label: "Offline", tone: "", icon: "offline" },
 };
 

@@ -23,6 +23,12 @@ export async function restart(agent) {
   return act(() => call("POST", `${address(agent.id)}/restart`), `${agent.name} restarts its Ollama at its next heartbeat`);
 }
 
+export const canWake = (agent) => agent.status === "offline" && Boolean(agent.mac);
+
+export function wake(agent) {
+  return act(() => call("POST", path(["api", "agents", agent.id, "wake"])), `${agent.name} was sent a magic packet`);
+}
+
 export async function edit(agent) {
   const byHand = agent.by_hand ?? {};
   const values = await asked(`Edit ${agent.name}`, [
@@ -64,6 +70,7 @@ function open(button, id) {
   const agent = store.state.agents[id];
   if (!agent || document.querySelector(".menu")) return;
   const entries = [
+    ...(canWake(agent) ? [["Wake", wake]] : []),
     [drainVerb(agent), drain],
     ["Edit name, labels, machine", edit],
     ...(agent.owned ? [["Restart its Ollama", restart]] : []),

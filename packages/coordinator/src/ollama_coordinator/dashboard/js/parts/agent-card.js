@@ -54,6 +54,7 @@ export function agentCard(agent) {
 /** Why it gets no requests, what it may be taken for, or which of its models cannot run. */
 export function whyText(agent) {
   if (agent.state === "resting") return agent.out_of_rotation;
+  if (agent.waking) return "It was sent a magic packet and has time to wake.";
   if (agent.state === "paused") return `It takes no new requests by itself: ${agent.paused}`;
   if (agent.overruled && agent.paused) return `It serves because an operator overruled it: ${agent.paused}`;
   const broken = Object.entries(agent.broken_models ?? {}).map(([name, fault]) => `${name} is not offered: ${fault}`);

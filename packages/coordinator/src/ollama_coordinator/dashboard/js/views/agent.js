@@ -9,13 +9,13 @@ import { store } from "../store.js";
 import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
 import { aboutText, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
-import { drain, drainVerb, edit, remove, restart } from "../parts/agent-actions.js";
+import { canWake, drain, drainVerb, edit, remove, restart, wake } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
 import { memoryBars } from "../parts/memory.js";
 import { historyRow } from "./history.js";
 
 const REFRESH_MS = 5000;
-const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Backup", "Told by hand", "Other programs", "Notes"];
+const FACTS = ["Address", "Reached at", "Ollama", "Agent", "Platform", "Registered", "Last heard", "Disk free", "Main memory", "Active requests it reports", "Preference", "Backup", "Network card", "Told by hand", "Other programs", "Notes"];
 
 class AgentView extends View {
   build() {
@@ -24,8 +24,9 @@ class AgentView extends View {
     this.since = h("oc-since.muted");
     const agent = () => store.state.agents[this.argument];
     this.drainButton = h("button", { onclick: () => drain(agent()) }, "Drain");
+    this.wakeButton = h("button", { onclick: () => wake(agent()), title: "Send a magic packet (Wake-on-LAN)" }, "Wake");
     this.restartButton = h("button", { onclick: () => restart(agent()), title: "Its agent started this Ollama" }, "Restart Ollama");
-    const head = this.head(this.heading, this.pill, this.since, h("div.row.wrap.end", null, this.drainButton,
+    const head = this.head(this.heading, this.pill, this.since, h("div.row.wrap.end", null, this.wakeButton, this.drainButton,
       h("button", { onclick: () => edit(agent()) }, "Edit"), this.restartButton,
       h("button.danger", { onclick: async () => { if (await remove(agent())) location.hash = "#/fleet"; } }, "Remove")));
     this.reason = h("p.notice.bad", { hidden: true });
@@ -67,6 +68,7 @@ class AgentView extends View {
     this.pill.update(agent.state);
     setAttr(this.since, "at", agent.since);
     setText(this.drainButton, drainVerb(agent));
+    this.wakeButton.hidden = !canWake(agent);
     const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
@@ -85,7 +87,7 @@ class AgentView extends View {
       Registered: fullTime(agent.registered_at), "Last heard": time(agent.last_seen), "Disk free": agent.disk_free_bytes && bytes(agent.disk_free_bytes),
       "Main memory": agent.memory_total_bytes && memory(agent.memory_total_bytes), "Active requests it reports": agent.active_requests === undefined ? null : count(agent.active_requests),
       Preference: agent.preference === 1 ? null : String(agent.preference),
-      Backup: agent.backup_seconds ? `if the others would take ${agent.backup_seconds} s longer` : null, "Told by hand": byHandText(agent.by_hand),
+      Backup: agent.backup_seconds ? `if the others would take ${agent.backup_seconds} s longer` : null, "Network card": agent.mac, "Told by hand": byHandText(agent.by_hand),
       "Other programs": agent.foreign_memory_bytes ? `take ${memory(agent.foreign_memory_bytes)} where models could be` : null, Notes: agent.notes,
     };
     for (const [label, text] of Object.entries(values)) this.facts[label].set(text);

@@ -12,8 +12,8 @@ const CARDS_AT_MOST = 24;
 const PHONE_PX = 760;
 /** A screenful is there at once, the rest with the frames that follow. */
 const AT_ONCE = 30;
-const STATE_CHOICES = [["", "Every state"], ["online", "Online"], ["draining", "Draining"], ["paused", "Paused"], ["resting", "Out of rotation"], ["offline", "Offline"]];
-const ORDER = { online: 0, draining: 1, paused: 2, resting: 3, offline: 4 };
+const STATE_CHOICES = [["", "Every state"], ["online", "Online"], ["draining", "Draining"], ["paused", "Paused"], ["resting", "Out of rotation"], ["asleep", "Asleep"], ["offline", "Offline"]];
+const ORDER = { online: 0, draining: 1, paused: 2, resting: 3, asleep: 4, offline: 5 };
 const total = (agent, field) => agent.gpus.reduce((sum, gpu) => sum + (gpu[field] ?? 0), 0);
 
 const SORTS = {

@@ -104,7 +104,7 @@ function liveRow(request) {
     const waiting = now.state === "waiting" && now.position;
     const until = (waiting ? now.starts_at : now.state === "writing" && now.ends_at) || null;
     const late = !waiting && until && Date.parse(until) < store.now();
-    const text = waiting ? `#${now.position}${until ? ", starts in " : ""}` : late ? "ends later than predicted" : until ? "ends in about " : "";
+    const text = now.waits_for ? `waits for ${now.waits_for} to wake` : waiting ? `#${now.position}${until ? ", starts in " : ""}` : late ? "ends later than predicted" : until ? "ends in about " : "";
     if (line.data !== text) line.data = text;
     setAttr(starts, "until", late ? null : until);
     if (!until || late) setText(starts, "");
