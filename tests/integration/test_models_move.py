@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from integration.test_operate import run
 from ollama_coordinator_agent import watch
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
@@ -165,8 +166,12 @@ async def test_a_spoilt_file_is_refused_and_taken_from_elsewhere(
 @pytest.mark.spec("SURFACE-77")
 async def test_a_model_goes_over_links_where_no_port_is_reached(machines: Machines) -> None:
     async with machines([TINY], [], agent={"transport": "link"}) as (coordinator, ollamas):
-        ended = await brought(coordinator, 1, "machine-0")
-        assert ended["state"] == "done", json.dumps(ended)
+        code, output = await run(coordinator, "models", "copy", "tiny", "machine-1")
+        assert code == 0, output
+        code, output = await run(coordinator, "models", "pull", "tiny", "--from", "machine-1")
+        assert code == 0, output
+        code, output = await run(coordinator, "models", "copy", "tiny", "--from", "elsewhere")
+        assert (code, "does not have tiny" in output) == (1, True)
         assert manifest(ollamas[1]) == manifest(ollamas[0])
         assert left_over(ollamas[1]) == []
 

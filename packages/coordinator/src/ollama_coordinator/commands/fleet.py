@@ -47,6 +47,12 @@ On = Annotated[
         help="On which agents; the coordinator's own setting if not given.",
     ),
 ]
+Origin = Annotated[
+    str,
+    typer.Option(
+        "--from", metavar="AGENT|fleet", help="Take it from this machine, or from any that has it."
+    ),
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")]
 
 
@@ -82,11 +88,31 @@ async def pull(
     model: Model,
     replicas: Replicas = None,
     on: On = None,
+    origin: Origin = "",
     detach: Detach = False,
     json: Json = False,
 ) -> None:
     """Pull a model onto agents. It goes on when this command is interrupted."""
-    wanted = {"kind": "pull", "model": model, **_placement(replicas, on)}
+    given = {"from": origin} if origin else {}
+    wanted = {"kind": "pull", "model": model, **given, **_placement(replicas, on)}
+    await _operation(client, wanted, detach=detach, json=json)
+
+
+@models.command("copy")
+@asks
+async def copy_to(
+    client: Client,
+    model: Model,
+    agents: Annotated[
+        list[str] | None, typer.Argument(metavar="[AGENT...]", help="To which; those that fit.")
+    ] = None,
+    origin: Origin = "fleet",
+    detach: Detach = False,
+    json: Json = False,
+) -> None:
+    """Copy a model to other machines, from those that have it; the internet is not asked."""
+    where = {"placement": f"agents:{','.join(agents)}"} if agents else {}
+    wanted = {"kind": "pull", "model": model, "from": origin, **where}
     await _operation(client, wanted, detach=detach, json=json)
 
 

@@ -30,7 +30,7 @@ class ModelView extends View {
       h("h2.section", null, "Last requests", h("a.small.more", { href: search }, "All of them, and export")), table("Last requests", HISTORY_COLUMNS.map(([text]) => text), this.requests));
     this.gone = h("div", { hidden: true }, empty("models", "No machine has this model", h("p", null, "It was deleted, or the address is wrong."), h("a.button", { href: "#/models" }, "To the models")));
     this.append(h("p.small", null, h("a", { href: "#/models" }, "← Models")),
-      this.head(model(name), h("div.row.wrap.end", null, h("a.button", { href: `#/try?model=${encodeURIComponent(name)}` }, "Try it"), h("button", { onclick: () => openPull(this.all ?? [], name) }, "Pull it elsewhere"))), this.gone, this.content);
+      this.head(model(name), h("div.row.wrap.end", null, h("a.button", { href: `#/try?model=${encodeURIComponent(name)}` }, "Try it"), h("button", { onclick: () => openPull(this.all ?? [], name) }, "Copy to machines"))), this.gone, this.content);
     const timer = setInterval(() => { if (!document.hidden) this.load(); }, REFRESH_MS);
     this.stopping.signal.addEventListener("abort", () => clearInterval(timer));
     this.load();
