@@ -1,10 +1,19 @@
 """The table that a terminal shows of an agent: live while it runs, once for `status`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from msgspec import Struct
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -151,6 +160,27 @@ def render_finding(finding: Finding) -> RenderableType:
         text.append(f"\n→ {printable(finding.remedy)}", "bold")
     table.add_row(Text(finding.level, LEVELS[finding.level]), finding.check, text)
     return table
+
+
+@contextmanager
+def loading() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Bars of downloads in a terminal; elsewhere a line for each tenth."""
+    screen = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, TimeRemainingColumn(), console=screen) as progress:
+
+        def note(name: str, here: int, total: int | None) -> None:
+            if screen.is_terminal:
+                task = tasks.get(name)
+                if task is None:
+                    task = tasks[name] = progress.add_task(name, total=total)
+                progress.update(task, completed=here, total=total)
+            elif total and (tenth := 10 * here // total) > tasks.get(name, 0):
+                tasks[name] = TaskID(tenth)
+                screen.print(f"{name}: {10 * tenth} %", highlight=False)
+
+        yield note
 
 
 async def show(console: Console, view: Callable[[], StatusView]) -> None:

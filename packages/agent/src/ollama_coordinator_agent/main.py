@@ -19,6 +19,7 @@ from rich.logging import RichHandler
 from ollama_coordinator_common.commandline import (
     JSON,
     PLAIN,
+    ending,
     is_given,
     is_typed,
     last_words,
@@ -32,8 +33,17 @@ from ollama_coordinator_common.settings import AgentConfig
 
 from . import __version__
 from .assembly import assembled, diagnosed, examined
-from .display import render, render_finding, show
-from .doctor import FAILED
+from .display import loading, render, render_finding, show
+from .doctor import FAILED, cards
+from .installation import (
+    RELEASE,
+    SUMS,
+    CannotInstallOllama,
+    Source,
+    archives,
+    install_ollama,
+    own_folder,
+)
 from .service import service
 from .settings import certificate, read
 from .upgrade import joined_to, upgrade
@@ -118,6 +128,50 @@ async def _diagnose(settings: AgentConfig, screen: Console | None) -> list[Findi
             if screen is not None:
                 screen.print(render_finding(finding), highlight=False)
     return found
+
+
+@app.command("install-ollama")
+def get_ollama(
+    release: Annotated[
+        str, typer.Option("--release", metavar="VERSION", help="Of Ollama.")
+    ] = RELEASE,
+    place: Annotated[
+        str,
+        typer.Option("--from", metavar="FILE|URL", help="Another archive of it."),
+    ] = "",
+    sha256: Annotated[
+        str,
+        typer.Option("--sha256", metavar="HEX", help=f"The archive's; else {SUMS} beside it."),
+    ] = "",
+    rocm: Annotated[
+        bool | None,
+        typer.Option("--rocm/--no-rocm", help="With what AMD's GPUs need; if there is one."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--into", metavar="FOLDER", help="Another folder than its own.")
+    ] = None,
+) -> None:
+    """Install Ollama in a folder of the agent's own: checked, resumable, without root.
+
+    The agent starts that one from then on. As root it is installed for all users.
+    """
+    with ending():
+        if sha256 and not place:
+            raise CannotInstallOllama("--sha256 is for an archive that --from names")
+        amd = any(card.vendor == "AMD" for card in cards())
+        sources = (
+            [Source(place, sha256)]
+            if place
+            else archives(release, rocm=amd if rocm is None else rocm)
+        )
+        target = folder or own_folder()
+        with loading() as progress:
+            program, version = asyncio.run(install_ollama(sources, target, progress))
+        typer.echo(f"Ollama {version} is installed: {program}")
+        if folder is None:
+            typer.echo("An agent that runs finds it once it is started again.")
+        else:
+            typer.echo(f"Give the agent OLLAMA_BINARY={program}.")
 
 
 @app.command("upgrade")

@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from ollama_coordinator_common.network import cause_of, netloc
 
+from .installation import installed_programs
 from .ollama import serve_host
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,13 @@ PIECE_BYTES = 1024 * 1024
 
 
 def find_binary(configured: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The `ollama` program: the configured one, else on PATH, else where its installers put it."""
+    """The `ollama` program: the configured one, else one that this agent installed, else one on
+    PATH, else where Ollama's own installers put it.
+    """
     search_path = environ.get("PATH")
-    candidates = [configured] if configured else [Path("ollama"), *_installed_at(environ)]
+    candidates = [configured] if configured else []
+    if configured is None:
+        candidates = [*installed_programs(), Path("ollama"), *_installed_at(environ)]
     for candidate in candidates:
         if found := shutil.which(str(candidate), path=search_path):
             return Path(found)
