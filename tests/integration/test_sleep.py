@@ -14,7 +14,9 @@ from integration.test_agent_and_coordinator import view
 from integration.test_operate import answer, run
 from ollama_coordinator import wake
 from ollama_coordinator.wake import magic_packet
-from support import programs
+from ollama_coordinator_agent import daemon
+from ollama_coordinator_common.settings import AgentConfig
+from support import agent_world, programs
 from support.coordinator import Running, running
 from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
@@ -176,3 +178,41 @@ async def test_an_agent_that_is_stopped_while_its_machine_runs_is_not_asleep(
             finally:
                 program.send(signal.SIGCONT)
             await view(coordinator, lambda agent: agent["status"] == "online")
+
+
+INHIBIT = """#!/bin/sh
+while ! [ -e {folder}/sleeps ]; do sleep 0.02; done
+rm {folder}/sleeps
+echo "/org/freedesktop/login1: org.freedesktop.login1.Manager.PrepareForSleep (true,)"
+sleep 600
+"""
+
+
+@pytest.mark.spec("AGENT-76")
+@pytest.mark.skipif(sys.platform != "linux", reason="logind is Linux'")
+async def test_an_agent_says_goodbye_before_its_machine_sleeps_and_is_back_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("systemd-inhibit", "gdbus"):
+        (tmp_path / name).write_text(INHIBIT.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    clock = [0.0]
+    monkeypatch.setattr(daemon, "seconds_asleep", lambda: clock[0])
+    async with running() as coordinator, StandIn() as ollama:
+        config = AgentConfig(
+            coordinator_url=coordinator.url, ollama_port=ollama.port, machine_name="desk",
+            state_dir=tmp_path / "state", manage_ollama=False,
+        )  # fmt: skip
+        async with agent_world.running(config):
+            await view(coordinator, lambda agent: agent["cpu_usage"] is not None)
+            (tmp_path / "sleeps").touch()
+            await view(coordinator, lambda agent: agent["asleep"])
+            await asyncio.sleep(0.3)  # three heartbeats
+            row = await view(coordinator, lambda agent: agent["asleep"])
+            clock[0] += 3600.0
+            await view(coordinator, lambda agent: agent["status"] == "online")
+            known = coordinator.agent(row["id"])
+            await coordinator.until(lambda: known.registration.sleeps)
+        await view(coordinator, lambda agent: agent["status"] == "offline")
+        assert not known.asleep  # it was stopped, and said so

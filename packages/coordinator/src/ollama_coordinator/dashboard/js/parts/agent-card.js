@@ -36,6 +36,7 @@ export function agentCard(agent) {
     const why = whyText(now);
     reason.hidden = !why;
     setText(reason, why);
+    reason.classList.toggle("calm", isOnPurpose(now));
     outdated.hidden = !now.outdated;
     setText(outdated, outdatedText(now));
     keyed(labels, now.labels, (label) => label, (label) => h("span.tag.clip", null, label));
@@ -50,6 +51,9 @@ export function agentCard(agent) {
   };
   return card;
 }
+
+/** Whether what `whyText` says is as its owner or an operator wants it. */
+export const isOnPurpose = (agent) => agent.state === "paused" || Boolean(agent.waking) || (Boolean(agent.overruled) && agent.state === "online");
 
 /** Why it gets no requests, what it may be taken for, or which of its models cannot run. */
 export function whyText(agent) {

@@ -7,7 +7,7 @@ import { bytes, count, fullTime, memory, model, rate, seconds, time } from "../f
 import { setTitle } from "../shell.js";
 import { store } from "../store.js";
 import { agentPill, empty, eventRow, fact } from "../parts/bits.js";
-import { aboutText, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
+import { aboutText, isOnPurpose, outdatedText, slotDots, whyText } from "../parts/agent-card.js";
 import { agentLog } from "../parts/agent-log.js";
 import { canWake, drain, drainVerb, edit, remove, restart, wake } from "../parts/agent-actions.js";
 import { charts } from "../parts/charts.js";
@@ -72,6 +72,7 @@ class AgentView extends View {
     const why = whyText(agent);
     this.reason.hidden = !why;
     setText(this.reason, why);
+    this.reason.classList.toggle("bad", !isOnPurpose(agent));
     this.restartButton.hidden = !agent.owned;
     this.findings.hidden = !agent.findings.length;
     this.findings.replaceChildren(...agent.findings.map(findingRow));
