@@ -46,6 +46,7 @@ from ollama_coordinator_common.error import (
     InvalidModelName,
     OllamaCoordinatorError,
 )
+from ollama_coordinator_common.services import CannotInstall
 
 NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     OllamaCoordinatorError: "the root; only its children are raised",
@@ -54,6 +55,7 @@ NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     ConfigError: "ends the program before it serves",
     WorkerFailed: "ends the program that started the processes",
     LeaderReplaced: "has the request passed on again, or its answer broken off",
+    CannotInstall: "is for the command line that installs the coordinator as a service",
     NoAnswer: "is for the command line that asks a coordinator",
 }
 BRINGS_ITS_OWN = (Denied, HttpError, Refused, UploadError)
