@@ -412,7 +412,7 @@ async def test_a_models_page_has_its_machines_users_history_and_where_it_would_f
         )
         await expect(tables[2]).to_contain_text("127.0.0.1")
         await expect(tables[3]).to_contain_text("Served")
-        await page.get_by_role("button", name="Pull it onto two").click()
+        await page.get_by_role("button", name="Pull it there: two").click()
         dialog = page.get_by_role("dialog")
         await expect(dialog).to_contain_text("1 of 3 machines has it")
         await expect(dialog.locator("li", has_text="two").get_by_role("checkbox")).to_be_checked()

@@ -136,6 +136,7 @@ class Sampler:
                 bucket = self.series.fresh(agent.id)
                 bucket.sample(0, self._dispatch.scheduler.in_flight(agent.id))
                 _read(bucket, agent)
+                _read(self.series.fresh(FLEET), agent)
 
     def _look(self, agent: AgentState, now: float) -> None:
         state = state_of(agent, now, self._registry.agent_timeout)

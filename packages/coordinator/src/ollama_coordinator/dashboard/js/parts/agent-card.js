@@ -118,13 +118,16 @@ function meter(reading) {
 const MOST_DOTS = 8;
 
 /** Slots in use and free: dots while they are few. */
-export function slotDots() {
+const inUse = (used, total) => `${used} of ${total} slot${total === 1 ? "" : "s"} in use`;
+
+/** A dot for each slot, and how many are in use, in the words of `say`. */
+export function slotDots(say = inUse) {
   const dots = h("span.dots", { "aria-hidden": "true" });
   const text = h("span.small");
   const element = h("span.slots", null, dots, text);
   element.update = (agent) => {
     const total = Math.max(agent.slots, agent.in_flight);
-    setText(text, `${agent.in_flight} of ${total} slot${total === 1 ? "" : "s"} in use`);
+    setText(text, say(agent.in_flight, total));
     setAttr(element, "title", "Requests in flight here, and how many the models in memory can run at once");
     const few = total <= MOST_DOTS;
     const wanted = few ? Array.from({ length: total }, (_, index) => ({ key: String(index), used: index < agent.in_flight })) : [];

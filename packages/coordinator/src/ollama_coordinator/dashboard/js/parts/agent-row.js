@@ -3,14 +3,14 @@
 import { h, keyed, setAttr, setText } from "../dom.js";
 import { isNumber, memory, percent, rate } from "../format.js";
 import { store } from "../store.js";
-import { agentPill } from "./bits.js";
+import { agentPill, columnHead } from "./bits.js";
 import { poolOf } from "./memory.js";
 import { slotDots } from "./agent-card.js";
 import { agentMenu } from "./agent-actions.js";
 
 export function agentRowHead() {
-  const columns = ["Agent", "State", "Memory and what is loaded in it", "Free", "CPU", "GPU", "In flight", "Tokens/s", ""];
-  return h("thead", null, h("tr", null, columns.map((text) => h("th", { scope: "col" }, text || h("span.visually-hidden", null, "Actions")))));
+  const columns = ["Agent", "State", "Memory, and what is loaded", "Free", "CPU", "GPU", "In flight", "Tokens/s", ""];
+  return h("thead", null, h("tr", null, columns.map(columnHead)));
 }
 
 export function agentRow(agent) {
@@ -20,11 +20,11 @@ export function agentRow(agent) {
   const since = h("oc-since");
   const track = h("div.track.thin", { role: "img" });
   const [free, cpu, gpu, speed] = [h("td.num"), h("td.num"), h("td.num"), h("span")];
-  const slots = slotDots();
+  const slots = slotDots((used, total) => `${used} of ${total}`);
   const spark = h("oc-spark", { label: "Tokens per second in the last minutes" });
   const row = h("tr.agent-row", null,
-    h("th.name-cell", { scope: "row" }, h("div.clip", null, name), about),
-    h("td.nowrap", null, h("div.row", null, state, h("span.muted.small", null, "for ", since))), h("td.memory-cell", null, track), free, cpu, gpu,
+    h("th.name-cell", { scope: "row" }, name, about),
+    h("td.nowrap", null, state, h("div.muted.small", null, "for ", since)), h("td.memory-cell", null, track), free, cpu, gpu,
     h("td", null, slots), h("td", null, h("div.row.speed-cell", null, spark, speed)), h("td", null, agentMenu(agent.id)));
   row.update = (now) => {
     setText(name, now.name);

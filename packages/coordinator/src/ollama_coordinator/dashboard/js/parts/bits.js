@@ -24,7 +24,7 @@ export const requestPill = () => pill(REQUEST_STATES);
 
 /** A command to type, with a button that copies it. */
 export function command(text) {
-  const shown = h("pre", null, text);
+  const shown = h("pre", { tabindex: "0" }, text);
   const copy = async () => {
     // Browsers have no clipboard for a page without TLS; the old command still works there.
     getSelection().selectAllChildren(shown);
@@ -34,6 +34,9 @@ export function command(text) {
   };
   return h("div.command", null, shown, h("button", { onclick: copy, "aria-label": "Copy the command" }, icon("copy")));
 }
+
+/** The head of a table's column; an empty one is that of buttons. */
+export const columnHead = (text) => h("th", { scope: "col" }, text || h("span.visually-hidden", null, "Actions"));
 
 /** What to show where there is nothing yet. */
 export function empty(name, title, ...content) {

@@ -24,12 +24,15 @@ const FLEET = [
   { title: "Speed of one request", unit: (value) => `${rate(value)}/s`, series: [{ label: "tokens per second, mean", field: "request_tokens_per_second", tone: three }] },
   { title: "In flight and waiting", unit: rate, series: [{ label: "waiting, mean", field: "waiting", tone: two, fill: true }, { label: "waiting, most", field: "waiting_most", tone: four, dash: true }, { label: "in flight, mean", field: "in_flight", tone: one }] },
 ];
-const AGENT = [
-  ...COMMON,
-  { title: "In flight", unit: rate, series: [{ label: "mean", field: "in_flight", tone: one, fill: true }, { label: "most", field: "in_flight_most", tone: two, dash: true }] },
+const HARDWARE = [
   { title: "Use", unit: percent, max: 100, series: [{ label: "GPU", field: "gpu_percent", tone: one }, { label: "CPU", field: "cpu_percent", tone: two }] },
   { title: "Memory", unit: percent, max: 100, series: [{ label: "GPU memory", field: "vram_percent", tone: one }, { label: "main memory", field: "memory_percent", tone: two }] },
   { title: "Hottest GPU", unit: (value) => `${Math.round(value)} °C`, series: [{ label: "temperature", field: "temperature_celsius", tone: two }] },
+];
+const AGENT = [
+  ...COMMON,
+  { title: "In flight", unit: rate, series: [{ label: "mean", field: "in_flight", tone: one, fill: true }, { label: "most", field: "in_flight_most", tone: two, dash: true }] },
+  ...HARDWARE,
 ];
 
 /**
@@ -37,8 +40,12 @@ const AGENT = [
  * @param {AbortSignal} signal
  * @param {string} [agent] an agent's id; without it the whole fleet
  */
-export function charts(signal, agent) {
-  const wanted = agent ? AGENT : FLEET;
+export const charts = (signal, agent) => chartsOf(agent ? AGENT : FLEET, signal, agent);
+
+/** What the machines of the whole fleet measure: means of those that are online, and the hottest. */
+export const hardware = (signal) => chartsOf(HARDWARE, signal);
+
+function chartsOf(wanted, signal, agent) {
   const spans = agent ? SPANS.slice(0, 5) : SPANS;
   let minutes = Number(localStorage.getItem("span")) || 60;
   if (!spans.some(([span]) => span === minutes)) minutes = 60;
@@ -61,5 +68,5 @@ export function charts(signal, agent) {
   const timer = setInterval(() => { if (!document.hidden) refresh(); }, REFRESH_MS);
   signal.addEventListener("abort", () => clearInterval(timer));
   refresh();
-  return h("section.stack", { "aria-label": "Charts" }, h("div.row", null, choose), problem, h("div.charts", null, all.map((element) => h("div.card", null, element))));
+  return h("section.stack", { "aria-label": "Charts" }, h("h2.visually-hidden", null, "Charts"), h("div.row", null, choose), problem, h("div.charts", null, all.map((element) => h("div.card", null, element))));
 }

@@ -3,7 +3,7 @@
 import { call, get, path } from "../api.js";
 import { h, icon, keyed, setText } from "../dom.js";
 import { store } from "../store.js";
-import { agentPill, command, withUrl } from "./bits.js";
+import { agentPill, columnHead, command, withUrl } from "./bits.js";
 import { openDialog } from "./dialog.js";
 import { act } from "./toast.js";
 
@@ -120,7 +120,7 @@ export function joinRequests() {
     const answer = ids ? await act(() => get("/api/join-requests")) : null;
     const rows = (answer?.join_requests ?? []).map(requestRow);
     element.replaceChildren(...(rows.length ? [h("div.table-box", null, h("table.stacked", null, h("caption", null, "Machines that want to join"),
-      h("thead", null, h("tr", null, ["Machine", "From", "Fingerprint", "Since", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)))] : []));
+      h("thead", null, h("tr", null, ["Machine", "From", "Fingerprint", "Since", ""].map(columnHead))), h("tbody", null, rows)))] : []));
   };
   return element;
 }

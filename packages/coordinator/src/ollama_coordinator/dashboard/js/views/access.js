@@ -3,7 +3,7 @@
 import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h } from "../dom.js";
-import { empty } from "../parts/bits.js";
+import { columnHead, empty } from "../parts/bits.js";
 import { confirmed, openDialog } from "../parts/dialog.js";
 import { act } from "../parts/toast.js";
 
@@ -21,7 +21,7 @@ class AccessView extends View {
     this.rows = h("tbody");
     this.nothing = h("div");
     const table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Keys"),
-      h("thead", null, h("tr", null, ["Name", "Key", "Rights", "Models", "State", "Last used", ""].map((text) => h("th", { scope: "col" }, text)))), this.rows));
+      h("thead", null, h("tr", null, ["Name", "Key", "Rights", "Models", "State", "Last used", ""].map(columnHead))), this.rows));
     this.append(this.head("Keys", h("button.primary", { onclick: () => this.make() }, "Make a key")),
       h("p.muted", null, "From the first key on, everybody on the network needs one, but the machines of the fleet: make the first for yourself."),
       this.nothing, table);

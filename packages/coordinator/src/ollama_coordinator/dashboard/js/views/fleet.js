@@ -51,7 +51,9 @@ class FleetView extends View {
     this.nothing = h("div");
     this.most = AT_ONCE;
     this.joining = joinRequests();
-    this.append(this.head("Fleet", this.controls), this.joining, this.nothing, this.cards, this.table);
+    this.hardware = h("details.hardware", { hidden: true, ontoggle: () => this.openHardware() }, h("summary", null, "Hardware over time"));
+    this.append(this.head("Fleet", this.controls), this.joining, this.hardware, this.nothing, this.cards, this.table);
+    this.hardware.open = localStorage.getItem("fleet-hardware") === "true";
   }
 
   changed(changed) {
@@ -63,7 +65,7 @@ class FleetView extends View {
   draw(stale = null) {
     if (!store.ready) return;
     const all = Object.values(store.state.agents);
-    this.controls.hidden = all.length === 0;
+    this.controls.hidden = this.hardware.hidden = all.length === 0;
     this.tellNothing(all.length);
     this.countStates(all);
     const shown = all.filter((agent) => this.wanted(agent)).sort((a, b) => SORTS[this.sort][1](a, b) || byName(a, b) || a.id.localeCompare(b.id));
@@ -76,6 +78,14 @@ class FleetView extends View {
     keyed(this.cards, inRows ? [] : now, (agent) => agent.id, agentCard, stale);
     keyed(this.rows, inRows ? now : [], (agent) => agent.id, agentRow, stale);
     if (now.length < shown.length) this.goOn();
+  }
+
+  /** The charts of all machines' hardware, which are made when somebody wants them. */
+  async openHardware() {
+    localStorage.setItem("fleet-hardware", String(this.hardware.open));
+    if (!this.hardware.open || this.hardware.children.length > 1) return;
+    const { hardware } = await import("../parts/charts.js");
+    if (this.isConnected && this.hardware.children.length === 1) this.hardware.append(hardware(this.stopping.signal));
   }
 
   /** Draw more of a large fleet, once what is there has been painted. */

@@ -90,7 +90,7 @@ function machineRow(agent, row, learned) {
 function fitRow(agent, row, pull) {
   const { fits, text } = fit(agent, row.size);
   return h("tr", null, agentLink(agent), h("td", null, h(fits ? "span.pill.good" : "span.pill.warn", null, fits ? "fits" : "does not fit"), ` ${text.replace(/^fits · /, "")}`),
-    h("td.num", null, h("button.small", { onclick: pull, "aria-label": `Pull it onto ${agent.name}` }, "Pull it there")));
+    h("td.num", null, h("button.small", { onclick: pull, "aria-label": `Pull it there: ${agent.name}` }, "Pull it there")));
 }
 
 /** What each client asked for, those with most requests first. */

@@ -5,7 +5,7 @@ import { call, get, path } from "../api.js";
 import { h, icon, keyed, setAttr, setText } from "../dom.js";
 import { bytes, hue, model, time } from "../format.js";
 import { store } from "../store.js";
-import { command, empty } from "../parts/bits.js";
+import { columnHead, command, empty } from "../parts/bits.js";
 import { openJoining } from "../parts/joining.js";
 import { asked, confirmed } from "../parts/dialog.js";
 import { isPartial, isPutAway, operationCard } from "../parts/operation.js";
@@ -55,7 +55,7 @@ class ModelsView extends View {
         h("button.ghost.small", { onclick: () => this.setAlias(alias), "aria-label": `Change ${alias.name}` }, "Change"),
         h("button.ghost.small.danger", { onclick: () => this.removeAlias(alias), "aria-label": `Delete ${alias.name}`, title: "Delete" }, icon("trash"))))));
     const table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Aliases"),
-      h("thead", null, h("tr", null, ["Alias", "Stands for", "The next serves", ""].map((text) => h("th", { scope: "col" }, text)))), h("tbody", null, rows)));
+      h("thead", null, h("tr", null, ["Alias", "Stands for", "The next serves", ""].map(columnHead))), h("tbody", null, rows)));
     this.aliases.replaceChildren(h("div.row.wrap", null, h("h2.section.grow", null, "Aliases"), h("button", { onclick: () => this.setAlias(null) }, "Add an alias")),
       rows.length ? table : h("p.muted", null, "Let clients ask for another name, such as gpt-4o, or for the first of several models that can serve."));
   }

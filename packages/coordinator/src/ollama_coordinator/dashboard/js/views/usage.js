@@ -34,7 +34,7 @@ class UsageView extends View {
     this.file = h("a.button.end", { download: "usage.csv" }, icon("down"), "CSV");
     this.append(this.head("Usage"), h("div.stack", null,
       h("div.row.wrap", null, segmented("Time", SPANS, this.days, (days) => { this.days = days; this.load(); })),
-      h("div.charts", null, this.charts.map((element) => h("div.card", null, element))),
+      h("h2.visually-hidden", null, "Day by day"), h("div.charts", null, this.charts.map((element) => h("div.card", null, element))),
       h("div.row.wrap", null, segmented("Of what", KINDS, this.kind, (kind) => { this.kind = kind; this.load(); }), this.file),
       this.nothing, this.table));
     this.load();
