@@ -51,8 +51,12 @@ async def spare(coordinator: Running) -> AsyncIterator[StandIn]:
 
 
 @pytest.fixture
-def postgres() -> Iterator[PostgresSchema]:
-    """A database on a PostgreSQL server."""
+def postgres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresSchema]:
+    """A database on a PostgreSQL server.
+
+    Its coordinators leave files in the working folder, which is the test's own for that.
+    """
+    monkeypatch.chdir(tmp_path)
     with postgres_schema() as space:
         yield space
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import psutil
@@ -17,83 +16,13 @@ import pytest
 
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world, programs
+from support.cluster import CHAT, Coordinator, cluster
 from support.databases import PostgresSchema
 from support.deadline import DEADLINE_SECONDS
 from support.line import Line
 from support.ollama import StandIn
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals there are another matter")
-
-CHAT = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
-
-
-class Coordinator:
-    """One of the programs."""
-
-    def __init__(self, url: str, program: programs.Program, session: aiohttp.ClientSession) -> None:
-        self.url = url
-        self.program = program
-        self.session = session
-
-    async def get(self, path: str, **headers: str) -> Any:
-        async with self.session.get(self.url + path, headers=headers) as response:
-            assert response.status == 200, await response.text()
-            return await response.json()
-
-    async def chat(self, **more: Any) -> tuple[int, Any]:
-        body = {**CHAT, "stream": False, **more}
-        async with self.session.post(f"{self.url}/api/chat", json=body) as response:
-            return response.status, await response.json()
-
-    async def register(self, ollama: StandIn, name: str) -> str:
-        facts = {
-            "machine_name": name,
-            "ip_address": "127.0.0.1",
-            "ollama_version": ollama.settings.version,
-            "ollama_port": ollama.port,
-        }
-        async with self.session.post(f"{self.url}/api/agents", json=facts) as response:
-            assert response.status == 201, await response.text()
-            agent_id = str((await response.json())["agent_id"])
-        # A setting is in the database before its answer, and with it the agent's models.
-        url, setting = f"{self.url}/api/settings", {"max_queue": 512}
-        async with self.session.patch(url, json=setting) as response:
-            assert response.status == 200, await response.text()
-        return agent_id
-
-    async def leads(self, *, epoch: int) -> None:
-        """Wait until it leads."""
-        await self.program.says(f"epoch={epoch}")
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while True:
-                async with self.session.get(f"{self.url}/readyz") as response:
-                    if response.status == 200:
-                        return
-                await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def started(folder: Path, url: str, **settings: str) -> AsyncIterator[Coordinator]:
-    folder.mkdir()
-    settings = {"DATABASE_URL": url, "COORDINATOR_LOG_LEVEL": "INFO", **settings}
-    port = programs.free_port()
-    async with (
-        programs.coordinator(folder, port, **settings) as (base, program),
-        aiohttp.ClientSession() as session,
-    ):
-        yield Coordinator(base, program, session)
-
-
-@asynccontextmanager
-async def cluster(folder: Path, url: str, count: int = 2) -> AsyncIterator[list[Coordinator]]:
-    """So many coordinators; the first one leads."""
-    async with AsyncExitStack() as stack:
-        made = []
-        for number in range(count):
-            coordinator = await stack.enter_async_context(started(folder / str(number), url))
-            await coordinator.program.says("stands by" if number else "coordinator leads")
-            made.append(coordinator)
-        yield made
 
 
 @pytest.fixture
@@ -159,9 +88,7 @@ async def test_a_client_that_leaves_a_front_ends_its_request(
         await response.content.readline()
         assert (await first.get("/healthz"))["in_flight"] == 1
         response.close()
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while (await first.get("/healthz"))["in_flight"]:
-            await asyncio.sleep(0.01)
+    await first.has(0)
 
 
 @pytest.mark.spec("CLUSTER-3")
@@ -181,9 +108,7 @@ async def test_a_request_has_its_own_clients_address_and_nobody_else_may_name_on
                 assert response.status == (200 if one is first else 503)
         async with session.post(f"{second.url}/api/chat", json=CHAT) as response:
             await response.read()
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while len(rows := (await first.get("/api/history"))["requests"]) < 2:
-            await asyncio.sleep(0.01)
+    rows = await first.history(2)
     assert {row["client"] for row in rows} == {"127.0.0.9"}
 
 
@@ -239,9 +164,7 @@ async def test_a_leader_that_stops_gives_way_at_once_and_ends_its_answers(
         assert (await second.chat())[0] == 200
         assert b'"done":true' in await response.read()
     assert await first.program.ended() == 0
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while len((await second.get("/api/history"))["requests"]) < 2:
-            await asyncio.sleep(0.01)
+    await second.history(2)
 
 
 @pytest.mark.spec("CLUSTER-6")
@@ -333,9 +256,7 @@ async def test_what_a_front_carries_out_is_retried_and_counted_as_at_the_leader(
         broken.faults.rst(paths=["/api/chat"])
         for _ in range(4):
             assert (await second.chat(model="llama3.2"))[0] == 200
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while len(rows := (await first.get("/api/history"))["requests"]) < 4:
-            await asyncio.sleep(0.01)
+    rows = await first.history(4)
     assert {row["agent"] for row in rows} == {"well"}
     assert all(row["output_tokens"] and row["status"] == "served" for row in rows)
     assert (await first.get("/healthz"))["in_flight"] == 0
@@ -358,9 +279,98 @@ async def test_an_operator_ends_what_a_front_carries_out(
         async with first.session.delete(f"{first.url}/api/requests/{row['id']}") as answer:
             assert answer.status == 204
         assert b"error" in await response.read()
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while (await first.get("/healthz"))["in_flight"]:
-            await asyncio.sleep(0.01)
+    await first.has(0)
+
+
+# ── what a new leader takes over ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.spec("CLUSTER-12")
+async def test_a_new_leader_counts_shows_cancels_and_records_what_fronts_carry_out(
+    tmp_path: Path, postgres: PostgresSchema, ollama: StandIn
+) -> None:
+    async with (
+        StandIn() as other,
+        cluster(tmp_path, postgres.url, 3) as [first, *others],
+        AsyncExitStack() as stack,
+    ):
+        streams = []
+        for machine, name in ((ollama, "one"), (other, "other")):
+            await first.register(machine, name)
+            machine.hold(after=1)
+        for one in others:
+            post = one.session.post(f"{one.url}/api/chat", json=CHAT)
+            streams.append(await stack.enter_async_context(post))
+            await streams[-1].content.readline()
+        before = {row["id"]: row for row in await first.get("/api/requests")}
+        await first.program.kill()
+        # By way of both: one of them leads, and has to hear of its own as well.
+        for one in others:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while (await one.get("/healthz", 503)).get("in_flight") != 2:
+                    await asyncio.sleep(0.05)
+        rows = {row["id"]: row for row in await others[0].get("/api/requests")}
+        assert rows.keys() == before.keys()
+        assert {row["agent"] for row in rows.values()} == {"one", "other"}
+        assert {row["state"] for row in rows.values()} == {"writing"}
+        ended = streams[1].headers["X-Ollama-Coordinator-Request"]
+        async with others[0].session.delete(f"{others[0].url}/api/requests/{ended}") as answer:
+            assert answer.status == 204
+        assert b"error" in await streams[1].read()
+        for held in (ollama, other):
+            held.release()
+        assert b'"done":true' in await streams[0].read()
+        recorded = {row["id"]: row for row in await others[1].history(2)}
+        assert recorded.keys() == before.keys()
+        assert recorded[ended]["status"] == "cancelled"
+        assert sorted(row["status"] for row in recorded.values()) == ["cancelled", "served"]
+        assert (await others[1].get("/healthz"))["in_flight"] == 0
+        assert ollama.seen.count("/api/chat") == other.seen.count("/api/chat") == 1
+
+
+@pytest.mark.spec("CLUSTER-12")
+async def test_what_ends_while_nobody_leads_is_in_the_history_once(
+    pair: list[Coordinator], ollama: StandIn
+) -> None:
+    first, second = pair
+    await second.register(ollama, "one")
+    ollama.hold(after=1)
+    async with second.session.post(f"{second.url}/api/chat", json=CHAT) as response:
+        await response.content.readline()
+        first.program.send(signal.SIGSTOP)  # for some seconds nobody else may lead
+        ollama.release()
+        assert b'"done":true' in await response.read()
+    await second.leads(epoch=2)
+    [row] = await second.history(1)
+    assert (row["status"], row["agent"]) == ("served", "one")
+    first.program.send(signal.SIGCONT)
+    await first.program.says("stands by")
+    assert (await second.chat())[0] == 200
+    assert len(await second.history(2)) == 2
+
+
+@pytest.mark.spec("CLUSTER-13")
+async def test_a_leader_that_stops_hands_over_what_runs_and_what_waits(
+    pair: list[Coordinator],
+) -> None:
+    first, second = pair
+    async with StandIn() as ollama:
+        await second.register(ollama, "one")
+        ollama.hold(after=1)
+        async with first.session.post(f"{first.url}/api/chat", json=CHAT) as response:
+            await response.content.readline()
+            waiting = [asyncio.create_task(one.chat()) for one in pair * 2]
+            await first.has(5)
+            first.program.send(programs.TERMINATE)
+            await second.leads(epoch=2)
+            await second.has(5)
+            ollama.release()
+            assert b'"done":true' in await response.read()
+            assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 4
+        rows = await second.history(5)
+        assert [row["status"] for row in rows] == ["served"] * 5
+        assert len([one for one in ollama.seen.of("/api/chat") if one.status == 200]) == 5
+    assert await first.program.ended() == 0
 
 
 # ── several processes on one machine ──────────────────────────────────────────────────────────
@@ -460,6 +470,16 @@ async def test_a_front_believes_the_certificate_that_the_database_names(
 
 
 @pytest.mark.spec("CLUSTER-10")
+async def test_a_process_that_is_frozen_is_replaced(tmp_path: Path, ollama: StandIn) -> None:
+    async with workers(tmp_path, 2) as coordinator:
+        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        processes(coordinator)[int(leader.rpartition(":")[2])].suspend()
+        await coordinator.program.says("epoch=2")
+        await coordinator.program.says_so_often("coordinator listens", 3)
+        assert len(processes(coordinator)) == 2
+
+
+@pytest.mark.spec("CLUSTER-10")
 async def test_the_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     async with workers(tmp_path, 2) as coordinator:
         serving = list(processes(coordinator).values())
@@ -500,9 +520,7 @@ async def test_an_answer_goes_on_at_another_machine(
             lines = [json.loads(line) for line in (await response.read()).splitlines()]
         assert lines[-1]["continued"] == [{"from": name, "by": next(iter(nodes)), "tokens": 5}]
         assert len(lines) == 17
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not (rows := (await leader.get("/api/history"))["requests"]):
-                await asyncio.sleep(0.01)
+        rows = await leader.history(1)
         assert (rows[0]["output_tokens"], rows[0]["status"]) == (16, "served")
         # With the leader gone nobody says where it could go on.
         await dying.start()

@@ -137,3 +137,20 @@ def test_the_join_token_that_compose_makes_is_one(tmp_path: Path) -> None:
         made.append(JoinToken.parse((tmp_path / "token").read_text()).secret)
     assert made[0] == made[1]
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.spec("OPERATION-80")
+def test_the_kubernetes_manifest_has_what_the_program_takes() -> None:
+    text = (ROOT / "packages" / "coordinator" / "kubernetes.yaml").read_text("utf-8")
+    deployment, service = yaml.safe_load_all(text)
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    given = {one["name"]: one.get("value", "") for one in container["env"]}
+    assert given.keys() - {"POD_IP"} <= variables(CoordinatorConfig).keys()
+    assert pod["terminationGracePeriodSeconds"] > CoordinatorConfig().drain_timeout
+    assert pod["securityContext"]["runAsUser"] == int(dockerfile("coordinator")["USER"])
+    [port] = container["ports"]
+    assert port["containerPort"] == CoordinatorConfig().port
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": port["name"]}
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]

@@ -141,8 +141,8 @@ REAL_TIME = {
     "feed/feed.py": "a pause between two snapshots",
     "http1/limits.py": "how long a refused client is read from",
     "link/links.py": "how long closing may take",
-    "front.py": "how long a client waits for a leader",
-    "carry.py": "how long a request that is answered is kept for its leader",
+    "front/front.py": "how long a client waits for a leader",
+    "carry/front.py": "how long a request that is answered is kept for its leader",
     "identity.py": "how long closing may take",
 }
 """Where `asyncio.timeout` ends something of our own. Elsewhere a time in which the coordinator did

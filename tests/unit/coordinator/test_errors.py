@@ -28,7 +28,7 @@ from ollama_coordinator.api.http.errors import (
 )
 from ollama_coordinator.commands.client import NoAnswer
 from ollama_coordinator.db import DatabaseError
-from ollama_coordinator.front import LeaderReplaced
+from ollama_coordinator.front.front import LeaderReplaced
 from ollama_coordinator.operations import Refused, UploadError
 from ollama_coordinator.registry import UnknownAgent
 from ollama_coordinator.scheduler import (

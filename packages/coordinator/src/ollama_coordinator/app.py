@@ -38,13 +38,12 @@ from .api.http.errors import error_reply, status_of
 from .api.http.routing import AccessLog, CircleGuard, Gate, NearMiss, Shortcut, gathered
 from .api.routes import endpoints
 from .attention import Attention
-from .carry import Carried
+from .carry import Fronted, Takeover
 from .clock import Clock
 from .cluster import Cluster
 from .db import Store, database_of, files_beside
 from .dispatch import Dispatch
 from .feed import Feed, Snapshots
-from .front import Fronted
 from .identity import Identity
 from .journal import Limits, Observation, SavedSparklines
 from .link import Links
@@ -116,7 +115,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         return_seconds=config.pull_patience,
     )
     attention = Attention(dispatch, observation, settings, access, aliases)
-    snapshots = Snapshots(dispatch, observation, operations, attention, config, tls.pin)
+    snapshots = Snapshots(dispatch, observation, operations, attention, config, cluster, tls.pin)
     return Parts(
         settings=settings,
         identity=Identity(store),
@@ -231,9 +230,16 @@ def create_app(
         },
     )
     app.state.parts, app.state.origins = parts, config.origins
+    app.state.takeover = Takeover(parts)
     app.router.redirect_slashes = False
     app.router.default = NearMiss(routes)
     return app
+
+
+def takeover_of(app: Starlette) -> Takeover:
+    """What an application takes over from another coordinator, and leaves to the next one."""
+    takeover: Takeover = app.state.takeover
+    return takeover
 
 
 class _App(Starlette):
@@ -255,8 +261,7 @@ class _App(Starlette):
         served: ASGIApp = Cors(Gate(guarded, parts.access), self.state.origins)
         if not parts.cluster.is_shared:
             return served
-        carried = Carried(parts.dispatch, parts.cluster.epoch)
-        return Fronted(served, parts.cluster, carried)
+        return Fronted(served, parts.cluster, takeover_of(self))
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

@@ -28,6 +28,9 @@ LOOK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 """Between two notes of the leader in the database."""
 
+HEARD_MS = 1_000
+"""A coordinator that was not heard of for so long looks no more: it is dead, frozen or cut off."""
+
 SILENT_MS = 10_000
 """A coordinator that was not heard of for so long is listed no more."""
 
@@ -87,6 +90,8 @@ class Cluster:
         self._certificate = certificate
         self._url = ""
         self._is_beside = False
+        self._has_given_way = False
+        self._before: Coordinator | None = None
         self._changed = asyncio.Event()
 
     @property
@@ -124,6 +129,7 @@ class Cluster:
         if self._database is None:
             yield
             return
+        self._has_given_way = False
         await store.run(self._begin)
         self._take(await store.run(_coordinators))
         log.info("coordinator leads", extra={"url": self._url, "epoch": self.epoch()})
@@ -136,12 +142,26 @@ class Cluster:
         Raises:
             DatabaseError: the database failed.
         """
+        self._has_given_way = True
         await store.run(lambda db: db.execute(_GIVE_WAY, [self.id]))
         await store.yield_lead()
 
     def gave_way(self, leader: Coordinator) -> bool:
         """Whether one that led has let another one lead by itself."""
         return any(one.id == leader.id and one.leads_since_ms is None for one in self.coordinators)
+
+    def fronts(self) -> set[str]:
+        """The others that live as this one begins to lead, by their ids: they will say hello.
+
+        The leader before this one only if it gave way by itself.
+        """
+        now_ms = max((one.seen_ms for one in self.coordinators if one.id == self.id), default=0)
+        before, found = self._before, set[str]()
+        for one in self.coordinators:
+            was_lost = before is not None and one.id == before.id and not self.gave_way(before)
+            if one.id != self.id and not was_lost and now_ms - one.seen_ms < HEARD_MS:
+                found.add(one.id)
+        return found
 
     def epoch(self) -> int:
         """The last epoch in which this coordinator led; 0 if it never did."""
@@ -154,11 +174,14 @@ class Cluster:
             body = msgspec.json.encode(ClusterSecret(self.secret)).decode()
             db.execute("INSERT INTO documents (name, body) VALUES (?, ?)", [DOCUMENT, body])
         self._note(db)
+        rows = [msgspec.convert(row, Coordinator) for row in _coordinators(db)]
+        before = max(rows, key=lambda one: one.epoch, default=None)
+        self._before = before if before is not None and before.epoch else None
         db.execute(_LEAD, [self.id])
 
     async def _beat(self, store: Store) -> None:
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS if self._has_given_way else BEAT_SECONDS)
             if store.problem is not None or store.lost.is_set():
                 continue  # the store says so, and tries again by itself
 

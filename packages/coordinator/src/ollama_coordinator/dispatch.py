@@ -6,8 +6,10 @@ with the outcome that the block set, else as cancelled.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .aio import Interrupt
 from .clock import Clock
@@ -18,6 +20,12 @@ from .upstream import AgentLost, ModelStuck, RequestCancelled, TakenBack
 log = logging.getLogger(__name__)
 
 CANCELLED = Outcome(Result.CANCELLED)
+
+ELSEWHERE = "another coordinator leads now; please try again"
+
+
+class HandedOver(OllamaCoordinatorError):
+    """Another coordinator leads: it goes on with the request."""
 
 
 class Held:
@@ -69,7 +77,8 @@ class Dispatch:
     """Hands out leases and carries out what the scheduler decides.
 
     Other modules only read `scheduler`. `agent_failed` is set whenever an agent is taken out of
-    rotation; the monitor waits for it. `closed`: nothing is begun any more.
+    rotation; the monitor waits for it. `closed`: nothing is begun any more. `is_held`: nothing is
+    granted for now.
     """
 
     def __init__(self, scheduler: Scheduler, registry: Registry, clock: Clock) -> None:
@@ -83,6 +92,8 @@ class Dispatch:
         self._timer: asyncio.TimerHandle | None = None
         self.agent_failed = asyncio.Event()
         self.closed = False
+        self.is_held = False
+        self._is_over = False
 
     def held(self) -> Iterable[Held]:
         """Every attempt under way."""
@@ -103,6 +114,7 @@ class Dispatch:
 
         Raises:
             SchedulerError: no agent can serve the request.
+            HandedOver: another coordinator has to serve it.
         """
         held = await self._granted(request)
         try:
@@ -111,6 +123,8 @@ class Dispatch:
             self._settle(held)
 
     async def _granted(self, request: Request) -> Held:
+        if self._is_over:
+            raise HandedOver(ELSEWHERE)
         self.scheduler.submit(request, self.clock.now())
         future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = future
@@ -227,6 +241,8 @@ class Dispatch:
 
     def plan(self) -> None:
         """Carry out everything that the scheduler can decide now; call it when facts changed."""
+        if self.is_held:
+            return
         now = self.clock.now()
         plan = self.scheduler.plan(now)
         for lease in plan.granted:
@@ -258,6 +274,41 @@ class Dispatch:
         if at is not None:
             # The timer only calls `plan`; it ends with the loop and owns nothing.
             self._timer = asyncio.get_running_loop().call_later(max(0.0, at - now), self.plan)
+
+    # ── coordinators that follow each other ───────────────────────────────────────────────────
+
+    def hold(self) -> None:
+        """Grant nothing until `release`: it is not known yet what runs."""
+        self.is_held = True
+
+    def release(self) -> None:
+        """Grant again."""
+        self.is_held = False
+        self.plan()
+
+    @contextmanager
+    def adopted(self, lease: Lease, agent: AgentState) -> Iterator[Held]:
+        """A lease that another coordinator granted, until the block ends.
+
+        Nothing is counted where the scheduler does not know the model on the agent any more.
+        """
+        now = self.clock.now()
+        held = Held(lease, agent, now)
+        if self.scheduler.adopt(lease, now):
+            self._held[lease.id] = held
+        try:
+            yield held
+        finally:
+            if lease.id in self._held:
+                self._settle(held)
+
+    def hand_over(self) -> None:
+        """Grant nothing any more: what waits ends with `HandedOver`, and so does what comes."""
+        self._is_over = self.is_held = self.closed = True
+        for request_id, future in self._waiting.items():
+            if not future.done():
+                self.scheduler.withdraw(request_id, self.clock.now())
+                future.set_exception(HandedOver(ELSEWHERE))
 
     def close(self, reason: str) -> None:
         """End every attempt and every wait with an error."""

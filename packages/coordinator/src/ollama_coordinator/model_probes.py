@@ -18,7 +18,7 @@ from msgspec import Raw, Struct, structs
 from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.types import AgentId
 
-from .dispatch import Dispatch, Held
+from .dispatch import Dispatch, HandedOver, Held
 from .registry import AgentState, AvailableRow
 from .scheduler import Kind, Outcome, Request, RequestId, Result, SchedulerError, cost
 from .scheduler.eligibility import eligible
@@ -147,6 +147,8 @@ class ModelProbes:
                     held = await lease.enter_async_context(granted)
                 if await self._ask(held, row, TOKEN_SECONDS) is None:
                     self._hangs(agent, key)
+        except HandedOver:
+            return
         except (TimeoutError, SchedulerError):
             if self._all_hang(agent, key):
                 self._hangs(agent, key)
@@ -238,7 +240,7 @@ class ModelProbes:
                     self._dispatch.lease(self._request(agent, row)) as held,
                 ):
                     return await self._ask(held, row, WELL_SECONDS) is not False
-            except (TimeoutError, SchedulerError):
+            except (TimeoutError, SchedulerError, HandedOver):
                 return True
             finally:
                 self._dispatch.plan()

@@ -1,8 +1,10 @@
 """The parts of one coordinator, as one value; `app.py` puts it together."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
+from starlette.types import Receive, Scope, Send
 
 from .access import Access, KnownMachines, limits_of_names
 from .agent_logs import AgentLogs
@@ -28,6 +30,8 @@ from .tls import Tls
 from .traces import Traces
 from .upstream import Upstreams
 
+PassOn = Callable[[Scope, bytes | bytearray, Receive, Send, float], Awaitable[None]]
+
 GIBIBYTE = 1024**3
 
 
@@ -35,6 +39,8 @@ class Parts(Struct, kw_only=True, eq=False):
     """The parts of a coordinator, each made once; a handler takes those that it uses.
 
     `connections`: those of the server, as long as one of ours serves.
+    `pass_on`: to the coordinator that leads, where this one does not any more: an ASGI scope, the
+    whole body, how to receive and to send, and the seconds since the body is here.
     `reading`: large bodies are read one at a time, see `json_edit`.
     `stopping`: `GET /readyz` answers 503, so that load balancers send no further requests.
     """
@@ -71,6 +77,7 @@ class Parts(Struct, kw_only=True, eq=False):
     feed: Feed
     reading: asyncio.Lock
     connections: ConnectionLimits | None = None
+    pass_on: PassOn | None = None
     stopping: bool = False
 
     def apply_settings(self) -> None:

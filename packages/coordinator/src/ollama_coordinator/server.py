@@ -25,7 +25,8 @@ from ollama_coordinator_common.network import keep_alive, netloc
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from .aio import beside, first_of
-from .app import create_app, running
+from .app import create_app, running, takeover_of
+from .carry import Takeover
 from .clock import Clock
 from .cluster import Cluster
 from .db import DatabaseError, SharedDatabase, Store, database_of
@@ -181,6 +182,7 @@ class Process:
         self._is_worker = config.workers > 1
         self._clock = Clock()
         self._parts: Parts | None = None
+        self._front: Front | None = None
         self._capacity = capacity()
         self._limits = ConnectionLimits(
             most=self._capacity.connections,
@@ -257,7 +259,7 @@ class Process:
         cluster = Cluster(shared, self._url_at, lambda: self._tls.shown)
         settings = await asyncio.to_thread(Settings, self._config, Store(shared))
         upstreams = Upstreams(self._clock)
-        front = Front(cluster, upstreams, settings, self._clock)
+        front = self._front = Front(cluster, upstreams, settings, self._clock)
         async with upstreams, beside(front.run()):
             part = asyncio.create_task(self._take_part(cluster, front))
             ready = asyncio.create_task(self._ready.wait())
@@ -265,6 +267,7 @@ class Process:
                 await asyncio.wait({part, ready}, return_when=asyncio.FIRST_COMPLETED)
                 if not part.done():
                     await self._serve(front)
+                    await front.settle()
                 self._ended.set()
                 await part
             finally:
@@ -284,20 +287,21 @@ class Process:
         """Lead as often as nobody else does, until the server has ended."""
         while not self._stop.asked.is_set():
             try:
-                async with self._leading(cluster) as app:
-                    front.lead(app)
-                    await self._lead(cluster)
+                async with self._leading(cluster) as app, takeover_of(app).running():
+                    app.state.parts.pass_on = front.take_back
+                    front.lead(app, takeover_of(app))
+                    await self._lead(cluster, front, takeover_of(app))
             except DatabaseError as exc:
                 if not (exc.in_use or self._ready.is_set()):
                     raise
                 if not exc.in_use:
                     log.error("cannot lead", extra={"problem": str(exc)})
             finally:
-                front.lead(None)
+                front.follow()
             if not self._stop.asked.is_set():
                 await self._follow(cluster, front)
 
-    async def _lead(self, cluster: Cluster) -> None:
+    async def _lead(self, cluster: Cluster, front: Front, takeover: Takeover) -> None:
         """Lead until the server has ended, or another coordinator has the database."""
         if self._parts is None:
             raise RuntimeError("nothing serves")
@@ -307,10 +311,19 @@ class Process:
         if self._stop.asked.is_set():
             with contextlib.suppress(DatabaseError):  # the others see that nobody answers
                 await cluster.give_way(self._parts.store)
+            await first_of(self._ended.wait(), self._hand_over(cluster, front, takeover))
             await self._ended.wait()
         else:
             log.warning("another coordinator leads now; what runs through this one ends")
+            front.follow()
+            takeover.hand_over()
             self._parts.stop_serving("another coordinator leads now")
+
+    async def _hand_over(self, cluster: Cluster, front: Front, takeover: Takeover) -> None:
+        """Leave what waits and runs to the next leader, once there is one that takes it."""
+        await cluster.changed()
+        if await front.takes_over():
+            front.follow(takeover.hand_over())
 
     async def _follow(self, cluster: Cluster, front: Front) -> None:
         """Pass requests on until nobody leads, or a signal comes."""
@@ -362,6 +375,8 @@ class Process:
     async def _end_in_order(self) -> None:
         stop, limits = self._stop, self._limits
         await stop.asked.wait()
+        if self._front is not None:
+            self._front.stopping = True
         parts, under_way = self._parts, limits.open
         if parts is not None:
             parts.begin_stopping()

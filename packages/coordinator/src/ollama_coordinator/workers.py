@@ -1,7 +1,8 @@
 """Several processes of one coordinator on one machine: each serves clients, one of them leads.
 
 They are coordinators that share a database (`Cluster`), and the sockets on which clients connect.
-This process only starts them, starts those anew that die, and ends with them.
+This process only starts them, starts those anew that die, kills those that are frozen, and ends
+with them.
 """
 
 import asyncio
@@ -12,7 +13,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from ctypes import c_ulonglong
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
@@ -27,6 +30,14 @@ log = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 1.0
 """Between the death of a process and the start of the next one."""
+
+BEAT_SECONDS = 0.5
+"""Between two beats of a process, and between two looks at them."""
+
+SILENT_LOOKS = 6
+"""A process without a beat for so many looks is frozen: for 3 s, as PostgreSQL allows a leader. It
+beats in a thread of its own, which no long work of its event loop holds up. Looks are counted and
+no seconds, as this process may be frozen too."""
 
 FAILED = 1
 """The exit code of a process that has said why it cannot serve; another one could not either."""
@@ -73,8 +84,27 @@ async def supervise(config: CoordinatorConfig, work: Work) -> None:
                 sock.close()
 
 
+class Beats:
+    """The beats of one process: `count` is in memory that it shares with this one.
+
+    It has no lock, which a frozen process might hold.
+    """
+
+    def __init__(self, count: c_ulonglong) -> None:
+        self.count = count
+        self._seen = 0
+        self._silent = 0
+
+    def look(self) -> bool:
+        """Whether the process is frozen; one that starts has not beaten yet, and is not."""
+        count = self.count.value
+        self._silent = self._silent + 1 if count == self._seen and count else 0
+        self._seen = count
+        return self._silent >= SILENT_LOOKS
+
+
 class Workers:
-    """The processes."""
+    """The processes, with their beats."""
 
     def __init__(
         self, config: CoordinatorConfig, work: Work, listening: list[socket.socket]
@@ -82,7 +112,7 @@ class Workers:
         self._config = config
         self._work = work
         self._listening = listening
-        self._running: set[SpawnProcess] = set()
+        self._running: dict[SpawnProcess, Beats] = {}
         self._changed = asyncio.Event()
         self._has_failed = False
 
@@ -95,6 +125,7 @@ class Workers:
         for _ in range(self._config.workers):
             self._start()
         told = asyncio.create_task(self._pass_on(stop))
+        looking = asyncio.create_task(self._kill_frozen())
         try:
             while self._running:
                 await self._changed.wait()
@@ -108,6 +139,7 @@ class Workers:
                         self._start()
         finally:
             told.cancel()
+            looking.cancel()
             for process in self._running:
                 process.kill()
         if self._has_failed:
@@ -115,19 +147,30 @@ class Workers:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        beats = Beats(context.RawValue(c_ulonglong, 0))
         process = context.Process(
-            target=_run, args=(self._work, self._config, self._listening), daemon=False
+            target=_run,
+            args=(self._work, self._config, self._listening, beats.count),
+            daemon=False,
         )
         process.start()
-        self._running.add(process)
+        self._running[process] = beats
         asyncio.get_running_loop().add_reader(process.sentinel, self._ended, process)
 
     def _ended(self, process: SpawnProcess) -> None:
         asyncio.get_running_loop().remove_reader(process.sentinel)
         process.join()
-        self._running.discard(process)
+        self._running.pop(process, None)
         self._has_failed = self._has_failed or process.exitcode == FAILED
         self._changed.set()
+
+    async def _kill_frozen(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            for process, beats in self._running.items():
+                if beats.look():
+                    log.error("a process is frozen; it is killed", extra={"pid": process.pid})
+                    process.kill()
 
     async def _pass_on(self, stop: Stop) -> None:
         """Pass signals on; they come here alone."""
@@ -138,14 +181,26 @@ class Workers:
                     os.kill(process.pid, signal.SIGTERM)
 
 
-def _run(work: Work, config: CoordinatorConfig, listening: list[socket.socket]) -> None:
+def _run(
+    work: Work,
+    config: CoordinatorConfig,
+    listening: list[socket.socket],
+    count: c_ulonglong,
+) -> None:
     """In a process of its own: serve, and end with the one that started it."""
     os.setsid()  # a Ctrl-C of the terminal would come twice
     parent = multiprocessing.parent_process()
     if parent is not None:
         watch = threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True)
         watch.start()
+    threading.Thread(target=_beat, args=(count,), daemon=True).start()
     work(config, listening)
+
+
+def _beat(count: c_ulonglong) -> None:
+    while True:
+        count.value += 1
+        time.sleep(BEAT_SECONDS)
 
 
 def _end_with(sentinel: int) -> None:

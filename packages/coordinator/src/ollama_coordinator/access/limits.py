@@ -121,9 +121,16 @@ class KeyUsage:
 
     @contextmanager
     def admitted(
-        self, caller: Caller, prompt_tokens: int, output_limit: int | None
+        self,
+        caller: Caller,
+        prompt_tokens: int,
+        output_limit: int | None,
+        *,
+        before: bool = False,
     ) -> Iterator["Account"]:
         """Count a request of a caller as long as the block runs.
+
+        `before`: another coordinator has admitted it.
 
         Raises:
             Denied: 429, a limit is reached.
@@ -133,7 +140,8 @@ class KeyUsage:
         limited = list(self._limited(caller, at))
         try:
             for who, limits, used in limited:
-                _check(who, limits, used, at)
+                if not before:
+                    _check(who, limits, used, at)
         except Denied:
             if counts is not None:
                 counts.refusals += 1

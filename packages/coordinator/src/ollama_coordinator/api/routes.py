@@ -34,7 +34,7 @@ READ, FOLLOW = USE | WATCH, MANAGE | WATCH
 
 def endpoints(parts: Parts) -> list[Endpoint]:
     """Every method of every path with its handler; the most frequent first."""
-    table = [*_of_ollama(parts), *_of_our_own(parts)]
+    table = _of_ollama(parts) + _of_fleet(parts) + _of_requests(parts) + _of_itself(parts)
     table.append(Endpoint("GET", "/api/openapi.json", USE | WATCH | JOIN, OpenApi(table).show))
     return table
 
@@ -70,12 +70,10 @@ def _of_ollama(parts: Parts) -> list[Endpoint]:
     ]
 
 
-def _of_our_own(parts: Parts) -> list[Endpoint]:
-    agents, health, requests = AgentsApi(parts), HealthApi(parts), RequestsApi(parts)
-    fleet, operations, history = FleetApi(parts), OperationsApi(parts), HistoryApi(parts)
-    settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
-    keys, sessions, aliases = KeysApi(parts), SessionsApi(parts), AliasesApi(parts)
-    joining, install, files = JoiningApi(parts), InstallApi(parts), FilesApi(parts)
+def _of_fleet(parts: Parts) -> list[Endpoint]:
+    agents, health, fleet = AgentsApi(parts), HealthApi(parts), FleetApi(parts)
+    operations, aliases, files = OperationsApi(parts), AliasesApi(parts), FilesApi(parts)
+    install = InstallApi(parts)
     return [
         # agents
         Endpoint("POST", "/api/health", JOIN, health.heartbeat),
@@ -105,7 +103,13 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/operations/{operation_id}", FOLLOW, operations.show),
         Endpoint("DELETE", "/api/operations/{operation_id}", MANAGE, operations.cancel),
         Endpoint("GET", "/api/operations/{operation_id}/progress", FOLLOW, operations.follow),
-        # requests, live and finished
+    ]
+
+
+def _of_requests(parts: Parts) -> list[Endpoint]:
+    """Live and finished."""
+    requests, history = RequestsApi(parts), HistoryApi(parts)
+    return [
         Endpoint("GET", "/api/requests", WATCH, requests.list),
         Endpoint("GET", "/api/requests/{request_id}", WATCH, requests.show),
         Endpoint("DELETE", "/api/requests/{request_id}", OPERATE, requests.cancel),
@@ -120,6 +124,14 @@ def _of_our_own(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/usage", READ, history.usage),
         Endpoint("GET", "/api/audit", OPERATE, history.audit),
         Endpoint("GET", "/api/audit/export", OPERATE, history.export_audit),
+    ]
+
+
+def _of_itself(parts: Parts) -> list[Endpoint]:
+    settings, dashboard, events = SettingsApi(parts), DashboardApi(), EventsApi(parts)
+    keys, sessions, joining = KeysApi(parts), SessionsApi(parts), JoiningApi(parts)
+    health = HealthApi(parts)
+    return [
         # who may come in
         Endpoint("GET", "/api/keys", OPERATE, keys.list),
         Endpoint("POST", "/api/keys", OPERATE, keys.create),

@@ -277,6 +277,14 @@ class History:
         """
         return await self._store.run(lambda db: _find(db, request_id))
 
+    async def written(self, ids: Sequence[str]) -> set[str]:
+        """Which of these requests are in the database.
+
+        Raises:
+            DatabaseError: the database cannot be read.
+        """
+        return await self._store.run(lambda db: _written(db, ids))
+
     async def waits(self, since: float, most: int) -> list[tuple[Any, ...]]:
         """The fields of a `Wait` for each request that ended since a Unix time, the newest first.
 
@@ -428,6 +436,15 @@ def _page(db: Database, sql: str, values: list[Any]) -> tuple[list[Finished], Cu
 def _find(db: Database, request_id: str) -> tuple[Finished, bytes] | None:
     rows = db.query("SELECT * FROM requests WHERE id = ?", [request_id])
     return (from_columns(rows[0]), why_of(rows[0])) if rows else None
+
+
+def _written(db: Database, ids: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for at in range(0, len(ids), IDS_AT_ONCE):
+        some = ids[at : at + IDS_AT_ONCE]
+        sql = f"SELECT id FROM requests WHERE id IN ({', '.join('?' * len(some))})"  # noqa: S608
+        found.update(row["id"] for row in db.query(sql, some))
+    return found
 
 
 def _choices(db: Database) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ changes as time goes by: the page counts seconds itself.
 import re
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from ollama_coordinator.attention import Attention, OpenConcern
+from ollama_coordinator.cluster import Cluster
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, RequestView, state_of
 from ollama_coordinator.operations import Operations
@@ -38,6 +39,11 @@ OPERATIONS_SHOWN = 12
 """Operations that fit on the page of models."""
 
 
+def utc(milliseconds: int) -> str:
+    """Unix time in milliseconds as the page reads it."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat()
+
+
 class Snapshot(Struct, frozen=True):
     """The fleet at the UTC time `now`.
 
@@ -59,6 +65,7 @@ class Snapshots:
         operations: Operations,
         attention: Attention,
         config: CoordinatorConfig,
+        cluster: Cluster,
         pin: str = "",
     ) -> None:
         self._dispatch = dispatch
@@ -70,6 +77,7 @@ class Snapshots:
         self._operations = operations
         self._attention = attention
         self._config = config
+        self._cluster = cluster
         self._pin = pin
         self._version = version("ollama-coordinator")
         self._started_at = self._clock.now()
@@ -105,7 +113,20 @@ class Snapshots:
             row["pin"] = self._pin
         if self._store.problem:
             row["problem"] = self._store.problem
+        if self._cluster.coordinators:
+            row["coordinators"] = self._coordinators()
         return row
+
+    def _coordinators(self) -> list[Row]:
+        """Those that share the database, and since when the one that leads does."""
+        rows = []
+        for one in self._cluster.coordinators:
+            row: Row = {"url": one.url, "version": one.version, "since": utc(one.started_ms)}
+            leads = one is self._cluster.leader and one.leads_since_ms is not None
+            if leads:
+                row["leads_since"] = utc(one.leads_since_ms or 0)
+            rows.append(row)
+        return rows
 
     def _fleet(self, agents: dict[str, Row]) -> Row:
         sparklines = self._sampler.sparklines

@@ -2,7 +2,7 @@
 
 from .advice import Advice
 from .counters import Counters, Histogram
-from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name
+from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name, tokens_of
 from .events import AgentEvent
 from .journal import Journal
 from .observation import Limits, Observation
@@ -30,4 +30,5 @@ __all__ = [
     "Sparklines",
     "short_name",
     "state_of",
+    "tokens_of",
 ]

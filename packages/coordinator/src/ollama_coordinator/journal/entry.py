@@ -117,10 +117,20 @@ class JournalEntry:
     """A request in progress. `counted` is how many of its tokens the statistics have already.
 
     `gpu_seconds`: how long its attempts held slots, those that have ended. `is_divided`: its
-    attempts are those of its portions, some at the same time. `trace`: its spans.
+    attempts are those of its portions, some at the same time. `is_elsewhere`: another entry tells
+    of its end. `trace`: its spans.
     """
 
-    __slots__ = ("attempts", "counted", "gpu_seconds", "is_divided", "path", "request", "trace")
+    __slots__ = (
+        "attempts",
+        "counted",
+        "gpu_seconds",
+        "is_divided",
+        "is_elsewhere",
+        "path",
+        "request",
+        "trace",
+    )
 
     def __init__(self, request: Request, path: str, trace: RequestTrace | None = None) -> None:
         self.trace = trace
@@ -130,6 +140,7 @@ class JournalEntry:
         self.counted = 0
         self.gpu_seconds = 0.0
         self.is_divided = False
+        self.is_elsewhere = False
 
     @property
     def passed_on(self) -> int:
@@ -339,3 +350,11 @@ def _speed(held: Held, now: float) -> float | None:
 def short_name(key: str) -> str:
     """The shortest name of a routing key."""
     return ModelName.parse(key).short
+
+
+def tokens_of(held: Held) -> int:
+    """What an attempt has read and written: as Ollama counted it, else as far as it was seen."""
+    timings = held.outcome.timings
+    if timings is not None:
+        return timings.prompt_tokens + timings.output_tokens
+    return 0 if held.began_at is None else held.lease.request.prompt_tokens + held.records

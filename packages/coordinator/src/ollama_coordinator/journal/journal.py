@@ -12,7 +12,7 @@ from itertools import islice
 
 from msgspec import structs
 
-from ollama_coordinator.dispatch import Dispatch, Held
+from ollama_coordinator.dispatch import Dispatch, HandedOver, Held
 from ollama_coordinator.scheduler import Form, Kind, Lease, Request, SchedulerError, Waiting
 from ollama_coordinator.scheduler.eligibility import eligible
 from ollama_coordinator.scheduler.explain import Decision
@@ -53,6 +53,7 @@ class Journal:
         self._queued_at = 0.0
         self._refusals: dict[str, tuple[int, dict[str, str]]] = {}
         self._stepped_by = 0.0
+        self._is_over = False
         self.live: dict[str, JournalEntry] = {}
         self.recent: deque[Ended] = deque(maxlen=REMEMBERED)
 
@@ -67,6 +68,7 @@ class Journal:
         try:
             yield entry
         except BaseException as raised:
+            entry.is_elsewhere = entry.is_elsewhere or isinstance(raised, HandedOver)
             self._ended(entry, *self._reason(raised))
             raise
         self._ended(entry, None, "")
@@ -120,6 +122,8 @@ class Journal:
 
     def _ended(self, entry: JournalEntry, http_status: int | None, error: str) -> None:
         del self.live[entry.request.id]
+        if entry.is_elsewhere or (self._is_over and not entry.is_divided):
+            return
         now = self._clock.now()
         last = finished(entry, self._clock, now, http_status=http_status, error=error)
         ended = Ended(last, entry.attempt_views(self._clock))
@@ -128,6 +132,10 @@ class Journal:
         self.follow_clock()
         self.recent.append(ended)
         self._sampler.finished(entry, ended)
+
+    def hand_over(self) -> None:
+        """Record nothing any more but what runs in portions: another one goes on with the rest."""
+        self._is_over = True
 
     def _reason(self, raised: BaseException) -> tuple[int, str]:
         if isinstance(raised, OllamaCoordinatorError):

@@ -19,6 +19,7 @@ from ollama_coordinator.access import Denied, UnknownJoinRequest, UnknownKey, Wr
 from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.aliases import AliasInTheWay, UnknownAlias, WrongAlias
 from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.dispatch import HandedOver
 from ollama_coordinator.model_probes import CannotRestart
 from ollama_coordinator.operations import (
     NoAgentForModel,
@@ -97,6 +98,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     UnknownJoinRequest: 404,
     DatabaseError: 503,
     ClientLeft: 499,
+    HandedOver: 503,
     WrongPlacement: 400,
     NoAgentForModel: 503,
     UnknownOperation: 404,

@@ -31,8 +31,8 @@ from ollama_coordinator.api.http.headers import to_client, to_ollama
 from ollama_coordinator.api.http.json_edit import Body, edited, is_small
 from ollama_coordinator.api.http.routing import change_of, tell
 from ollama_coordinator.batches import REASON, Batches
-from ollama_coordinator.dispatch import Held
-from ollama_coordinator.journal import JournalEntry
+from ollama_coordinator.dispatch import HandedOver, Held
+from ollama_coordinator.journal import JournalEntry, tokens_of
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import (
@@ -60,7 +60,16 @@ from .context_fit import ContextFit
 from .continuation import Continuations, Onward
 from .portions import Portions
 from .relay import CARRIER, Call, Carrier, Failure, Sent, Way, attempted
-from .request import LANE, NotDecompressed, Routing, plain_body, read_any, read_body, schedulable
+from .request import (
+    LANE,
+    WAITED,
+    NotDecompressed,
+    Routing,
+    plain_body,
+    read_any,
+    read_body,
+    schedulable,
+)
 from .retry_rule import Poison, error_text, say_the_same
 from .unload import make_room, unload_everywhere
 
@@ -145,6 +154,7 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         body: Body = b""
+        began_at = self._clock.now()
         try:
             headers = dict(scope["headers"])
             body = await read_body(receive, self._settings.config.max_body_bytes, headers)
@@ -164,6 +174,11 @@ class Proxy:
                         await self._serve(call, entry, account)
         except ClientLeft:
             return
+        except HandedOver:
+            if self._parts.pass_on is None or CARRIER in scope:
+                raise  # its front passes it on
+            waited = self._clock.now() - began_at
+            await self._parts.pass_on(scope, body, receive, send, waited)
         except (NotDecompressed, CloudDisabled) as error:
             await send_error(send, Dialect.NATIVE, error)
         except (NoSuchModel, InvalidModelName) as error:
@@ -224,8 +239,9 @@ class Proxy:
         return True
 
     def _schedulable(self, routing: Routing, scope: Scope) -> Request:
-        pace, now = self._settings.config.reading_pace, self._clock.now()
-        return schedulable(self._route, routing, scope, now, pace=pace)
+        pace = self._settings.config.reading_pace
+        arrived_at = self._clock.now() - scope.get(WAITED, 0.0)
+        return schedulable(self._route, routing, scope, arrived_at, pace=pace)
 
     @contextmanager
     def _watched(
@@ -410,6 +426,10 @@ class Proxy:
             except SchedulerError as exc:
                 course.refused(exc, self._missing)
                 continue
+            except HandedOver:
+                if course.onward is None:
+                    raise
+                break  # the next leader does not know what the client has
             except RequestCancelled as exc:
                 if course.onward is None:
                     raise
@@ -440,7 +460,7 @@ class Proxy:
                 finally:
                     seconds = self._clock.now() - held.lease.granted_at
                     entry.gpu_seconds += seconds
-                    account.add(_tokens_of(held), seconds)
+                    account.add(tokens_of(held), seconds)
 
     async def _turn_on(
         self, call: Call, course: Course, entry: JournalEntry, held: Held, failure: Failure
@@ -582,11 +602,3 @@ def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:
     """The agents that were slow, and did not fail."""
     result = {one.agent_id: one.outcome.result for one in failures}
     return frozenset(agent for agent, last in result.items() if last is Result.TAKEN_BACK)
-
-
-def _tokens_of(held: Held) -> int:
-    """What an attempt has read and written: as Ollama counted it, else as far as it was seen."""
-    timings = held.outcome.timings
-    if timings is not None:
-        return timings.prompt_tokens + timings.output_tokens
-    return 0 if held.began_at is None else held.lease.request.prompt_tokens + held.records

@@ -524,6 +524,10 @@ KEPT_NAME_CHARACTERS = 200
 """A longer name is parsed each time: clients may send any."""
 
 
+WAITED = "waited"
+"""The key in an ASGI scope of the seconds that a request waited before it came here."""
+
+
 def schedulable(
     route: InferenceRoute, routing: Routing, scope: Scope, now: float, *, pace: float
 ) -> Request:

@@ -3,8 +3,10 @@
 import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h, icon } from "../dom.js";
+import { fullTime } from "../format.js";
 import { command, withUrl } from "../parts/bits.js";
 import { joinLines } from "../parts/joining.js";
+import { store } from "../store.js";
 import { act } from "../parts/toast.js";
 
 const PLACES = { default: "default", dashboard: "set here", environment: "set by the environment" };
@@ -14,13 +16,15 @@ class SettingsView extends View {
     this.form = h("form.settings", { onsubmit: (event) => this.save(event) });
     this.joining = joinLines();
     this.asking = h("div");
+    this.coordinators = h("section", { hidden: true });
     this.append(this.head("Settings"), this.form,
       h("h2.section", null, "Agents"),
       h("p.muted", null, "Name, labels, notes, drain and remove are on each agent's card and page in ", h("a", { href: "#/fleet" }, "Fleet"), ". To add a machine, run one line there:"),
       this.joining,
       h("h2.section", null, "For your clients"),
       h("p.muted", null, "Any Ollama or OpenAI client works with this address:"),
-      this.asking);
+      this.asking,
+      this.coordinators);
     this.load();
   }
 
@@ -28,6 +32,19 @@ class SettingsView extends View {
     if (!this.concerns(changed, "coordinator")) return;
     this.joining.update();
     this.asking.replaceChildren(...withUrl((url) => [command(`OLLAMA_HOST=${url}\nOPENAI_BASE_URL=${url}/v1`)]));
+    this.show(store.state.coordinator.coordinators ?? []);
+  }
+
+  /** Who shares the database, and who leads: only where there can be several. */
+  show(coordinators) {
+    this.coordinators.hidden = coordinators.length === 0;
+    this.coordinators.replaceChildren(
+      h("h2.section", null, "Coordinators"),
+      h("p.muted", null, "They share one database. One leads and decides which machine serves what; the others pass requests on, and one of them takes its place when it stops. Clients and agents may use any."),
+      h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Coordinators that share the database"),
+        h("thead", null, h("tr", null, ["Address", "Version", "Started", "Leads"].map((text) => h("th", { scope: "col" }, text)))),
+        h("tbody", null, coordinators.map((one) => h("tr", { "data-name": one.url }, h("th.mono", { scope: "row" }, one.url), h("td", null, one.version), h("td", null, fullTime(one.since)),
+          h("td", null, one.leads_since ? h("span.pill", null, `leads since ${fullTime(one.leads_since)}`) : h("span.muted", null, "stands by"))))))));
   }
 
   async load() {
