@@ -140,6 +140,30 @@ async def test_an_agent_that_is_older_than_the_coordinator_says_so_on_its_card(
         await expect(version).to_be_hidden()
 
 
+@pytest.mark.spec("FLEET-77")
+@pytest.mark.spec("FLEET-78")
+async def test_what_the_doctor_found_and_which_of_two_machines_it_is_are_shown(
+    coordinator: Running, visit: Visit
+) -> None:
+    async with StandIn() as one, StandIn() as two:
+        for node, machine_id in ((one, "disk-one"), (two, "disk-two")):
+            agent = await coordinator.register(
+                node, "a-workstation-with-a-long-name", machine_id=machine_id, agent_version="1"
+            )
+        clock = {"check": "clock", "level": "warning", "text": "it is wrong", "remedy": "set it"}
+        await coordinator.heartbeat(agent, findings=[clock], owned=True)
+        await visit.open("fleet")
+        mark = visit.page.locator(".agent-name").get_by_text(f"(127.0.0.1:{two.port})")
+        await expect(mark).to_be_visible()
+        await visit.open(f"agents/{agent}")
+        await expect(visit.page.locator(".findings li")).to_have_text("clockit is wrong→ set it")
+        await expect(visit.page.locator("main h1")).to_contain_text(f"127.0.0.1:{two.port}")
+        await visit.page.click("text=Restart Ollama")
+        await visit.page.click("dialog button:has-text('Restart')")
+        await expect(visit.page.get_by_text("at its next heartbeat")).to_be_visible()
+        assert coordinator.agent(agent).restart_until is not None
+
+
 @pytest.mark.spec("LINK-9")
 async def test_a_card_says_that_a_machine_is_reached_by_its_link(
     coordinator: Running, visit: Visit

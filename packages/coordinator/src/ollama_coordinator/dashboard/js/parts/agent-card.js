@@ -3,13 +3,13 @@
 import { h, icon, keyed, setAttr, setText } from "../dom.js";
 import { bytes, count, hue, isNumber, memory, model, percent, rate } from "../format.js";
 import { store } from "../store.js";
-import { agentPill } from "./bits.js";
+import { agentName, agentPill } from "./bits.js";
 import { memoryBars } from "./memory.js";
 import { agentMenu } from "./agent-actions.js";
 
 export function agentCard(agent) {
   const state = agentPill();
-  const name = h("a.agent-name.clip", { href: `#/agents/${encodeURIComponent(agent.id)}` });
+  const name = agentName(agent.id);
   const since = h("oc-since");
   const about = h("p.muted.small.clip");
   const reason = h("p.reason.small", { hidden: true });
@@ -25,8 +25,7 @@ export function agentCard(agent) {
     h("header", null, name, state, h("span.muted.small.nowrap", null, "for ", since), agentMenu(agent.id)), about, reason, outdated, labels, bars, models,
     h("footer", null, meters, h("div.flow", null, slots, spark, h("span.small.nowrap", { title: "Tokens written, in the last 5 seconds" }, h("span.muted", null, "now "), speed, h("span.muted", null, " tok/s")))));
   card.update = (now) => {
-    setText(name, now.name);
-    setAttr(name, "title", now.name);
+    name.update(now);
     setAttr(card, "aria-label", `Agent ${now.name}`);
     setAttr(card, "data-state", now.state);
     state.update(now.state);

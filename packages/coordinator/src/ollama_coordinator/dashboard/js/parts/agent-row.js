@@ -3,7 +3,7 @@
 import { h, keyed, setAttr, setText } from "../dom.js";
 import { isNumber, memory, percent, rate } from "../format.js";
 import { store } from "../store.js";
-import { agentPill, columnHead } from "./bits.js";
+import { agentName, agentPill, columnHead } from "./bits.js";
 import { poolOf } from "./memory.js";
 import { slotDots } from "./agent-card.js";
 import { agentMenu } from "./agent-actions.js";
@@ -14,7 +14,7 @@ export function agentRowHead() {
 }
 
 export function agentRow(agent) {
-  const name = h("a.agent-name", { href: `#/agents/${encodeURIComponent(agent.id)}` });
+  const name = agentName(agent.id);
   const about = h("div.muted.small.clip");
   const state = agentPill();
   const since = h("oc-since");
@@ -27,8 +27,7 @@ export function agentRow(agent) {
     h("td.nowrap", null, state, h("div.muted.small", null, "for ", since)), h("td.memory-cell", null, track), free, cpu, gpu,
     h("td", null, slots), h("td", null, h("div.row.speed-cell", null, spark, speed)), h("td", null, agentMenu(agent.id)));
   row.update = (now) => {
-    setText(name, now.name);
-    setAttr(name, "title", now.name);
+    name.update(now);
     setText(about, [now.ollama_version, now.ip_address].filter(Boolean).join(" · "));
     state.update(now.state);
     setAttr(since, "at", now.since);

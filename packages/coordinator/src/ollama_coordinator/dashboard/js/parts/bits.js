@@ -1,6 +1,6 @@
 /** Small pieces that several views show. */
 
-import { h, icon, setText } from "../dom.js";
+import { h, icon, setAttr, setText } from "../dom.js";
 import { REQUEST_STATES, STATES, fullTime, time } from "../format.js";
 import { store } from "../store.js";
 import { UNKNOWN, urlForOthers } from "./address.js";
@@ -61,6 +61,20 @@ export function fact(label) {
     if (title) value.title = title;
   };
   return element;
+}
+
+/** A link to an agent: its name gives way where there is no room, and not what tells it apart. */
+export function agentName(id) {
+  const called = h("span.clip");
+  const mark = h("span.nowrap");
+  const link = h("a.agent-name", { href: `#/agents/${encodeURIComponent(id)}` }, called, mark);
+  link.update = (agent) => {
+    const name = agent.display_name ?? agent.machine_name;
+    setText(called, name);
+    setText(mark, agent.name.slice(name.length));
+    setAttr(link, "title", agent.name);
+  };
+  return link;
 }
 
 /** A line of an agent's log; with the agent where lines of several are together. */

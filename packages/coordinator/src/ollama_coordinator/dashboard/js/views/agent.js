@@ -74,8 +74,9 @@ class AgentView extends View {
     setText(this.reason, why);
     this.reason.classList.toggle("bad", !isOnPurpose(agent));
     this.restartButton.hidden = !agent.owned;
-    this.findings.hidden = !agent.findings.length;
-    this.findings.replaceChildren(...agent.findings.map(findingRow));
+    const findings = agent.findings.filter((one) => !why?.includes(one.text));
+    this.findings.hidden = !findings.length;
+    this.findings.replaceChildren(...findings.map(findingRow));
     this.outdated.hidden = !agent.outdated;
     setText(this.outdated, outdatedText(agent));
     setText(this.about, aboutText(agent));
