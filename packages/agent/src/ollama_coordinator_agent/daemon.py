@@ -121,8 +121,8 @@ class Daemon:
 
     async def _look_at_owner(self) -> float:
         """Find out whether this machine serves now, and report it at once where that changed."""
-        gpus = self.parts.meter.latest.gpus
-        loads = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
+        cards = [gpu for gpu in self.parts.meter.latest.gpus if not gpu.integrated]
+        loads = [one.utilization_percent for one in cards if one.utilization_percent is not None]
         found = await asyncio.to_thread(
             signs, None if self._active_requests() else max(loads, default=None)
         )

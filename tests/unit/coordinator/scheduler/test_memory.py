@@ -391,6 +391,19 @@ def test_a_gpu_in_the_processor_is_none_until_a_model_is_seen_there() -> None:
     assert not agent.lacks_gpu
 
 
+@pytest.mark.spec("SCHED-98")
+def test_a_card_that_ollama_cannot_use_leaves_the_main_memory() -> None:
+    world = World()
+    agent = world.agent("a", models={"m": 4 * GB})
+    report = HealthReport(agent.id, 1.0, 10.0, 0, memory_total_bytes=100 * GB)
+    old = Gpu("old card", memory_total_bytes=4 * GB, utilization_percent=90.0)
+    agent.take(structs.replace(report, gpus=[old]))
+    assert (memory_of(agent), agent.cards) == (4 * GB, [old])
+    settings = structs.replace(agent.settings, gpu="none")
+    world.registry.update_settings(agent.id, settings)
+    assert (memory_of(agent), agent.cards) == (80 * GB, [])
+
+
 def _with_game(agent: AgentState, used: int) -> HealthReport:
     gpu = Gpu("card", memory_total_bytes=24 * GB, memory_used_bytes=used)
     ps = b'{"models":[{"name":"m","size":5000000000,"size_vram":5000000000}]}'

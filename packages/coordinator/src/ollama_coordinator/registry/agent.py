@@ -16,7 +16,7 @@ from ollama_coordinator_common.protocol import (
     ModelStore,
     RegisterRequest,
 )
-from ollama_coordinator_common.types import AgentId, AgentStatus, RunnerSettings
+from ollama_coordinator_common.types import AgentId, AgentStatus, Gpu, RunnerSettings
 
 from .inventory import Inventory
 
@@ -281,10 +281,16 @@ class AgentState:
         return structs.replace(reported or RunnerSettings(), num_parallel=self.settings.slots)
 
     @property
+    def cards(self) -> list[Gpu]:
+        """The reported GPUs that are no part of the processor; none where the operator says so."""
+        if self.report is None or self.settings.gpu == NO_GPU:
+            return []
+        return [gpu for gpu in self.report.gpus if not gpu.integrated]
+
+    @property
     def gpu_bytes(self) -> int:
-        """The memory of all its GPUs as reported; 0 where they have none of their own."""
-        gpus = self.report.gpus if self.report is not None else []
-        return sum(gpu.memory_total_bytes or 0 for gpu in gpus)
+        """The memory of all its GPUs; 0 where they have none of their own."""
+        return sum(gpu.memory_total_bytes or 0 for gpu in self.cards)
 
     @property
     def lacks_gpu(self) -> bool:
@@ -497,7 +503,7 @@ def foreign_bytes(agent: AgentState) -> int:
         return 0
     loaded = [row.model for row in agent.inventory.loaded.values()]
     if agent.gpu_bytes:
-        used = sum(gpu.memory_used_bytes or 0 for gpu in report.gpus)
+        used = sum(gpu.memory_used_bytes or 0 for gpu in agent.cards)
         own, usual = sum(model.size_vram or model.size for model in loaded), DRIVER_BYTES
     else:
         total = report.memory_total_bytes or 0

@@ -92,9 +92,9 @@ class MemoryLimits:
     def read(self, agent: AgentState) -> None:
         """Take over what the agent reports of its memory."""
         self.total = memory_of(agent)
-        report, runner = agent.report, agent.runner
-        if report is not None and runner is not None and runner.max_loaded_models is not None:
-            per_device = MODELS_PER_DEVICE * max(len(report.gpus), 1)
+        runner = agent.runner
+        if runner is not None and runner.max_loaded_models is not None:
+            per_device = MODELS_PER_DEVICE * max(len(agent.cards), 1)
             self.models = runner.max_loaded_models or per_device
 
 

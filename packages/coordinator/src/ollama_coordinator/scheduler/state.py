@@ -440,7 +440,9 @@ class Machine:
             is_exact = platform.startswith("Linux")
             others = max(report.active_requests - ours, 0) if is_exact else 0
         if not (others or ours):
-            others = int(any((gpu.utilization_percent or 0) >= USED_PERCENT for gpu in report.gpus))
+            others = int(
+                any((gpu.utilization_percent or 0) >= USED_PERCENT for gpu in self.agent.cards)
+            )
         return others
 
     # ── what the registry says ────────────────────────────────────────────────────────────────
