@@ -290,6 +290,17 @@ class CoordinatorConfig(Config, frozen=True, kw_only=True):
         "COORDINATOR_PULL_PLACEMENT", "Which agents get a model that is pulled or created",
         metavar="fitting|all|NUMBER|label:NAME|agents:NAME,...", live=True,
     )] = "fitting"
+    rebalance: Annotated[str, Setting(
+        "COORDINATOR_REBALANCE",
+        "Whether models are copied to where the advice would have them, by themselves (auto)",
+        choices=("off", "auto"), live=True,
+    )] = "off"
+    model_disk_gibibytes: Annotated[float, Setting(
+        "COORDINATOR_MODEL_DISK_GIB",
+        "How much disk of one machine models may take where advice brings another one",
+        unit="GiB", bounds=(0.001, 1_000_000), zero="for what is free", live=True,
+        option="model_disk",
+    )] = 0.0
     history_rows: Annotated[int, Setting(
         "COORDINATOR_HISTORY_ROWS", "How many finished requests to remember (never their texts)",
         unit="requests", bounds=(1, 1_000_000_000), live=True,

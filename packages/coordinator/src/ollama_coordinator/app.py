@@ -52,8 +52,10 @@ from .operations import (
     Blobs,
     Deferred,
     ModelSizes,
+    Moves,
     Operations,
     Placement,
+    Rebalance,
     Remote,
     TargetChooser,
     Transfers,
@@ -114,6 +116,13 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         transfers,
         return_seconds=config.pull_patience,
     )
+    rebalance = Rebalance(
+        dispatch,
+        observation,
+        operations,
+        is_on=config.rebalance == "auto",
+        budget_bytes=int(config.model_disk_gibibytes * GIBIBYTE),
+    )
     attention = Attention(dispatch, observation, settings, access, aliases)
     snapshots = Snapshots(dispatch, observation, operations, attention, config, cluster, tls.pin)
     return Parts(
@@ -145,6 +154,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         blobs=Blobs(queries, targets, clock),
         operations=operations,
         transfers=transfers,
+        rebalance=rebalance,
         snapshots=snapshots,
         feed=Feed(snapshots.take),
         reading=asyncio.Lock(),
@@ -188,7 +198,7 @@ async def running(parts: Parts) -> AsyncIterator[None]:
         await stack.enter_async_context(beside(parts.links.run()))
         await stack.enter_async_context(parts.uploads)
         await stack.enter_async_context(parts.operations)
-        await stack.enter_async_context(beside(parts.monitor.run()))
+        await stack.enter_async_context(beside(parts.monitor.run(), parts.rebalance.run()))
         try:
             yield
         finally:
@@ -199,6 +209,7 @@ def _saved_state(parts: Parts) -> list[SavedState[Any]]:
     """The state that is kept over a restart as documents in the database."""
     store, sampler = parts.store, parts.observation.sampler
     return [
+        SavedState("moves", Moves, store, parts.rebalance, every=SPARKLINES_SECONDS),
         SavedState("learned", Learned, store, parts.scheduler),
         SavedState("sparklines", SavedSparklines, store, sampler, every=SPARKLINES_SECONDS),
     ]

@@ -22,7 +22,15 @@ from .identity import Identity
 from .journal import Observation
 from .link import Links
 from .monitor import Monitor
-from .operations import Blobs, Operations, Placement, TargetChooser, Transfers, Uploads
+from .operations import (
+    Blobs,
+    Operations,
+    Placement,
+    Rebalance,
+    TargetChooser,
+    Transfers,
+    Uploads,
+)
 from .registry import Registry
 from .scheduler import Scheduler
 from .settings import Settings
@@ -73,6 +81,7 @@ class Parts(Struct, kw_only=True, eq=False):
     blobs: Blobs
     operations: Operations
     transfers: Transfers
+    rebalance: Rebalance
     snapshots: Snapshots
     feed: Feed
     reading: asyncio.Lock
@@ -92,6 +101,8 @@ class Parts(Struct, kw_only=True, eq=False):
         self.observation.sampler.usage = config.usage
         self.access.usage.of_names = limits_of_names(config.limits)
         self.targets.default = Placement.parse(config.pull_placement)
+        self.rebalance.is_on = config.rebalance == "auto"
+        self.rebalance.budget_bytes = int(config.model_disk_gibibytes * GIBIBYTE)
         self.operations.worker.return_seconds = config.pull_patience
         self.uploads.limit_bytes = int(config.max_spool_gibibytes * GIBIBYTE)
         self.dispatch.plan()

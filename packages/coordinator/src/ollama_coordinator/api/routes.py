@@ -121,6 +121,7 @@ def _of_requests(parts: Parts) -> list[Endpoint]:
         Endpoint("GET", "/api/history/export", WATCH, history.export),
         Endpoint("GET", "/api/statistics", WATCH, history.statistics),
         Endpoint("GET", "/api/advice", WATCH, history.advice),
+        Endpoint("POST", "/api/advice", MANAGE, history.apply),
         Endpoint("GET", "/api/usage", READ, history.usage),
         Endpoint("GET", "/api/audit", OPERATE, history.audit),
         Endpoint("GET", "/api/audit/export", OPERATE, history.export_audit),

@@ -130,9 +130,21 @@ async def advise(
     hours: Annotated[
         float, typer.Option("--hours", metavar="HOURS", help="How far back to look.")
     ] = 24.0,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Do it, by copies from machine to machine.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Show which replica or load would have cut waiting most. Nothing is done."""
+    """Show which replica or load would have cut waiting most. Without --apply nothing is done."""
+    if apply:
+        done = await client.json("POST", "/api/advice", {"hours": hours})
+        if json:
+            shown_json(done)
+        for move in () if json else done["moves"]:
+            console().print(Text(move["text"]))
+        if not json and not done["moves"]:
+            typer.echo("There is no advice to follow.")
+        return
     answer = await client.json("GET", f"/api/advice?hours={hours:g}")
     if json:
         shown_json(answer)

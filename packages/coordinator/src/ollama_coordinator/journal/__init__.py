@@ -1,6 +1,6 @@
 """The history of the fleet: each request's life, the numbers over time, the agents' events."""
 
-from .advice import Advice
+from .advice import Advice, AdvicePiece
 from .counters import Counters, Histogram
 from .entry import Attempt, JournalEntry, RequestState, RequestView, short_name, tokens_of
 from .events import AgentEvent
@@ -12,6 +12,7 @@ from .statistics import TIERS, Bucket, Point, Series, SeriesRow
 __all__ = [
     "TIERS",
     "Advice",
+    "AdvicePiece",
     "AgentEvent",
     "Attempt",
     "Bucket",

@@ -3,6 +3,7 @@
 from .blobs import Blobs
 from .deferred import Deferred
 from .operation import Operation
+from .rebalance import Moves, MoveView, Rebalance
 from .remote import Remote
 from .room import ModelSizes
 from .runner import Operations
@@ -31,6 +32,8 @@ __all__ = [
     "DeferredCommand",
     "FileWay",
     "ModelSizes",
+    "MoveView",
+    "Moves",
     "NoAgentForModel",
     "Operation",
     "OperationError",
@@ -39,6 +42,7 @@ __all__ = [
     "OperationView",
     "Operations",
     "Placement",
+    "Rebalance",
     "Refused",
     "Remote",
     "TargetChooser",

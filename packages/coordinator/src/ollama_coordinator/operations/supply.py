@@ -158,6 +158,7 @@ class Supply:
         if reason := lacks_disk(agent, command.key, self._size(command.key)):
             raise Refused(507, f"{NO_ROOM}: {reason}")
         failed: set[AgentId] = self._not_asked(command)
+        last: Refused | None = None
         for attempt in range(TRIES):
             transfer = None
             try:
@@ -168,6 +169,9 @@ class Supply:
             except Refused as exc:
                 givers = transfer.given_by or {transfer.first.id} if transfer is not None else set()
                 failed |= givers
+                if isinstance(exc, NoSource) and last is not None:
+                    raise last from exc
+                last = exc
                 if isinstance(exc, NoSource) or NO_ROOM in str(exc) or attempt + 1 == TRIES:
                     raise
                 names = [one.name for one in map(self._registry.find, givers) if one is not None]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ollama_coordinator.access import Right, caller_of
-from ollama_coordinator.api.http.errors import HttpError, reply
+from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.db import (
     DIMENSIONS,
@@ -25,6 +25,7 @@ from ollama_coordinator.db import (
     Used,
 )
 from ollama_coordinator.journal import Advice, Point
+from ollama_coordinator.operations import MoveView
 from ollama_coordinator.parts import Parts
 from ollama_coordinator_common.error import InvalidModelName
 from ollama_coordinator_common.names import ModelName
@@ -94,6 +95,18 @@ class AuditPage(Struct, frozen=True):
 Changes = list[Change]
 
 
+class AppliedHours(Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /api/advice`: follow the advice of so many last hours."""
+
+    hours: Annotated[float, Meta(ge=SHORTEST_HOURS, le=LONGEST_HOURS)] = 24.0
+
+
+class Applied(Struct, frozen=True):
+    """What was done about each piece of advice."""
+
+    moves: list[MoveView]
+
+
 class UsageView(Struct, frozen=True):
     """`GET /api/usage`: from one day of UTC to another, both included; the newest or most first."""
 
@@ -110,6 +123,7 @@ class HistoryApi:
         self._observation = parts.observation
         self._history: History = parts.observation.history
         self._registry = parts.registry
+        self._rebalance = parts.rebalance
 
     @operation(
         gives={200: HistoryPage},
@@ -167,6 +181,16 @@ class HistoryApi:
         """Which replica or load would have cut waiting most, from what was recorded."""
         hours = _number(request, "hours", 24.0, SHORTEST_HOURS, LONGEST_HOURS)
         return reply(await self._observation.advisor.advice(hours))
+
+    @operation(takes=AppliedHours, gives={200: Applied}, errors=(503,))
+    async def apply(self, request: Request) -> Response:
+        """Do what the advice proposes, by copies from machine to machine; what was done, and why.
+
+        Where a model has to leave for another one, that is the copy that fewest requests used;
+        never the last one, and none that somebody brought within a week.
+        """
+        wanted = await decode(AppliedHours, request)
+        return reply(Applied(await self._rebalance.apply(wanted.hours)))
 
     @operation(
         gives={200: (Media("application/json", UsageView), Media("text/csv"))},

@@ -82,10 +82,16 @@ class ModelsView extends View {
     try {
       const { advice, notes } = await get("/api/advice");
       const pieces = advice.map((piece) => h("li", null, h("b", null, piece.text), h("p.muted.small", null, [`${Math.round((100 * piece.saved_seconds) / piece.waited_seconds)} % of what it was waited for`, ...piece.doubts].join(" · "))));
-      this.advice.replaceChildren(h("h2.section", null, "What would have cut waiting"), pieces.length ? h("ul.advice-list", null, pieces) : "", ...notes.map((note) => h("p.muted.small", null, note)));
+      this.advice.replaceChildren(h("h2.section", null, "What would have cut waiting"), pieces.length ? h("ul.advice-list", null, pieces) : "", pieces.length ? h("div", null, h("button.small", { onclick: () => this.follow() }, "Do it, by copies from machine to machine")) : "", ...notes.map((note) => h("p.muted.small", null, note)));
     } catch {
       this.advice.replaceChildren();
     }
+  }
+
+  /** Follow the advice; a model may have to leave for another one. */
+  async follow() {
+    const sure = await confirmed("Follow this advice?", "Models are copied to these machines from those that have them. Where there is no room, the copy that fewest requests used is deleted there: never the last one, and none that somebody brought within a week.", "Do it");
+    if (sure) await act(() => call("POST", "/api/advice", {}));
   }
 
   changed(changed) {
