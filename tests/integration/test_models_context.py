@@ -283,6 +283,23 @@ async def test_a_machine_without_an_agent_is_asked_before_a_long_prompt(
         assert {await _long(coordinator) for _ in range(4)} == {("large", "")}
 
 
+@pytest.mark.spec("SURFACE-50")
+@pytest.mark.parametrize("known", [True, False])
+async def test_where_those_fail_that_it_fits_in_another_one_is_asked(
+    coordinator: Running, known: bool
+) -> None:
+    async with StandIn(default_context=4096) as small, StandIn(default_context=131_072) as large:
+        for name, ollama in (("small", small), ("large", large)):
+            await coordinator.register(ollama, name)
+        await small.load("llama3.2")
+        if known:
+            await large.load("llama3.2")
+        large.faults.status(500, "model runner has unexpectedly stopped", paths=["/api/chat"])
+        agent, note = await _long(coordinator)
+        assert (agent, note.split(";")[0]) == ("small", "num_ctx=4096")
+        assert large.seen.count("/api/chat") == 1
+
+
 async def _last_id(coordinator: Running) -> str:
     return str(coordinator.parts.observation.journal.recent[-1].request.id)
 

@@ -1,6 +1,6 @@
 """Requests, leases and outcomes, and the runner options that a loaded model must have."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from enum import Enum
 from typing import NewType
 
@@ -130,6 +130,11 @@ class Request(Struct, frozen=True, kw_only=True):
         """The same request, which these agents cannot serve, and why."""
         unfit = {**self.unfit, **reasons}
         return structs.replace(self, excluded=self.excluded | frozenset(reasons), unfit=unfit)
+
+    def fit_for(self, agents: Set[AgentId]) -> "Request":
+        """The same request, which these agents may be asked after all."""
+        unfit = {agent: reason for agent, reason in self.unfit.items() if agent not in agents}
+        return structs.replace(self, excluded=self.excluded - agents, unfit=unfit)
 
 
 class Lease(Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ known: the agent's reported default, and no context among the model's own parame
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct, structs
 
@@ -61,7 +61,9 @@ SINCE = {
 class Fitted(Struct, frozen=True):
     """A request and its body as they go on; `note` is a header's value, for the client.
 
-    `raised` is the body for a runner with the context `raised_to`, where one is in memory.
+    `raised` is the body for a runner with the context `raised_to`, where one is in memory. `small`:
+    the contexts of the agents that are asked only after others, as the prompt may not fit there;
+    `None` where that is not known.
     """
 
     request: Request
@@ -69,6 +71,7 @@ class Fitted(Struct, frozen=True):
     note: str = ""
     raised: Body | None = None
     raised_to: int | None = None
+    small: Mapping[AgentId, int | None] = {}
 
 
 class ContextFit:
@@ -99,7 +102,7 @@ class ContextFit:
         if route.path in SINCE:
             unfit |= dict.fromkeys(_too_old([*holders, *offered], SINCE[route.path]), TOO_OLD)
         holders = [agent for agent in holders if agent.id not in unfit]
-        too_small, too_long = await self._too_small(route, request, holders)
+        too_small, too_long, small = await self._too_small(route, request, holders)
         unfit |= too_small
         if unfit:
             request = request.unfit_for(unfit)
@@ -111,8 +114,9 @@ class ContextFit:
                 return grown
         raised = None if context is None else await self._raised(body, context)
         if context is None or raised is None:
-            return Fitted(request, body, too_long)
-        return Fitted(structs.replace(request, larger=True), body, too_long, raised, context)
+            return Fitted(request, body, too_long, small=small)
+        request = structs.replace(request, larger=True)
+        return Fitted(request, body, too_long, raised, context, small)
 
     async def at(self, fitted: Fitted, agent: AgentState) -> tuple[Body, str, int | None]:
         """The body for this agent, the note for the client, and the context that it asks for.
@@ -120,6 +124,9 @@ class ContextFit:
         A runner there with a larger context serves the request: its `num_ctx` becomes that one's.
         """
         request, wanted = fitted.request, fitted.request.options.num_ctx
+        if agent.id in fitted.small:
+            context = fitted.small[agent.id] or "unknown"
+            return fitted.body, f"num_ctx={context}; prompt={request.prompt_tokens}", wanted
         has = _loaded_context(agent, request.model) if request.larger else None
         if has is None or has <= (wanted or _default_context(agent) or has):
             return fitted.body, fitted.note, wanted
@@ -151,15 +158,17 @@ class ContextFit:
 
     async def _too_small(
         self, route: InferenceRoute, request: Request, holders: Sequence[AgentState]
-    ) -> tuple[dict[AgentId, str], str]:
+    ) -> tuple[dict[AgentId, str], str, dict[AgentId, int | None]]:
         """The holders whose context a long prompt does not fit in, where another's is larger.
+
+        With the note for the client, and their contexts.
 
         Ollama drops the middle of such a prompt without a word. Where nobody has a context that is
         large enough, the largest there is serves it, and the note says so.
         """
         need = int(request.prompt_tokens * RESERVE_FACTOR) + RESERVE_TOKENS
         if request.options.num_ctx is not None or request.kind is Kind.EMBED or need <= SHORT_NEED:
-            return {}, ""
+            return {}, "", {}
         now = self._clock.now()
         online = [agent for agent in holders if self._registry.is_routable(agent, now)]
         bare = [agent for agent in online if not agent.brings_inventory]
@@ -170,7 +179,7 @@ class ContextFit:
         native = route.dialect is Dialect.NATIVE
         contexts = {agent.id: _known_context(agent, request.model, native) for agent in online}
         if all(context is None or context >= need for context in contexts.values()):
-            return {}, ""
+            return {}, "", {}
         if await self._has_own(request.name):
             contexts = {agent.id: _loaded_context(agent, request.model) for agent in online}
         known = {agent: context for agent, context in contexts.items() if context is not None}
@@ -188,7 +197,7 @@ class ContextFit:
             unfit |= {agent: UNKNOWN for agent, context in contexts.items() if context is None}
         too_long = largest < need and len(known) == len(contexts)
         note = f"num_ctx={largest}; prompt={request.prompt_tokens}" if too_long else ""
-        return unfit, note
+        return unfit, note, {agent: contexts[agent] for agent in unfit}
 
     def _may_change(self, route: InferenceRoute, request: Request) -> bool:
         """Whether a larger context than the wanted one would do as well."""

@@ -5,7 +5,7 @@ lease with the outcome; or answer the error in the client's dialect. Bodies pass
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
@@ -89,11 +89,12 @@ OF_THE_CLOUD = (":cloud", "-cloud")
 class Course:
     """One request between its attempts: what failed so far, and what of its answer has to go on.
 
-    `is_over`: nobody is left to try.
+    `small` are agents that are asked once all others have failed. `is_over`: nobody is left to try.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, small: Iterable[AgentId]) -> None:
         self.request = request
+        self.small = frozenset(small)
         self.failures: list[Failure] = []
         self.onward: Onward | None = None
         self.is_over = False
@@ -105,9 +106,11 @@ class Course:
         if not self.failures:
             raise missing(self.request) if isinstance(error, ModelNotFound) else error
         slow = _taken_back_from(self.failures) & self.request.excluded
-        # If nobody else serves it now, a slow agent is better than none.
-        self.is_over = isinstance(error, ModelNotFound) or not slow
-        self.request = structs.replace(self.request, excluded=self.request.excluded - slow)
+        # If nobody else serves it now, a slow agent is better than none, or one whose context is
+        # too small.
+        again, self.small = slow or self.small, frozenset() if not slow else self.small
+        self.is_over = isinstance(error, ModelNotFound) or not again
+        self.request = self.request.fit_for(again)
 
     def failed(self, held: Held, failure: Failure) -> None:
         """An attempt failed: its agent is asked no more."""
@@ -416,7 +419,7 @@ class Proxy:
         self, call: Call, entry: JournalEntry, account: Account
     ) -> tuple[list[Failure], bool]:
         """As `_attempts`, of a request that goes out whole."""
-        course = Course(call.request)
+        course = Course(call.request, () if call.fitted is None else call.fitted.small)
         is_poison = False
         while not (is_poison or course.is_over):
             try:
