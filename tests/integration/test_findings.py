@@ -1,6 +1,7 @@
 """What an agent's doctor finds is shown by its coordinator; its Ollama is restarted on request."""
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ async def test_findings_are_sent_when_they_change_or_are_asked_for(tmp_path: Pat
             told = await coordinator.next_report(lambda report: not report.ollama_running)
             assert isinstance(told.findings, list)
             assert any("nothing listens at" in one.text for one in told.findings)
+
+
+@pytest.mark.spec("AGENT-63")
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a script for sh")
+async def test_an_ollama_that_dies_at_once_is_found_with_its_output(tmp_path: Path) -> None:
+    program = tmp_path / "ollama"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    async with agent_world.Coordinator() as coordinator:
+        async with agent_world.running(config(coordinator.url, tmp_path, ollama_binary=program)):
+            told = await coordinator.next_report(
+                lambda report: (
+                    isinstance(report.findings, list)
+                    and any("exit code 3" in one.text for one in report.findings)
+                )
+            )
+    assert isinstance(told.findings, list)
+    (found,) = [one for one in told.findings if one.check == "Ollama"]
+    assert str(tmp_path / "state") in found.text
 
 
 @pytest.mark.spec("AGENT-64")

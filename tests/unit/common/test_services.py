@@ -49,7 +49,7 @@ def places(tmp_path: Path, system: str = "linux", *, is_user: bool = False) -> P
 
 
 def units(where: Places) -> list[Service]:
-    made = [coordinator_service(where, CoordinatorConfig(port=443)), agent_service(where, "", {})]
+    made = [coordinator_service(where, CoordinatorConfig(), {})[0], agent_service(where, "", {})]
     if not where.is_user:
         made.append(agent_service(where, "daemon", {"OLLAMA_MODELS": "/srv/models"}))
     return [structs.replace(one, program=Path("/bin/true")) for one in made]
@@ -90,7 +90,7 @@ def test_the_coordinator_gets_the_time_that_an_orderly_end_takes_and_a_database(
     tmp_path: Path,
 ) -> None:
     config, where = CoordinatorConfig(drain_timeout=7.0), places(tmp_path)
-    text = installing(coordinator_service(where, config), {}, where).files[where.file]
+    text = installing(coordinator_service(where, config, {})[0], {}, where).files[where.file]
     found = re.search(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
     ending = server.LAST_RECORDS_SECONDS + 3 * server.ABORTED_SECONDS + server.CLOSING_SECONDS
     assert found
@@ -137,6 +137,9 @@ def test_macos_gets_a_property_list_that_reads_the_settings(tmp_path: Path) -> N
     arguments = plistlib.loads(launchd_plist(program, where.settings, tmp_path / "log").encode())
     done = subprocess.run(arguments["ProgramArguments"], capture_output=True)
     assert done.stdout.decode() == ODD
+    _, given = coordinator_service(where, CoordinatorConfig(), {})
+    data = where.settings.parent / "coordinator.db"
+    assert database_path(given["DATABASE_URL"]) == data
     shown = as_text(plan)
     assert f"launchctl bootstrap gui/{os.getuid()} {where.file}" in shown
     assert "launchctl bootout" in as_text(removing(SERVICE.name, where))
@@ -165,6 +168,10 @@ def test_a_program_that_a_service_cannot_run_is_refused(tmp_path: Path) -> None:
     check_readable(program, home)
     with pytest.raises(CannotInstall, match="no user nobody-at-all"):
         agent_service(places(tmp_path), "nobody-at-all", {})
+    elsewhere = {"DATABASE_URL": "sqlite:///srv/coordinator.db"}
+    with pytest.raises(CannotInstall, match="can write to /var/lib/ollama-coordinator alone"):
+        coordinator_service(places(tmp_path), CoordinatorConfig(), elsewhere)
+    coordinator_service(places(tmp_path, is_user=True), CoordinatorConfig(), elsewhere)
     blocked = structs.replace(places(tmp_path), file=program / "x.service")
     with pytest.raises(CannotInstall, match="--user"):
         carry_out(installing(SERVICE, {}, blocked))

@@ -64,16 +64,15 @@ def install_service(
 
     Those that an earlier installation wrote stay, unless they are given again.
     """
-    given = {
+    given = ollama_variables() | {
         one.variable: str(context.params[one.name])
         for one in AgentConfig.settings()
         if is_given(context, one.name)
     }
-    of_ollama = ollama_variables()
     with ending(settings.log_format):
         places = _places(user)
-        made = agent_service(places, account, of_ollama)
-        typer.echo(install(made, {**of_ollama, **given}, places, shows=show, writes=write))
+        made = agent_service(places, account, given)
+        typer.echo(install(made, given, places, shows=show, writes=write))
 
 
 @service.command("status")
@@ -90,8 +89,8 @@ def uninstall_service(user: OwnService = False) -> None:
         typer.echo(uninstall(NAME, _places(user)))
 
 
-def agent_service(places: Places, account: str, of_ollama: Mapping[str, str]) -> Service:
-    """The agent as a service; `of_ollama` are Ollama's variables that it gets.
+def agent_service(places: Places, account: str, given: Mapping[str, str]) -> Service:
+    """The agent as a service that gets these variables.
 
     Where the system runs it, that is as the user who has Ollama's models and may write to them.
 
@@ -113,7 +112,8 @@ def agent_service(places: Places, account: str, of_ollama: Mapping[str, str]) ->
     if home is None:
         models = ["ProtectHome=yes", f"Environment=HOME={folder}"]
     else:
-        writable = [home / ".ollama", *map(Path, filter(None, [of_ollama.get("OLLAMA_MODELS")]))]
+        named = (given.get(name) for name in ("OLLAMA_MODELS", "AGENT_STATE_DIR"))
+        writable = [home / ".ollama", *map(Path, filter(None, named))]
         models = ["ProtectHome=read-only", *(f"ReadWritePaths=-{one}" for one in writable)]
     lines = (*made.lines, *kept, *models)
     return structs.replace(made, account=account, lines=lines, after=("ollama.service",))

@@ -8,6 +8,7 @@ import typer
 
 from ollama_coordinator_common.commandline import ending, is_given, with_settings
 from ollama_coordinator_common.services import (
+    CannotInstall,
     Places,
     Service,
     check_readable,
@@ -20,8 +21,8 @@ from ollama_coordinator_common.settings import CoordinatorConfig
 
 NAME = "ollama-coordinator"
 
-FIRST_FREE_PORT = 1024
-"""Ports below it are root's on Linux."""
+FOLDER = Path("/var/lib/ollama-coordinator")
+"""What systemd keeps for the service, and all that its user can write to."""
 
 service = typer.Typer(
     add_completion=False,
@@ -64,7 +65,7 @@ def install_service(
     }
     with ending(settings.log_format):
         places = _places(user)
-        made = coordinator_service(places, settings)
+        made, given = coordinator_service(places, settings, given)
         typer.echo(install(made, given, places, shows=show, writes=write))
 
 
@@ -82,35 +83,52 @@ def uninstall_service(user: OwnService = False) -> None:
         typer.echo(uninstall(NAME, _places(user)))
 
 
-def coordinator_service(places: Places, settings: CoordinatorConfig) -> Service:
-    """The coordinator as a service. Where the system runs it, it is nobody else's user.
+def coordinator_service(
+    places: Places, settings: CoordinatorConfig, given: Mapping[str, str]
+) -> tuple[Service, dict[str, str]]:
+    """The coordinator as a service, and its settings: those given, and a place for its data.
+
+    Where the system runs it, it is nobody else's user.
 
     Raises:
-        CannotInstall: such a user cannot run the program.
+        CannotInstall: such a user cannot run the program, or write to the database.
     """
-    program = program_of(NAME)
+    program, given = program_of(NAME), dict(given)
     # COORDINATOR_DRAIN_TIMEOUT, and 100 s to end in order.
     lines = [f"TimeoutStopSec={settings.drain_timeout + 100:.0f}", "KillMode=mixed"]
-    if not places.is_user and places.system.startswith("linux"):
-        check_readable(program, None)
+    if places.system.startswith("linux"):
         lines += [
             "StateDirectory=ollama-coordinator",
             "Environment=DATABASE_URL=sqlite:///%S/ollama-coordinator/coordinator.db",
-            "PrivateDevices=yes",
-            "ProtectHome=yes",
-            "ProtectProc=invisible",
         ]
-        if settings.port < FIRST_FREE_PORT:
-            lines += [
-                f"{one}=CAP_NET_BIND_SERVICE"
-                for one in ("CapabilityBoundingSet", "AmbientCapabilities")
-            ]
-    return Service(
+    else:
+        file = places.settings.parent / "coordinator.db"
+        given.setdefault("DATABASE_URL", f"sqlite:///{file.as_posix().lstrip('/')}")
+    if not places.is_user and places.system.startswith("linux"):
+        check_readable(program, None)
+        _check_database(given.get("DATABASE_URL", ""))
+        # Ports below 1024 are root's otherwise.
+        capability = "CAP_NET_BIND_SERVICE"
+        lines += [f"CapabilityBoundingSet={capability}", f"AmbientCapabilities={capability}"]
+        lines += ["PrivateDevices=yes", "ProtectHome=yes", "ProtectProc=invisible"]
+    made = Service(
         name=NAME,
         description="Ollama Coordinator: many Ollama machines behind one endpoint",
         program=program,
         lines=tuple(lines),
     )
+    return made, given
+
+
+def _check_database(url: str) -> None:
+    from .db.address import database_path
+
+    path = database_path(url) if url.startswith("sqlite:") else None
+    if path is not None and not path.is_relative_to(FOLDER):
+        raise CannotInstall(
+            f"DATABASE_URL={url}: a service of the system can write to {FOLDER} alone. Leave it out"
+            " and bring the data there (`ollama-coordinator restore`), give PostgreSQL's, or --user"
+        )
 
 
 def _places(is_user: bool) -> Places:

@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ollama_coordinator_common.network import cause_of
 from ollama_coordinator_common.printable import all_printable
 
 from .client import CONNECT_SECONDS, Client, NoAnswer, asks
@@ -111,7 +112,7 @@ class Follower:
                     yield self.state
                 self.problem = "the coordinator has stopped"
             except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
-                self.problem = str(exc) or "the coordinator does not answer"
+                self.problem = f"the coordinator does not answer: {cause_of(exc)}"
             except NoAnswer as exc:
                 self.problem = str(exc)
             yield self.state
