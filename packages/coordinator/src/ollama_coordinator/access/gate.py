@@ -219,7 +219,7 @@ class Access:
         *,
         by_session: bool = False,
     ) -> Caller:
-        if key.allowed & Right.OPERATE:
+        if key.allowed.meets(Right.OPERATE):
             self._remember_operator(client.address)
         name = key.name
         if key.names_users:
@@ -278,7 +278,7 @@ class Access:
             raise Denied(403, "a page of another site may not change anything here")
         if right == FREE:
             return
-        if not caller.rights & right and not self._is_machine(scope, caller, right):
+        if not caller.rights.meets(right) and not self._is_machine(scope, caller, right):
             raise self._denied(scope, caller, right)
         if caller.is_browser and not caller.is_proven:
             self._check_host(scope)
