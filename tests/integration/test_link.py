@@ -294,6 +294,24 @@ async def test_a_link_that_is_cut_ends_its_streams_at_once_and_comes_back(
         await coordinator.until(coordinator.at_rest)
 
 
+@pytest.mark.spec("PROXY-46")
+async def test_an_answer_goes_on_over_another_link(coordinator: Running, tmp_path: Path) -> None:
+    async with StandIn() as one, StandIn() as two:
+        nodes = {f"machine-{node.port}": node for node in (one, two)}
+        async with linked(coordinator, one, tmp_path), linked(coordinator, two, tmp_path):
+            for node in nodes.values():
+                node.hold(after=5)
+            async with coordinator.stream() as response:
+                name = response.headers["x-ollama-coordinator-agent"]
+                dying, [other] = nodes.pop(name), nodes
+                await dying.seen.wait_for(lambda seen: seen.held == 1)
+                nodes[other].release()
+                await dying.kill()
+                lines = [json.loads(line) for line in (await response.read()).splitlines()]
+    assert lines[-1]["continued"] == [{"from": name, "by": other, "tokens": 5}]
+    assert len(lines) == 17
+
+
 @pytest.mark.spec("LINK-5")
 async def test_requests_wait_for_a_link_that_comes_back_and_go_elsewhere_where_they_can(
     coordinator: Running, far: StandIn, tmp_path: Path
