@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
+from ollama_coordinator_agent.assembly import diagnosed
 from ollama_coordinator_common.protocol import HealthReport
 from ollama_coordinator_common.settings import AgentConfig
 from ollama_coordinator_common.types import AgentId
@@ -44,6 +45,28 @@ async def test_findings_are_sent_when_they_change_or_are_asked_for(tmp_path: Pat
             told = await coordinator.next_report(lambda report: not report.ollama_running)
             assert isinstance(told.findings, list)
             assert any("nothing listens at" in one.text for one in told.findings)
+
+
+@pytest.mark.spec("AGENT-63")
+async def test_the_doctor_asks_the_coordinator_what_it_makes_of_this_machine(
+    coordinator: Running, tmp_path: Path
+) -> None:
+    async with StandIn() as ollama:
+        settings = config(coordinator.url, tmp_path, ollama_port=ollama.port, manage_ollama=False)
+
+        async def found() -> dict[str, tuple[str, str]]:
+            return {one.check: (one.level, one.text) async for one in diagnosed(settings, {})}
+
+        level, text = (await found())["transport"]
+        assert (level, "this machine is not registered" in text) == ("failed", True)
+        assert not (tmp_path / "state").exists()
+        async with agent_world.running(settings):
+            await coordinator.until(lambda: any(one.report for one in coordinator.parts.registry))
+            seen = await found()
+            assert {check for check, (level, _) in seen.items() if level == "failed"} == set()
+            assert seen["transport"][0] == seen["key"][0] == seen["Ollama"][0] == "ok"
+        level, text = (await found())["transport"]
+        assert (level, "it sees this machine offline" in text) == ("failed", True)
 
 
 @pytest.mark.spec("AGENT-63")
