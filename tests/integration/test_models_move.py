@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from integration.test_operate import run
-from ollama_coordinator_agent import watch
+from ollama_coordinator_agent import model_server, watch
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
 from support.coordinator import Running, running
@@ -272,3 +272,17 @@ async def test_a_machine_that_cannot_hold_a_model_gets_none_of_it(
             })  # fmt: skip
             assert again[0] == 503
             assert "no machine has room" in again[1]["error"]
+
+
+@pytest.mark.spec("SURFACE-77")
+@pytest.mark.parametrize("owns", [False, True], ids=["ollama pulls", "agent writes"])
+async def test_a_machine_that_gives_nothing_any_more_is_left_at_once(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, owns: bool
+) -> None:
+    monkeypatch.setattr(watch.Watch, "owns_server", owns)
+    async with machines([TINY], []) as (coordinator, ollamas):
+        monkeypatch.setattr(model_server, "digests_of", lambda content: set[str]())
+        ended = await brought(coordinator, 1)
+        assert ended["state"] == "failed"
+        assert "do not answer any more" in ended["error"], ended["error"]
+        assert names(ollamas[1]) == []

@@ -214,11 +214,12 @@ class Supply:
         before = f"{FLEET_HOST}/{transfer.namespace}/{name.model}:before"
         had_one = name.key in agent.inventory.available
         try:
-            if host:
-                pull = AgentCommand.pull(f"http://{arrived}", insecure=True)
-                await self._remote.do(agent, pull, report)
-            else:
-                await self._order(agent, transfer, arrived, report)
+            async with transfer.lost:
+                if host:
+                    pull = AgentCommand.pull(f"http://{arrived}", insecure=True)
+                    await self._remote.do(agent, pull, report)
+                else:
+                    await self._order(agent, transfer, arrived, report)
             if had_one:  # whose files go with it, if nothing else needs them
                 await self._quick(agent, AgentCommand.copy(name.short, before))
             await self._remote.do(agent, AgentCommand.copy(arrived, name.short), report)

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from ollama_coordinator.access import KnownMachines
+from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.registry import AgentState
@@ -77,6 +78,13 @@ class NoSource(Refused):
         super().__init__(503, f"no machine of the fleet can give {name} away now")
 
 
+class SourceLost(Refused):
+    """The machines that gave a model away do not any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(503, f"the machines that gave {name} away do not answer any more")
+
+
 class _Layer(Struct):
     digest: str = ""
     size: int = 0
@@ -110,6 +118,7 @@ class Transfer:
     """One content of a model on its way to `receiver`; `None`: to a caller of the registry.
 
     `first` gives it, and others where that fails. `given_by`: those that were asked for pieces.
+    `lost` ends what runs inside of it, once no machine gives the content any more.
     """
 
     def __init__(
@@ -124,6 +133,7 @@ class Transfer:
         self.first = first
         self.given_by: set[AgentId] = set()
         self.excluded: frozenset[AgentId] = frozenset()
+        self.lost = Interrupt()
         self.asked: Counter[tuple[str, str]] = Counter()
 
 
@@ -328,6 +338,7 @@ class Transfers:
         ways = list(self._ways(transfer, digest))
         asked = transfer.asked[digest, piece]
         if not ways or asked >= WAYS_TRIED * len(ways):
+            transfer.lost.fire(SourceLost(transfer.name.short))
             return None
         transfer.asked[digest, piece] += 1
         way = ways[asked % len(ways)]
@@ -336,13 +347,21 @@ class Transfers:
         transfer.given_by.add(way.agent.id)
         return way
 
+    def note_failed(self, transfer: Transfer, digest: str, agent: AgentState) -> None:
+        """An agent did not give a file to this coordinator itself: it is not asked again."""
+        transfer.excluded |= {agent.id}
+        if not any(self._ways(transfer, digest)):
+            transfer.lost.fire(SourceLost(transfer.name.short))
+
     def _ways(self, transfer: Transfer, digest: str) -> Iterator[FileWay]:
         """First by the receiver itself, then through this coordinator; `first` before others."""
         key, own = transfer.name.key, _digest(transfer.digest)
         others = self.sources(key, own, {*transfer.excluded, transfer.first.id})
         others.sort(key=lambda agent: (self._load(agent), agent.id))
         # Its list may be older than its model: a report that was under way when it got it.
-        first = [transfer.first] if self.can_give(transfer.first, self._clock.now()) else []
+        gives = transfer.first.id not in transfer.excluded
+        gives = gives and self.can_give(transfer.first, self._clock.now())
+        first = [transfer.first] if gives else []
         agents = [*first, *others]
         for agent in agents:
             if (at := self._direct(transfer.receiver, agent)) is not None and agent.store:

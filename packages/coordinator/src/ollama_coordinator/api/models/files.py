@@ -6,6 +6,7 @@ right to use models.
 """
 
 import re
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -87,7 +88,11 @@ class FilesApi:
             raise HttpError(503, "no machine of the fleet could give this file")
         if way.direct:
             return RedirectResponse(way.url, 307)
-        return PassedFile(self._parts.upstreams, way, asked)
+
+        def failed() -> None:
+            self._transfers.note_failed(transfer, digest, way.agent)
+
+        return PassedFile(self._parts.upstreams, way, asked, failed)
 
     async def _transfer(self, request: Request, digest: str) -> Transfer:
         """What is asked for with a ticket, or without.
@@ -126,11 +131,14 @@ def _names(request: Request, transfer: Transfer) -> bool:
 
 
 class PassedFile(Response):
-    """A file of an agent, or a piece of it, passed on as it comes."""
+    """A file of an agent, or a piece of it, passed on as it comes; else `failed` is called."""
 
-    def __init__(self, upstreams: Upstreams, way: FileWay, asked: str) -> None:
+    def __init__(
+        self, upstreams: Upstreams, way: FileWay, asked: str, failed: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._upstreams = upstreams
+        self._failed = failed
         self._agent: AgentState = way.agent
         self._url = way.url
         self._asked = [("Range", asked)] if asked else []
@@ -143,6 +151,7 @@ class PassedFile(Response):
                 self._upstreams.open("GET", self._url, headers=self._asked) as response,
             ):
                 if response.status not in (200, 206):
+                    self._failed()
                     text = f"agent {self._agent.name} does not give this file away"
                     await send_error(send, Dialect.NATIVE, HttpError(503, text))
                     return
@@ -155,6 +164,7 @@ class PassedFile(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Unreachable as exc:
+            self._failed()
             await send_error(send, Dialect.NATIVE, exc)
         except (Cut, ClientLeft):
             return
