@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ollama_coordinator.access import NewKey
 from support.coordinator import running
 from support.ollama import Model, StandIn
 
@@ -40,6 +41,30 @@ try {
   await client.chat({ model: 'nope', messages: asked })
 } catch (error) {
   out.error = error.message
+}
+console.log(JSON.stringify(out))
+"""
+
+KEYS = """
+import { Ollama } from 'ollama'
+const [, , url, key] = process.argv
+const messages = [{ role: 'user', content: 'hello' }]
+const out = {}
+const ways = {
+  header: { host: url, headers: { Authorization: `Bearer ${key}` } },
+  path: { host: `${url}/k/${key}` },
+  none: { host: url },
+}
+for (const [name, options] of Object.entries(ways)) {
+  const client = new Ollama(options)
+  try {
+    out[name] = (await client.list()).models.map((model) => model.name)
+    for await (const part of await client.chat({ model: 'llama3.2', messages, stream: true })) {
+      if (part.done) out[name].push('done')
+    }
+  } catch (error) {
+    out[name] = [error.status_code]
+  }
 }
 console.log(JSON.stringify(out))
 """
@@ -109,7 +134,7 @@ async def _run(*command: str, folder: Path) -> tuple[int, str]:
     return process.returncode or 0, out.decode() if process.returncode == 0 else errors.decode()
 
 
-async def _say(folder: Path, package: str, program: str) -> Any:
+async def _say(folder: Path, package: str, program: str, *, with_key: bool = False) -> Any:
     """What a program with this client has to say of a fleet of two."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
@@ -128,7 +153,12 @@ async def _say(folder: Path, package: str, program: str) -> Any:
     ):
         await coordinator.register(first, "first")
         await coordinator.register(second, "second")
-        code, said = await _run(node, "program.js", coordinator.url, folder=folder)
+        key = ""
+        if with_key:
+            wanted = NewKey(name="anna", in_path=True)
+            _, key = coordinator.parts.access.keys.create(wanted)
+            coordinator.parts.access.mode = "keys"
+        code, said = await _run(node, "program.js", coordinator.url, key, folder=folder)
     assert code == 0, said
     return json.loads(said)
 
@@ -161,3 +191,13 @@ async def test_anthropic_js(tmp_path: Path) -> None:
     assert out["message"] == out["stream"] != ""
     assert out["tool"] == ["tool_use", "look"]
     assert (out["status"], "model 'nope' not found" in out["error"]) == (404, True)
+
+
+@pytest.mark.spec("ACCESS-7")
+async def test_ollamas_client_comes_in_with_a_key(tmp_path: Path) -> None:
+    out = await _say(tmp_path, "ollama", KEYS, with_key=True)
+    listed = ["embedder:latest", "llama3.2:latest", "done"]
+    assert {name: sorted(out[name]) for name in ("header", "path")} == {
+        "header": sorted(listed), "path": sorted(listed),
+    }  # fmt: skip
+    assert out["none"] == [401]

@@ -96,6 +96,11 @@ def to_ollama(headers: RawHeaders) -> list[tuple[str, str]]:
     ]
 
 
+def uncompressed(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The headers that go with a body which is not compressed any more."""
+    return [header for header in headers if header[0].lower() != "content-encoding"]
+
+
 def as_text(value: bytes) -> str:
     """A header's value such that aiohttp, which sends UTF-8, sends the same bytes where it can."""
     try:

@@ -27,7 +27,7 @@ from ollama_coordinator.api.http.errors import (
     send_error,
     send_whole,
 )
-from ollama_coordinator.api.http.headers import to_client, to_ollama
+from ollama_coordinator.api.http.headers import to_client, to_ollama, uncompressed
 from ollama_coordinator.api.http.json_edit import Body, edited, is_small
 from ollama_coordinator.api.http.routing import change_of, tell
 from ollama_coordinator.batches import REASON, Batches
@@ -229,7 +229,7 @@ class Proxy:
                 self._upstreams.open(
                     "POST",
                     agent.url + self._route.path,
-                    headers=_uncompressed(to_ollama(scope["headers"])),
+                    headers=uncompressed(to_ollama(scope["headers"])),
                     body=absent,
                 ) as response,
             ):
@@ -392,7 +392,7 @@ class Proxy:
                 body = await edited(plain, {"model": msgspec.json.encode(model)}) or body
         request = structs.replace(wanted, model=model_key(model), name=model)
         call = await self._prepare(request, routing, scope, body, send)
-        return structs.replace(call, headers=_uncompressed(call.headers))
+        return structs.replace(call, headers=uncompressed(call.headers))
 
     # ── lease and try, each agent at most once ────────────────────────────────────────────────
 
@@ -588,11 +588,6 @@ class Proxy:
     def _failed(self, call: Call, failures: Sequence[Failure]) -> HttpError:
         reason = failures[-1].outcome.reason
         return HttpError(503, f"no agent could serve model '{call.request.name}': {reason}")
-
-
-def _uncompressed(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The headers that go with a body which `plain_body` has made of the client's."""
-    return [header for header in headers if header[0].lower() != "content-encoding"]
 
 
 async def _break_off(call: Call, reason: str) -> None:
