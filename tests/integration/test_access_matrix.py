@@ -56,6 +56,9 @@ FREE_ROUTES = {
     *(("GET", "/"), ("GET", "/healthz"), ("GET", "/readyz")),
     # The program and how to start it; a registration has its own gate.
     *(("GET", "/join"), ("GET", "/join/{file}")),
+    # Of a model that moves: the namespace is a ticket; without one these ask for `use`.
+    ("GET", "/v2/{namespace}/{model}/manifests/{tag}"),
+    ("GET", "/v2/{namespace}/{model}/blobs/{digest}"),
     # The log-in itself, and its end.
     *(("POST", "/dashboard/session"), ("DELETE", "/dashboard/session")),
 }

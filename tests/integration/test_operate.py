@@ -234,7 +234,8 @@ def test_every_command_has_json_but_those_that_serve_or_print_a_file() -> None:
     found = commands(get_command(app))
     options = {name: {o for p in one.params for o in p.opts} for name, one in found}
     without = {name for name, given in options.items() if "--json" not in given}
-    assert without == {"serve", "top", "grafana", "alerts"}
+    services = {f"service {what}" for what in ("install", "status", "uninstall")}
+    assert without == {"serve", "top", "grafana", "alerts"} | services
 
 
 @pytest.mark.spec("OPERATION-45")

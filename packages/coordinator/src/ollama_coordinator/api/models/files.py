@@ -40,12 +40,12 @@ class FilesApi:
         self._parts = parts
         self._transfers = parts.transfers
 
-    @operation(gives={200: Media("application/json")}, errors=(401, 403))
+    @operation(gives={200: Media("application/json", dict[str, str])}, errors=(401, 403))
     async def root(self, request: Request) -> Response:
         """Whether the coordinator is a registry of models: it is."""
         return Response(b"{}", media_type="application/json")
 
-    @operation(gives={200: Media(MANIFEST)}, errors=(401, 403, 404))
+    @operation(gives={200: Media(MANIFEST)}, errors=(400, 401, 403, 404))
     async def manifest(self, request: Request) -> Response:
         """The manifest of a model, byte for byte as a machine of the fleet has it."""
         transfer = self._transfers.find(request.path_params["namespace"])
@@ -58,7 +58,7 @@ class FilesApi:
         return Response(transfer.manifest, headers=headers, media_type=MANIFEST)
 
     @operation(
-        gives={200: Media(BINARY), 206: Media(BINARY), 307: None}, errors=(401, 403, 404, 503)
+        gives={200: Media(BINARY), 206: Media(BINARY), 307: None}, errors=(400, 401, 403, 404, 503)
     )
     async def file(self, request: Request) -> Response:
         """A file of a model: a redirect to a machine that has it, or the file through here.
