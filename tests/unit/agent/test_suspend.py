@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from ollama_coordinator_agent import suspend
 from ollama_coordinator_agent.suspend import Gap, seconds_asleep, until_announced, wake_address
 from support.agent_world import is_gone
 
@@ -107,3 +108,19 @@ def test_the_card_is_that_of_the_address_and_loopback_has_none(
     assert (found.mac, found.broadcast) == ("00:1a:2b:3c:4d:5e", "192.168.1.255")
     assert wake_address("127.0.0.1") == wake_address("203.0.113.5")
     assert wake_address("127.0.0.1").mac is None
+
+
+@pytest.mark.spec("AGENT-76")
+def test_a_machine_that_systemd_switches_off_is_told_from_an_agent_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/state\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(suspend, "SYSTEMD", tmp_path)
+    found = []
+    for state in ("running", "degraded", "stopping"):
+        (tmp_path / "state").write_text(f"{state}\n")
+        found.append(suspend.is_ending())
+    assert found == [False, False, True]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from shutil import which
 
 import psutil
@@ -38,6 +39,9 @@ MONITOR = (
     "gdbus", "monitor", "--system", "--dest", "org.freedesktop.login1",
     "--object-path", "/org/freedesktop/login1",
 )  # fmt: skip
+
+SYSTEMD = Path("/run/systemd/system")
+"""It is there where systemd runs the machine: sd_booted(3)."""
 
 ANNOUNCEMENTS = ("PrepareForSleep (true", "PrepareForShutdown (true")
 """Signals of org.freedesktop.login1.Manager, as `gdbus monitor` prints them."""
@@ -115,7 +119,7 @@ async def until_announced(going: Callable[[], Awaitable[None]]) -> bool:
 
 def is_ending() -> bool:
     """Whether systemd is about to switch the machine off; called in a thread."""
-    if sys.platform != "linux":
+    if not SYSTEMD.is_dir():
         return False
     with suppress(OSError, subprocess.SubprocessError):
         command = ("systemctl", "is-system-running")
