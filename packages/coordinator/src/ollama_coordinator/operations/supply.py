@@ -24,7 +24,7 @@ from .operation import Operation, Target
 from .progress import ProgressLine
 from .remote import Remote
 from .room import lacks_disk
-from .transfers import NoSource, Transfer, Transfers
+from .transfers import NoSource, SourceLost, Transfer, Transfers
 from .types import AgentCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
@@ -136,16 +136,25 @@ class Supply:
         if not origin and (not from_fleet or self._is_alone(operation, target)):
             await self._remote.do(agent, operation.command, report)
             return
+        seed = operation.seed
         try:
             await self._from_fleet(operation, agent, report)
         except Refused as exc:
             if origin or NO_ROOM in str(exc):
                 raise
+            if isinstance(exc, SourceLost | NoSource) and operation.seed != seed:
+                # Another one pulls from the internet in place of the seed that is gone.
+                await self.turn(operation, target)
+                await self.carry_out(operation, target, agent, report)
+                return
             log.warning(
                 "a machine pulls from the internet, as no other gives it the model",
                 extra={"agent": agent.name, "model": operation.command.name, "reason": str(exc)},
             )
-            operation.on_their_own.add(agent.id)
+            if isinstance(exc, SourceLost | NoSource):
+                operation.seed, operation.content = agent.id, ""
+            else:
+                operation.on_their_own.add(agent.id)
             report({"status": f"{agent.name} pulls it from the internet: {exc}"})
             await self._remote.do(agent, operation.command, report)
 
