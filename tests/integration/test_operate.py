@@ -146,6 +146,7 @@ async def test_settings_are_read_and_set(coordinator: Running) -> None:
     code, output = await run(coordinator, "settings", "get")
     assert code == 0
     assert widest(output) <= 80
+    assert ["larger_context", "true"] in [line.split()[:2] for line in output.splitlines()]
     assert await run(coordinator, "settings", "get", "max_queue") == (0, "512\n")
     for arguments, shown in (
         (("COORDINATOR_MAX_QUEUE", "7"), "max_queue = 7\n"),

@@ -115,7 +115,9 @@ def facts(row: Mapping[str, Any]) -> Table:
 
 
 def readable(value: object) -> str:
-    """A value of JSON for people: a list by its parts."""
+    """A value of JSON for people: a list by its parts; yes and no as `settings set` takes them."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return ", ".join(map(readable, value))
     if isinstance(value, dict):
