@@ -1,5 +1,6 @@
 """Every developer command; `nox -l` lists them. Without a name: lint, types, tests."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ nox.options.sessions = ["lint", "types", "tests"]
 ROOT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "packages/constraints.txt")
 BY_PATH = " @ {root:parent:uri}/common"
+BESIDE = ("-n", str(os.cpu_count() or 1), "--dist", "worksteal")
+"""The tests of a few processes at once: most of a test's time it waits for sockets."""
 
 
 def install_workspace(session: nox.Session, *groups: str, constrained: bool = True) -> None:
@@ -45,7 +48,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests but the browser's and the slow ones; options go to pytest."""
     install_workspace(session, "test", "clients")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *BESIDE, *session.posargs)
 
 
 @nox.session(default=False)
