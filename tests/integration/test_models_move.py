@@ -84,7 +84,8 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
                 folders[ollama.port] = folder
                 config = AgentConfig(
                     coordinator_url=coordinator.url, ollama_port=ollama.port,
-                    machine_name=f"machine-{number}", state_dir=tmp_path / f"state-{number}",
+                    certificate=coordinator.parts.tls.shown, machine_name=f"machine-{number}",
+                    state_dir=tmp_path / f"state-{number}",
                     manage_ollama=False, ip_address="127.0.0.1", **(agent or {}),
                 )  # fmt: skip
                 await stack.enter_async_context(agent_world.running(config))
@@ -174,6 +175,18 @@ async def test_a_model_goes_over_links_where_no_port_is_reached(machines: Machin
         assert (code, "does not have tiny" in output) == (1, True)
         assert manifest(ollamas[1]) == manifest(ollamas[0])
         assert left_over(ollamas[1]) == []
+
+
+@pytest.mark.spec("SURFACE-77")
+async def test_with_tls_of_the_coordinators_own_the_agent_writes(
+    machines: Machines, tmp_path: Path
+) -> None:
+    url = f"sqlite://{tmp_path}/db"
+    async with machines([TINY], [], tls="self", database_url=url) as (coordinator, ollamas):
+        ended = await brought(coordinator, 1)
+        assert ended["state"] == "done", json.dumps(ended)
+        assert manifest(ollamas[1]) == manifest(ollamas[0])
+        assert ollamas[1].seen.count("/api/pull") == 0
 
 
 @pytest.mark.spec("SURFACE-78")
