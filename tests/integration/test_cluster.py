@@ -14,6 +14,7 @@ import aiohttp
 import psutil
 import pytest
 
+from ollama_coordinator.db import SharedDatabase, database_of
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world, programs
 from support.cluster import CHAT, Coordinator, cluster
@@ -147,6 +148,33 @@ async def test_a_frozen_leader_is_replaced_and_follows_when_it_thaws(
     await first.program.says("stands by")
     assert (await first.chat())[0] == 200
     assert (await first.get("/healthz"))["leader"]["url"] == second.url
+
+
+@pytest.mark.spec("CLUSTER-4")
+def test_the_session_of_a_leader_that_is_silent_amid_a_write_is_ended(
+    postgres: PostgresSchema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    from ollama_coordinator.db.postgres import LOCK_KEY
+
+    beside = database_of(postgres.url)
+    assert isinstance(beside, SharedDatabase)
+    beside.open_beside()
+    try:
+        with psycopg.connect(postgres.url) as silent:
+            lock = "SELECT pg_advisory_lock(%s, hashtext(current_schema()))"
+            silent.execute(lock, [LOCK_KEY])  # which begins a transaction
+            beside.end_silent_leader()
+            assert beside.is_led()  # it may be about to go on
+            monkeypatch.setattr("ollama_coordinator.db.postgres.SILENT_SECONDS", 0)
+            with pytest.raises(psycopg.OperationalError):
+                for _ in range(1000):
+                    beside.end_silent_leader()
+                    silent.execute("SELECT 1")
+        assert not beside.is_led()
+    finally:
+        beside.close()
 
 
 @pytest.mark.spec("CLUSTER-5")

@@ -223,6 +223,8 @@ class Cluster:
                     is_led, rows = await loop.run_in_executor(thread, self._look, self._database)
                     self._take(rows)
                     problem = ""
+                    if is_led and self._is_silent() and not await self._answers(answers):
+                        await loop.run_in_executor(thread, self._database.end_silent_leader)
                 except errors as exc:
                     is_led = True
                     if not problem:
@@ -237,6 +239,15 @@ class Cluster:
             await loop.run_in_executor(thread, self._database.close)
             thread.shutdown()
             self._is_beside = False
+
+    def _is_silent(self) -> bool:
+        """Whether the leader has not written its beat for longer than a session may be silent."""
+        now_ms = max((one.seen_ms for one in self.coordinators if one.id == self.id), default=0)
+        leader = self.leader
+        return leader is not None and now_ms - leader.seen_ms > RETURN_SECONDS * 1000
+
+    async def _answers(self, answers: Callable[[str], Awaitable[bool]]) -> bool:
+        return self.leader is not None and await answers(self.leader.url)
 
     async def _may_return(
         self, free_seconds: float, answers: Callable[[str], Awaitable[bool]]

@@ -99,5 +99,8 @@ class SharedDatabase(Database, Protocol):
     def is_led(self) -> bool:
         """Whether any coordinator leads."""
 
+    def end_silent_leader(self) -> None:
+        """End the leader's session if it is silent amid a transaction, where a server has it."""
+
     def yield_lead(self) -> None:
         """Let another coordinator lead; this one may still read and write."""

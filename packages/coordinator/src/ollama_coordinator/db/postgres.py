@@ -173,6 +173,13 @@ class PostgresDatabase:
         """Whether a session has the advisory lock."""
         return bool(self.query(_LED, [LOCK_KEY]))
 
+    def end_silent_leader(self) -> None:
+        """End the leader's session if it waits amid a transaction for what does not come.
+
+        The server's own time-outs do not count there between the parts of one message.
+        """
+        self.query(_END_SILENT, [LOCK_KEY, SILENT_SECONDS])
+
     def yield_lead(self) -> None:
         """Release the advisory lock; the session stays."""
         self.execute("SELECT pg_advisory_unlock(?, hashtext(current_schema()))", [LOCK_KEY])
@@ -250,6 +257,14 @@ _LED = """
     WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = ?
     AND objid = (hashtext(current_schema())::bigint & 4294967295)::oid
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+_END_SILENT = """
+    SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'advisory' AND l.granted AND l.classid = ?
+    AND l.objid = (hashtext(current_schema())::bigint & 4294967295)::oid
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND a.state = 'idle in transaction' AND a.wait_event = 'ClientRead'
+    AND a.state_change < now() - make_interval(secs => ?)
 """
 """A lock with two keys: the server shows the second one unsigned (pg_locks, objsubid 2)."""
 
