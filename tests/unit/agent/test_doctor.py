@@ -193,11 +193,11 @@ async def test_the_way_is_found_step_by_step() -> None:
     ("url", "check", "words"),
     [
         ("http://no..name:80", "name", "no host no..name"),
-        (f"http://127.0.0.1:{free_port()}", "port", "connection refused"),
+        ("http://127.0.0.1:{port}", "port", "connection refused"),
     ],
 )
 async def test_the_first_step_that_fails_is_the_last(url: str, check: str, words: str) -> None:
-    last = (await way(url))[-1]
+    last = (await way(url.format(port=free_port())))[-1]
     assert (last.check, last.level) == (check, "failed")
     assert last.remedy
     assert words in last.text

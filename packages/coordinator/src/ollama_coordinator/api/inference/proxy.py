@@ -5,7 +5,7 @@ lease with the outcome; or answer the error in the client's dialect. Bodies pass
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
@@ -53,13 +53,12 @@ from ollama_coordinator.upstream import (
 )
 from ollama_coordinator_common.error import InvalidModelName, OllamaCoordinatorError
 from ollama_coordinator_common.names import model_key
-from ollama_coordinator_common.types import AgentId
 
 from . import audio
 from .context_fit import ContextFit
 from .continuation import Continuations, Onward
 from .portions import Portions
-from .relay import CARRIER, Call, Carrier, Failure, Sent, Way, attempted
+from .relay import CARRIER, Call, Carrier, Course, Failure, Sent, Way, attempted
 from .request import (
     LANE,
     WAITED,
@@ -84,44 +83,6 @@ OF_THE_NAME = ("", "model is required", "invalid model name")
 
 OF_THE_CLOUD = (":cloud", "-cloud")
 """The ends of the routing keys of models that ollama.com runs."""
-
-
-class Course:
-    """One request between its attempts: what failed so far, and what of its answer has to go on.
-
-    `small` are agents that are asked once all others have failed. `is_over`: nobody is left to try.
-    """
-
-    def __init__(self, request: Request, small: Iterable[AgentId]) -> None:
-        self.request = request
-        self.small = frozenset(small)
-        self.failures: list[Failure] = []
-        self.onward: Onward | None = None
-        self.is_over = False
-
-    def refused(
-        self, error: SchedulerError, missing: Callable[[Request], OllamaCoordinatorError]
-    ) -> None:
-        """No agent takes it now; the error is raised if none was tried."""
-        if not self.failures:
-            raise missing(self.request) if isinstance(error, ModelNotFound) else error
-        slow = _taken_back_from(self.failures) & self.request.excluded
-        # If nobody else serves it now, a slow agent is better than none, or one whose context is
-        # too small.
-        again, self.small = slow or self.small, frozenset() if not slow else self.small
-        self.is_over = isinstance(error, ModelNotFound) or not again
-        self.request = self.request.fit_for(again)
-
-    def failed(self, held: Held, failure: Failure) -> None:
-        """An attempt failed: its agent is asked no more."""
-        known = [one.agent_id for one in self.failures]
-        self.failures.append(failure)
-        self.request = structs.replace(self.request, admitted=True)
-        if failure.outcome.result is Result.TAKEN_BACK:
-            self.request = self.request.taken_from(held.agent.id)
-        elif failure.was_sent or held.agent.id in known:
-            # Else it waits for the agent to come back, as those behind it do.
-            self.request = self.request.without([held.agent.id])
 
 
 class Proxy:
@@ -594,9 +555,3 @@ async def _break_off(call: Call, reason: str) -> None:
     """End an answer of which the client has a part, with an error."""
     record = error_record(call.route, reason)
     await call.send({"type": "http.response.body", "body": record, "more_body": False})
-
-
-def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:
-    """The agents that were slow, and did not fail."""
-    result = {one.agent_id: one.outcome.result for one in failures}
-    return frozenset(agent for agent, last in result.items() if last is Result.TAKEN_BACK)

@@ -1,4 +1,4 @@
-"""The way back of one attempt: from an agent's answer to the client, record by record.
+"""A request's attempts, and the way back of one: an agent's answer to the client, by records.
 
 Nothing reaches the client before the first whole record (or the whole answer, where it is not
 streamed); until then the attempt can be repeated elsewhere. Afterwards the answer can at best be
@@ -6,11 +6,11 @@ continued, see `continuation`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import aiohttp
-from msgspec import Struct
+from msgspec import Struct, structs
 from starlette.types import Send
 
 from ollama_coordinator.aio import Interrupt
@@ -35,7 +35,14 @@ from ollama_coordinator.api.http.headers import (
 )
 from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.dispatch import Held
-from ollama_coordinator.scheduler import Outcome, Request, RequestId, Result
+from ollama_coordinator.scheduler import (
+    ModelNotFound,
+    Outcome,
+    Request,
+    RequestId,
+    Result,
+    SchedulerError,
+)
 from ollama_coordinator.upstream import (
     SMALL_ANSWER_BYTES,
     AgentLost,
@@ -53,6 +60,7 @@ from ollama_coordinator.upstream import (
     chunks,
     whole,
 )
+from ollama_coordinator_common.error import OllamaCoordinatorError
 from ollama_coordinator_common.names import ModelName
 from ollama_coordinator_common.types import AgentId
 
@@ -102,6 +110,50 @@ class Failure(Struct, frozen=True):
     body: bytes = b""
     was_sent: bool = True
     written: Written | None = None
+
+
+class Course:
+    """One request between its attempts: what failed so far, and what of its answer has to go on.
+
+    `small` are agents that are asked once all others have failed. `is_over`: nobody is left to try.
+    """
+
+    def __init__(self, request: Request, small: Iterable[AgentId]) -> None:
+        self.request = request
+        self.small = frozenset(small)
+        self.failures: list[Failure] = []
+        self.onward: Onward | None = None
+        self.is_over = False
+
+    def refused(
+        self, error: SchedulerError, missing: Callable[[Request], OllamaCoordinatorError]
+    ) -> None:
+        """No agent takes it now; the error is raised if none was tried."""
+        if not self.failures:
+            raise missing(self.request) if isinstance(error, ModelNotFound) else error
+        slow = _taken_back_from(self.failures) & self.request.excluded
+        # If nobody else serves it now, a slow agent is better than none, or one whose context is
+        # too small.
+        again, self.small = slow or self.small, frozenset() if not slow else self.small
+        self.is_over = isinstance(error, ModelNotFound) or not again
+        self.request = self.request.fit_for(again)
+
+    def failed(self, held: Held, failure: Failure) -> None:
+        """An attempt failed: its agent is asked no more."""
+        known = [one.agent_id for one in self.failures]
+        self.failures.append(failure)
+        self.request = structs.replace(self.request, admitted=True)
+        if failure.outcome.result is Result.TAKEN_BACK:
+            self.request = self.request.taken_from(held.agent.id)
+        elif failure.was_sent or held.agent.id in known:
+            # Else it waits for the agent to come back, as those behind it do.
+            self.request = self.request.without([held.agent.id])
+
+
+def _taken_back_from(failures: Sequence[Failure]) -> frozenset[AgentId]:
+    """The agents that were slow, and did not fail."""
+    result = {one.agent_id: one.outcome.result for one in failures}
+    return frozenset(agent for agent, last in result.items() if last is Result.TAKEN_BACK)
 
 
 class Way(Struct, frozen=True):
