@@ -200,7 +200,7 @@ async def test_where_keys_are_asked_for_the_line_has_a_join_token() -> None:
                 line = await shown.first.inner_text()
                 await page.keyboard.press("Escape")
             assert len([one for one in keys if one.is_token]) == 1
-            await page.get_by_role("button", name="Add a machine").click()
+            await page.locator(".add-machine").click()
             secret = JoinToken.parse(line.partition("TOKEN=")[2].split()[0]).secret
             facts = {
                 "machine_name": "new", "ip_address": "127.0.0.1", "ollama_version": "0.33.0",
@@ -216,7 +216,7 @@ async def test_where_keys_are_asked_for_the_line_has_a_join_token() -> None:
             await page.goto(f"{coordinator.url}/dashboard")
             await page.get_by_label("Key").fill(watcher)
             await page.get_by_role("button", name="Log in").click()
-            await page.get_by_role("button", name="Add a machine").click()
+            await page.locator(".add-machine").click()
             await expect(page.locator("dialog pre").first).to_contain_text("/join | sh")
             await page.get_by_role("button", name="Make a join token").click()
             await expect(page.locator(".toast.bad")).to_contain_text("'operate'")
@@ -440,7 +440,7 @@ async def test_a_models_page_has_its_machines_users_history_and_where_it_would_f
         dialog = page.get_by_role("dialog")
         await expect(dialog).to_contain_text("1 of 3 machines has it")
         await expect(dialog.locator("li", has_text="two").get_by_role("checkbox")).to_be_checked()
-        await dialog.get_by_role("button", name="Pull", exact=True).click()
+        await dialog.get_by_role("button", name="Copy", exact=True).click()
         await expect(tables[0]).to_contain_text("two")
         assert [model.name for model in small.models] == []
 
