@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("playwright")
+
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running, running
 from support.ollama import StandIn
