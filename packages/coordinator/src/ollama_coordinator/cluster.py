@@ -7,7 +7,7 @@ is an epoch, which counts upwards.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -105,9 +105,9 @@ class Cluster:
         shown = next((one.certificate for one in self.coordinators if one.url == url), "")
         return bytes.fromhex(shown) if shown else None
 
-    async def changed(self) -> None:
-        """Wait until another coordinator leads."""
-        await self._changed.wait()
+    def changed(self) -> Coroutine[Any, Any, object]:
+        """Wait until another coordinator leads than at the call, however late it is awaited."""
+        return self._changed.wait()
 
     def _take(self, rows: list[dict[str, Any]]) -> None:
         before = self.leader
