@@ -14,8 +14,8 @@ nox.options.sessions = ["lint", "types", "tests"]
 ROOT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "packages/constraints.txt")
 BY_PATH = " @ {root:parent:uri}/common"
-BESIDE = ("-n", str(2 * (os.cpu_count() or 1)), "--dist", "worksteal")
-"""Two processes a core: most of its time a test waits for sockets."""
+BESIDE = ("-n", str(os.cpu_count() or 1), "--dist", "worksteal")
+"""A process for each core: most of its time a test waits for sockets."""
 
 
 def install_workspace(session: nox.Session, *groups: str, constrained: bool = True) -> None:
