@@ -440,7 +440,7 @@ async def test_a_models_page_has_its_machines_users_history_and_where_it_would_f
         dialog = page.get_by_role("dialog")
         await expect(dialog).to_contain_text("1 of 3 machines has it")
         await expect(dialog.locator("li", has_text="two").get_by_role("checkbox")).to_be_checked()
-        await dialog.get_by_role("button", name="Copy", exact=True).click()
+        await dialog.get_by_role("button", name="Pull", exact=True).click()
         await expect(tables[0]).to_contain_text("two")
         assert [model.name for model in small.models] == []
 

@@ -36,12 +36,13 @@ export function fit(agent, size) {
  * @param {string} [agent] the id of the machine that is chosen at first
  */
 export function openPull(models, name = "", agent = "") {
+  const copies = Boolean(name) && !agent;
   const known = new Map(models.map((row) => [short(row.name), row]));
   const input = h("input", { type: "text", value: short(name), required: true, autocomplete: "off", placeholder: "llama3.2", list: "known-models", oninput: () => draw() });
   const rule = h("select", { onchange: () => draw() }, RULES.map(([value, label]) => h("option", { value, selected: value === (agent ? "these" : name ? "all" : "") }, label)));
   const given = models.find((row) => short(row.name) === short(name) && name);
   const origins = [["", "The internet, once for all"], ["fleet", "Machines that have it"], ...(given?.holders ?? []).map((id) => [id, store.state.agents[id]?.name ?? id])];
-  const origin = h("select", null, origins.map(([value, label]) => h("option", { value, selected: value === (name ? "fleet" : "") }, label)));
+  const origin = h("select", null, origins.map(([value, label]) => h("option", { value, selected: value === (copies ? "fleet" : "") }, label)));
   const labels = [...new Set(Object.values(store.state.agents).flatMap((one) => one.labels))].sort();
   rule.append(...labels.map((label) => h("option", { value: `label:${label}` }, `Those labelled ${label}`)));
   const size = h("p.muted.small", { role: "status" });
@@ -69,10 +70,10 @@ export function openPull(models, name = "", agent = "") {
     dialog.close();
     await act(() => call("POST", "/api/operations", { kind: "pull", model: input.value.trim(), ...(placement && { placement }), ...(origin.value && { from: origin.value }) }));
   };
-  const dialog = openDialog(name ? `Copy ${short(name)} to more machines` : "Pull a model", h("form", { onsubmit: submit },
+  const dialog = openDialog(copies ? `Copy ${short(name)} to more machines` : "Pull a model", h("form", { onsubmit: submit },
     h("label.field", null, "Name, as in Ollama's library", input), h("datalist", { id: "known-models" }, [...known.keys()].map((value) => h("option", { value }))),
     size, h("label.field", null, "From", origin), h("label.field", null, "Where", rule), h("ul.listed", { "aria-label": "Machines" }, rows.map(({ element }) => element)),
-    h("div.actions", null, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), h("button.primary", null, name ? "Copy" : "Pull"))));
+    h("div.actions", null, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), h("button.primary", null, copies ? "Copy" : "Pull"))));
   draw();
   (name ? rule : input).focus();
 }
