@@ -258,3 +258,26 @@ async def test_an_operator_can_end_an_answer_that_waits_to_go_on(
     await coordinator.until(coordinator.at_rest)
     finished = (await coordinator.get("/api/history"))["requests"][0]
     assert (finished["status"], finished["output_tokens"]) == ("cancelled", 3)
+
+
+@pytest.mark.spec("PROXY-48")
+@pytest.mark.parametrize("waits", ["while the prompt is rendered", "while it is continued"])
+async def test_a_client_that_leaves_an_answer_which_goes_on_leaves_nothing(
+    coordinator: Running, ollama: StandIn, spare: StandIn, waits: str
+) -> None:
+    nodes = (ollama, spare)
+    for node in nodes:
+        await node.load("llama3.2")
+        if waits == "while the prompt is rendered":
+            node.faults.hang(paths=["/api/chat"], saying="_debug_render_only")
+        else:
+            node.faults.hang(paths=["/api/generate"])
+        node.faults.cut(after=3, paths=["/api/chat"], saying='"stream": true')
+    async with coordinator.stream() as response:
+        for _ in range(2):
+            assert await response.content.readline()
+        await coordinator.until(lambda: sum(node.seen.faulted for node in nodes))
+        response.close()
+    await coordinator.until(coordinator.at_rest)
+    finished = (await coordinator.get("/api/history"))["requests"][0]
+    assert (finished["status"], finished["output_tokens"]) == ("cancelled", 3)
