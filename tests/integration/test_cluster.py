@@ -14,6 +14,7 @@ import aiohttp
 import psutil
 import pytest
 
+from ollama_coordinator.cluster import Cluster
 from ollama_coordinator.db import SharedDatabase, database_of
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world, programs
@@ -151,8 +152,9 @@ async def test_a_frozen_leader_is_replaced_and_follows_when_it_thaws(
 
 
 @pytest.mark.spec("CLUSTER-4")
-def test_the_session_of_a_leader_that_is_silent_amid_a_write_is_ended(
-    postgres: PostgresSchema, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_amid_a_write", [False, True])
+def test_the_session_of_a_leader_that_is_silent_is_ended(
+    postgres: PostgresSchema, is_amid_a_write: bool
 ) -> None:
     import psycopg
 
@@ -164,17 +166,46 @@ def test_the_session_of_a_leader_that_is_silent_amid_a_write_is_ended(
     try:
         with psycopg.connect(postgres.url) as silent:
             lock = "SELECT pg_advisory_lock(%s, hashtext(current_schema()))"
-            silent.execute(lock, [LOCK_KEY])  # which begins a transaction
-            beside.end_silent_leader()
+            silent.autocommit = not is_amid_a_write
+            silent.execute(lock, [LOCK_KEY])  # which may begin a transaction
+            assert not beside.end_silent_leader(60)
             assert beside.is_led()  # it may be about to go on
-            monkeypatch.setattr("ollama_coordinator.db.postgres.SILENT_SECONDS", 0)
+            assert beside.end_silent_leader(0)
+            assert not beside.is_led()  # at once: whoever ended it may lead
+            assert not beside.end_silent_leader(0)
             with pytest.raises(psycopg.OperationalError):
-                for _ in range(1000):
-                    beside.end_silent_leader()
-                    silent.execute("SELECT 1")
-        assert not beside.is_led()
+                silent.execute("SELECT 1")
     finally:
         beside.close()
+
+
+@pytest.mark.spec("CLUSTER-4")
+async def test_a_leader_that_is_silent_and_answers_nobody_is_replaced_before_its_session_times_out(
+    postgres: PostgresSchema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.postgres.SILENT_SECONDS", 600)
+    monkeypatch.setattr("ollama_coordinator.cluster.QUIET_SECONDS", 0.1)
+    leader, front = database_of(postgres.url), database_of(postgres.url)
+    assert isinstance(front, SharedDatabase)
+    asked = []
+
+    async def answers(url: str) -> bool:
+        asked.append(url)
+        return len(asked) < 4  # as one whose database is slow
+
+    leader.open()
+    try:
+        postgres.ask(
+            "INSERT INTO coordinators (id, url, version, certificate, started_ms, seen_ms, epoch)"
+            " VALUES ('a', 'http://127.0.0.1:1', '1', '', 0, 0, 1)"
+        )
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await Cluster(front).follow(answers)
+        assert asked == ["http://127.0.0.1:1"] * 4
+        front.open()  # whoever returns from following may lead at once
+        front.close()
+    finally:
+        leader.close()
 
 
 @pytest.mark.spec("CLUSTER-5")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from secrets import token_hex, token_urlsafe
 from typing import Any
@@ -25,8 +26,15 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 """Between two looks of a coordinator that does not lead."""
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 0.5
 """Between two notes of the leader in the database."""
+
+QUIET_SECONDS = 1.5
+"""A leader that has missed so much of them, and answers nobody, is frozen or cut off.
+
+Its session would last until the server ends it; with this, and a look, and the time in which it may
+answer, another one leads well within three seconds.
+"""
 
 HEARD_MS = 1_000
 """A coordinator that was not heard of for so long looks no more: it is dead, frozen or cut off."""
@@ -224,7 +232,10 @@ class Cluster:
                     self._take(rows)
                     problem = ""
                     if is_led and self._is_silent() and not await self._answers(answers):
-                        await loop.run_in_executor(thread, self._database.end_silent_leader)
+                        end = partial(self._database.end_silent_leader, QUIET_SECONDS)
+                        if await loop.run_in_executor(thread, end):
+                            log.warning("the leader is silent; its session is ended")
+                            return
                 except errors as exc:
                     is_led = True
                     if not problem:
@@ -241,10 +252,10 @@ class Cluster:
             self._is_beside = False
 
     def _is_silent(self) -> bool:
-        """Whether the leader has not written its beat for longer than a session may be silent."""
+        """Whether the leader has not written its beat for longer than it should be silent."""
         now_ms = max((one.seen_ms for one in self.coordinators if one.id == self.id), default=0)
         leader = self.leader
-        return leader is not None and now_ms - leader.seen_ms > RETURN_SECONDS * 1000
+        return leader is not None and now_ms - leader.seen_ms > QUIET_SECONDS * 1000
 
     async def _answers(self, answers: Callable[[str], Awaitable[bool]]) -> bool:
         return self.leader is not None and await answers(self.leader.url)

@@ -34,10 +34,10 @@ AGAIN_SECONDS = 1.0
 BEAT_SECONDS = 0.5
 """Between two beats of a process, and between two looks at them."""
 
-SILENT_LOOKS = 6
-"""A process without a beat for so many looks is frozen: for 3 s, as PostgreSQL allows a leader. It
-beats in a thread of its own, which no long work of its event loop holds up. Looks are counted and
-no seconds, as this process may be frozen too."""
+SILENT_LOOKS = 4
+"""A process without a beat for so many looks is frozen: for 2 s; another one leads within 3 s.
+It beats in a thread of its own, which no long work of its event loop holds up. Looks are counted
+and no seconds, as this process may be frozen too."""
 
 FAILED = 1
 """The exit code of a process that has said why it cannot serve; another one could not either."""

@@ -99,8 +99,10 @@ class SharedDatabase(Database, Protocol):
     def is_led(self) -> bool:
         """Whether any coordinator leads."""
 
-    def end_silent_leader(self) -> None:
-        """End the leader's session if it is silent amid a transaction, where a server has it."""
+    def end_silent_leader(self, seconds: float) -> bool:
+        """End the leader's session, where a server has it, if it is silent for so long; whether
+        it is ended.
+        """
 
     def yield_lead(self) -> None:
         """Let another coordinator lead; this one may still read and write."""

@@ -41,6 +41,9 @@ SILENT_SECONDS = 3
 PREPARING_SECONDS = 15
 """The same within a transaction, in which many rows may be prepared between two statements."""
 
+ENDING_MS = 500
+"""For the server to end another session; one that waits for its coordinator takes a millisecond."""
+
 LOOPBACK = "127.0.0.1"
 
 LOCK_KEY = 0x6F6C6C61
@@ -173,12 +176,12 @@ class PostgresDatabase:
         """Whether a session has the advisory lock."""
         return bool(self.query(_LED, [LOCK_KEY]))
 
-    def end_silent_leader(self) -> None:
-        """End the leader's session if it waits amid a transaction for what does not come.
+    def end_silent_leader(self, seconds: float) -> bool:
+        """End the leader's session if it has waited so long for its coordinator; whether it did.
 
-        The server's own time-outs do not count there between the parts of one message.
+        The server's own time-outs are longer, and do not count between the parts of one message.
         """
-        self.query(_END_SILENT, [LOCK_KEY, SILENT_SECONDS])
+        return any(row["ended"] for row in self.query(_END_SILENT, [ENDING_MS, LOCK_KEY, seconds]))
 
     def yield_lead(self) -> None:
         """Release the advisory lock; the session stays."""
@@ -259,12 +262,12 @@ _LED = """
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 _END_SILENT = """
-    SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    SELECT pg_terminate_backend(a.pid, ?) AS ended
+    FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
     WHERE l.locktype = 'advisory' AND l.granted AND l.classid = ?
     AND l.objid = (hashtext(current_schema())::bigint & 4294967295)::oid
     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND a.state = 'idle in transaction' AND a.wait_event = 'ClientRead'
-    AND a.state_change < now() - make_interval(secs => ?)
+    AND a.wait_event = 'ClientRead' AND a.state_change < now() - make_interval(secs => ?)
 """
 """A lock with two keys: the server shows the second one unsigned (pg_locks, objsubid 2)."""
 

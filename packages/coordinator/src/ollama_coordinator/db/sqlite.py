@@ -130,8 +130,9 @@ class SqliteDatabase:
         self._claim.release()
         return False
 
-    def end_silent_leader(self) -> None:
-        """The file is claimed as long as its process lives."""
+    def end_silent_leader(self, seconds: float) -> bool:
+        """No: the file is claimed as long as its process lives."""
+        return False
 
     def yield_lead(self) -> None:
         """Leave the file to another process; the connection stays."""
