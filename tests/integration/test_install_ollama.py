@@ -1,8 +1,10 @@
 """Ollama is installed from archives as it publishes them: checked, resumed, unpacked."""
 
+import asyncio
 import gzip
 import hashlib
 import io
+import signal
 import sys
 import tarfile
 import zipfile
@@ -24,6 +26,7 @@ from ollama_coordinator_agent.installation import (
 from ollama_coordinator_agent.main import app
 from ollama_coordinator_agent.process import find_binary
 from support.agent_world import free_port
+from support.disks import disk, fill
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the program is a script for sh")
 
@@ -250,3 +253,91 @@ def test_the_archives_are_those_of_the_release() -> None:
     assert names("win32", "AMD64") == ["ollama-windows-amd64.zip"]
     with pytest.raises(CannotInstallOllama, match="riscv64"):
         names("linux", "riscv64")
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from ollama_coordinator_agent import installation
+
+def die(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+when, url, folder = sys.argv[1:]
+progress, rename = lambda *given: None, Path.rename
+if when == "downloading":
+    progress = die
+elif when == "trying":
+    installation._tried = die
+else:
+    Path.rename = lambda old, new: die() if old.name == "ollama.new" else rename(old, new)
+asyncio.run(installation.install_ollama([installation.Source(url)], Path(folder), progress))
+"""
+
+NEWER = b"#!/bin/sh\necho client version is 0.25.0\n"
+
+
+@pytest.fixture
+async def newer(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A release that is newer than the one that is installed in `tmp_path/agent`."""
+    name = "ollama-linux-amd64.tar.zst"
+    source = Source(shelf.url(name))
+    folder = tmp_path / "agent"
+    monkeypatch.setattr(installation, "own_folder", lambda: folder)
+    for program in (PROGRAM, NEWER):
+        shelf.files[name] = zstandard.compress(tar({**LINUX, "./bin/ollama": program}), 1)
+        shelf.list_sums()
+        if program is PROGRAM:
+            await install_ollama([source], folder, quiet)
+    return source
+
+
+def installed(folder: Path) -> bytes:
+    """The program that the agent would start."""
+    program = find_binary(None, {"PATH": "/nowhere"})
+    assert program is not None
+    assert folder in program.parents
+    assert (program.parents[1] / "lib/ollama/libggml.so.1").read_bytes() == FILLING
+    return program.read_bytes()
+
+
+@pytest.mark.spec("AGENT-70")
+@pytest.mark.parametrize("when", ["downloading", "trying", "taking its place"])
+async def test_an_installation_that_is_killed_leaves_what_was_there_and_is_done_by_the_next_run(
+    newer: Source, tmp_path: Path, when: str
+) -> None:
+    folder = tmp_path / "agent"
+    command = (sys.executable, "-c", KILLED, when, newer.place, str(folder))
+    killed = await asyncio.create_subprocess_exec(*command)
+    assert await killed.wait() == -signal.SIGKILL
+    assert installed(folder) == PROGRAM
+    _, version = await install_ollama([newer], folder, quiet)
+    assert version == "0.25.0"
+    assert installed(folder) == NEWER
+    assert [one.name for one in folder.iterdir()] == ["ollama"]
+
+
+@pytest.mark.spec("AGENT-70")
+@pytest.mark.parametrize("while_it_comes", [True, False], ids=["downloading", "unpacking"])
+async def test_a_disk_that_becomes_full_leaves_what_was_there_and_is_said(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_it_comes: bool
+) -> None:
+    with disk(tmp_path / "agent", 5000) as folder:
+        monkeypatch.setattr(installation, "own_folder", lambda: folder)
+        name = "ollama-linux-amd64.tar.zst"
+        shelf.files[name] = ARCHIVES[name]()
+        shelf.list_sums()
+        source = Source(shelf.url(name))
+        await install_ollama([source], folder, quiet)
+
+        def full(name: str, here: int, total: int | None) -> None:
+            if while_it_comes or here == total:
+                fill(folder)
+
+        with pytest.raises(CannotInstallOllama, match=r"nothing was installed: .*(?i:no space)"):
+            await install_ollama([source], folder, full)
+        assert installed(folder) == PROGRAM
+        assert not (folder / "ollama.new").exists()
+        (folder / "filler").unlink()
+        await install_ollama([source], folder, quiet)
+        assert [one.name for one in folder.iterdir()] == ["ollama"]

@@ -44,6 +44,12 @@ UNPACKED_TIMES = 4
 PROGRAMS = ("bin/ollama", "ollama", "ollama.exe")
 """In archives for Linux, macOS and Windows. Ollama looks for its libraries from there."""
 
+INSTALLED, FRESH, BEFORE = "ollama", "ollama.new", "ollama.old"
+"""Folders: what is installed, what is being unpacked, and what makes room for it at the end.
+
+Where that end was cut off, by `kill -9` say, `BEFORE` is all that there is.
+"""
+
 Progress = Callable[[str, int, int | None], None]
 """Called with a name, the bytes that are here, and those that there are."""
 
@@ -86,7 +92,8 @@ def own_folder() -> Path:
 def installed_programs() -> list[Path]:
     """The programs that an installation may have left, this user's before the machine's."""
     folders = dict.fromkeys([own_folder(), Path("/opt/ollama-coordinator-agent")])
-    return [folder / "ollama" / name for folder in folders for name in PROGRAMS]
+    places = [folder / place for folder in folders for place in (INSTALLED, BEFORE)]
+    return [place / name for place in places for name in PROGRAMS]
 
 
 def archives(
@@ -124,7 +131,7 @@ async def install_ollama(
     try:
         (folder / "downloads").mkdir(parents=True, exist_ok=True)
         files = [await _checked(source, folder / "downloads", progress) for source in sources]
-        done = await asyncio.to_thread(_put, files, folder / "ollama")
+        done = await asyncio.to_thread(_put, files, folder / INSTALLED)
         await asyncio.to_thread(shutil.rmtree, folder / "downloads", ignore_errors=True)
     except OSError as exc:
         raise CannotInstallOllama(f"nothing was installed: {cause_of(exc)}") from exc
@@ -261,7 +268,8 @@ def _compare(file: Path, wanted: str, source: Source) -> None:
 
 def _put(files: list[Path], target: Path) -> tuple[Path, str]:
     """Unpack archives beside the target, try the program, and only then take the target's place."""
-    fresh, old = target.with_name("ollama.new"), target.with_name("ollama.old")
+    fresh, old = target.with_name(FRESH), target.with_name(BEFORE)
+    _put_back(old, target)
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -277,8 +285,15 @@ def _put(files: list[Path], target: Path) -> tuple[Path, str]:
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        _put_back(old, target)
     shutil.rmtree(old, ignore_errors=True)
     return target / program.relative_to(fresh), version
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Give what was installed before its place again, where nothing took it."""
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def _unpack(file: Path, target: Path) -> None:
