@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ollama_coordinator.api.inference.portions import PORTION_TOKENS
+from ollama_coordinator.api.inference.portions import MOST_TEXTS, PORTION_TOKENS
 from support.coordinator import Running
 from support.ollama import Hardware, Model, StandIn
 
@@ -89,6 +89,40 @@ async def test_an_error_is_the_whole_answer_and_nothing_goes_on(
         await node.seen.wait_for(lambda seen: seen.open == 0)
     [row] = (await coordinator.get("/api/history"))["requests"]
     assert (row["status"], row["http_status"]) == ("refused", 400)
+
+
+@pytest.mark.spec("PROXY-51")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "answered",
+    [
+        '{"model":"embedder"}',
+        '{"model":"embedder","embeddings":[[1.5]],"data":[{"index":0,"embedding":[1.5]}]}',
+        f'{{"model":"embedder","embeddings":[[{"1.5," * 15_000_000}1]]}}',
+    ],
+    ids=["no vectors", "one vector", "long"],
+)
+async def test_a_part_that_is_none_of_ollamas_is_an_error(
+    coordinator: Running, nodes: tuple[StandIn, StandIn], path: str, answered: str
+) -> None:
+    for node in nodes:
+        node.faults.status(200, raw=answered, paths=[path])
+    status, answer = await coordinator.post(path, body())
+    assert status == 503
+    assert "part of a large embedding" in str(answer["error"])
+    await coordinator.until(coordinator.at_rest)
+    [row] = (await coordinator.get("/api/history"))["requests"]
+    assert (row["status"], row["http_status"]) == ("failed", 503)
+
+
+@pytest.mark.spec("PROXY-52")
+async def test_more_texts_than_are_kept_answers_for_go_out_whole(
+    coordinator: Running, nodes: tuple[StandIn, StandIn]
+) -> None:
+    texts = [f"{number:050d}" for number in range(MOST_TEXTS + 1)]
+    status, answer = await coordinator.post("/api/embed", body(input=texts))
+    assert (status, len(answer["embeddings"])) == (200, len(texts))
+    assert sum(node.seen.count("/api/embed") for node in nodes) == 1
 
 
 @pytest.mark.spec("PROXY-51")

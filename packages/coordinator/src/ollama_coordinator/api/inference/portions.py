@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from secrets import token_hex
 
 import msgspec
-from msgspec import Raw, Struct, structs
-from starlette.types import Message
+from msgspec import Struct, structs
+from starlette.types import Message, Send
 
 from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import HttpError, send_whole
@@ -32,8 +32,12 @@ portion costs beside (a connection, a lease, two passes over its JSON) is some m
 PORTIONS_AN_AGENT = 2
 """So that a fast agent takes more of them than a slow one."""
 
-MOST_TEXTS = 100_000
-"""In one request that is divided; each is a place in its body to remember."""
+MOST_TEXTS = 4096
+"""In one request that is divided: its answers are kept until the last one is there, and as many
+vectors of 4,096 numbers have 200 MB."""
+
+TEXT_BYTES = 256 * 1024
+"""Of an answer for each text: more than any vector has. A longer answer is none."""
 
 AGENT_HEADER = b"x-ollama-coordinator-agent"
 
@@ -52,26 +56,28 @@ class Portion(Struct, frozen=True):
 class PortionAnswer:
     """In the place of a client's `send`: what a portion is answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: int) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_whole = False
-        self._parts: list[bytes] = []
+        self.body = bytearray()
+        self._most = (texts + 1) * TEXT_BYTES
 
     async def __call__(self, message: Message) -> None:
-        """Keep a part of the answer."""
+        """Keep a part of the answer.
+
+        Raises:
+            HttpError: 503, it has more bytes than its texts may have.
+        """
         if message["type"] == "http.response.start":
             headers = message.get("headers", ())
             self.status = message["status"]
             self.headers = [header for header in headers if header[0] != b"content-length"]
         else:
-            self._parts.append(message.get("body", b""))
+            self.body += message.get("body", b"")
             self.is_whole = not message.get("more_body", False)
-
-    @property
-    def body(self) -> bytes:
-        """Its bytes."""
-        return b"".join(self._parts)
+            if len(self.body) > self._most:
+                raise HttpError(503, "an agent answers a part of a large embedding without an end")
 
 
 class PortionUnserved(Exception):
@@ -161,13 +167,15 @@ class Portions:
                 break
         try:
             answers = [task.result() for task in serving if not task.cancelled()]
-            body = await asyncio.to_thread(_joined, call.route.dialect, portions, answers)
+            async with self._turn:
+                body = await _joined(call.route.dialect, portions, answers)
         except PortionUnserved as exc:
             return exc.failures, exc.is_poison
         except PortionRefused as exc:
-            await send_whole(call.send, exc.answer.status, exc.answer.headers, exc.answer.body)
+            answer = exc.answer
+            await send_whole(call.send, answer.status, answer.headers, bytes(answer.body))
             return [], False
-        await send_whole(call.send, 200, _headers(answers), body)
+        await _send(call.send, _headers(answers), body)
         return [], False
 
 
@@ -184,7 +192,7 @@ def _portion(call: Call, span: Span, texts: Sequence[Span], number: int) -> Port
 
 
 async def _served(call: Call, portion: Portion, attempts: Attempts) -> PortionAnswer:
-    answer = PortionAnswer()
+    answer = PortionAnswer(portion.texts)
     own = structs.replace(
         call, request=portion.request, body=portion.body, send=answer, fitted=None, carrier=None
     )
@@ -201,79 +209,74 @@ async def _served(call: Call, portion: Portion, attempts: Attempts) -> PortionAn
 # ── one answer of several ─────────────────────────────────────────────────────────────────────
 
 
-class _Embedded(Struct):
-    """An answer of `/api/embed`; durations in nanoseconds."""
-
-    model: Raw
-    embeddings: list[Raw]
-    total_duration: int = 0
-    load_duration: int = 0
-    prompt_eval_count: int = 0
-
-
-class _Vector(Struct):
-    embedding: Raw
-    object: str = "embedding"
-    index: int = 0
-
-
-class _Used(Struct):
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-
-
-class _Listed(Struct):
-    """An answer of `/v1/embeddings`."""
-
-    data: list[_Vector]
-    model: Raw
-    object: str = "list"
-    usage: _Used = msgspec.field(default_factory=_Used)
-
-
-_embedded = msgspec.json.Decoder(_Embedded)
-_listed = msgspec.json.Decoder(_Listed)
-
-
-def _joined(
+async def _joined(
     dialect: Dialect, portions: Sequence[Portion], answers: Sequence[PortionAnswer]
-) -> bytes:
-    """One body: vectors pass as they are, tokens are added up, of durations the longest counts.
+) -> list[bytes]:
+    """The pieces of one body: vectors pass as they are, tokens are added up.
+
+    Of durations the longest counts.
 
     Raises:
         HttpError: 503, a body is not what it should be.
     """
-    counts = [portion.texts for portion in portions]
+    join = _native if dialect is Dialect.NATIVE else _openai
     try:
-        if dialect is Dialect.NATIVE:
-            whole = [_embedded.decode(answer.body) for answer in answers]
-            _check(counts, [len(one.embeddings) for one in whole])
-            return msgspec.json.encode(
-                _Embedded(
-                    whole[0].model,
-                    [vector for one in whole for vector in one.embeddings],
-                    max(one.total_duration for one in whole),
-                    max(one.load_duration for one in whole),
-                    sum(one.prompt_eval_count for one in whole),
-                )
-            )
-        lists = [_listed.decode(answer.body) for answer in answers]
-        _check(counts, [len(one.data) for one in lists])
-        vectors = [vector for one in lists for vector in one.data]
-        for index, vector in enumerate(vectors):
-            vector.index = index
-        read = sum(one.usage.prompt_tokens for one in lists)
-        total = sum(one.usage.total_tokens for one in lists)
-        return (
-            msgspec.json.encode(_Listed(vectors, lists[0].model, usage=_Used(read, total))) + b"\n"
-        )
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise HttpError(503, f"what an agent embedded is no JSON of Ollama's: {exc}") from exc
+        return await join([portion.texts for portion in portions], answers)
+    except (HttpError, KeyError, msgspec.DecodeError) as exc:
+        raise HttpError(503, f"an agent's part of a large embedding is none: {exc}") from exc
 
 
-def _check(wanted: list[int], given: list[int]) -> None:
-    if wanted != given:
-        raise HttpError(503, "an agent embedded another number of texts than it was given")
+async def _native(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> list[bytes]:
+    """Bodies of `/api/embed`; durations in nanoseconds."""
+    pieces, model = [], b""
+    total, load, read = [], [], []
+    for texts, answer in zip(counts, answers, strict=True):
+        scan, body = Scan(answer.body), answer.body
+        found = await scan.members() or {}
+        vectors = await _vectors(scan, found["embeddings"], texts)
+        model = model or found["model"].of(body)
+        pieces += [b",", Span(vectors[0].start, vectors[-1].end).of(body)]
+        total.append(_number(body, found.get("total_duration")))
+        load.append(_number(body, found.get("load_duration")))
+        read.append(_number(body, found.get("prompt_eval_count")))
+    pieces[0] = b'{"model":%b,"embeddings":[' % model
+    end = b'],"total_duration":%d,"load_duration":%d,"prompt_eval_count":%d}'
+    return [*pieces, end % (max(total), max(load), sum(read))]
+
+
+async def _openai(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> list[bytes]:
+    """Bodies of `/v1/embeddings`: each vector has its number."""
+    pieces, model, number = [], b"", 0
+    read = all_tokens = 0
+    for texts, answer in zip(counts, answers, strict=True):
+        scan, body = Scan(answer.body), answer.body
+        found = await scan.members() or {}
+        model = model or found["model"].of(body)
+        for vector in await _vectors(scan, found["data"], texts):
+            index = (await scan.members(vector) or {})["index"]
+            before, after = Span(vector.start, index.start), Span(index.end, vector.end)
+            pieces.append(b",%b%d%b" % (before.of(body), number, after.of(body)))
+            number += 1
+        used = await scan.members(found["usage"]) or {}
+        read += _number(body, used.get("prompt_tokens"))
+        all_tokens += _number(body, used.get("total_tokens"))
+    pieces[0] = b'{"object":"list","data":[' + pieces[0][1:]
+    end = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}\n'
+    return [*pieces, end % (model, read, all_tokens)]
+
+
+async def _vectors(scan: Scan, span: Span, texts: int) -> list[Span]:
+    vectors = await scan.items(span, texts + 1)
+    if vectors is None or len(vectors) != texts:
+        raise HttpError(503, f"it has not {texts} vectors")
+    return vectors
+
+
+def _number(body: Body, span: Span | None) -> int:
+    return _count.decode(span.of(body)) if span is not None else 0
+
+
+_count = msgspec.json.Decoder(int)
 
 
 def _headers(answers: Sequence[PortionAnswer]) -> list[tuple[bytes, bytes]]:
@@ -281,3 +284,12 @@ def _headers(answers: Sequence[PortionAnswer]) -> list[tuple[bytes, bytes]]:
     names = [value for one in answers for name, value in one.headers if name == AGENT_HEADER]
     agents = b", ".join(dict.fromkeys(names))
     return [(name, agents if name == AGENT_HEADER else value) for name, value in answers[0].headers]
+
+
+async def _send(send: Send, headers: list[tuple[bytes, bytes]], pieces: Sequence[bytes]) -> None:
+    """A whole answer; a piece has the vectors of a portion, or one."""
+    length = (b"content-length", b"%d" % sum(map(len, pieces)))
+    await send({"type": "http.response.start", "status": 200, "headers": [*headers, length]})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
