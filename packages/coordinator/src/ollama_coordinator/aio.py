@@ -75,11 +75,13 @@ class Interrupt:
             return
         from_elsewhere = task.uncancel() > self._cancelling
         try:
-            if kind is asyncio.CancelledError and not from_elsewhere:
-                raise exception from raised
+            if isinstance(raised, asyncio.CancelledError) and not from_elsewhere:
+                raise exception from raised.with_traceback(None)
         finally:
             # The exception's traceback has this frame: a name for it here would be a cycle, and
             # all that the frames refer to (a request's body) would stay until a full collection.
+            # The cancellation's traceback is one where a generator's frame knows its caller, as
+            # since Python 3.13: `contextlib` has the cancellation in that caller.
             del exception, raised, trace, task
 
 
