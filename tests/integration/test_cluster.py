@@ -465,7 +465,7 @@ async def test_a_process_of_several_that_dies_takes_nothing_with_it(
 ) -> None:
     async with workers(tmp_path, 3) as coordinator:
         await coordinator.register(ollama, "one")
-        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        leader = (await coordinator.led())["url"]
         serving = processes(coordinator)
         assert len(serving) == 3
         ollama.hold(after=1)
@@ -479,7 +479,7 @@ async def test_a_process_of_several_that_dies_takes_nothing_with_it(
         # Those whose connections were with the process that died are cut, and know it.
         assert all(b'"done":true' in end or end == CUT for end in ends)
         assert (await coordinator.chat())[0] == 200
-        assert (await coordinator.get("/healthz"))["leader"]["epoch"] == 2
+        assert (await coordinator.led(epoch=2))["epoch"] == 2
         async with asyncio.timeout(DEADLINE_SECONDS):
             while len(processes(coordinator)) < 3:
                 await asyncio.sleep(0.05)
@@ -520,7 +520,7 @@ async def test_a_front_believes_the_certificate_that_the_database_names(
         await program.says_so_often("coordinator listens", 2)
         coordinator = Coordinator(f"https://127.0.0.1:{port}", program, session)
         await coordinator.register(ollama, "one")
-        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        leader = (await coordinator.led())["url"]
         assert leader.startswith("https://")
         [front] = [each for at, each in processes(coordinator).items() if f":{at}" not in leader]
         at = next(at for at, each in processes(coordinator).items() if each == front)
@@ -531,7 +531,7 @@ async def test_a_front_believes_the_certificate_that_the_database_names(
 @pytest.mark.spec("CLUSTER-10")
 async def test_a_process_that_is_frozen_is_replaced(tmp_path: Path, ollama: StandIn) -> None:
     async with workers(tmp_path, 2) as coordinator:
-        leader = (await coordinator.get("/healthz"))["leader"]["url"]
+        leader = (await coordinator.led())["url"]
         processes(coordinator)[int(leader.rpartition(":")[2])].suspend()
         await coordinator.program.says("epoch=2")
         await coordinator.program.says_so_often("coordinator listens", 3)

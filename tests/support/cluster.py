@@ -56,6 +56,15 @@ class Coordinator:
                 await asyncio.sleep(0.05)
         return list(rows)
 
+    async def led(self, *, epoch: int = 1) -> Any:
+        """Who leads, once the process that is asked knows a leader of this epoch or a later one."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while True:
+                leader = (await self.get("/healthz", 503)).get("leader")
+                if leader is not None and leader["epoch"] >= epoch:
+                    return leader
+                await asyncio.sleep(0.02)
+
     async def has(self, requests: int) -> None:
         """Wait until it leads, with so many requests that wait and run."""
         async with asyncio.timeout(DEADLINE_SECONDS):
