@@ -392,8 +392,11 @@ async def test_statistics_go_on_after_a_restart(database: Space) -> None:
     [
         "history?limit=0", "history?limit=many", "history?after=x", "history?status=fine",
         "history?since=yesterday", "history/export?format=xml", "statistics?minutes=0",
-        "statistics?minutes=nan",
+        "statistics?minutes=nan", "history?after=%C2%B2.1", "history?after=1.%D9%A1",
+        f"history?after={'9' * 4400}.1", f"history?after=1.{'9' * 30}", "history?after=1.2.3",
+        "history?after=1", "audit?after=1.2", f"audit?after={'9' * 30}",
     ],
+    ids=lambda query: query[:24],
 )  # fmt: skip
 async def test_a_wrong_parameter_is_answered_400(coordinator: Running, query: str) -> None:
     async with coordinator.session.get(f"{coordinator.url}/api/{query}") as response:

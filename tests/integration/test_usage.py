@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 from datetime import UTC, date, datetime, timedelta
+from time import thread_time
 from typing import Any
 
 import pytest
@@ -127,12 +128,45 @@ async def test_it_is_a_file_and_a_table_and_what_is_asked_wrongly_is_refused() -
         for query in ("by=", "by=day,day", "by=client", "since=yesterday", "format=xml"):
             async with coordinator.session.get(f"{url}?{query}") as answer:
                 assert answer.status == 400, query
+        for query in ("until=0001-01-05", "since=0001-01-01&until=9999-12-31"):
+            async with coordinator.session.get(f"{url}?{query}") as answer:
+                assert answer.status == 200, query
         runner = CliRunner(env={"COORDINATOR_URL": coordinator.url, "COLUMNS": "120"})
         done = await asyncio.to_thread(runner.invoke, app, ["usage", "--by", "model"])
         assert done.exit_code == 0, done.output
         assert "llama3.2" in done.stdout
         done = await asyncio.to_thread(runner.invoke, app, ["usage", "--csv"])
         assert done.stdout.startswith("day,person,key,model,requests")
+
+
+@pytest.mark.spec("OPERATION-30")
+async def test_a_large_table_is_written_while_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [spent(f"person {number}") for number in range(usage.MOST_ROWS)]
+    async with running() as coordinator:
+
+        async def all_of_them(*_: object) -> list[Used]:
+            return rows
+
+        monkeypatch.setattr(coordinator.parts.observation.history, "usage", all_of_them)
+        longest = 0.0
+        written = asyncio.Event()
+
+        async def others() -> None:
+            nonlocal longest
+            while not written.is_set():
+                before = thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, thread_time() - before)
+
+        beside = asyncio.create_task(others())
+        async with coordinator.session.get(f"{coordinator.url}/api/usage?format=csv") as answer:
+            text = await answer.read()
+        written.set()
+        await beside
+        assert text.count(b"\n") == len(rows) + 1
+        assert longest < 0.2, "processor time between two turns of the loop"
 
 
 def spent(person: str, day: str = "2026-01-31") -> Used:

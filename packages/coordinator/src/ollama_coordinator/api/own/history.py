@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from io import StringIO
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ollama_coordinator.access import Right, caller_of
+from ollama_coordinator.aio import Slices
 from ollama_coordinator.api.http.errors import HttpError, decode, reply
 from ollama_coordinator.api.http.openapi import Media, Query, operation
 from ollama_coordinator.db import (
@@ -137,8 +138,9 @@ class HistoryApi:
     async def list(self, request: Request) -> Response:
         """Finished requests, newest first; `next` leads to the older ones."""
         limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
-        wanted, after = self._filter(request), _cursor(request.query_params.get("after"))
-        rows, cursor = await self._history.page(wanted, limit=int(limit), after=after)
+        wanted, after = self._filter(request), _after(request, 2)
+        before = Cursor(*after) if after is not None else None
+        rows, cursor = await self._history.page(wanted, limit=int(limit), after=before)
         following = f"{cursor.finished_ms}.{cursor.seq}" if cursor is not None else None
         return reply(HistoryPage(rows, following))
 
@@ -212,7 +214,8 @@ class HistoryApi:
         if query.get("format", "json") not in ("json", "csv"):
             raise HttpError(400, f"format={query['format']} is not known: give csv or json")
         until = _day(request, "until", datetime.now(UTC).date())
-        since = _day(request, "since", until - timedelta(days=USAGE_DAYS - 1))
+        first = max(until.toordinal() - USAGE_DAYS + 1, date.min.toordinal())
+        since = _day(request, "since", date.fromordinal(first))
         only = {name: query[name] for name in ("person", "key") if query.get(name)}
         if model := _model(query.get("model")):
             only["model"] = model
@@ -222,10 +225,7 @@ class HistoryApi:
         rows = await self._history.usage(by, since, until, only)
         if query.get("format", "json") == "json":
             return reply(UsageView(since, until, by, rows))
-        sums = ("requests", "prompt_tokens", "output_tokens", "gpu_seconds")
-        lines = [[*by, *sums], *([getattr(row, name) for name in (*by, *sums)] for row in rows)]
-        headers = {"content-disposition": 'attachment; filename="usage.csv"'}
-        return Response(_csv_lines(lines), 200, headers, "text/csv; charset=utf-8")
+        return _file("usage", "csv", _usage_csv(by, rows))
 
     @operation(
         gives={200: (Media("application/json", AuditPage), Media("text/csv"))},
@@ -241,7 +241,8 @@ class HistoryApi:
     async def audit(self, request: Request) -> Response:
         """Who changed what from where, newest first; `next` leads to the older ones."""
         limit = _number(request, "limit", PAGE, 1, LARGEST_PAGE)
-        before = _before(request)
+        after = _after(request, 1)
+        before = after[0] if after is not None else None
         wanted = self._audited(request)
         changes, following = await self._history.changes(int(limit), before=before, **wanted)
         return reply(AuditPage(changes, None if following is None else str(following)))
@@ -318,6 +319,17 @@ async def _csv_of(
     yield _csv_lines([kind.__struct_fields__])
     async for rows in pages:
         yield _csv_lines(map(_plain, msgspec.to_builtins(row).values()) for row in rows)
+
+
+async def _usage_csv(by: Sequence[str], rows: Sequence[Used]) -> AsyncIterator[str | bytes]:
+    """In slices: tens of thousands of rows take half a second."""
+    columns = (*by, "requests", "prompt_tokens", "output_tokens", "gpu_seconds")
+    slices = Slices()
+    yield _csv_lines([columns])
+    for start in range(0, len(rows), EXPORT_PAGE):
+        page = rows[start : start + EXPORT_PAGE]
+        yield _csv_lines([getattr(row, name) for name in columns] for row in page)
+        await slices.pause()
 
 
 async def _json_of(pages: AsyncIterator[Sequence[Struct]]) -> AsyncIterator[str | bytes]:
@@ -397,19 +409,21 @@ def _format(request: Request) -> str:
     return form
 
 
-def _before(request: Request) -> int | None:
+def _after(request: Request, count: int) -> list[int] | None:
+    """The `after` of a page: so many numbers, with dots between them.
+
+    Raises:
+        HttpError: 400, it is none of ours.
+    """
     text = request.query_params.get("after")
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise HttpError(400, f"after={text} does not work: give the `next` of the page before")
-    return int(text)
+    numbers = text.split(".")
+    if len(numbers) != count or not all(map(_is_number, numbers)):
+        raise HttpError(400, "after does not work: give the `next` of the page before")
+    return [int(number) for number in numbers]
 
 
-def _cursor(text: str | None) -> Cursor | None:
-    if not text:
-        return None
-    finished, _, seq = text.partition(".")
-    if not (finished.isdigit() and seq.isdigit()):
-        raise HttpError(400, f"after={text} does not work: give the `next` of the page before")
-    return Cursor(int(finished), int(seq))
+def _is_number(text: str) -> bool:
+    """Whether a database has such numbers, too: they have 64 bits there."""
+    return text.isascii() and text.isdigit() and len(text) < 19
