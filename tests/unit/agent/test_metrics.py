@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from ollama_coordinator_agent import metrics
-from ollama_coordinator_agent.metrics import Meter, requests_at
+from ollama_coordinator_agent.metrics import Meter, Readings, requests_at
 
 
 @pytest.mark.spec("AGENT-35")
@@ -38,6 +39,20 @@ def test_a_reading_that_fails_leaves_the_last_one_standing(
         assert meter.ready.wait(10)
     assert meter.latest.memory_total_bytes is None
     assert "no such sensor" in caplog.text
+
+
+@pytest.mark.spec("AGENT-35")
+def test_a_reading_that_waits_delays_no_other(tmp_path: Path) -> None:
+    class Waiting(Meter):
+        def read(self) -> Readings:
+            time.sleep(2.0)  # as for a processor that others use
+            readings.release()
+            return Readings()
+
+    readings = threading.Semaphore(0)
+    with Waiting(ollama_port=1, disk=tmp_path, interval_seconds=0.01):
+        assert readings.acquire(timeout=10)
+        assert readings.acquire(timeout=20)
 
 
 def eventually_true(condition: Callable[[], bool]) -> bool:

@@ -24,7 +24,11 @@ FIRST_SAMPLE_SECONDS = 0.2
 """The time that the first CPU reading averages over; later ones cover the whole interval."""
 
 DUTY = 20
-"""Listing every connection is slow on a busy machine: it takes at most a twentieth of the time."""
+"""Listing every connection is slow where there are many: it takes at most a twentieth of a core.
+
+Only the processor's time counts: where others use it, or a driver is waited for, that costs nobody,
+and readings would be minutes old on the very machines whose load matters.
+"""
 
 
 class Readings(Struct, frozen=True):
@@ -71,13 +75,13 @@ class Meter:
         psutil.cpu_percent()
         self._stop.wait(FIRST_SAMPLE_SECONDS)
         while True:
-            started = time.monotonic()
+            started = time.thread_time()
             try:
                 self.latest = self.read()
             except Exception:  # a driver may raise anything; the readings go on
                 log.exception("the machine could not be read; the last readings stand")
             self.ready.set()
-            took = time.monotonic() - started
+            took = time.thread_time() - started
             if self._stop.wait(max(self._interval_seconds, DUTY * took)):
                 return
 
