@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from ollama_coordinator.attention import concerns, watch
 from ollama_coordinator.commands.tables import agents_table
 from ollama_coordinator.main import app
+from ollama_coordinator.registry.agent import Cooldown
 from support.coordinator import Running
 from support.ollama import StandIn
 
@@ -173,22 +174,101 @@ async def test_a_queue_and_the_database(
 
 
 @pytest.mark.spec("OPERATION-44")
-async def test_a_machine_that_comes_and_goes_is_one_concern(coordinator: Running) -> None:
+async def test_a_machine_that_comes_and_goes_is_one_concern_until_it_stays_away(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama, "gpu-1"))
+        attention, sampler = coordinator.parts.attention, coordinator.parts.observation.sampler
+        now = coordinator.parts.clock.now()
+
+        def look(seconds: float, *, is_away: bool) -> set[str]:
+            agent.resting = is_away
+            agent.cooldown = Cooldown(0, now, now, "it refuses connections") if is_away else None
+            sampler.sample({})
+            attention.look(now + seconds)
+            return {one.concern.kind for one in attention.open()} - {"fleet"}
+
+        coordinator.parts.registry.agent_timeout = 10_000.0
+        look(0, is_away=False)
+        look(10, is_away=True)
+        look(20, is_away=False)
+        assert look(30, is_away=True) == {"flapping"}
+        (one,) = [one.concern for one in attention.open() if one.concern.agent_id]
+        assert one.text.startswith(
+            "It comes and goes, 2 times within 20 s; the last time: it refuses connections. Look"
+        )
+        assert look(40, is_away=False) == {"flapping"}  # one concern all the time
+        look(50, is_away=True)
+        look(50 + watch.GONE_SECONDS + 2, is_away=True)
+        assert "flapping" not in look(50 + watch.GONE_SECONDS + 4, is_away=True)
+        assert "out" in look(50 + watch.GONE_SECONDS + 40, is_away=True)
+
+
+@pytest.mark.spec("OPERATION-44")
+async def test_a_machine_that_is_drained_and_resumed_or_leaves_does_not_come_and_go(
+    coordinator: Running,
+) -> None:
     async with StandIn() as ollama:
         agent_id = await coordinator.register(ollama, "gpu-1")
         attention, sampler = coordinator.parts.attention, coordinator.parts.observation.sampler
         now = coordinator.parts.clock.now()
-        for number in range(watch.FLAPS + 1):
-            coordinator.agent(agent_id).settings = type(coordinator.agent(agent_id).settings)(
-                draining=bool(number % 2)
-            )
+        for number in range(8):
+            change = {"draining": bool(number % 2)}
+            url = f"{coordinator.url}/api/agents/{agent_id}"
+            async with coordinator.session.patch(url, json=change) as response:
+                assert response.status == 200
+            await coordinator.heartbeat(agent_id, leaving=bool(number % 2))
             sampler.sample({})
             attention.look(now + number)
-        coordinator.agent(agent_id).resting = True
-        found = [one.concern for one in attention.open()]
-        assert [one.kind for one in found if one.agent_id == agent_id] == ["flapping"]
-        attention.look(now + watch.FLAPPING_SECONDS + 60)
-        assert "flapping" not in {one.concern.kind for one in attention.open()}
+        assert {one.concern.kind for one in attention.open()} & {"flapping"} == set()
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_model_hangs_only_on_a_machine_that_is_there(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama, "gpu-1"))
+        assert (await coordinator.chat())[0] == 200
+        key, now = next(iter(agent.inventory.available)), coordinator.parts.clock.now()
+        coordinator.parts.registry.doubt(agent, key, "it writes nothing", now)
+        assert "stuck" not in open_now(coordinator, after=11)  # a moment is no hanging
+        assert (
+            open_now(coordinator)["stuck"].text == "llama3.2:latest hangs there: it writes nothing."
+        )
+        agent.resting, agent.cooldown = (
+            True,
+            Cooldown(0, now, now, "no answer within 2 s; is it on?"),
+        )
+        assert "stuck" not in open_now(coordinator)
+
+
+@pytest.mark.spec("OPERATION-43")
+async def test_a_machine_whose_agent_is_silent_too_may_be_off(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        await coordinator.heartbeat(agent_id)
+        agent, now = coordinator.agent(agent_id), coordinator.parts.clock.now()
+        agent.resting, agent.cooldown = (
+            True,
+            Cooldown(0, now, now, "no answer within 2 s; is it stuck?"),
+        )
+        coordinator.parts.registry.agent_timeout = 10_000.0
+        attention = coordinator.parts.attention
+        texts = []
+        for seconds in (0, 31):
+            agent.heard_at = now
+            attention.look(now + seconds)
+            texts = [one.concern.text for one in attention.open() if one.concern.kind == "out"]
+        assert texts == [
+            (
+                "It gets no requests: no answer within 2 s; is it stuck?"
+                " Nothing was heard of its agent either for 31 s: is it on?"
+            )
+        ]
+        agent.heard_at = now + 20
+        attention.look(now + 33)
+        texts = [one.concern.text for one in attention.open() if one.concern.kind == "out"]
+        assert texts == ["It gets no requests: no answer within 2 s; is it stuck?"]
 
 
 @pytest.mark.spec("OPERATION-43")

@@ -89,6 +89,22 @@ async def test_the_machines_readings_are_shown(coordinator: Running) -> None:
 
 
 @pytest.mark.spec("OPERATION-40")
+async def test_what_needs_a_person_and_learned_speeds_are_shown(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        await coordinator.chat()
+        await coordinator.heartbeat(agent_id, disk_free_bytes=9)
+        attention, now = coordinator.parts.attention, coordinator.parts.clock.now()
+        attention.look(now)
+        found = samples(await scraped(coordinator))
+        assert found["attention", "disk", "warning", "gpu-1"] == 1
+        assert found["model_tokens_per_second", "gpu-1", "llama3.2:latest"] > 0
+        await coordinator.heartbeat(agent_id, disk_free_bytes=10**12)
+        attention.look(now + 1)
+        assert not any(name[0] == "attention" for name in samples(await scraped(coordinator)))
+
+
+@pytest.mark.spec("OPERATION-40")
 async def test_a_retry_is_counted_with_its_reason(coordinator: Running) -> None:
     async with StandIn() as one, StandIn() as two:
         await coordinator.register(one, "one")
@@ -274,7 +290,7 @@ async def test_prometheus_accepts_the_text_and_the_rules(coordinator: Running) -
     problems = [line for line in checked.splitlines() if "ollama" in line]
     assert problems == []
     rules = Path(str(files("ollama_coordinator") / "prometheus" / "alerts.yml"))
-    assert "5 rules found" in await asyncio.to_thread(_promtool, "check", "rules", str(rules))
+    assert "6 rules found" in await asyncio.to_thread(_promtool, "check", "rules", str(rules))
 
 
 def _promtool(*arguments: str, given: str = "") -> str:

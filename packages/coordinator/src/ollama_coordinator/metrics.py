@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from .aio import Slices
+from .attention import OpenConcern
 from .journal import Histogram
 from .parts import Parts
 from .registry import AgentState
@@ -175,6 +176,15 @@ class Metrics:
         )
         text = "Memory that a loaded model takes on an agent."
         yield _gauge("model_memory_bytes", text, ("model", "agent"), rows)
+        rows = (
+            ((row.model.name, one.label), estimate.decode_tokens_per_second)
+            for one in agents
+            for key, row in list(one.agent.inventory.loaded.items())
+            if (estimate := parts.scheduler.estimate(one.agent.id, key)) is not None
+            and estimate.samples[1] > 0
+        )
+        text = "The learned speed at which an agent writes with a loaded model."
+        yield _gauge("model_tokens_per_second", text, ("model", "agent"), rows)
 
     def _of_machines(self, agents: Sequence["_Labelled"]) -> Iterator[Metric]:
         reports = [(one.label, one.agent.report) for one in agents if one.agent.report is not None]
@@ -206,6 +216,9 @@ class Metrics:
 
     def _of_the_coordinator(self) -> Iterator[Metric]:
         parts = self._parts
+        needs = Counter(map(_need, parts.attention.open()))
+        text = "What needs a person, as the coordinator's own list has it."
+        yield _gauge("attention", text, ("kind", "severity", "subject"), list(needs.items()))
         lanes = Counter(
             one.request.lane for one in parts.observation.journal.live.values() if one.is_waiting()
         )
@@ -228,6 +241,13 @@ class _Labelled(NamedTuple):
 
     label: str
     agent: AgentState
+
+
+def _need(one: OpenConcern) -> tuple[str, str, str]:
+    """Its labels; the name of who wants to join is any stranger's choice, and no label."""
+    concern = one.concern
+    subject = "" if concern.kind == "join" else concern.subject
+    return concern.kind, concern.severity.value, subject
 
 
 def _labelled(agents: Iterable[AgentState]) -> list[_Labelled]:

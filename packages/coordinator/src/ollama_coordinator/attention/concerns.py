@@ -4,7 +4,7 @@ A concern's id stays the same as long as its fact does. `GRACE_SECONDS` is how l
 before it is one: machines restart and queues form every day.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 
 from msgspec import Struct
@@ -15,6 +15,7 @@ from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import Observation, short_name
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator_common.names import model_key
+from ollama_coordinator_common.protocol import HEARTBEAT_SECONDS
 from ollama_coordinator_common.types import AgentId
 
 GIGABYTE = 1_000_000_000
@@ -54,9 +55,12 @@ class Concern(Struct, frozen=True, omit_defaults=True):
 
 GRACE_SECONDS = {
     "fleet": 10.0, "out": 30.0, "model": 30.0, "queue": 60.0, "conflict": 60.0, "contents": 60.0,
-    "slow": 60.0,
+    "slow": 30.0, "stuck": 30.0,
 }  # fmt: skip
-"""By kind of concern; the other kinds are told at once."""
+"""By kind of concern; the other kinds are told at once. A speed is a mean over time already."""
+
+SILENT_SECONDS = 2.5 * HEARTBEAT_SECONDS
+"""An agent that was not heard for so long has missed two heartbeats: its machine may be off."""
 
 
 class Concerns:
@@ -75,8 +79,10 @@ class Concerns:
         self._gpus: dict[AgentId, int] = {}
         self._best: dict[tuple[AgentId, str], float] = {}
 
-    def now(self, now: float, flapping: Iterable[AgentId]) -> Iterator[Concern]:
-        """All facts of this moment (monotonic seconds); `flapping` agents come and go."""
+    def now(self, now: float, flapping: Mapping[AgentId, str]) -> Iterator[Concern]:
+        """All facts of this moment (monotonic seconds); `flapping` says which agents come and go,
+        and how.
+        """
         agents = list(self._registry)
         if self._store.problem:
             text = f"{self._store.problem}. What is new is kept in memory until it works again."
@@ -93,13 +99,14 @@ class Concerns:
             text = "No machine gets requests. Start one, or see below why each is out."
             yield Concern("fleet", "fleet", Severity.CRITICAL, "Fleet", text)
         yield from self._of_the_queue()
-        restless = set(flapping)
         newest = max((_numbers(agent.registration.ollama_version) for agent in agents), default=())
         for agent in agents:
-            yield from self._of_rotation(agent, now, restless)
+            yield from self._of_rotation(agent, now, flapping.get(agent.id))
             if self._registry.is_online(agent, now):
                 yield from self._of_its_machine(agent, now)
                 yield from self._of_its_models(agent, newest)
+                if agent.id not in flapping and agent.out_of_rotation() is None:
+                    yield from self._of_stuck_models(agent)
         yield from self._of_models(now)
         for alias in self._aliases:
             holders = self._registry.holders(model_key(alias.name))
@@ -121,19 +128,22 @@ class Concerns:
             yield Concern("queue", "queue", Severity.WARNING, "Queue", text)
 
     def _of_rotation(
-        self, agent: AgentState, now: float, restless: set[AgentId]
+        self, agent: AgentState, now: float, flapping: str | None
     ) -> Iterator[Concern]:
-        if agent.id in restless:
-            text = "It comes and goes: look at its events, its network and its power."
+        silent = now - agent.heard_at
+        if flapping is not None:
+            text = f"{flapping} Look at its events, its network and its power."
             yield _of(agent, "flapping", text)
         elif agent.left or agent.settings.draining or agent.paused or agent.asleep:
             return  # on purpose
         elif not self._registry.is_online(agent, now):
-            seconds = round(now - agent.heard_at)
-            text = f"Nothing was heard of it for {_span(seconds)}. Is it on, and its agent running?"
+            text = f"Nothing was heard of it for {span(silent)}. Is it on, and its agent running?"
             yield _of(agent, "out", text)
         elif (reason := agent.out_of_rotation()) is not None:
-            yield _of(agent, "out", f"It gets no requests: {reason}.")
+            text = f"It gets no requests: {sentence(reason)}"
+            if agent.report is not None and silent > SILENT_SECONDS:
+                text += f" Nothing was heard of its agent either for {span(silent)}: is it on?"
+            yield _of(agent, "out", text)
 
     def _of_its_machine(self, agent: AgentState, now: float) -> Iterator[Concern]:
         conflict = self._registry.conflict(agent, now)
@@ -156,10 +166,6 @@ class Concerns:
     def _of_its_models(self, agent: AgentState, newest: tuple[int, ...]) -> Iterator[Concern]:
         for name, fault in agent.inventory.broken.items():
             yield _of(agent, "broken", f"{name} cannot run there: {fault}. Pull it again.", name)
-        for key in agent.model_cooldowns:
-            if agent.is_stuck(key):
-                reason = agent.model_cooldowns[key].reason
-                yield _of(agent, "stuck", f"{short_name(key)} hangs there: {reason}", key)
         version = _numbers(agent.registration.ollama_version)
         if version and version[:2] < newest[:2]:
             text = f"Its Ollama is {agent.registration.ollama_version}, others have"
@@ -168,6 +174,13 @@ class Concerns:
             )
         for key in list(agent.inventory.loaded):
             yield from self._of_speed(agent, key)
+
+    def _of_stuck_models(self, agent: AgentState) -> Iterator[Concern]:
+        """Where the whole machine is out, that is the cause and not a model."""
+        for key in agent.model_cooldowns:
+            if agent.is_stuck(key):
+                reason = sentence(agent.model_cooldowns[key].reason)
+                yield _of(agent, "stuck", f"{short_name(key)} hangs there: {reason}", key)
 
     def _of_speed(self, agent: AgentState, key: str) -> Iterator[Concern]:
         estimate = self._dispatch.scheduler.estimate(agent.id, key)
@@ -234,7 +247,13 @@ def _numbers(version: str | None) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _span(seconds: int) -> str:
+def span(seconds: float) -> str:
+    """A time as people say it."""
     if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} minutes" if seconds < 7200 else f"{seconds // 3600} hours"
+        return f"{seconds:.0f} s"
+    return f"{seconds // 60:.0f} minutes" if seconds < 7200 else f"{seconds // 3600:.0f} hours"
+
+
+def sentence(reason: str) -> str:
+    """A reason with a full stop, where it does not end as a sentence already."""
+    return reason if reason.endswith((".", "?", "!")) else f"{reason}."

@@ -22,7 +22,7 @@ from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.network import cause_of
 from ollama_coordinator_common.types import AgentId
 
-from .concerns import GRACE_SECONDS, Concern, Concerns, Severity
+from .concerns import GRACE_SECONDS, Concern, Concerns, Severity, sentence, span
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,14 @@ LOOK_SECONDS = 2.0
 OVER_SECONDS = 30.0
 """How long a fact must be gone before its end is told: what returns within it never ended."""
 
-FLAPS = 6
-FLAPPING_SECONDS = 1800.0
-"""An agent that changed its state so often within half an hour comes and goes."""
+FLAPS = ((2, 300.0), (3, 1800.0))
+"""An agent that went out so often within so many seconds comes and goes."""
+
+AWAY = ("resting", "offline")
+"""States in which a machine gets no requests although nobody wants that."""
+
+GONE_SECONDS = 120.0
+"""A machine that stays out for so long is out, whatever it did before."""
 
 MESSAGE_SECONDS = 10.0
 """Between two messages: what happens together is told together."""
@@ -73,6 +78,26 @@ class _Watched(Struct):
     told: bool = False
 
 
+class _Standing(Struct):
+    """Whether an agent is away, since when (monotonic seconds), and when it went before."""
+
+    is_away: bool
+    since: float
+    reason: str = ""
+    went_at: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=FLAPS[-1][0]))
+
+    def flapping(self, now: float) -> str | None:
+        """How often it went; `None` where that is not often, or where it stays away."""
+        if self.is_away and now - self.since > GONE_SECONDS:
+            return None
+        for times, seconds in FLAPS:
+            recent = list(self.went_at)[-times:]
+            if len(recent) == times and now - recent[0] <= seconds:
+                went = f"It comes and goes, {times} times within {span(recent[-1] - recent[0])}"
+                return f"{went}; the last time: {sentence(self.reason)}"
+        return None
+
+
 class Attention:
     """`run` is its loop; `open` is the list, the worst first."""
 
@@ -91,8 +116,8 @@ class Attention:
         self._watched: dict[str, _Watched] = {}
         self._over: dict[str, Concern] = {}
         self._looked_at = 0.0
-        self._states: dict[AgentId, str] = {}
-        self._changes: dict[AgentId, deque[float]] = {}
+        self._registry = dispatch.registry
+        self._standing: dict[AgentId, _Standing] = {}
 
     async def run(self) -> None:
         """Look for ever, and tell the webhook, until cancelled."""
@@ -140,23 +165,23 @@ class Attention:
         return known.at == self._looked_at and known.at - known.since >= grace
 
     def _note_states(self, now: float) -> None:
-        standing = self._sampler.standing
-        for agent_id, known in standing.items():
-            before = self._states.get(agent_id)
-            if before is not None and before != known.state:
-                changes = self._changes.setdefault(agent_id, deque(maxlen=FLAPS))
-                changes.append(now)
-            self._states[agent_id] = known.state
-        for agent_id in self._states.keys() - standing.keys():
-            del self._states[agent_id]
-            self._changes.pop(agent_id, None)
+        """Take note of machines that went out and came back; who leaves or drains did not go."""
+        states = self._sampler.standing
+        for agent_id, sampled in states.items():
+            agent = self._registry.find(agent_id)
+            is_away = sampled.state in AWAY and agent is not None and not agent.left
+            known = self._standing.setdefault(agent_id, _Standing(is_away, now))
+            if known.is_away != is_away:
+                known.is_away, known.since = is_away, now
+                if is_away and agent is not None:
+                    known.went_at.append(now)
+                    known.reason = agent.out_of_rotation() or "nothing was heard of it"
+        for agent_id in self._standing.keys() - states.keys():
+            del self._standing[agent_id]
 
-    def _flapping(self, now: float) -> list[AgentId]:
-        return [
-            agent_id
-            for agent_id, changes in self._changes.items()
-            if len(changes) == FLAPS and now - changes[0] <= FLAPPING_SECONDS
-        ]
+    def _flapping(self, now: float) -> dict[AgentId, str]:
+        how = {agent_id: known.flapping(now) for agent_id, known in self._standing.items()}
+        return {agent_id: text for agent_id, text in how.items() if text is not None}
 
     # ── the webhook ───────────────────────────────────────────────────────────────────────────
 
