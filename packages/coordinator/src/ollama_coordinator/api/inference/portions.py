@@ -235,11 +235,13 @@ async def _native(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> li
         found = await scan.members() or {}
         vectors = await _vectors(scan, found["embeddings"], texts)
         model = model or found["model"].of(body)
-        pieces += [b",", Span(vectors[0].start, vectors[-1].end).of(body)]
+        for vector in vectors:
+            pieces.append(b"," + vector.of(body))
+            await scan.pause()
         total.append(_number(body, found.get("total_duration")))
         load.append(_number(body, found.get("load_duration")))
         read.append(_number(body, found.get("prompt_eval_count")))
-    pieces[0] = b'{"model":%b,"embeddings":[' % model
+    pieces[0] = b'{"model":%b,"embeddings":[' % model + pieces[0][1:]
     end = b'],"total_duration":%d,"load_duration":%d,"prompt_eval_count":%d}'
     return [*pieces, end % (max(total), max(load), sum(read))]
 
@@ -257,6 +259,7 @@ async def _openai(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> li
             before, after = Span(vector.start, index.start), Span(index.end, vector.end)
             pieces.append(b",%b%d%b" % (before.of(body), number, after.of(body)))
             number += 1
+            await scan.pause()
         used = await scan.members(found["usage"]) or {}
         read += _number(body, used.get("prompt_tokens"))
         all_tokens += _number(body, used.get("total_tokens"))
@@ -287,7 +290,7 @@ def _headers(answers: Sequence[PortionAnswer]) -> list[tuple[bytes, bytes]]:
 
 
 async def _send(send: Send, headers: list[tuple[bytes, bytes]], pieces: Sequence[bytes]) -> None:
-    """A whole answer; a piece has the vectors of a portion, or one."""
+    """A whole answer; a piece has a vector."""
     length = (b"content-length", b"%d" % sum(map(len, pieces)))
     await send({"type": "http.response.start", "status": 200, "headers": [*headers, length]})
     for piece in pieces:
