@@ -4,8 +4,8 @@ Everything is measured in turns in one run, against the same stand-ins, so that 
 speed drifts slows all alike. `nox -s bench` compares with direct access; `-- --against PATH` with
 the coordinator of another checkout too, `-- --http auto hypercorn` the HTTP implementations,
 `-- --way port link relay` the ways by which a coordinator reaches an Ollama. The last column
-compares the first coordinator with the last, or with direct access if there is one. With agents
-(link, relay) theirs are part of the CPU and the memory.
+compares the first coordinator with the last, or with direct access if there is one. Where ways are
+compared each stand-in has its agent, and theirs are part of the CPU and the memory.
 """
 
 import argparse
@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import programs
 
 MODEL = "llama3.2"
-AGENTS = 2
 
 
 class Exchange(asyncio.Protocol):
@@ -158,7 +157,7 @@ async def fleet(
     """Stand-ins as processes and the coordinators that know them; direct access comes first."""
     async with contextlib.AsyncExitStack() as stack:
         urls = []
-        for number in range(AGENTS):
+        for number in range(arguments.agents):
             port = programs.free_port()
             command = [sys.executable, "-m", "support.ollama", "--port", str(port)]
             command += ["--slots", "1000", "--model", f"{MODEL}=5e9", "--batch-slowdown", "0"]
@@ -181,7 +180,7 @@ async def fleet(
             async with aiohttp.ClientSession() as session:
                 for node_url in urls:
                     port = int(node_url.rpartition(":")[2])
-                    if way == "port":
+                    if len(arguments.way) == 1 and way == "port":
                         await register(session, url, port)
                     else:
                         settings["PYTHONPATH"] = settings.get("PYTHONPATH", "")
@@ -193,7 +192,7 @@ async def fleet(
                         )
                         agent = await stack.enter_async_context(beside)
                         target.processes.append(psutil.Process(agent.pid))
-                await all_serve(session, url)
+                await all_serve(session, url, len(urls))
             targets.append(target)
         yield targets
 
@@ -215,14 +214,14 @@ def agent_settings(way: str, url: str, port: int, folder: Path) -> dict[str, str
     }
 
 
-async def all_serve(session: aiohttp.ClientSession, url: str) -> None:
-    """Wait until every stand-in is in rotation with its slots known."""
-    async with asyncio.timeout(120):
+async def all_serve(session: aiohttp.ClientSession, url: str, count: int) -> None:
+    """Wait until all `count` stand-ins are in rotation with their slots known."""
+    async with asyncio.timeout(60 + 10 * count):
         while True:
             async with session.get(f"{url}/api/agents") as response:
                 agents = await response.json()
             good = [one for one in agents if one["runner"] and not one["out_of_rotation"]]
-            if len(good) == AGENTS:
+            if len(good) == count:
                 return
             await asyncio.sleep(0.1)
 
@@ -377,6 +376,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=10.0, help="tokens a second in each stream")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each stream is")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each measure")
+    parser.add_argument("--agents", type=int, default=2, help="stand-ins, with an agent each")
     parser.add_argument("--policy", default="predicted", help="the coordinator's policy")
     parser.add_argument("--http", nargs="+", default=["auto"], help="compare these with each other")
     parser.add_argument("--way", nargs="+", default=["port"], choices=WAYS, help="and these")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ollama_coordinator_agent import reach
 from ollama_coordinator_agent.relay import TcpRelay
 from ollama_coordinator_common.network import keep_alive
+from ollama_coordinator_common.pump import Framing, Pipe, carry
 from ollama_coordinator_common.settings import AgentConfig
 from support.agent_world import Coordinator, eventually, free_port, running
 from support.deadline import DEADLINE_SECONDS
@@ -69,6 +70,35 @@ def test_bytes_pass_unchanged_both_ways(pieces: list[bytes]) -> None:
             assert answer.result() == b"".join(pieces)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.spec("AGENT-38")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_request_that_comes_before_ollama_is_connected_is_not_lost(loop: str) -> None:
+    module = asyncio if loop == "asyncio" else pytest.importorskip("uvloop")
+
+    async def run() -> bytes:
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        client, accepted = socket.socketpair()
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        async with server, asyncio.timeout(DEADLINE_SECONDS):
+            transport, near = await asyncio.get_running_loop().connect_accepted_socket(
+                Pipe, accepted
+            )
+            transport.resume_reading()  # as uvloop does, whatever `connection_made` wants
+            for _ in range(10):  # the loop has read what there is
+                await asyncio.sleep(0)
+            target = server.sockets[0].getsockname()
+            carried = asyncio.create_task(carry(near, target, Framing()))
+            reader, writer = await asyncio.open_connection(sock=client)
+            writer.write_eof()
+            echoed = await reader.read()
+            writer.close()
+            await carried
+            return echoed
+
+    with asyncio.Runner(loop_factory=module.new_event_loop) as runner:
+        assert runner.run(run()) == b"GET / HTTP/1.1\r\n\r\n"
 
 
 @pytest.mark.spec("AGENT-38")

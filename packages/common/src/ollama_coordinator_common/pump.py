@@ -29,7 +29,7 @@ LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class Pipe(asyncio.Protocol):
-    """One of two connections; it reads nothing until it is joined with the other one.
+    """One of two connections; what comes before it is joined with the other one waits for that.
 
     `ended` is set when it is closed.
     """
@@ -38,16 +38,20 @@ class Pipe(asyncio.Protocol):
         self.ended = asyncio.Event()
         self._transport: asyncio.Transport | None = None
         self._other: Pipe | None = None
+        self._early = b""
         self._heard_all = False
 
     def join(self, other: "Pipe") -> None:
-        """Pass everything on between the two from now on."""
+        """Pass everything on between the two, beginning with what has come."""
         self._other, other._other = other, self
         for pipe, opposite in ((self, other), (other, self)):
+            early, pipe._early = pipe._early, b""
             if pipe.ended.is_set():
                 opposite.reset()
             elif pipe._transport is not None:
                 pipe._transport.resume_reading()
+                if early:
+                    opposite.send(early)
 
     def send(self, data: bytes) -> None:
         """Send what the other one read."""
@@ -81,12 +85,17 @@ class Pipe(asyncio.Protocol):
         # Not by its class: uvloop's transports are none of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
         keep_alive(transport.get_extra_info("socket"))
-        self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
+        """Bytes came; the first ones may come before anybody can take them.
+
+        To pause in `connection_made` does not prevent that: uvloop begins to read after it.
+        """
         if self._other is not None:
             self._other.send(data)
+        elif data and self._transport is not None:
+            self._early += data
+            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """No more comes; whether the other direction goes on."""

@@ -24,7 +24,6 @@ class Tunnel(Pipe):
         super().__init__()
         self.used = asyncio.Event()
         self._frames = FrameReader()
-        self._early = b""
         dialled.transport.set_protocol(self)
         self.connection_made(dialled.transport)
         if dialled.rest:
@@ -35,12 +34,6 @@ class Tunnel(Pipe):
     def begins_with(self, *starts: bytes) -> bool:
         """Whether what has come begins with one of these."""
         return self._early.startswith(starts)
-
-    def join(self, other: Pipe) -> None:
-        """Pass everything on between the two, beginning with what has come."""
-        early, self._early = self._early, b""
-        super().join(other)
-        other.send(early)
 
     def send(self, data: bytes) -> None:
         """Send what the other one read."""
@@ -65,12 +58,8 @@ class Tunnel(Pipe):
         except NotWebSocket:
             self.reset()
             return
-        if self._other is not None:
-            if payload:
-                self._other.send(payload)
-        elif payload and self._transport is not None:
-            self._early += payload
-            self._transport.pause_reading()
+        if payload:
+            super().data_received(payload)
             self.used.set()
         if self._frames.pings and self._transport is not None:
             for ping in self._frames.pings:
