@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=BYTES]",
         help="what can be pulled; repeatable",
     )
+    add("--models-path", default="", metavar="FOLDER", help="keep models there, as files")
     add("--version", default="0.33.0", help="the version it claims to be")
     add("--slots", type=int, default=1, help="OLLAMA_NUM_PARALLEL")
     add("--max-loaded-models", type=int, default=3, help="OLLAMA_MAX_LOADED_MODELS")
@@ -71,8 +72,10 @@ def _stand_in(arguments: argparse.Namespace) -> StandIn:
         batch_slowdown=arguments.batch_slowdown,
         speed=arguments.speed,
     )
+    path = arguments.models_path
+    held = arguments.model or ([] if path else ["llama3.2"])
     return StandIn(
-        [model_from(text) for text in arguments.model or ["llama3.2"]],
+        [model_from(text) for text in held],
         host=arguments.host,
         port=arguments.port,
         control_port=arguments.control_port,
@@ -80,6 +83,7 @@ def _stand_in(arguments: argparse.Namespace) -> StandIn:
         registry=[model_from(text) for text in arguments.registry],
         seed=arguments.seed,
         version=arguments.version,
+        **({"on_disk": True, "models_path": path} if path else {}),
         slots=arguments.slots,
         max_loaded_models=arguments.max_loaded_models,
         max_queue=arguments.max_queue,

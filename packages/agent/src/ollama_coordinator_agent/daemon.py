@@ -111,6 +111,8 @@ class Daemon:
         try:
             async with asyncio.timeout(self._pace.first_look):
                 await self.parts.watch.looked.wait()
+                if self.parts.watch.facts.is_running:
+                    await self.parts.models.looked.wait()
                 if self.parts.availability.is_limited:
                     await self._decided.wait()
         except TimeoutError:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +33,7 @@ from ollama_coordinator_common.tickets import (
 
 from .client import CoordinatorClient
 from .manifests import digests_of, manifest_of
-from .model_writer import Incoming, ModelWriter
+from .model_writer import Incoming, ModelWriter, sweep
 from .pacing import AgentPace, Reminder, forever
 from .relay import BACKLOG
 from .settings import models_address
@@ -50,11 +51,17 @@ YIELD_SECONDS = 0.01
 ORDER_BYTES = 16 * 1024 * 1024
 """The longest order to fetch a model: its manifest, of some kilobytes, and an address."""
 
+SWEEP_SECONDS = 600.0
+"""Between looks for temporary files of an agent that was killed."""
+
 ANY_HOST, LOOPBACK_HOST = "", "127.0.0.1"
 
 
 class ModelServer:
-    """Serves what tickets are for; `is_busy`: whether Ollama answers requests now."""
+    """Serves what tickets are for; `is_busy`: whether Ollama answers requests now.
+
+    `looked`: it is known whether models can be had from this machine, or written to it.
+    """
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class ModelServer:
         pace: AgentPace,
     ) -> None:
         self.is_busy: Callable[[], bool] = lambda: False
+        self.looked = asyncio.Event()
         self.port: int | None = None
         self._mode, self._host, self._wanted_port = models_address(config.models)
         self._client = client
@@ -105,9 +113,11 @@ class ModelServer:
     async def run(self) -> None:
         """Listen once there are models to be read, or room to write; until cancelled."""
         if self._mode == "off":
+            self.looked.set()
             return
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(forever(self._look))
+            tasks.create_task(forever(self._sweep))
             await self._open.wait()
             server = web.Server(self._handle, handler_cancellation=True, access_log=None)
             runner = web.ServerRunner(server)
@@ -120,10 +130,27 @@ class ModelServer:
                 await runner.cleanup()
 
     async def _look(self) -> float:
+        await self._watch.listed.wait()
         access = self._watch.store_access
         if self.port is None and (access.readable or access.writable):
             self._listen()
+        self.looked.set()
         return self._pace.look
+
+    async def _sweep(self) -> float:
+        """Remove what a write that was cut long ago left behind."""
+        await self._watch.listed.wait()
+        if not self._watch.store_access.writable:
+            return self._pace.tags
+        for folder in self._watch.folders[:1]:
+            try:
+                removed = await asyncio.to_thread(sweep, folder, time.time())
+            except OSError as exc:
+                log.warning("temporary files stay", extra={"folder": folder, "reason": str(exc)})
+                continue
+            for name in removed:
+                log.info("a temporary file of an earlier run is removed", extra={"file": name})
+        return SWEEP_SECONDS
 
     def _listen(self) -> None:
         host = LOOPBACK_HOST if self._mode == "link" else ANY_HOST

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,6 +38,11 @@ TRIES = 6
 
 PART = ".part"
 """How a temporary file's name ends. Ollama removes it at its start, as no name of a file."""
+
+STALE_SECONDS = 3600.0
+"""After so long nobody goes on with a temporary file: it is removed, as Ollama's start would."""
+
+_PART = re.compile(r"(sha256-[0-9a-f]{64}|manifest-\d+)\.part")
 
 RESERVE_BYTES = 512 * 1024 * 1024
 """Free disk that is left in any case."""
@@ -106,14 +112,15 @@ class ModelWriter:
                 try:
                     async for size in self._fetched(part, path, layer):
                         yield {**report, "completed": size}
+                    await asyncio.to_thread(_keep, part, target)
                     break
-                except (CoordinatorError, _Broken) as exc:
+                except (CoordinatorError, _Broken, FileNotFoundError) as exc:
+                    # An Ollama that starts removes the temporary file: it comes anew.
                     facts = {"digest": layer.digest, "reason": str(exc), "attempt": attempt + 1}
                     log.warning("a file of a model did not come whole", extra=facts)
                     if attempt + 1 == TRIES:
                         raise _Broken(str(exc)) from exc
                     await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
-            await asyncio.to_thread(_keep, part, target)
         yield {**report, "completed": total}
 
     async def _fetched(self, part: Path, path: str, layer: Layer) -> AsyncIterator[int]:
@@ -153,6 +160,21 @@ class ModelWriter:
             file.close()
 
 
+def sweep(folder: Path, now: float) -> list[str]:
+    """Remove the temporary files that a killed agent left in a folder; their names.
+
+    `now`: in seconds since 1970.
+
+    Raises:
+        OSError: the folder cannot be read, or one of them cannot be removed.
+    """
+    found = [one for one in (folder / "blobs").iterdir() if _PART.fullmatch(one.name)]
+    stale = [one for one in found if not 0 <= now - one.stat().st_mtime <= STALE_SECONDS]
+    for one in stale:
+        one.unlink(missing_ok=True)
+    return [one.name for one in stale]
+
+
 def _file_of(folder: Path, digest: str) -> Path:
     return folder / "blobs" / digest.replace(":", "-")
 
@@ -182,6 +204,7 @@ def _resumed(part: Path, found: "hashlib._Hash", most: int | None) -> tuple[Bina
     try:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             file.truncate(0)
+        os.utime(part)  # somebody goes on with it
         file.seek(0)
         size = 0
         while piece := file.read(PIECE_BYTES):

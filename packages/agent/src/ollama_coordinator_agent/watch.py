@@ -89,7 +89,7 @@ class Watch:
         pace: AgentPace,
     ) -> None:
         self.facts = Facts()
-        self.looked = asyncio.Event()
+        self.looked, self.listed = asyncio.Event(), asyncio.Event()  # presence, models on disk
         self.url = ollama.url
         self._ollama = ollama
         self._supervisor = supervisor
@@ -221,6 +221,7 @@ class Watch:
         for name in sorted(disk.broken.keys() - self.facts.disk.broken.keys()):
             log.warning("a model is not offered", extra={"model": name, "why": disk.broken[name]})
         self._update(tags=tags, disk=disk)
+        self.listed.set()
 
     async def _know_server(self, version: str | None) -> None:
         """Read the settings and the folders of a server that has just appeared."""

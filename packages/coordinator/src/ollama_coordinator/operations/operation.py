@@ -96,7 +96,8 @@ class Target:
     `heard_at`: its last progress; `probed_at`: its last probe for silence; `away_since`: when the
     agent went away, minus infinity if it was away from the start, `None` while it is there.
     `failures` counts attempts that broke off since the last progress. `replaced` says which newer
-    command makes this part void.
+    command makes this part void. `lost_at`: when its agent, which fetched the model itself, was
+    lost.
     """
 
     def __init__(self, agent: AgentState) -> None:
@@ -110,6 +111,7 @@ class Target:
         self.heard_at = float("-inf")
         self.probed_at = float("-inf")
         self.failures = 0
+        self.lost_at = float("-inf")
         self.interrupt: Interrupt | None = None
 
     def replace(self, reason: OllamaCoordinatorError) -> None:
@@ -125,7 +127,8 @@ class Operation:
     `followers` counts the clients that wait for it. Without any, it continues if `detached`, and is
     cancelled otherwise. `spare` are agents that replace those that fail. `seed` is the agent that
     pulls from the internet where others get the model from it, but for those `on_their_own`;
-    `content` is the digest of what it pulled.
+    `content` is the digest of what it pulled. `takers` are those that others could give the model
+    when it was planned: they wait for that where their agents have just started.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Operation:
         self.spare: list[AgentState] = []
         self.seed: AgentId | None = None
         self.on_their_own: set[AgentId] = set()
+        self.takers: set[AgentId] = set()
         self.content = ""
         self.progress = Progress()
         self.feed = ProgressFeed()

@@ -47,6 +47,11 @@ NO_ROOM = "no space left"
 FLEET = "fleet"
 """The origin of a pull that takes a model from whichever machine has it, and from nowhere else."""
 
+
+class WriterLost(UpstreamError):
+    """The agent that fetched a model for its Ollama does not answer any more; Ollama may."""
+
+
 Report = Callable[[ProgressLine], None]
 
 
@@ -63,14 +68,15 @@ class Supply:
         """Choose the seed of a pull; without any, each target pulls from the internet."""
         if operation.kind is not OperationKind.PULL:
             return
-        if operation.command.origin:
-            operation.progress.share_among(len(operation.targets))
-            return
         now = self._clock.now()
         agents = [self._registry.find(target.agent_id) for target in operation.targets.values()]
         there = [a for a in agents if a is not None and self._registry.is_reachable(a, now)]
         able = [agent for agent in there if self._transfers.can_give(agent, now)]
         takers = [agent for agent in there if self._transfers.arrival(agent) is not None]
+        operation.takers = {agent.id for agent in takers}
+        if operation.command.origin:
+            operation.progress.share_among(len(operation.targets))
+            return
         seed = min(able, key=lambda agent: self._fitness(operation, agent), default=None)
         if seed is None or all(agent is seed for agent in takers):
             return
@@ -119,8 +125,16 @@ class Supply:
     def _is_alone(self, operation: Operation, target: Target) -> bool:
         """Whether a target gets nothing from other machines."""
         agent = self._registry.find(target.agent_id)
-        lacks_way = agent is None or self._transfers.arrival(agent) is None
+        could = target.agent_id in operation.takers
+        lacks_way = agent is None or not (could or self._transfers.arrival(agent) is not None)
         return lacks_way or target.agent_id in operation.on_their_own
+
+    def is_ready(self, operation: Operation, target: Target, agent: AgentState) -> bool:
+        """Whether an attempt may begin: its agent was heard since it was lost, and takes models."""
+        if target.agent_id == operation.seed or target.agent_id in operation.on_their_own:
+            return True
+        lacks_way = agent.id in operation.takers and self._transfers.arrival(agent) is None
+        return not lacks_way and agent.heard_at > target.lost_at
 
     async def carry_out(
         self, operation: Operation, target: Target, agent: AgentState, report: Report
@@ -246,7 +260,10 @@ class Supply:
         path = f"/v2/{transfer.namespace}/{transfer.name.model}"
         order = {"name": arrived, "path": path, "manifest": transfer.manifest}
         url = self._transfers.writing(transfer, agent, arrived)
-        await self._remote.order(url, msgspec.json.encode(order), report)
+        try:
+            await self._remote.order(url, msgspec.json.encode(order), report)
+        except UpstreamError as exc:
+            raise WriterLost(str(exc)) from exc
 
     async def sweep(self) -> None:
         """Delete what transfers that were cut off left under names of passage."""

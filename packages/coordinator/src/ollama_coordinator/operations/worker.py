@@ -13,7 +13,7 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 from .deferred import Deferred
 from .operation import Operation, Target
 from .progress import ProgressLine
-from .supply import SAME_EVERYWHERE, Supply
+from .supply import SAME_EVERYWHERE, Supply, WriterLost
 from .types import AgentCommand, DeferredCommand, OperationKind, OperationState, Refused
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,10 @@ class Worker:
                 except Refused as exc:
                     self._fail(operation, target, exc)
                     continue
+                if not self._supply.is_ready(operation, target, agent):
+                    operation.is_away(target, None, self._clock.now())
+                    await self._wait(operation, target)
+                    continue
                 async with slots:
                     await self._attempt(operation, target, agent)
             else:
@@ -157,7 +161,10 @@ class Worker:
         if target.failures >= MOST_FAILURES:
             self._fail(operation, target, reason)
             return
-        self._dispatch.take_out(agent, str(error))
+        if isinstance(error, WriterLost):
+            target.lost_at = self._clock.now()
+        else:
+            self._dispatch.take_out(agent, str(error))
         operation.is_away(target, reason, self._clock.now())
 
     async def _update_models(self, command: AgentCommand, agent: AgentState) -> None:
