@@ -30,6 +30,7 @@ from ollama_coordinator.commands.client import NoAnswer
 from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.front.front import LeaderReplaced
 from ollama_coordinator.operations import Refused, UploadError
+from ollama_coordinator.operations.supply import WriterLost
 from ollama_coordinator.registry import UnknownAgent
 from ollama_coordinator.scheduler import (
     HoldersUnavailable,
@@ -57,6 +58,7 @@ NEVER_ANSWERED: dict[type[OllamaCoordinatorError], str] = {
     LeaderReplaced: "has the request passed on again, or its answer broken off",
     CannotInstall: "is for the command line that installs the coordinator as a service",
     NoAnswer: "is for the command line that asks a coordinator",
+    WriterLost: "has the operation go on once the agent answers again, or ends it as Refused",
 }
 BRINGS_ITS_OWN = (Denied, HttpError, Refused, UploadError)
 
