@@ -59,7 +59,9 @@ async def upgrade(
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / ("join.ps1" if is_windows else "join.sh")
         file.write_bytes(script)
-        added = {**environ, "JOIN_FOLDER": str(folder), "JOIN_START": "no"}
+        # Windows PowerShell would look for its modules among those of the shell that started us.
+        kept = {name: value for name, value in environ.items() if name.upper() != "PSMODULEPATH"}
+        added = {**kept, "JOIN_FOLDER": str(folder), "JOIN_START": "no"}
         process = await asyncio.create_subprocess_exec(*shell, str(file), env=added)
         code = await process.wait()
     if code != 0:

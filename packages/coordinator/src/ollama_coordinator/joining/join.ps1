@@ -5,6 +5,7 @@
 & {
     $ErrorActionPreference = 'Stop'
     $ProgressPreference = 'SilentlyContinue'
+    if ($IsLinux -or $IsMacOS) { throw "join: in a shell of this system, the line is: @CURL | sh" }
     $url = '@URL'
     $common = '@COMMON'
     $agent = '@AGENT'
@@ -17,6 +18,7 @@
     $program = Join-Path $folder 'Scripts\ollama-coordinator-agent.exe'
 
     function Test-Run([scriptblock]$command) {
+        $ErrorActionPreference = 'Continue' # else a warning that it writes would end this in 5.1
         try { & $command 2>$null | Out-Null; return $LASTEXITCODE -eq 0 } catch { return $false }
     }
     function Invoke-Step([scriptblock]$command) {
@@ -53,15 +55,20 @@
             Get-File "$url/join/$name" $file
             $file
         }
+        # A program that runs can be renamed on Windows, and not be replaced.
+        if (Test-Path $program) {
+            Remove-Item "$program.old" -Force -ErrorAction SilentlyContinue
+            Move-Item $program "$program.old" -Force -ErrorAction SilentlyContinue
+        }
         if ($uv) {
-            if (-not (Test-Run { & $at -c '' })) { Invoke-Step { uv venv -q --clear -p '>=3.11' $folder } }
+            if (-not (Test-Run { & $at -c pass })) { Invoke-Step { uv venv -q --clear -p '>=3.11' $folder } }
             Invoke-Step {
                 uv pip install -q --python $at --reinstall-package ollama-coordinator-common `
                     --reinstall-package ollama-coordinator-agent $wheels
             }
         }
         else {
-            if (-not (Test-Run { & $at -c '' })) {
+            if (-not (Test-Run { & $at -c pass })) {
                 Invoke-Step { & $python -m venv --clear --without-pip $folder }
             }
             $pip = Join-Path $got 'pip.whl'
@@ -72,7 +79,11 @@
             Invoke-Step { & $at -c $run $pip install -q $wheels }
         }
     }
-    finally { Remove-Item -Recurse -Force $got }
+    finally {
+        Remove-Item -Recurse -Force $got
+        $kept = (Test-Path "$program.old") -and -not (Test-Path $program)
+        if ($kept) { Move-Item "$program.old" $program }
+    }
     Set-Content -Path (Join-Path $folder 'joined-to') -Value @($url, $certificate) -Encoding ascii
     if ($env:JOIN_START -eq 'no') { return }
     $env:COORDINATOR_URL = $url
