@@ -1,6 +1,7 @@
 """Who may call which route: every caller, in every zone and mode, at every route of the list."""
 
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any, cast
 
 import pytest
@@ -8,6 +9,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from ollama_coordinator.access import FREE, NewKey, Right
+from ollama_coordinator.access.sessions import SESSION_SECONDS
 from ollama_coordinator.api.http.routing import Guarded, Methods
 from ollama_coordinator.api.routes import endpoints
 from ollama_coordinator.app import create_app
@@ -48,7 +50,22 @@ INCLUDED = {
     "join": {"join"},
     "watch": {"watch"},
 }
-ENDED = ("wrong", "dummy", "expired", "revoked", "session of a revoked key", "another cookie")
+ENDED = {
+    *("wrong", "dummy", "expired", "revoked", "another cookie"),
+    *("session of a revoked key", "session of an expired key", "ended session", "unused session"),
+    *("hash of a session", "session as a key", "key as a cookie"),
+    "session of operate from a page of another origin",
+}
+"""What nobody has any rights by."""
+
+SOMEBODY_ELSES = {
+    "use beside a session of operate": {"use"},
+    "join beside a session of operate": {"join"},
+    "operate beside a session of use": ALL,
+    "wrong beside a session of operate": ALL,
+}
+"""A living session of another key comes along: the key decides alone, and a text that is none
+does not undo the session."""
 PASSED = 299
 """The status of a handler that was reached."""
 
@@ -106,6 +123,30 @@ class World:
         self.headers["session of a revoked key"] = [_cookie(sessions.begin(gone, 1e12))]
         keys.revoke("gone")
         self.headers["another cookie"] = [_cookie("x" * 43)]
+        self._make_sessions()
+
+    def _make_sessions(self) -> None:
+        """Sessions that come with another key, from another page, or in no form of a session."""
+        access = self.parts.access
+        operator, living = access.keys.find("operate"), self.headers["session of operate"]
+        for who in SOMEBODY_ELSES:
+            own, _, session = who.partition(" beside a ")
+            self.headers[who] = [*self.headers[own], *self.headers[session]]
+        self.headers["session of operate from a page of another origin"] = [
+            *living,
+            (b"origin", b"http://127.0.0.1:9999"),
+        ]
+        expired = access.keys.find("expired")
+        self.headers["session of an expired key"] = [_cookie(access.sessions.begin(expired, 1e12))]
+        ended = access.sessions.begin(operator, 1e12)
+        access.sessions.end(ended)
+        self.headers["ended session"] = [_cookie(ended)]
+        unused = access.sessions.begin(operator, datetime.now(UTC).timestamp() - SESSION_SECONDS)
+        self.headers["unused session"] = [_cookie(unused)]
+        begun = access.sessions.begin(operator, 1e12)
+        self.headers["hash of a session"] = [_cookie(sha256(begun.encode()).hexdigest())]
+        self.headers["session as a key"] = [(b"authorization", b"Bearer " + begun.encode())]
+        self.headers["key as a cookie"] = [_cookie(self.headers["operate"][0][1].decode())]
 
     async def ask(self, who: str, zone: str, method: str, path: str) -> tuple[int, bytes]:
         headers = [*self.headers[who], (b"host", b"127.0.0.1")]
@@ -145,9 +186,10 @@ def _cookie(value: str) -> tuple[bytes, bytes]:
 
 
 def _expected(mode: str, zone: str, who: str, right: Right) -> int:
-    """The status, by the table above."""
+    """The status, by the tables above."""
     needed = {name for name in ALL if Right[name.upper()] & right}
-    own = INCLUDED.get(who.removeprefix("session of "))
+    own = SOMEBODY_ELSES.get(who, INCLUDED.get(who.removeprefix("session of ")))
+    assert own is not None or who in {"nobody", *ENDED}
     if right == FREE:
         return PASSED
     if own is not None:
@@ -160,6 +202,7 @@ def _expected(mode: str, zone: str, who: str, right: Right) -> int:
 @pytest.mark.spec("ACCESS-1")
 @pytest.mark.spec("ACCESS-5")
 @pytest.mark.spec("ACCESS-8")
+@pytest.mark.spec("ACCESS-18")
 @pytest.mark.parametrize("mode", TABLE)
 async def test_every_caller_in_every_zone_at_every_route(mode: str) -> None:
     world = World(mode)
