@@ -19,6 +19,7 @@ from playwright.async_api import Route, expect
 
 from ollama_coordinator import model_probes
 from ollama_coordinator.access import NewKey
+from ollama_coordinator.attention import watch
 from ollama_coordinator_common.join_token import JoinToken
 from ollama_coordinator_common.names import model_key
 from ollama_coordinator_common.network import public_address
@@ -794,6 +795,22 @@ async def test_what_needs_attention_is_on_every_page_and_in_the_tabs_title(
     await coordinator.heartbeat(agent.id, disk_free_bytes=10**12)
     await expect(badge).to_have_text("")
     await expect(visit.page).to_have_title("first · Ollama Coordinator")
+
+
+@pytest.mark.spec("DASH-40")
+async def test_what_concerns_a_model_links_to_its_page_and_its_machine(
+    coordinator: Running, ollama: StandIn, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "GRACE_SECONDS", {})
+    agent = next(iter(coordinator.parts.registry))
+    key, now = next(iter(agent.inventory.available)), coordinator.parts.clock.now()
+    coordinator.parts.registry.doubt(agent, key, "it writes nothing", now, pause=1000.0)
+    await visit.open("attention")
+    links = visit.page.locator(".concerns li a")
+    await expect(links).to_have_text(["first", "llama3.2"])
+    await links.last.click()
+    await expect(visit.page.locator("h1")).to_have_text("llama3.2")
+    await expect(visit.page.locator("main")).to_contain_text("Machines that have it")
 
 
 async def test_keys_are_made_shown_once_and_revoked(coordinator: Running, visit: Visit) -> None:

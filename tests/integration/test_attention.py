@@ -4,7 +4,7 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from ollama_coordinator.attention import concerns, watch
 from ollama_coordinator.commands.tables import agents_table
 from ollama_coordinator.main import app
-from ollama_coordinator.registry.agent import Cooldown
+from ollama_coordinator.model_probes import ask_restart
+from ollama_coordinator.registry.agent import AgentState, Cooldown
 from support.coordinator import Running
 from support.ollama import StandIn
 
@@ -173,23 +174,27 @@ async def test_a_queue_and_the_database(
         await asyncio.gather(*chats)
 
 
+def looking_at(coordinator: Running, agent: AgentState) -> Callable[..., set[str]]:
+    """Looks some seconds from now, with the agent in rotation or out of it; what is open then."""
+    attention, now = coordinator.parts.attention, coordinator.parts.clock.now()
+    coordinator.parts.registry.agent_timeout = 10_000.0
+
+    def look(seconds: float, *, is_away: bool) -> set[str]:
+        agent.resting = is_away
+        agent.cooldown = Cooldown(0, now, now, "it refuses connections") if is_away else None
+        attention.look(now + seconds)
+        return {one.concern.kind for one in attention.open()} - {"fleet"}
+
+    return look
+
+
 @pytest.mark.spec("OPERATION-44")
 async def test_a_machine_that_comes_and_goes_is_one_concern_until_it_stays_away(
     coordinator: Running,
 ) -> None:
     async with StandIn() as ollama:
         agent = coordinator.agent(await coordinator.register(ollama, "gpu-1"))
-        attention, sampler = coordinator.parts.attention, coordinator.parts.observation.sampler
-        now = coordinator.parts.clock.now()
-
-        def look(seconds: float, *, is_away: bool) -> set[str]:
-            agent.resting = is_away
-            agent.cooldown = Cooldown(0, now, now, "it refuses connections") if is_away else None
-            sampler.sample({})
-            attention.look(now + seconds)
-            return {one.concern.kind for one in attention.open()} - {"fleet"}
-
-        coordinator.parts.registry.agent_timeout = 10_000.0
+        attention, look = coordinator.parts.attention, looking_at(coordinator, agent)
         look(0, is_away=False)
         look(10, is_away=True)
         look(20, is_away=False)
@@ -211,17 +216,62 @@ async def test_a_machine_that_is_drained_and_resumed_or_leaves_does_not_come_and
 ) -> None:
     async with StandIn() as ollama:
         agent_id = await coordinator.register(ollama, "gpu-1")
-        attention, sampler = coordinator.parts.attention, coordinator.parts.observation.sampler
-        now = coordinator.parts.clock.now()
+        attention, now = coordinator.parts.attention, coordinator.parts.clock.now()
         for number in range(8):
             change = {"draining": bool(number % 2)}
             url = f"{coordinator.url}/api/agents/{agent_id}"
             async with coordinator.session.patch(url, json=change) as response:
                 assert response.status == 200
             await coordinator.heartbeat(agent_id, leaving=bool(number % 2))
-            sampler.sample({})
             attention.look(now + number)
         assert {one.concern.kind for one in attention.open()} & {"flapping"} == set()
+
+
+@pytest.mark.spec("OPERATION-44")
+async def test_a_restart_that_was_announced_is_no_outage_and_one_that_was_not_is(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        agent_id = await coordinator.register(ollama, "gpu-1")
+        agent, look = (
+            coordinator.agent(agent_id),
+            looking_at(coordinator, coordinator.agent(agent_id)),
+        )
+        await coordinator.heartbeat(agent_id, owned=True)
+
+        async def said_goodbye(seconds: float) -> None:
+            """Its agent is started again at once; its Ollama takes some seconds to start."""
+            await coordinator.heartbeat(agent_id, leaving=True)
+            look(seconds, is_away=False)
+            await coordinator.heartbeat(agent_id, owned=True)
+
+        async def was_asked_for(seconds: float) -> None:
+            """An operator has its Ollama restarted, which begins with the next heartbeat."""
+            ask_restart(agent, coordinator.parts.dispatch)
+            await coordinator.heartbeat(agent_id, owned=True)
+
+        look(0, is_away=False)
+        for number, announced in enumerate((said_goodbye, was_asked_for) * 3):
+            await announced(10.0 * number)
+            assert "flapping" not in look(10.0 * number + 4, is_away=True)
+            assert "flapping" not in look(10.0 * number + 8, is_away=False)
+        later = watch.ANNOUNCED_SECONDS + 10
+        look(later, is_away=True)
+        look(later + 5, is_away=False)
+        assert "flapping" in look(later + 10, is_away=True)
+
+
+@pytest.mark.spec("DASH-40")
+async def test_what_concerns_a_model_has_the_name_that_its_page_has(coordinator: Running) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "gpu-1")
+        assert (await coordinator.chat())[0] == 200
+        agent = next(iter(coordinator.parts.registry))
+        key, now = next(iter(agent.inventory.available)), coordinator.parts.clock.now()
+        coordinator.parts.registry.doubt(agent, key, "it writes nothing", now)
+        found = open_now(coordinator)["stuck"]
+        names = [row["name"] for row in (await coordinator.get("/api/models"))["models"]]
+        assert (found.agent_id, found.model) == (agent.id, names[0])
 
 
 @pytest.mark.spec("OPERATION-43")

@@ -344,6 +344,7 @@ def take_restart(agent: AgentState, dispatch: Dispatch) -> str | None:
     if asked is not None and not there and not _others_use(agent, 0):
         agent.restart_until = None
         if now <= asked:
+            agent.announced_at = now
             dispatch.take_out(agent, "its Ollama is being restarted")
             return "an operator asked for it"
     if not agent.wants_restart or _others_use(agent, len(there)) or not all(map(_is_hung, there)):

@@ -42,7 +42,10 @@ class Severity(Enum):
 
 
 class Concern(Struct, frozen=True, omit_defaults=True):
-    """One thing that needs a person: what is wrong and what to do, in `text`."""
+    """One thing that needs a person: what is wrong and what to do, in `text`.
+
+    `model` is the shortest name of the model that it is about.
+    """
 
     id: str
     kind: str
@@ -180,7 +183,8 @@ class Concerns:
         for key in agent.model_cooldowns:
             if agent.is_stuck(key):
                 reason = sentence(agent.model_cooldowns[key].reason)
-                yield _of(agent, "stuck", f"{short_name(key)} hangs there: {reason}", key)
+                name = short_name(key)
+                yield _of(agent, "stuck", f"{name} hangs there: {reason}", name)
 
     def _of_speed(self, agent: AgentState, key: str) -> Iterator[Concern]:
         estimate = self._dispatch.scheduler.estimate(agent.id, key)
@@ -189,9 +193,10 @@ class Concerns:
         speed = estimate.decode_tokens_per_second
         best = self._best[agent.id, key] = max(self._best.get((agent.id, key), 0.0), speed)
         if speed * SLOW_RATIO < best:
-            text = f"{short_name(key)} writes {speed:.0f} tokens/s there, once it was {best:.0f}."
+            name = short_name(key)
+            text = f"{name} writes {speed:.0f} tokens/s there, once it was {best:.0f}."
             text += " Does it still run on the GPU, and is that cool?"
-            yield _of(agent, "slow", text, key)
+            yield _of(agent, "slow", text, name)
 
     def _of_models(self, now: float) -> Iterator[Concern]:
         """Models that were asked for: all holders out, or other contents under the name."""
@@ -227,7 +232,8 @@ def _of(
 
 
 def _model(kind: str, severity: Severity, key: str, text: str) -> Concern:
-    return Concern(f"{kind}:{key}", kind, severity, short_name(key), text, model=key)
+    name = short_name(key)
+    return Concern(f"{kind}:{key}", kind, severity, name, text, model=name)
 
 
 def _names(agents: Iterable[AgentState]) -> str:

@@ -17,7 +17,7 @@ from msgspec import Struct
 from ollama_coordinator.access import Access
 from ollama_coordinator.aliases import Aliases
 from ollama_coordinator.dispatch import Dispatch
-from ollama_coordinator.journal import Observation
+from ollama_coordinator.journal import Observation, state_of
 from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.network import cause_of
 from ollama_coordinator_common.types import AgentId
@@ -37,6 +37,10 @@ FLAPS = ((2, 300.0), (3, 1800.0))
 
 AWAY = ("resting", "offline")
 """States in which a machine gets no requests although nobody wants that."""
+
+ANNOUNCED_SECONDS = 60.0
+"""So long after a goodbye or a restart that was asked for, a machine has to be in rotation: its
+Ollama starts and its link opens meanwhile, and that is no outage."""
 
 GONE_SECONDS = 120.0
 """A machine that stays out for so long is out, whatever it did before."""
@@ -110,7 +114,6 @@ class Attention:
         aliases: Aliases,
     ) -> None:
         self._clock = dispatch.clock
-        self._sampler = observation.sampler
         self._settings = settings
         self._concerns = Concerns(dispatch, observation, access, aliases)
         self._watched: dict[str, _Watched] = {}
@@ -166,17 +169,16 @@ class Attention:
 
     def _note_states(self, now: float) -> None:
         """Take note of machines that went out and came back; who leaves or drains did not go."""
-        states = self._sampler.standing
-        for agent_id, sampled in states.items():
-            agent = self._registry.find(agent_id)
-            is_away = sampled.state in AWAY and agent is not None and not agent.left
-            known = self._standing.setdefault(agent_id, _Standing(is_away, now))
+        for agent in self._registry:
+            state = state_of(agent, now, self._registry.agent_timeout)
+            is_away = state in AWAY and not agent.left
+            known = self._standing.setdefault(agent.id, _Standing(is_away, now))
             if known.is_away != is_away:
                 known.is_away, known.since = is_away, now
-                if is_away and agent is not None:
+                if is_away and now - agent.announced_at > ANNOUNCED_SECONDS:
                     known.went_at.append(now)
                     known.reason = agent.out_of_rotation() or "nothing was heard of it"
-        for agent_id in self._standing.keys() - states.keys():
+        for agent_id in [one for one in self._standing if self._registry.find(one) is None]:
             del self._standing[agent_id]
 
     def _flapping(self, now: float) -> dict[AgentId, str]:

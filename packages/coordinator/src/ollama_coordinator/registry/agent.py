@@ -188,7 +188,8 @@ class AgentState:
     `outdated` what the report before had of them. `findings`: what its doctor found; `None`: not
     known yet. `restart_until`: an operator has asked for a restart, which may begin until then.
     `asleep`: it is offline as machines that sleep are; `woken_at` is when it was sent the first
-    magic packet since, and until `left_alone_until` no request wakes it.
+    magic packet since, and until `left_alone_until` no request wakes it. `announced_at` is when it
+    was last heard after it had said that it leaves, or was restarted for an operator.
     """
 
     id: AgentId
@@ -218,11 +219,14 @@ class AgentState:
     asleep: bool = False
     woken_at: float | None = None
     left_alone_until: float = -inf
+    announced_at: float = -inf
     foreign_bytes: int = 0
     _foreign_last: int = 0
 
     def hear(self, now: float) -> None:
         """It was heard: it is there, and awake."""
+        if self.left or self.asleep:
+            self.announced_at = now
         self.heard_at, self.left, self.asleep = now, False, False
         self.woken_at, self.left_alone_until = None, -inf
 

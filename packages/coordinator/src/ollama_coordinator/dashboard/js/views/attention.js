@@ -50,9 +50,9 @@ class AttentionView extends View {
 
 function concernRow(concern) {
   const severity = h("b.small");
-  const subject = concern.agent_id
-    ? h("a", { href: `#/agents/${encodeURIComponent(concern.agent_id)}` }, concern.subject)
-    : concern.model ? h("a", { href: "#/models" }, model(concern.subject)) : h("b", null, concern.subject);
+  const agent = concern.agent_id && h("a", { href: `#/agents/${encodeURIComponent(concern.agent_id)}` }, concern.subject);
+  const about = concern.model && h("a", { href: `#/models/${encodeURIComponent(concern.model)}` }, model(concern.model));
+  const subject = h("span", null, agent && about ? [agent, " · ", about] : agent || about || h("b", null, concern.subject));
   const text = h("p");
   const row = h("li.card", null, severity, subject, h("oc-since.muted.small", { at: concern.since }), text);
   row.update = (now) => {

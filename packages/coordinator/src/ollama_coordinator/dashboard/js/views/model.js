@@ -40,7 +40,7 @@ class ModelView extends View {
     try {
       const [{ models }, tags, estimates, history] = await Promise.all([get("/api/models"), get("/api/tags"), get("/api/estimates").catch(() => []), get(path(["api", "history"], { model: this.argument, limit: LOOKED_AT }))]);
       this.all = models;
-      const row = models.find((one) => model(one.name) === model(this.argument));
+      const row = models.find((one) => model(one.name).toLowerCase() === model(this.argument).toLowerCase());
       this.gone.hidden = Boolean(row);
       this.content.hidden = !row;
       if (row) this.draw(row, tags.models.find((one) => one.name === row.name), estimates, history.requests);
