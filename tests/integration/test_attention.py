@@ -2,9 +2,10 @@
 
 import asyncio
 import io
+import itertools
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,10 +16,15 @@ from typer.testing import CliRunner
 
 from ollama_coordinator.attention import concerns, watch
 from ollama_coordinator.commands.tables import agents_table
+from ollama_coordinator.dispatch import Held
+from ollama_coordinator.journal import JournalEntry, sampler
+from ollama_coordinator.journal.entry import JournalAttempt
 from ollama_coordinator.main import app
 from ollama_coordinator.model_probes import ask_restart
 from ollama_coordinator.registry.agent import AgentState, Cooldown
-from support.coordinator import Running
+from ollama_coordinator.scheduler import Lease, LeaseId, Request, RequestId
+from ollama_coordinator_common.names import model_key
+from support.coordinator import Running, running
 from support.ollama import StandIn
 
 LATER = 61.0
@@ -154,6 +160,40 @@ async def test_a_model_that_became_slow(coordinator: Running) -> None:
         assert "slow" not in open_now(coordinator)
         found = open_now(coordinator)
         assert found["slow"].text.startswith("llama3.2:latest writes 30 tokens/s there, once it")
+
+
+@pytest.mark.spec("OPERATION-96")
+async def test_a_model_that_writes_slowly_now_is_told_long_before_its_mean_has_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In virtual time: the loops that would look by themselves do not."""
+    monkeypatch.setattr(sampler, "SAMPLE_SECONDS", 1e6)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 1e6)
+    async with running() as coordinator, StandIn() as ollama:
+        agent = coordinator.agent(await coordinator.register(ollama, "gpu-1"))
+        assert (await coordinator.chat())[0] == 200
+        attention, now = coordinator.parts.attention, coordinator.parts.clock.now()
+        speeds = coordinator.parts.observation.sampler.speeds
+        coordinator.parts.registry.agent_timeout = 10_000.0
+        request = Request(id=RequestId("1"), model=model_key("llama3.2"), name="", arrived_at=now)
+        seconds = itertools.count()
+
+        def write(tokens: int) -> Iterator[list[str]]:
+            """One stream of so many tokens a second; what needs attention after each."""
+            lease = Lease(id=LeaseId(tokens), request=request, agent_id=agent.id, granted_at=now)
+            entry, held = JournalEntry(request, "/api/chat"), Held(lease, agent, now)
+            held.began_at = now
+            entry.attempts.append(JournalAttempt(held, None, {}))
+            for second in itertools.islice(seconds, 18):
+                held.records += tokens
+                speeds.sample([entry], now + second)
+                attention.look(now + second)
+                yield [one.concern.text for one in attention.open()]
+
+        assert list(write(50)) == [[]] * 18
+        text = "llama3.2:latest writes 10 tokens/s there, once it was 50."
+        assert list(write(10))[-1] == [f"{text} Does it still run on the GPU, and is that cool?"]
+        assert list(write(51))[-1] == []
 
 
 @pytest.mark.spec("OPERATION-43")

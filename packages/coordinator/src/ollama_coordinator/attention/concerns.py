@@ -30,7 +30,7 @@ SLOW_RATIO = 3.0
 """A model that writes so much slower than its best has lost its GPU or its cooling, not a bit."""
 
 MEASURED = 20
-"""Answers before a speed counts as known: the first few vary by more than `SLOW_RATIO`."""
+"""Answers before a learned speed counts as known: the first few vary by more than `SLOW_RATIO`."""
 
 
 class Severity(Enum):
@@ -58,9 +58,9 @@ class Concern(Struct, frozen=True, omit_defaults=True):
 
 GRACE_SECONDS = {
     "fleet": 10.0, "out": 30.0, "model": 30.0, "queue": 60.0, "conflict": 60.0, "contents": 60.0,
-    "slow": 30.0, "stuck": 30.0,
+    "stuck": 30.0,
 }  # fmt: skip
-"""By kind of concern; the other kinds are told at once. A speed is a mean over time already."""
+"""By kind of concern; the other kinds are told at once. A speed is one of some time already."""
 
 SILENT_SECONDS = 2.5 * HEARTBEAT_SECONDS
 """An agent that was not heard for so long has missed two heartbeats: its machine may be off."""
@@ -78,6 +78,7 @@ class Concerns:
         self._registry = dispatch.registry
         self._journal = observation.journal
         self._counters = observation.sampler.counters
+        self._speeds = observation.sampler.speeds
         self._store = observation.store
         self._gpus: dict[AgentId, int] = {}
         self._best: dict[tuple[AgentId, str], float] = {}
@@ -107,7 +108,7 @@ class Concerns:
             yield from self._of_rotation(agent, now, flapping.get(agent.id))
             if self._registry.is_online(agent, now):
                 yield from self._of_its_machine(agent, now)
-                yield from self._of_its_models(agent, newest)
+                yield from self._of_its_models(agent, newest, now)
                 if agent.id not in flapping and agent.out_of_rotation() is None:
                     yield from self._of_stuck_models(agent)
         yield from self._of_models(now)
@@ -166,7 +167,9 @@ class Concerns:
             text = f"{most - len(report.gpus)} of its {most} GPUs cannot be seen any more."
             yield _of(agent, "gpu", f"{text} Look at its driver; a restart often helps.")
 
-    def _of_its_models(self, agent: AgentState, newest: tuple[int, ...]) -> Iterator[Concern]:
+    def _of_its_models(
+        self, agent: AgentState, newest: tuple[int, ...], now: float
+    ) -> Iterator[Concern]:
         for name, fault in agent.inventory.broken.items():
             yield _of(agent, "broken", f"{name} cannot run there: {fault}. Pull it again.", name)
         version = _numbers(agent.registration.ollama_version)
@@ -176,7 +179,7 @@ class Concerns:
                 agent, "version", f"{text} {'.'.join(map(str, newest))}.", severity=Severity.NOTE
             )
         for key in list(agent.inventory.loaded):
-            yield from self._of_speed(agent, key)
+            yield from self._of_speed(agent, key, now)
 
     def _of_stuck_models(self, agent: AgentState) -> Iterator[Concern]:
         """Where the whole machine is out, that is the cause and not a model."""
@@ -186,12 +189,20 @@ class Concerns:
                 name = short_name(key)
                 yield _of(agent, "stuck", f"{name} hangs there: {reason}", name)
 
-    def _of_speed(self, agent: AgentState, key: str) -> Iterator[Concern]:
+    def _of_speed(self, agent: AgentState, key: str, now: float) -> Iterator[Concern]:
+        """What it wrote last is compared with the best that it ever was known to write.
+
+        That is what was learned: a mean of many answers. It follows a change after several ones,
+        and a machine that became slow is given few.
+        """
+        recent = self._speeds.recent(agent.id, key, now)
         estimate = self._dispatch.scheduler.estimate(agent.id, key)
-        if estimate is None or estimate.samples[1] < MEASURED:
+        is_known = estimate is not None and estimate.samples[1] >= MEASURED
+        known = estimate.decode_tokens_per_second if estimate is not None and is_known else recent
+        speed = known if recent is None else recent
+        if known is None or speed is None:
             return
-        speed = estimate.decode_tokens_per_second
-        best = self._best[agent.id, key] = max(self._best.get((agent.id, key), 0.0), speed)
+        best = self._best[agent.id, key] = max(self._best.get((agent.id, key), 0.0), known)
         if speed * SLOW_RATIO < best:
             name = short_name(key)
             text = f"{name} writes {speed:.0f} tokens/s there, once it was {best:.0f}."

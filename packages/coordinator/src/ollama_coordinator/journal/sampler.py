@@ -19,6 +19,7 @@ from ollama_coordinator_common.types import AgentId, AgentStatus
 
 from .counters import Counters
 from .entry import Ended, JournalEntry
+from .speeds import Speeds
 from .statistics import FLEET, Bucket, Series
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class Standing(Struct, frozen=True):
 class Sampler:
     """`run` is its loop; `standing` and `sparklines` are shown on the dashboard.
 
-    `counters` are what `GET /metrics` shows of the requests that ended. `usage` is the value of
-    `COORDINATOR_USAGE`.
+    `counters` are what `GET /metrics` shows of the requests that ended, `speeds` how fast models
+    write now. `usage` is the value of `COORDINATOR_USAGE`.
     """
 
     def __init__(self, dispatch: Dispatch, history: History) -> None:
@@ -58,6 +59,7 @@ class Sampler:
         self.standing: dict[AgentId, Standing] = {}
         self.sparklines = Sparklines()
         self.counters = Counters()
+        self.speeds = Speeds()
 
     async def run(self, live: Mapping[str, JournalEntry]) -> None:
         """Sample until cancelled; `live` are the requests in progress."""
@@ -78,6 +80,7 @@ class Sampler:
         used = self._used(entry, request)
         self._history.note(request, ended.attempts, used, stepped_by=self._clock.stepped_by)
         self.counters.count(entry, request)
+        self.speeds.ended(entry, self._clock.now())
         for name in (FLEET, request.agent_id) if request.agent_id else (FLEET,):
             self._wrote(name, left).count(request)
 
@@ -101,6 +104,7 @@ class Sampler:
         now = self._clock.now()
         for entry in live.values():
             self.count(entry)
+        self.speeds.sample(live.values(), now)
         in_flight = len(list(self._dispatch.held()))
         waiting = sum(entry.is_waiting() for entry in live.values())
         self.series.fresh(FLEET).sample(waiting, in_flight)
@@ -152,6 +156,7 @@ class Sampler:
             self.counters.agents.pop(agent_id, None)
             self.sparklines.forget(agent_id)
             self._tokens.pop(agent_id, None)
+            self.speeds.forget(agent_id)
             self.series.forget(agent_id)
 
     # ── over a restart ────────────────────────────────────────────────────────────────────────
