@@ -63,11 +63,20 @@ def eventually_true(condition: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.spec("AGENT-36")
-def test_our_own_connections_do_not_count() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+@pytest.mark.parametrize(
+    ("listens", "asks"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1")]
+)
+def test_our_own_connections_do_not_count(listens: str, asks: str) -> None:
+    family = socket.AF_INET6 if ":" in listens else socket.AF_INET
+    both = family == socket.AF_INET6 and asks == "127.0.0.1"
+    with socket.create_server((listens, 0), family=family, dualstack_ipv6=both) as server:
         port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
+        with socket.create_connection((asks, port)) as client, server.accept()[0] as accepted:
+            client.send(b"POST")
+            assert accepted.recv(4) == b"POST"
             assert requests_at(port) in (0, None)
+            accepted.send(b"200")  # it is still ours
+            assert client.recv(3) == b"200"
 
 
 @pytest.mark.spec("AGENT-36")
@@ -120,5 +129,10 @@ def test_what_the_system_does_not_tell_is_not_known(monkeypatch: pytest.MonkeyPa
     def denied(*_: object) -> None:
         raise psutil.AccessDenied
 
-    monkeypatch.setattr(psutil.Process, "net_connections", denied)
+    def silent(_: int) -> None:
+        raise OSError
+
+    monkeypatch.setattr(metrics, "_ask_kernel", silent, raising=False)
+    for lists in (psutil, psutil.Process):
+        monkeypatch.setattr(lists, "net_connections", denied)
     assert requests_at(1) is None

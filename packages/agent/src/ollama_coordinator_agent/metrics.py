@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 from msgspec import Struct
@@ -142,19 +143,36 @@ def _ends_in_use(port: int) -> list[End]:
         except OSError as exc:  # a sandbox without this interface
             log.debug("the kernel shows no connections", extra={"reason": str(exc)})
     return [
-        _end(c.raddr)
+        _end(*c.raddr)
         for c in psutil.net_connections("tcp")
         if c.laddr and c.raddr and c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED
     ]
 
 
 def _own_ends() -> set[End]:
-    return {_end(c.laddr) for c in psutil.Process().net_connections("tcp") if c.laddr}
+    """The near ends of this process's connections."""
+    if sys.platform != "linux":
+        return {_end(*c.laddr) for c in psutil.Process().net_connections("tcp") if c.laddr}
+    # By its descriptors: psutil reads the table of all connections of the machine.
+    found = (_near_end(int(entry.name)) for entry in Path("/proc/self/fd").iterdir())
+    return {end for end in found if end is not None}
 
 
-def _end(address: Any) -> End:
+def _near_end(descriptor: int) -> End | None:
+    """The near end of the connection that a descriptor is, if it is one and still open."""
+    with suppress(OSError):
+        connection = socket.socket(fileno=descriptor)
+        try:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                return _end(*connection.getsockname()[:2])
+        finally:
+            connection.detach()
+    return None
+
+
+def _end(host: str, port: int) -> End:
     """One end of a connection; a socket for both families shows IPv4 inside IPv6."""
-    return address.ip.removeprefix("::ffff:"), address.port
+    return host.removeprefix("::ffff:").partition("%")[0], port
 
 
 if sys.platform == "linux":
