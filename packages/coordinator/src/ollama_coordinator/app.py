@@ -49,6 +49,7 @@ from .journal import Limits, Observation, SavedSparklines
 from .link import Links
 from .monitor import Monitor
 from .operations import (
+    MOVES,
     Blobs,
     Deferred,
     ModelSizes,
@@ -120,6 +121,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         dispatch,
         observation,
         operations,
+        store,
         is_on=config.rebalance == "auto",
         budget_bytes=int(config.model_disk_gibibytes * GIBIBYTE),
     )
@@ -209,7 +211,7 @@ def _saved_state(parts: Parts) -> list[SavedState[Any]]:
     """The state that is kept over a restart as documents in the database."""
     store, sampler = parts.store, parts.observation.sampler
     return [
-        SavedState("moves", Moves, store, parts.rebalance, every=SPARKLINES_SECONDS),
+        SavedState(MOVES, Moves, store, parts.rebalance, every=SPARKLINES_SECONDS),
         SavedState("learned", Learned, store, parts.scheduler),
         SavedState("sparklines", SavedSparklines, store, sampler, every=SPARKLINES_SECONDS),
     ]

@@ -309,6 +309,7 @@ class Process:
         lost = self._parts.store.lost
         await first_of(lost.wait(), self._stop.asked.wait())
         if self._stop.asked.is_set():
+            self._parts.operations.hand_over()
             with contextlib.suppress(DatabaseError):  # the others see that nobody answers
                 await cluster.give_way(self._parts.store)
             await first_of(self._ended.wait(), self._hand_over(cluster, front, takeover))

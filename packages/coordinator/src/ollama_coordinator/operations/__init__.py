@@ -3,6 +3,7 @@
 from .blobs import Blobs
 from .deferred import Deferred
 from .operation import Operation
+from .rebalance import DOCUMENT as MOVES
 from .rebalance import Moves, MoveView, Rebalance
 from .remote import Remote
 from .room import ModelSizes
@@ -25,6 +26,7 @@ from .uploads import UploadError, Uploads, digest_of
 
 __all__ = [
     "FLEET",
+    "MOVES",
     "AgentCommand",
     "Blobs",
     "Chosen",

@@ -92,9 +92,12 @@ class Deferred:
             if is_void(deferred.command, newer, same_agent=False):
                 self._drop(deferred)
 
-    def makes(self, key: str) -> bool:
-        """Whether any agent will make a model of this routing key when it is back."""
-        return any(known == key and kind in _MAKING for _, kind, known in self._commands)
+    def makes(self, key: str, agent_id: AgentId | None = None) -> bool:
+        """Whether any agent, or this one, will make a model of this routing key."""
+        return any(
+            known == key and kind in _MAKING and agent_id in (None, who)
+            for who, kind, known in self._commands
+        )
 
     def finish(self, agent_id: AgentId, command: AgentCommand) -> None:
         """Drop a command that is done or cannot be done; a newer one of its kind stays."""

@@ -13,10 +13,11 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
 
+import msgspec
 from msgspec import Struct
 
 from ollama_coordinator.aio import Slices
-from ollama_coordinator.db import Change
+from ollama_coordinator.db import Change, Store
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator.journal import AdvicePiece, Observation
 from ollama_coordinator.journal.advice import DISK_RESERVE_BYTES, MOST_REQUESTS
@@ -48,6 +49,9 @@ MOVED_BY = "rebalance"
 """Who changed something, in the audit, where nobody asked for it."""
 
 ACTION = "REBALANCE"
+
+DOCUMENT = "moves"
+"""The name under which the database keeps what advice has brought."""
 
 
 class Brought(Struct, frozen=True):
@@ -86,6 +90,7 @@ class Rebalance:
         dispatch: Dispatch,
         observation: Observation,
         operations: Operations,
+        store: Store,
         *,
         is_on: bool,
         budget_bytes: int,
@@ -94,18 +99,19 @@ class Rebalance:
         self._clock = dispatch.clock
         self._observation = observation
         self._operations = operations
+        self._store = store
         self._brought: dict[tuple[AgentId, str], datetime] = {}
         self._turn = asyncio.Lock()
         self.is_on = is_on
         self.budget_bytes = budget_bytes
 
     def export_state(self) -> Moves:
-        """The copies that advice has brought and that are still there."""
+        """The copies that advice has brought and that are still there, or on their way."""
         there = {agent.id: agent.inventory.available for agent in self._registry}
         self._brought = {
             (agent_id, key): at
             for (agent_id, key), at in self._brought.items()
-            if key in there.get(agent_id, {})
+            if key in there.get(agent_id, {}) or self._operations.brings(key, agent_id)
         }
         return Moves([Brought(agent_id, key, at) for (agent_id, key), at in self._brought.items()])
 
@@ -117,7 +123,7 @@ class Rebalance:
         """Follow the best piece of advice every now and then, while it is on; until cancelled."""
         while True:
             await asyncio.sleep(REBALANCE_SECONDS)
-            if not self.is_on:
+            if not self.is_on or self._operations.handed_over:
                 continue
             with suppress(OllamaCoordinatorError):
                 await self.apply(HOURS, most=1, copies_alone=True)
@@ -162,7 +168,7 @@ class Rebalance:
                 piece.model, keep_alive=KEEP_ALIVE, embeds=_embeds(agent, key)
             )
             return self._done(piece, self._start(command, agent), [])
-        if key in agent.inventory.available or (agent.id, key) in self._brought:
+        if key in agent.inventory.available or self._operations.brings(key, agent.id):
             return self._nothing(piece, "it has the model by now, or gets it")
         victims = self.victims(agent, piece, wanted)
         if victims is None:
@@ -177,8 +183,10 @@ class Rebalance:
             self._audit(
                 f"deleted {row.model.name} on {agent.name} for {piece.model}", row.key, piece
             )
-        self._brought[agent.id, key] = datetime.now(UTC)
         started = self._start(AgentCommand.pull(piece.model, origin=FLEET), agent)
+        self._brought[agent.id, key] = datetime.now(UTC)
+        # At once, as what is deferred of it: a leader that is lost leaves both or neither.
+        self._store.note_document(DOCUMENT, lambda: msgspec.json.encode(self.export_state()))
         return self._done(piece, started, [row.model.name for row in victims])
 
     def victims(

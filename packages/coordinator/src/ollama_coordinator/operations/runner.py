@@ -45,7 +45,10 @@ EXPIRE_SECONDS = 60.0
 
 
 class Operations:
-    """Runs operations; open between `async with` only."""
+    """Runs operations; open between `async with` only.
+
+    `handed_over`: another coordinator leads, or will; what is deferred is its concern.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Operations:
         self._supply = Supply(dispatch, transfers, remote)
         self.worker = Worker(dispatch, monitor, self._supply, deferred, return_seconds)
         self._tasks = OwnedTasks()
+        self.handed_over = False
         self._running: dict[str, Operation] = {}
         self._ended: deque[Operation] = deque(maxlen=REMEMBERED)
 
@@ -115,6 +119,15 @@ class Operations:
     def makes_later(self, key: str) -> bool:
         """Whether an agent that is away will make a model of this routing key."""
         return self._deferred.makes(key)
+
+    def brings(self, key: str, agent_id: AgentId) -> bool:
+        """Whether an agent is getting a model of this routing key, or will."""
+        for operation in self._running.values():
+            target = operation.targets.get(agent_id)
+            is_pull = operation.kind is OperationKind.PULL and operation.command.key == key
+            if is_pull and target is not None and not target.state.is_over:
+                return True
+        return self._deferred.makes(key, agent_id)
 
     def pending(self) -> list[DeferredCommand]:
         """The commands of agents that are away."""
@@ -210,9 +223,19 @@ class Operations:
     def close(self, reason: str) -> None:
         """End every operation with an error; deferred commands stay for the next process."""
         for operation in list(self._running.values()):
-            operation.error = Refused(503, reason)
-            if operation.task is not None:
-                operation.task.cancel()
+            self._end(operation, reason)
+
+    def hand_over(self) -> None:
+        """Leave to the next leader what it resumes; what clients follow here goes on here."""
+        self.handed_over = True
+        for operation in list(self._running.values()):
+            if operation.detached:
+                self._end(operation, "another coordinator goes on with it")
+
+    def _end(self, operation: Operation, reason: str) -> None:
+        operation.error = Refused(503, reason)
+        if operation.task is not None:
+            operation.task.cancel()
 
     async def _run(self, operation: Operation) -> None:
         try:
@@ -260,6 +283,8 @@ class Operations:
     async def _sweep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            if self.handed_over:
+                continue
             try:
                 await self._supply.sweep()
             except Exception:
@@ -268,7 +293,7 @@ class Operations:
     # ── deferred commands ─────────────────────────────────────────────────────────────────────
 
     async def _resume_for_ever(self) -> None:
-        while True:
+        while not self.handed_over:
             try:
                 self._resume(self._clock.now())
             except Exception:
@@ -276,18 +301,27 @@ class Operations:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _resume(self, now: float) -> None:
-        """Start deferred commands of agents that are back, one at a time on each agent."""
+        """Start deferred commands of agents that are back, one at a time on each agent.
+
+        Those that do the same are one operation, as before a restart: a model comes once from the
+        internet. After that, pulls wait until it is known which agents give models away.
+        """
         running = list(self._running.values())
         busy = {t.agent_id for o in running for t in o.targets.values() if not t.state.is_over}
+        unheard = any(a.is_unheard and self._registry.is_online(a, now) for a in self._registry)
+        back: dict[AgentCommand, list[AgentState]] = {}
         for deferred in self._deferred.all():
-            agent = self._registry.find(deferred.agent_id)
+            agent, command = self._registry.find(deferred.agent_id), deferred.command
             if agent is None:
                 self._deferred.forget(deferred.agent_id)
             elif agent.id not in busy and self._registry.is_reachable(agent, now):
                 busy.add(agent.id)
                 # The operation that deferred it may still run on other agents: not beside it.
-                if deferred.command not in [o.command for o in running if agent.id in o.targets]:
-                    self.start(deferred.command, [agent], detached=True, resumed=True)
+                is_beside = command in [o.command for o in running if agent.id in o.targets]
+                if not is_beside and not (unheard and command.kind is OperationKind.PULL):
+                    back.setdefault(command, []).append(agent)
+        for command, agents in back.items():
+            self.start(command, agents, detached=True, resumed=True)
 
 
 def _facts(operation: Operation) -> dict[str, object]:

@@ -63,6 +63,7 @@ class Supply:
         self._clock: Clock = dispatch.clock
         self._transfers = transfers
         self._remote = remote
+        self._seen_passing: set[tuple[AgentId, str]] = set()
 
     def plan(self, operation: Operation) -> None:
         """Choose the seed of a pull; without any, each target pulls from the internet."""
@@ -266,14 +267,20 @@ class Supply:
             raise WriterLost(str(exc)) from exc
 
     async def sweep(self) -> None:
-        """Delete what transfers that were cut off left under names of passage."""
-        now = self._clock.now()
+        """Delete what transfers that were cut off left under names of passage.
+
+        Not while a transfer to the same agent is under way, which may need the same files, and not
+        at the first sight of it: another coordinator may be ending what it began.
+        """
+        now, seen = self._clock.now(), set[tuple[AgentId, str]]()
         for agent in list(self._registry):
-            if not self._registry.is_reachable(agent, now):
+            if not self._registry.is_reachable(agent, now) or self._transfers.is_taking(agent):
                 continue
             for passing in agent.inventory.passing:
-                if not self._transfers.is_open(ModelName.parse(passing).namespace):
+                seen.add((agent.id, passing))
+                if (agent.id, passing) in self._seen_passing:
                     await self._quick(agent, AgentCommand.delete(passing))
+        self._seen_passing = seen
 
 
 def _full(digest: str | None) -> str | None:

@@ -305,9 +305,9 @@ class Transfers:
         """The transfer under way with this namespace."""
         return self._open.get(namespace) if is_passing(namespace) else None
 
-    def is_open(self, namespace: str) -> bool:
-        """Whether a transfer is under way with this namespace."""
-        return namespace.lower() in self._open
+    def is_taking(self, agent: AgentState) -> bool:
+        """Whether a transfer to this agent is under way."""
+        return any(transfer.receiver is agent for transfer in self._open.values())
 
     async def publish(self, name: ModelName) -> Transfer | None:
         """What a caller without a ticket is shown of a model; `None`: nobody has it."""

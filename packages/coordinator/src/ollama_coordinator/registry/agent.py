@@ -377,6 +377,11 @@ class AgentState:
         return self.report is None and self.registration.instance_id is None and not self.left
 
     @property
+    def is_unheard(self) -> bool:
+        """Whether its daemon has reported nothing since this process knows it."""
+        return self.report is None and not self.is_bare
+
+    @property
     def brings_inventory(self) -> bool:
         """Whether its heartbeats list the models; else the monitor asks its Ollama."""
         return self.report is not None and self.report.tags is not UNSET
