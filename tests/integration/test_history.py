@@ -409,3 +409,18 @@ async def test_statistics_of_an_unknown_agent_are_404(coordinator: Running) -> N
     url = f"{coordinator.url}/api/statistics?agent=nobody"
     async with coordinator.session.get(url) as response:
         assert response.status == 404
+
+
+@pytest.mark.spec("DASH-7")
+async def test_a_prompt_whose_length_nobody_told_is_not_shown_as_none(
+    coordinator: Running,
+) -> None:
+    async with StandIn() as ollama:
+        await coordinator.register(ollama, "first")
+        async with coordinator.stream("/v1/chat/completions") as response:
+            assert response.status == 200
+            await response.read()
+        await coordinator.until(lambda: coordinator.parts.observation.journal.recent)
+        ended = coordinator.parts.observation.journal.recent[-1].request
+        assert ended.prompt_tokens is None
+        assert ended.output_tokens

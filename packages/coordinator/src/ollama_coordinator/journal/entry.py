@@ -282,7 +282,8 @@ def finished(
     output = timings.output_tokens if timings is not None else held.records if held else None
     if held is not None and held.passed_on:
         output = 0  # `before` has them
-    prompt = timings.prompt_tokens - before if timings is not None else None
+    # A stream that ends without a count says nothing of its prompt, which had some tokens.
+    prompt = max(timings.prompt_tokens - before, 0) or None if timings is not None else None
     return Finished(
         id=request.id,
         status=status,
@@ -301,7 +302,7 @@ def finished(
         streamed=streamed,
         lane=request.lane.value,
         alias=request.alias,
-        prompt_tokens=None if prompt is None else max(prompt, 0),
+        prompt_tokens=prompt,
         output_tokens=None if output is None else before + output,
         load_seconds=timings.load_seconds if timings is not None else None,
         first_token_seconds=_first_token(entry, now),

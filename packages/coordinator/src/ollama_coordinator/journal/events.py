@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 
 from msgspec import Struct
 
+from ollama_coordinator_common.names import DEFAULT_HOST, DEFAULT_NAMESPACE
+
 EVENTS_PER_AGENT = 100
 """As many lines as a page shows."""
 
@@ -23,6 +25,16 @@ PACKAGE = "ollama_coordinator"
 _NOT_FACTS = frozenset(vars(logging.makeLogRecord({}))) | {
     "agent", "agent_id", "asctime", "message", "taskName",
 }  # fmt: skip
+
+
+_OWN = f"{DEFAULT_HOST}/{DEFAULT_NAMESPACE}/"
+
+
+def _text(value: object) -> str:
+    """A fact as people read it: without what most names of models begin with."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(map(_text, value))
+    return str(value).removeprefix(_OWN)
 
 
 class AgentEvent(Struct, frozen=True):
@@ -64,7 +76,7 @@ class EventLog(logging.Handler):
         agent_id = getattr(record, "agent_id", "")
         agent_id = agent_id if isinstance(agent_id, str) else ""
         facts = {
-            key: str(value)
+            key: _text(value)
             for key, value in vars(record).items()
             if key not in _NOT_FACTS and value is not None
         }

@@ -44,7 +44,16 @@ async function show() {
   if (!first) view.querySelector("h1")?.focus();
 }
 
+/** Text that is cut is told whole to who points at it. */
+function tellWhole({ target }) {
+  const cut = target.closest?.(".clip");
+  if (!cut || (cut.title && cut.dataset.cut === undefined)) return;
+  if (cut.scrollWidth > cut.clientWidth) [cut.title, cut.dataset.cut] = [cut.textContent, ""];
+  else cut.removeAttribute("title");
+}
+
 applyTheme();
+addEventListener("pointerover", tellWhole);
 buildShell();
 listenToKeys(Object.keys(VIEWS).filter((name) => !PARTS.has(name)));
 addEventListener("hashchange", show);

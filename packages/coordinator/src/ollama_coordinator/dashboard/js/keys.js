@@ -3,13 +3,15 @@
 import { h } from "./dom.js";
 import { openDialog } from "./parts/dialog.js";
 
+/** The tenth view has the tenth digit of a keyboard. */
+const DIGITS = [..."1234567890"];
 const typing = (target) => target.closest?.("input, textarea, select, [contenteditable]") !== null;
 
 /** @param {string[]} views in the order of their digits */
 export function listenToKeys(views) {
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
-    const view = views[Number(event.key) - 1];
+    const view = views[DIGITS.indexOf(event.key)];
     if (document.querySelector("dialog[open]")) return;
     if (view) location.hash = `#/${view}`;
     else if (event.key === "?") help(views);
@@ -25,7 +27,7 @@ export function listenToKeys(views) {
 const NAMES = { fleet: "Fleet", now: "Now", attention: "Attention", models: "Models", history: "History", usage: "Usage", try: "Try it", access: "Keys", audit: "Audit", settings: "Settings" };
 
 export function help(views = Object.keys(NAMES)) {
-  const rows = views.map((name, index) => [String(index + 1), NAMES[name]]);
+  const rows = views.map((name, index) => [DIGITS[index], NAMES[name]]);
   rows.push(["/", "Search in this view"], ["Enter", "Open the selected row"], ["Esc", "Close a panel"], ["?", "This help"]);
   openDialog("Keyboard", h("table", null, h("tbody", null, rows.map(([key, text]) =>
     h("tr", null, h("td", null, h("kbd", null, key)), h("td", null, text))))));

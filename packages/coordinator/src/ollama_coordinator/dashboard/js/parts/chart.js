@@ -32,7 +32,9 @@ class Chart extends HTMLElement {
     this.none = h("p.muted.small.none", { hidden: true }, "No data in this time.");
     this.legend = h("div.legend.small");
     this.latest = h("b");
-    this.append(h("header.row", null, h("h3.grow", null, options.title), this.latest), this.legend, this.plot, this.none);
+    // One number of several lines says of which it is.
+    const which = options.series.length > 1 ? h("span.muted.small", null, options.series[0].label) : null;
+    this.append(h("header.row", null, h("h3.grow", null, options.title), this.latest, which), this.legend, this.plot, this.none);
     return this;
   }
 
@@ -97,11 +99,11 @@ class Chart extends HTMLElement {
     return {
       width: this._width(),
       height: HEIGHT,
-      padding: [8, 8, 0, 0],
+      padding: [8, 24, 0, 0],
       cursor: { y: false, points: { size: 6 } },
       legend: { show: true, live: true, mount: (_, table) => this.legend.append(table) },
       scales: { x: { time: true }, y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, 0.001)] } },
-      axes: [{ ...axis, space: 60, size: 38 }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => unit(tick)) }],
+      axes: [{ ...axis, space: 60, size: 38 }, { ...axis, size: room, values: (_, ticks) => ticks.map((tick) => unit(tick)) }],
       series: [{ label: "Time", value: (_, at) => (at ? new Date(at * 1000).toLocaleString() : "") }, ...series.map((one) => ({
         label: one.label,
         stroke: colour(one.tone),
@@ -115,6 +117,9 @@ class Chart extends HTMLElement {
     };
   }
 }
+
+/** The width of the longest label of an axis. */
+const room = (_, texts) => Math.max(62, 14 + 6.5 * Math.max(0, ...(texts ?? []).map((text) => text.length)));
 
 /** A canvas cannot read variables: what a colour is just now. */
 function resolved(element, value) {

@@ -31,7 +31,7 @@ export const isPartial = (operation) => operation.state === "done" && operation.
 
 export function operationCard(operation) {
   const state = pill(STATES);
-  const since = h("oc-since.muted.small", { at: operation.started_at });
+  const since = h("span.muted.small.nowrap", null, "for ", h("oc-since", { at: operation.started_at }));
   const name = `${(VERBS[operation.kind] ?? operation.kind).toLowerCase()} of ${model(operation.model)}`;
   const cancel = h("button.ghost.small.danger", { onclick: async () => {
     if (await confirmed(`Cancel the ${name}?`, "It ends on every machine. What was fetched stays for the next time.", "Cancel it")) act(() => call("DELETE", path(["api", "operations", operation.id])));

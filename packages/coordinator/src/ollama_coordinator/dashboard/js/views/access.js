@@ -3,6 +3,7 @@
 import { View } from "../view.js";
 import { call, get } from "../api.js";
 import { h } from "../dom.js";
+import { fullTime, time } from "../format.js";
 import { columnHead, empty } from "../parts/bits.js";
 import { confirmed, openDialog } from "../parts/dialog.js";
 import { act } from "../parts/toast.js";
@@ -23,7 +24,7 @@ class AccessView extends View {
     const table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Keys"),
       h("thead", null, h("tr", null, ["Name", "Key", "Rights", "Models", "State", "Last used", ""].map(columnHead))), this.rows));
     this.append(this.head("Keys", h("button.primary", { onclick: () => this.make() }, "Make a key")),
-      h("p.muted", null, "From the first key on, everybody on the network needs one, but the machines of the fleet: make the first for yourself."),
+      h("p.muted.intro", null, "From the first key on, everybody on the network needs one, but the machines of the fleet: make the first for yourself."),
       this.nothing, table);
     this.load();
   }
@@ -42,9 +43,9 @@ class AccessView extends View {
     const until = key.expires_at ? `until ${new Date(key.expires_at).toLocaleString()}` : "in force";
     const revoke = key.revoked_at ? null : h("button.small.danger", { onclick: () => this.revoke(key) }, "Revoke");
     return h("tr", { "data-name": key.name }, h("th", { scope: "row" }, key.name), h("td.mono", null, `${key.hint}…`),
-      h("td", null, key.rights.join(", ")), h("td", null, key.models.join(", ") || "all"),
+      h("td", { "data-label": "rights" }, key.rights.join(", ")), h("td", { "data-label": "models" }, key.models.join(", ") || "all"),
       h("td", null, h(ended ? "span.pill.bad" : "span.pill.good", null, ended || until)),
-      h("td", null, key.last_used_at ? new Date(key.last_used_at).toLocaleString() : "never"), h("td", null, revoke));
+      h("td", { "data-label": "last used", title: key.last_used_at ? fullTime(key.last_used_at) : null }, key.last_used_at ? time(key.last_used_at) : "never"), h("td", null, revoke));
   }
 
   async revoke(key) {

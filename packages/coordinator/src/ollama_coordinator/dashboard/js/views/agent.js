@@ -21,12 +21,12 @@ class AgentView extends View {
   build() {
     this.heading = h("span");
     this.pill = agentPill();
-    this.since = h("oc-since.muted");
+    this.since = h("oc-since");
     const agent = () => store.state.agents[this.argument];
     this.drainButton = h("button", { onclick: () => drain(agent()) }, "Drain");
     this.wakeButton = h("button", { onclick: () => wake(agent()), title: "Send a magic packet (Wake-on-LAN)" }, "Wake");
     this.restartButton = h("button", { onclick: () => restart(agent()), title: "Its agent started this Ollama" }, "Restart Ollama");
-    const head = this.head(this.heading, this.pill, this.since, h("div.row.wrap.end", null, this.wakeButton, this.drainButton,
+    const head = this.head(this.heading, this.pill, h("span.muted.nowrap", null, "for ", this.since), h("div.row.wrap.end", null, this.wakeButton, this.drainButton,
       h("button", { onclick: () => edit(agent()) }, "Edit"), this.restartButton,
       h("button.danger", { onclick: async () => { if (await remove(agent())) location.hash = "#/fleet"; } }, "Remove")));
     this.reason = h("p.notice.bad", { hidden: true });
@@ -124,16 +124,17 @@ function findingRow(finding) {
 
 function box(columns, body) {
   const texts = new Set(["Model", "Result", "Agent", "Client", "Ended", "In memory"]);
-  return h("div.table-box", null, h("table.stacked", null, h("thead", null, h("tr", null, columns.map((text) => h(texts.has(text) ? "th" : "th.num", { scope: "col" }, text)))), body));
+  return h("div.table-box", null, h("table.stacked.finished", null, h("thead", null, h("tr", null, columns.map((text) => h(texts.has(text) ? "th" : "th.num", { scope: "col" }, text)))), body));
 }
 
 function modelRow(row) {
   const estimate = row.estimate;
   const measured = estimate ? estimate.samples[1] : 0;
   const per = (value) => (estimate ? `${rate(value)} tok/s` : "–");
-  return h(estimate && !measured ? "tr.guessed" : "tr", null, h("td", null, model(row.name)), h("td.num", null, bytes(row.size)), h("td", null, row.loaded ? h("span.pill.good", null, "loaded") : ""),
-    h("td.num", null, per(estimate?.prefill_tokens_per_second)), h("td.num", null, per(estimate?.decode_tokens_per_second)), h("td.num", null, estimate ? seconds(estimate.load_seconds) : "–"),
-    h("td.num", null, estimate ? count(estimate.slots) : "–"), h("td.num.muted", { title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} time${measured === 1 ? "" : "s"}` : "estimated"));
+  const cell = (label, text) => h("td.num", { "data-label": label }, text);
+  return h(estimate && !measured ? "tr.guessed" : "tr", null, h("td", null, h("a", { href: `#/models/${encodeURIComponent(row.name)}` }, model(row.name))), cell("size", bytes(row.size)), h("td", null, row.loaded ? h("span.pill.good", null, "loaded") : ""),
+    cell("reads", per(estimate?.prefill_tokens_per_second)), cell("writes", per(estimate?.decode_tokens_per_second)), cell("loads in", estimate ? seconds(estimate.load_seconds) : "–"),
+    cell("at once", estimate ? count(estimate.slots) : "–"), h("td.num.muted", { "data-label": "measured", title: measured ? "" : "Estimated from the model's size until it is measured" }, measured ? `${count(measured)} time${measured === 1 ? "" : "s"}` : "estimated"));
 }
 
 customElements.define("agent-view", AgentView);

@@ -54,7 +54,7 @@ function concernRow(concern) {
   const about = concern.model && h("a", { href: `#/models/${encodeURIComponent(concern.model)}` }, model(concern.model));
   const subject = h("span", null, agent && about ? [agent, " · ", about] : agent || about || h("b", null, concern.subject));
   const text = h("p");
-  const row = h("li.card", null, severity, subject, h("oc-since.muted.small", { at: concern.since }), text);
+  const row = h("li.card", null, severity, subject, h("span.muted.small.nowrap", null, "for ", h("oc-since", { at: concern.since })), text);
   row.update = (now) => {
     setAttr(row, "data-severity", now.severity);
     setText(severity, now.severity);

@@ -21,7 +21,7 @@ class HistoryView extends View {
     this.pages = [""];
     this.form = h("div.row.wrap.filters");
     this.body = h("tbody");
-    this.table = h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, "Finished requests"),
+    this.table = h("div.table-box", null, h("table.stacked.finished", null, h("caption.visually-hidden", null, "Finished requests"),
       h("thead", null, h("tr", null, HISTORY_COLUMNS.map(([text, kind]) => h(kind ? `th.${kind}` : "th", { scope: "col" }, text)))), this.body));
     this.nothing = h("div");
     this.newer = h("button", { onclick: () => { this.pages.pop(); this.load(); } }, "Newer");
@@ -51,7 +51,7 @@ class HistoryView extends View {
     const when = (name, label) => h("label.row.small.muted", null, label, h("input.inline-field", { type: "datetime-local", value: local(this.filters[name]), onchange: (event) => this.filter(name, event.target.value ? new Date(event.target.value).toISOString() : "") }));
     this.form.replaceChildren(select("model", "Every model", choices.model, model), select("agent", "Every agent", choices.agent), select("client", "Every client", choices.client),
       h("select.inline-field", { "aria-label": "Result", onchange: (event) => this.filter("status", event.target.value) }, STATUSES.map(([value, label]) => h("option", { value, selected: value === this.filters.status }, label))),
-      when("since", "From"), when("until", "to"), h("span.row.end", null, this.exportLink("csv"), this.exportLink("json")));
+      h("span.row.wrap", null, when("since", "From"), when("until", "to")), h("span.row.end", null, this.exportLink("csv"), this.exportLink("json")));
     this.setLinks();
   }
 
@@ -109,8 +109,8 @@ export function historyRow(request) {
   status.update(request.status);
   const open = () => openWhy(request.id);
   return h("tr.clickable", { tabindex: "0", onclick: open, onkeydown: (event) => openByKey(event, request.id) },
-    h("td.nowrap", { title: fullTime(request.finished_at) }, time(request.finished_at)), h("td", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
-    h("td", { title: request.error }, status), h("td", null, request.agent ?? "–"), h("td.muted", null, request.client),
+    h("td.nowrap", { title: fullTime(request.finished_at) }, time(request.finished_at)), h("td.clip", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
+    h("td", { title: request.error }, status), h("td.clip", { "data-label": request.agent ? null : "agent" }, request.agent ?? "–"), h("td.muted.clip", null, request.client),
     [["waited", seconds(request.waited_seconds)], ["first token", seconds(request.first_token_seconds)], ["prompt", count(request.prompt_tokens)], ["tokens", count(request.output_tokens)],
       ["tok/s", rate(request.tokens_per_second)], ["took", seconds(request.total_seconds)]].map(([label, text]) => h("td.num", { "data-label": label }, text)));
 }

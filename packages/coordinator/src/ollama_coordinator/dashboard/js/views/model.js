@@ -69,7 +69,7 @@ class ModelView extends View {
 const TEXTS = new Set(["Agent", "In memory", "By its size", "Client", "Last", "Ended", "Model", "Result", ""]);
 
 function table(caption, columns, body) {
-  return h("div.table-box", null, h("table.stacked", null, h("caption.visually-hidden", null, caption),
+  return h("div.table-box", null, h("table.stacked.finished", null, h("caption.visually-hidden", null, caption),
     h("thead", null, h("tr", null, columns.map((text) => h(TEXTS.has(text) ? "th" : "th.num", { scope: "col" }, text || h("span.visually-hidden", null, "Actions"))))), body));
 }
 
@@ -82,7 +82,7 @@ function machineRow(agent, row, learned) {
   const loaded = row.loaded_on.includes(agent.id);
   const context = row.contexts[agent.id];
   return h(learned && !measured ? "tr.guessed" : "tr", null, agentLink(agent),
-    h("td", null, loaded ? h("span.pill.good", null, context ? `context ${context.toLocaleString()}` : "loaded") : h("span.muted", null, "no")),
+    h("td", { "data-label": loaded ? null : "in memory" }, loaded ? h("span.pill.good", null, context ? `context ${context.toLocaleString()}` : "loaded") : h("span.muted", null, "no")),
     cell("reads", learned ? `${rate(learned.prefill_tokens_per_second)} tok/s` : "–"), cell("writes", learned ? `${rate(learned.decode_tokens_per_second)} tok/s` : "–"),
     cell("loads in", learned ? seconds(learned.load_seconds) : "–"), cell("at once", learned ? count(learned.slots) : "–"), cell("measured", measured ? `${count(measured)} time${measured === 1 ? "" : "s"}` : "estimated"));
 }
@@ -107,7 +107,7 @@ function byClient(requests) {
 }
 
 function userRow(user) {
-  return h("tr", null, h("th", { scope: "row" }, user.client), cell("requests", count(user.requests)), cell("tokens", count(user.tokens)), cell("failed", user.failed ? count(user.failed) : ""), h("td.muted", null, time(user.last)));
+  return h("tr", null, h("th", { scope: "row" }, user.client), cell("requests", count(user.requests)), cell("tokens", count(user.tokens)), cell("failed", user.failed ? count(user.failed) : ""), h("td.muted", { "data-label": "last" }, time(user.last)));
 }
 
 customElements.define("model-view", ModelView);

@@ -92,8 +92,8 @@ function liveRow(request) {
     button.disabled = true;
     await act(() => call("DELETE", path(["api", "requests", request.id])), "Cancelled");
   };
-  const row = openable(request.id, h("td", null, name, h("span.muted.small", null, ` ${request.path}`)), h("td", null, state), agent, place, tokens, speed,
-    h("td.num", { "data-label": "for" }, elapsed), h("td.muted", null, request.client),
+  const row = openable(request.id, h("td.clip", null, name, h("span.muted.small", null, ` ${request.path}`)), h("td", null, state), agent, place, tokens, speed,
+    h("td.num", { "data-label": "for" }, elapsed), h("td.muted.clip", null, request.client),
     h("td.num", null, h("button.ghost.small.danger", { onclick: cancel, "aria-label": `Cancel the request for ${model(request.model)}` }, icon("close"), "Cancel")));
   const line = document.createTextNode("");
   place.append(line, starts);
@@ -121,11 +121,11 @@ function liveRow(request) {
 function overRow(request) {
   const status = requestPill();
   status.update(request.status);
-  const row = openable(request.id, h("td", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
+  const row = openable(request.id, h("td.clip", null, model(request.model), h("span.muted.small", null, ` ${request.path}`)),
     h("td", { title: request.error ?? "" }, status), h("td.clip", null, request.agent ?? "–"),
     ...[["waited", seconds(request.waited_seconds)], ["first token", seconds(request.first_token_seconds)], ["tokens", count(request.output_tokens)],
       ["tok/s", rate(request.tokens_per_second)], ["took", seconds(request.total_seconds)]].map(([label, text]) => h("td.num", { "data-label": label }, text)),
-    h("td.muted", null, request.client), h("td.nowrap.muted", { title: fullTime(request.finished_at) }, time(request.finished_at)));
+    h("td.muted.clip", null, request.client), h("td.nowrap.muted", { title: fullTime(request.finished_at) }, time(request.finished_at)));
   return row;
 }
 

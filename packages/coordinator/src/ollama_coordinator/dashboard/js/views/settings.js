@@ -92,7 +92,7 @@ class SettingsView extends View {
   }
 }
 
-const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value));
+const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? ""));
 
 const SPOKEN = { true: "yes", false: "no" };
 

@@ -74,10 +74,11 @@ class UsageView extends View {
     const name = one[this.kind];
     const shown = name ? (this.kind === "model" ? model(name) : name) : NAMELESS[this.kind];
     const share = all ? one.gpu_seconds / all : 0;
+    const percentage = `${Math.round(100 * share)} %`;
     return h("tr", { "data-name": name }, h("th", { scope: "row" }, shown),
       [["requests", count(one.requests)], ["read", count(one.prompt_tokens)], ["written", count(one.output_tokens)], ["GPU time", coarse(one.gpu_seconds)]]
         .map(([label, text]) => h("td.num", { "data-label": label }, text)),
-      h("td.num", { "data-label": "share" }, h("meter", { min: 0, max: 1, value: share, title: `${Math.round(100 * share)} % of the machines' time` })));
+      h("td.num", { "data-label": "share" }, h("meter", { min: 0, max: 1, value: share, title: `${percentage} of the machines' time` }), ` ${percentage}`));
   }
 }
 
