@@ -1,12 +1,21 @@
 """Large embedding requests that several machines embed."""
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
 
-from ollama_coordinator.api.inference.portions import MOST_TEXTS, PORTION_TOKENS
+from ollama_coordinator.api.inference.portions import (
+    MOST_TEXTS,
+    PORTION_TOKENS,
+    TEXT_BYTES,
+    Portion,
+    PortionAnswer,
+)
+from ollama_coordinator.memory import SPARED, memory_share
 from support.coordinator import Running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import Hardware, Model, StandIn
 
 EMBEDDER = Model("embedder", size_bytes=300_000_000, capabilities=("embedding",))
@@ -26,6 +35,10 @@ async def nodes(coordinator: Running) -> Any:
         for name, node in (("one", one), ("two", two)):
             await coordinator.register(node, name)
             await node.load("embedder")
+        parts = coordinator.parts
+        agents = list(parts.registry)
+        await parts.monitor.refresh(agents, older_than=0.0, seconds=DEADLINE_SECONDS)
+        await coordinator.until(lambda: all(agent.inventory.loaded for agent in agents))
         yield one, two
 
 
@@ -173,3 +186,63 @@ async def test_one_machine_gets_all_of_it(coordinator: Running) -> None:
         await coordinator.register(node)
         assert (await coordinator.post("/api/embed", body()))[0] == 200
         assert node.seen.count("/api/embed") == 1
+
+
+def kept() -> list[object]:
+    """What is in memory of divided requests, before any garbage is collected."""
+    return [each for each in gc.get_objects() if isinstance(each, Portion | PortionAnswer)]
+
+
+@pytest.mark.spec("PROXY-53")
+async def test_without_room_for_its_answers_a_request_goes_out_whole(
+    coordinator: Running, nodes: tuple[StandIn, StandIn]
+) -> None:
+    for node in nodes:
+        node.hold_prompts()
+    room = coordinator.parts.room
+    first = asyncio.ensure_future(coordinator.post("/api/embed", body()))
+    await coordinator.until(lambda: len(list(coordinator.parts.dispatch.held())) == 4)
+    for_one = room.used
+    room.used += memory_share() // SPARED - 2 * for_one
+    many = [asyncio.ensure_future(coordinator.post("/api/embed", body())) for _ in range(5)]
+    await coordinator.until(lambda: len(coordinator.parts.observation.journal.live) == 6)
+    assert room.used <= memory_share() // SPARED + 6 * for_one
+    for node in nodes:
+        node.release()
+    answers = await asyncio.gather(first, *many)
+    assert [(status, len(answer["embeddings"])) for status, answer in answers] == [
+        (200, len(TEXTS))
+    ] * 6
+    await coordinator.until(coordinator.at_rest)
+    rows = (await coordinator.get("/api/history"))["requests"]
+    assert sorted(row["attempts"] for row in rows) == [1, 1, 1, 1, 4, 4]
+
+
+@pytest.mark.spec("PROXY-53")
+@pytest.mark.parametrize("end", ["answered", "left", "refused", "cut"])
+async def test_the_room_of_portions_is_given_back_and_nothing_of_them_stays(
+    coordinator: Running, nodes: tuple[StandIn, StandIn], end: str
+) -> None:
+    first, second = nodes
+    first.hold_prompts()
+    if end == "refused":
+        second.faults.status(400, body="input is wrong", paths=["/api/embed"])
+    elif end == "cut":
+        second.faults.status(200, raw='{"model":"embedder"', paths=["/api/embed"])
+    room = coordinator.parts.room
+    gc.collect()
+    gc.disable()
+    try:
+        asking = asyncio.ensure_future(coordinator.post("/api/embed", body()))
+        if end in ("answered", "left"):
+            await coordinator.until(lambda: 0 < room.used < (len(TEXTS) + 4) * TEXT_BYTES)
+        if end == "left":
+            asking.cancel()
+        else:
+            first.release()
+        await asyncio.gather(asking, return_exceptions=True)
+        await coordinator.until(lambda: room.used == 0)
+        await coordinator.until(coordinator.at_rest)
+        await coordinator.until(lambda: not kept())
+    finally:
+        gc.enable()

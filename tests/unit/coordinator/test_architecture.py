@@ -78,7 +78,7 @@ LAYERS = (
     {"model_probes", "traces", "wake"},
     {"aliases", "dispatch", "simulation"},
     {"scheduler", "upstream", "agent_store", "saved_state", "access", "cluster", "tls", "identity"},
-    {"registry", "db", "http1", "aio", "agent_logs", "batches", "link", "agent_wheels"},
+    {"registry", "db", "http1", "aio", "agent_logs", "batches", "link", "agent_wheels", "memory"},
     {"clock"},
 )
 """The modules and packages of the coordinator; each imports from lower layers only."""

@@ -8,24 +8,26 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from ollama_coordinator import memory
 from ollama_coordinator.api.http import body_timeout
-from ollama_coordinator.api.http.body_timeout import (
+from ollama_coordinator.api.http.body_timeout import BodyTimeout
+from ollama_coordinator.api.http.errors import HttpError, headers_of, status_of
+from ollama_coordinator.clock import Clock
+from ollama_coordinator.db import Store, database_of
+from ollama_coordinator.memory import (
     LEAST_ROOM_BYTES,
     BodyRoom,
-    BodyTimeout,
+    NoRoom,
     cgroup_limits,
     memory_share,
 )
-from ollama_coordinator.api.http.errors import HttpError, NoRoom, headers_of
-from ollama_coordinator.clock import Clock
-from ollama_coordinator.db import Store, database_of
 from ollama_coordinator.settings import Settings
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_timeout, "ROOM_SECONDS", 0.01)
+    monkeypatch.setattr(memory, "ROOM_SECONDS", 0.01)
 
 
 async def receive_all(
@@ -75,7 +77,7 @@ async def test_a_body_without_room_is_refused() -> None:
     await room.take(6)
     with pytest.raises(NoRoom) as caught:
         await receive_all(parts_of(b"12345"), room)
-    assert (caught.value.status, headers_of(caught.value)) == (503, {"retry-after": "5"})
+    assert (status_of(caught.value), headers_of(caught.value)) == (503, {"retry-after": "5"})
     assert room.used == 6
     announced = [(b"content-length", b"5")]
     with pytest.raises(NoRoom):
@@ -88,7 +90,7 @@ async def test_a_body_without_room_is_refused() -> None:
 async def test_who_waits_for_room_goes_on_when_there_is_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(body_timeout, "ROOM_SECONDS", 60.0)
+    monkeypatch.setattr(memory, "ROOM_SECONDS", 60.0)
     room = BodyRoom(10, Clock())
     await room.take(6)
     first = asyncio.create_task(receive_all(parts_of(b"12345"), room))

@@ -31,7 +31,7 @@ from .agent_queries import AgentQueries, CloudAccess, ModelInfo
 from .agent_store import AgentStore
 from .aio import beside
 from .aliases import Aliases
-from .api.http.body_timeout import BodyRoom, BodyTimeout, memory_share
+from .api.http.body_timeout import BodyTimeout
 from .api.http.cors import Cors
 from .api.http.dialects import INFERENCE_ROUTES
 from .api.http.errors import error_reply, status_of
@@ -47,6 +47,7 @@ from .feed import Feed, Snapshots
 from .identity import Identity
 from .journal import Limits, Observation, SavedSparklines
 from .link import Links
+from .memory import BodyRoom, memory_share
 from .monitor import Monitor
 from .operations import (
     MOVES,
@@ -160,6 +161,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
         snapshots=snapshots,
         feed=Feed(snapshots.take),
         reading=asyncio.Lock(),
+        room=BodyRoom(memory_share() // config.workers, clock),
     )
 
 
@@ -266,8 +268,7 @@ class _App(Starlette):
         inference = [route.path for route in INFERENCE_ROUTES]
         app = Shortcut(super().build_middleware_stack(), self.router.routes, inference)
         parts: Parts = self.state.parts
-        room = BodyRoom(memory_share() // parts.settings.config.workers, parts.clock)
-        timed = BodyTimeout(app, parts.settings, room, parts.clock)
+        timed = BodyTimeout(app, parts.settings, parts.room, parts.clock)
         guarded: ASGIApp = CircleGuard(timed, parts.upstreams.instance_id)
         if parts.settings.config.access_log:
             guarded = AccessLog(guarded)

@@ -21,6 +21,7 @@ from .http1 import ConnectionLimits
 from .identity import Identity
 from .journal import Observation
 from .link import Links
+from .memory import BodyRoom
 from .monitor import Monitor
 from .operations import (
     Blobs,
@@ -50,6 +51,7 @@ class Parts(Struct, kw_only=True, eq=False):
     `pass_on`: to the coordinator that leads, where this one does not any more: an ASGI scope, the
     whole body, how to receive and to send, and the seconds since the body is here.
     `reading`: large bodies are read one at a time, see `json_edit`.
+    `room`: the memory of request bodies, and of the answers that are kept.
     `stopping`: `GET /readyz` answers 503, so that load balancers send no further requests.
     """
 
@@ -85,6 +87,7 @@ class Parts(Struct, kw_only=True, eq=False):
     snapshots: Snapshots
     feed: Feed
     reading: asyncio.Lock
+    room: BodyRoom
     connections: ConnectionLimits | None = None
     pass_on: PassOn | None = None
     stopping: bool = False

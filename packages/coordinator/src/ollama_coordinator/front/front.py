@@ -21,12 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from yarl import URL
 
 from ollama_coordinator.aio import Interrupt, beside, first_of
-from ollama_coordinator.api.http.body_timeout import (
-    BodyRoom,
-    BodyTimeout,
-    memory_share,
-    until_disconnect,
-)
+from ollama_coordinator.api.http.body_timeout import BodyTimeout, until_disconnect
 from ollama_coordinator.api.http.cors import Cors
 from ollama_coordinator.api.http.dialects import INFERENCE_ROUTES, dialect_of, error_record
 from ollama_coordinator.api.http.errors import ClientLeft, HttpError, send_error
@@ -55,6 +50,7 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.cluster import Cluster, Coordinator
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.http1 import EXCHANGE
+from ollama_coordinator.memory import BodyRoom, memory_share
 from ollama_coordinator.settings import Settings
 from ollama_coordinator.upstream import (
     SMALL_ANSWER_BYTES,

@@ -1,20 +1,19 @@
 """How long a request's body may take to come, and how a handler learns that its client left."""
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from math import inf
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_coordinator.aio import Interrupt
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
+from ollama_coordinator.memory import BodyRoom
 from ollama_coordinator.settings import Settings
 
-from .errors import ClientLeft, HttpError, NoRoom
+from .errors import ClientLeft, HttpError
 
 LEAST_BYTES_A_SECOND = 1024
 """Of a body as a whole, less than any modem sends."""
@@ -22,97 +21,11 @@ LEAST_BYTES_A_SECOND = 1024
 GRACE_SECONDS = 60.0
 """For so long a body may be slower, beside the time that its bytes have earned."""
 
-ROOM_SECONDS = 10.0
-"""How long a body waits for room: others are read within seconds, or answered."""
-
-SHARE = 4
-"""Bodies take at most one byte in so many of the machine's memory."""
-
-LEAST_ROOM_BYTES, MEMORY_BYTES = 64 * 1024 * 1024, 4 * 1024**3
-"""Room for bodies in any case, as the largest one by default needs; a machine's memory where the
-platform does not tell."""
-
 LENGTH_DIGITS = 20
 """Of a Content-Length; Python refuses to convert thousands of them."""
 
 STREAMED = "/api/blobs/"
 """Where a body goes to the disk as it comes."""
-
-
-CGROUPS = {"": ("/sys/fs/cgroup", "memory.max")} | {
-    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-}
-"""Where Linux says what a service or a container may take, in cgroups 2 and 1; `max`: no limit."""
-
-
-def cgroup_limits(own: str = "/proc/self/cgroup") -> Iterator[str]:
-    """The files with the limits of this process's cgroup, and of those around it."""
-    with suppress(OSError, ValueError):
-        for line in Path(own).read_text("utf-8").splitlines():
-            _, controllers, name = line.split(":", 2)
-            for root, file in (CGROUPS[one] for one in controllers.split(",") if one in CGROUPS):
-                folder = Path(root, name.lstrip("/"))
-                while folder.is_relative_to(root):
-                    yield str(folder / file)
-                    folder = folder.parent
-
-
-def _own_limits() -> Iterator[int]:
-    """What this process may take by `ulimit -v` and `-d`, or systemd's LimitAS and LimitDATA."""
-    with suppress(ImportError):  # as on Windows
-        import resource
-
-        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-            soft, _ = resource.getrlimit(kind)
-            if soft != resource.RLIM_INFINITY:
-                yield soft
-
-
-def memory_share(limits: Iterable[str] | None = None) -> int:
-    """The bytes that request bodies may take; `limits` are files with what all may take."""
-    memory = MEMORY_BYTES
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = min([memory, *_own_limits()])
-    for path in cgroup_limits() if limits is None else limits:
-        with suppress(OSError, ValueError):
-            memory = min(memory, int(Path(path).read_text("ascii")))
-    return max(memory // SHARE, LEAST_ROOM_BYTES)
-
-
-class BodyRoom:
-    """The memory that all request bodies take together, at most `limit` bytes.
-
-    A body that does not fit waits, and is not read from its socket meanwhile; the longest waiting
-    one is next. One that is larger than the limit is let in alone.
-    """
-
-    def __init__(self, limit: int, clock: Clock) -> None:
-        self._limit = limit
-        self._clock = clock
-        self.used = 0
-        self._next = asyncio.Lock()
-        self._freed = asyncio.Event()
-
-    async def take(self, size: int) -> None:
-        """Wait for room for so many bytes.
-
-        Raises:
-            NoRoom: there was none for `ROOM_SECONDS`.
-        """
-        try:
-            async with self._clock.timeout(ROOM_SECONDS), self._next:
-                while self.used and self.used + size > self._limit:
-                    self._freed.clear()
-                    await self._freed.wait()
-                self.used += size
-        except TimeoutError as exc:
-            raise NoRoom from exc
-
-    def give_back(self, size: int) -> None:
-        """These bytes are free again."""
-        self.used -= size
-        self._freed.set()
 
 
 class BodyTimeout:

@@ -20,6 +20,7 @@ from ollama_coordinator.agent_queries import CloudDisabled
 from ollama_coordinator.aliases import AliasInTheWay, UnknownAlias, WrongAlias
 from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.dispatch import HandedOver
+from ollama_coordinator.memory import NoRoom
 from ollama_coordinator.model_probes import CannotRestart
 from ollama_coordinator.operations import (
     NoAgentForModel,
@@ -76,6 +77,7 @@ STATUS: dict[type[OllamaCoordinatorError], int] = {
     NoAgentRegistered: 503,
     HoldersUnavailable: 503,
     QueueFull: 503,
+    NoRoom: 503,
     DoesNotPredict: 409,
     Unreachable: 503,
     AgentLost: 503,
@@ -129,13 +131,6 @@ class NoSuchModel(HttpError):
 
 class NamesNoModel(UnreadableBody, NoSuchModel):
     """The same on the routes that check the name while they read the body."""
-
-
-class NoRoom(HttpError):
-    """So many requests have large bodies that one more has to wait for the end of another."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "too many requests with large bodies; please try again")
 
 
 RETRY_SECONDS = 5

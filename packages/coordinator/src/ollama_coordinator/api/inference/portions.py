@@ -17,6 +17,7 @@ from ollama_coordinator.api.http.dialects import Dialect
 from ollama_coordinator.api.http.errors import HttpError, send_whole
 from ollama_coordinator.api.http.json_edit import Body, Scan, Span
 from ollama_coordinator.journal import JournalEntry
+from ollama_coordinator.memory import BodyRoom
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.scheduler import Request, RequestId
 
@@ -36,8 +37,9 @@ MOST_TEXTS = 4096
 """In one request that is divided: its answers are kept until the last one is there, and as many
 vectors of 4,096 numbers have 200 MB."""
 
-TEXT_BYTES = 256 * 1024
-"""Of an answer for each text: more than any vector has. A longer answer is none."""
+TEXT_BYTES = 128 * 1024
+"""Of an answer for each text: more than any vector has, 4,096 numbers take 48 KiB. A longer answer
+is none."""
 
 AGENT_HEADER = b"x-ollama-coordinator-agent"
 
@@ -54,14 +56,28 @@ class Portion(Struct, frozen=True):
 
 
 class PortionAnswer:
-    """In the place of a client's `send`: what a portion is answered."""
+    """In the place of a client's `send`: what a portion is answered.
 
-    def __init__(self, texts: int) -> None:
+    It has room for the longest answer to so many texts, until its end tells what it needs.
+    """
+
+    def __init__(self, texts: int, room: BodyRoom) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_whole = False
         self.body = bytearray()
-        self._most = (texts + 1) * TEXT_BYTES
+        self._room = room
+        self._taken = self._most = _most_bytes(texts)
+
+    def taken_out(self) -> bytearray:
+        """The body, which is not kept any more; its room is still needed for what is made of it."""
+        body, self.body = self.body, bytearray()
+        return body
+
+    def free(self, needed: int = 0) -> None:
+        """Only so many bytes are needed any more."""
+        self._room.give_back(self._taken - needed)
+        self._taken = needed
 
     async def __call__(self, message: Message) -> None:
         """Keep a part of the answer.
@@ -78,6 +94,8 @@ class PortionAnswer:
             self.is_whole = not message.get("more_body", False)
             if len(self.body) > self._most:
                 raise HttpError(503, "an agent answers a part of a large embedding without an end")
+            if self.is_whole:
+                self.free(len(self.body))
 
 
 class PortionUnserved(Exception):
@@ -104,9 +122,13 @@ class Portions:
         self._registry = parts.registry
         self._clock = parts.clock
         self._turn = parts.reading
+        self._room = parts.room
 
     async def of(self, call: Call) -> list[Portion]:
-        """The portions of a request; none where it goes out whole."""
+        """The portions of a request; none where it goes out whole.
+
+        They have their room, which `serve` gives back: nothing may be awaited in between.
+        """
         most = self._most(call)
         if most < 2:
             return []
@@ -129,7 +151,9 @@ class Portions:
                 await scan.pause()
             if len(groups) < 2:
                 return []
-            return [_portion(call, span, group, at) for at, group in enumerate(groups)]
+            portions = [_portion(call, span, group, at) for at, group in enumerate(groups)]
+            room = sum(len(one.body) + _most_bytes(one.texts) for one in portions)
+            return portions if self._room.take_spare(room) else []
 
     def _most(self, call: Call) -> int:
         request = call.request
@@ -154,28 +178,21 @@ class Portions:
             OllamaCoordinatorError: a portion was not tried at all.
         """
         entry.is_divided = True
-        serving = [asyncio.ensure_future(_served(call, one, attempts)) for one in portions]
+        answers = [PortionAnswer(portion.texts, self._room) for portion in portions]
         try:
-            await asyncio.wait(serving, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            for task in serving:
-                task.cancel()
-            await asyncio.gather(*serving, return_exceptions=True)
-        for portion, task in zip(portions, serving, strict=True):
-            if not task.cancelled() and task.exception() is not None:
-                entry.end_with(portion.request.id)
-                break
-        try:
-            answers = [task.result() for task in serving if not task.cancelled()]
+            await _all_served(call, portions, answers, entry, attempts)
             async with self._turn:
                 body = await _joined(call.route.dialect, portions, answers)
+            await _send(call.send, _headers(answers), body)
         except PortionUnserved as exc:
             return exc.failures, exc.is_poison
         except PortionRefused as exc:
             answer = exc.answer
             await send_whole(call.send, answer.status, answer.headers, bytes(answer.body))
-            return [], False
-        await _send(call.send, _headers(answers), body)
+        finally:
+            for answer in answers:
+                answer.free()
+            self._room.give_back(sum(len(portion.body) for portion in portions))
         return [], False
 
 
@@ -191,8 +208,36 @@ def _portion(call: Call, span: Span, texts: Sequence[Span], number: int) -> Port
     return Portion(len(texts), request, b"".join(parts))
 
 
-async def _served(call: Call, portion: Portion, attempts: Attempts) -> PortionAnswer:
-    answer = PortionAnswer(portion.texts)
+def _most_bytes(texts: int) -> int:
+    """Of the answer to a portion, with what is beside its vectors."""
+    return (texts + 1) * TEXT_BYTES
+
+
+async def _all_served(
+    call: Call,
+    portions: Sequence[Portion],
+    answers: Sequence[PortionAnswer],
+    entry: JournalEntry,
+    attempts: Attempts,
+) -> None:
+    """Fill the answers; with the first that fails the others end."""
+    pairs = zip(portions, answers, strict=True)
+    serving = [asyncio.ensure_future(_served(call, *pair, attempts)) for pair in pairs]
+    try:
+        await asyncio.wait(serving, return_when=asyncio.FIRST_EXCEPTION)
+        for portion, one in zip(portions, serving, strict=True):
+            if one.done() and one.exception() is not None:
+                entry.end_with(portion.request.id)
+                one.result()
+    finally:
+        for one in serving:
+            one.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        serving.clear()  # an error knows this frame, which would know the error
+        del one
+
+
+async def _served(call: Call, portion: Portion, answer: PortionAnswer, attempts: Attempts) -> None:
     own = structs.replace(
         call, request=portion.request, body=portion.body, send=answer, fitted=None, carrier=None
     )
@@ -203,7 +248,6 @@ async def _served(call: Call, portion: Portion, attempts: Attempts) -> PortionAn
         raise PortionRefused(answer)
     if not answer.is_whole:
         raise HttpError(503, "an agent broke off its part of a large embedding")
-    return answer
 
 
 # ── one answer of several ─────────────────────────────────────────────────────────────────────
@@ -231,7 +275,8 @@ async def _native(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> li
     pieces, model = [], b""
     total, load, read = [], [], []
     for texts, answer in zip(counts, answers, strict=True):
-        scan, body = Scan(answer.body), answer.body
+        body = answer.taken_out()
+        scan = Scan(body)
         found = await scan.members() or {}
         vectors = await _vectors(scan, found["embeddings"], texts)
         model = model or found["model"].of(body)
@@ -251,7 +296,8 @@ async def _openai(counts: Sequence[int], answers: Sequence[PortionAnswer]) -> li
     pieces, model, number = [], b"", 0
     read = all_tokens = 0
     for texts, answer in zip(counts, answers, strict=True):
-        scan, body = Scan(answer.body), answer.body
+        body = answer.taken_out()
+        scan = Scan(body)
         found = await scan.members() or {}
         model = model or found["model"].of(body)
         for vector in await _vectors(scan, found["data"], texts):
