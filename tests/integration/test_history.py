@@ -259,6 +259,45 @@ async def test_requests_before_the_clock_was_set_have_the_times_of_the_set_clock
 
 
 @pytest.mark.spec("OPERATION-50")
+async def test_usage_and_changes_before_the_clock_was_set_have_the_days_of_the_set_clock(
+    database: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_coordinator.db.history.ROWS_AT_ONCE", 2)
+    wall, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: wall() + ahead[0])
+    began = datetime.now(UTC)
+    async with StandIn() as ollama:
+        for hours in ((0,), (0, 24, 72)):  # the clock of the second process is set twice
+            async with running(database_url=database.url) as coordinator:
+                await coordinator.register(ollama)
+                clock, observation = coordinator.parts.clock, coordinator.parts.observation
+                for number in hours:
+                    ahead[0] = number * 3600.0
+                    clock.utc(clock.now())
+                    for queue in range(5, 8):
+                        assert (await coordinator.chat())[0] == 200
+                        url = f"{coordinator.url}/api/settings"
+                        await coordinator.session.patch(url, json={"max_queue": queue})
+                    await observation.follow_clock()
+                    if number < 24:  # what is written by then, and what is not
+                        assert await observation.history.write(())
+                used = (await coordinator.get("/api/usage?by=day"))["usage"]
+                audit = (await coordinator.get("/api/audit"))["changes"]
+    days = [datetime.fromisoformat(one["day"]).replace(tzinfo=UTC) - began for one in used]
+    of_now = [one for one, after in zip(used, days, strict=True) if after < timedelta(days=2)]
+    later = [one for one, after in zip(used, days, strict=True) if after > timedelta(days=2)]
+    assert sum(one["requests"] for one in of_now) == 3
+    assert sum(one["requests"] for one in later) == 9
+    assert len({one["output_tokens"] / one["requests"] for one in used}) == 1
+    assert all(one["gpu_seconds"] > 0 for one in used)
+    changed = [
+        datetime.fromisoformat(one["at"]) - began for one in audit if "settings" in one["action"]
+    ]
+    assert [after > timedelta(days=2.9) for after in changed] == [True] * 9 + [False] * 3
+    assert max(changed) < timedelta(days=3.1)
+
+
+@pytest.mark.spec("OPERATION-50")
 async def test_a_correction_that_the_database_refused_is_made_later(
     database: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:

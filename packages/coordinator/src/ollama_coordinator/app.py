@@ -235,7 +235,7 @@ def create_app(
         async with running(parts):
             yield
 
-    routes = gathered(parts.access, endpoints(parts), parts.observation.history.note_change)
+    routes = gathered(parts.access, endpoints(parts), parts.observation.note_change)
     app = _App(
         routes=routes,
         lifespan=lifespan,

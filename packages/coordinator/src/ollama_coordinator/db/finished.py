@@ -88,10 +88,10 @@ COLUMNS = (
     "id", "status", "model", "path", "client", "arrived_ms", "finished_ms", "waited_seconds",
     "total_seconds", "http_status", "error", "agent_id", "agent", "attempts", "streamed",
     "prompt_tokens", "output_tokens", "load_seconds", "first_token_seconds", "tokens_per_second",
-    "lane", "alias", "why",
+    "lane", "alias", "why", "used",
 )  # fmt: skip
 INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
-SHOWN = ", ".join(["seq", *COLUMNS[:-1]])
+SHOWN = ", ".join(["seq", *COLUMNS[:-2]])
 
 
 def conditions(wanted: Filter, after: Cursor | None) -> tuple[str, list[Any]]:
@@ -111,14 +111,14 @@ def conditions(wanted: Filter, after: Cursor | None) -> tuple[str, list[Any]]:
     return where, [value for values in terms.values() for value in values]
 
 
-def to_columns(request: Finished, why: bytes) -> list[Any]:
-    """A request and its packed reasons in the order of `COLUMNS`."""
+def to_columns(request: Finished, why: bytes, used: str | None = None) -> list[Any]:
+    """A request, its packed reasons and its share of the usage in the order of `COLUMNS`."""
     values = msgspec.structs.asdict(request)
     values["status"] = request.status.value
     values["arrived_ms"] = milliseconds(request.arrived_at)
     values["finished_ms"] = milliseconds(request.finished_at)
     values["streamed"] = int(request.streamed)
-    values["why"] = why
+    values["why"], values["used"] = why, used
     return [values[column] for column in COLUMNS]
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from . import audit
 from .audit import Change
@@ -33,9 +33,11 @@ from .finished import (
     why_of,
 )
 from .store import Store
-from .usage import Used, add_up
+from .usage import Used, add_up, day_of
+from .usage import move as move_usage
 from .usage import prune as prune_usage
 from .usage import read as read_usage
+from .usage import to_column as column_of_usage
 
 T = TypeVar("T")
 
@@ -78,8 +80,9 @@ class StoredBucket(Struct, frozen=True):
 
 
 class Move(Struct):
-    """The rows after `after`, up to `last`, whose times are still to become `seconds` later."""
+    """Rows of a table after `after`, up to `last`, whose times are to become `seconds` later."""
 
+    table: str
     after: int
     last: int
     seconds: float
@@ -115,8 +118,8 @@ class History:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._unwritten: deque[Unwritten] = deque(maxlen=UNWRITTEN_AT_MOST)
-        self._changes: deque[Change] = deque(maxlen=UNWRITTEN_AT_MOST)
-        self._before = 0
+        self._changes: deque[tuple[Change, float]] = deque(maxlen=UNWRITTEN_AT_MOST)
+        self._before = dict.fromkeys(TIMED, 0)
         self._stepped_by = 0.0
         self._moves: list[Move] = []
         self._following = asyncio.Lock()
@@ -127,7 +130,7 @@ class History:
         Raises:
             DatabaseError: the database cannot be read.
         """
-        self._before = await self._store.run(_last_row)
+        self._before = await self._store.run(_last_rows)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
@@ -142,9 +145,9 @@ class History:
         """
         self._unwritten.append(Unwritten(request, packed(why), used, stepped_by))
 
-    def note_change(self, change: Change) -> None:
-        """Write behind that somebody changed something."""
-        self._changes.append(change)
+    def note_change(self, change: Change, *, stepped_by: float = 0.0) -> None:
+        """Write behind that somebody changed something; `stepped_by` as in `note`."""
+        self._changes.append((change, stepped_by))
 
     async def write(self, buckets: Sequence[StoredBucket]) -> bool:
         """Write what was noted and these buckets; a request that cannot be written stays noted.
@@ -176,6 +179,8 @@ class History:
     async def follow(self, stepped_by: float) -> None:
         """Correct the times that were written by this process before the wall clock was set.
 
+        Of requests, with the days of what they used, and of changes.
+
         `stepped_by`: the seconds by which it was set since the start.
 
         Raises:
@@ -196,11 +201,13 @@ class History:
         before, self._stepped_by = self._stepped_by, stepped_by
         try:
             # Writes that began earlier are in by then, and later ones have the new times.
-            last = await self._store.run(_last_row)
+            last = await self._store.run(_last_rows)
         except BaseException:
             self._stepped_by = before
             raise
-        self._moves.append(Move(self._before, last, stepped_by - before))
+        for table in TIMED:
+            move = Move(table, self._before[table], last[table], stepped_by - before)
+            self._moves.append(move)
 
     async def prune_to(self, rows: int) -> None:
         """Delete the oldest requests and changes, until there are so many of each.
@@ -362,17 +369,22 @@ def _write(
     db: Database,
     requests: Sequence[Unwritten],
     stepped_by: float,
-    changes: Sequence[Change],
+    changes: Sequence[tuple[Change, float]],
     buckets: Iterable[StoredBucket],
 ) -> None:
-    """Write requests, with their times by the wall clock that was set by `stepped_by`."""
+    """Write what was noted, with its times by the wall clock that was set by `stepped_by`."""
     # A write that was cancelled may have been done: what is in there already is not written again.
     known = _known(db, "requests", [one.request.id for one in requests])
-    new = [one for one in requests if one.request.id not in known]
-    db.execute_many(INSERT, [_columns(one, stepped_by) for one in new])
-    known = _known(db, "audit", [one.id for one in changes])
-    rows = [audit.to_columns(one) for one in changes if one.id not in known]
-    db.execute_many(audit.INSERT, rows)
+    new = [_at_last(one, stepped_by) for one in requests if one.request.id not in known]
+    rows = [to_columns(one.request, one.why, column_of_usage(one.used)) for one in new]
+    db.execute_many(INSERT, rows)
+    known = _known(db, "audit", [one.id for one, _ in changes])
+    late = [
+        structs.replace(one, at=one.at + timedelta(seconds=stepped_by - then))
+        for one, then in changes
+        if one.id not in known
+    ]
+    db.execute_many(audit.INSERT, [audit.to_columns(one) for one in late])
     add_up(db, [one.used for one in new if one.used is not None])
     stored = [(row.tier, row.start, row.name, row.body.decode()) for row in buckets]
     db.execute_many(_PUT_BUCKET, stored)
@@ -388,33 +400,44 @@ def _known(db: Database, table: str, ids: Sequence[str]) -> set[str]:
     return found
 
 
-def _columns(noted: Unwritten, stepped_by: float) -> list[Any]:
-    request, why = noted.request, noted.why
-    if noted.stepped_by != stepped_by:
-        by = timedelta(seconds=stepped_by - noted.stepped_by)
-        request, why = request.moved(by), _moved(why, by)
-    return to_columns(request, why)
+def _at_last(noted: Unwritten, stepped_by: float) -> Unwritten:
+    """What was noted, with its times by the clock that was set by `stepped_by`."""
+    if noted.stepped_by == stepped_by:
+        return noted
+    by = timedelta(seconds=stepped_by - noted.stepped_by)
+    request, used = noted.request.moved(by), noted.used
+    if used is not None:
+        used = structs.replace(used, day=day_of(milliseconds(request.finished_at)))
+    return Unwritten(request, _moved(noted.why, by), used, stepped_by)
 
 
-def _last_row(db: Database) -> int:
-    return int(db.query("SELECT coalesce(max(seq), 0) AS last FROM requests")[0]["last"])
+TIMED = {"requests": ("arrived_ms", "finished_ms"), "audit": ("at_ms",)}
+"""The tables with times, numbered in the order in which they were written."""
+
+
+def _last_rows(db: Database) -> dict[str, int]:
+    """The number of the last row of each."""
+    sql = "SELECT coalesce(max(seq), 0) AS last FROM "
+    return {table: int(db.query(sql + table)[0]["last"]) for table in TIMED}
 
 
 def _move(db: Database, *, move: Move, until: int) -> None:
     """Correct the times of the rows after `move.after`, up to `until`."""
     by, add = timedelta(seconds=move.seconds), round(move.seconds * 1000)
-    sql = "SELECT * FROM requests WHERE seq > ? AND seq <= ?"
-    reasons = [
-        [_moved(bytes(row["why"]), by), row["seq"]]
-        for row in db.query(sql, [move.after, until])
-        if isinstance(row["why"], bytes)
-    ]
-    db.execute_many("UPDATE requests SET why = ? WHERE seq = ?", reasons)
-    sql = """
-        UPDATE requests SET arrived_ms = arrived_ms + ?, finished_ms = finished_ms + ?
-        WHERE seq > ? AND seq <= ?
-    """
-    db.execute(sql, [add, add, move.after, until])
+    if move.table == "requests":
+        sql = "SELECT * FROM requests WHERE seq > ? AND seq <= ?"
+        rows = db.query(sql, [move.after, until])
+        reasons = [
+            [_moved(bytes(row["why"]), by), row["seq"]]
+            for row in rows
+            if isinstance(row["why"], bytes)
+        ]
+        db.execute_many("UPDATE requests SET why = ? WHERE seq = ?", reasons)
+        move_usage(db, rows, add)
+    columns = TIMED[move.table]
+    later = ", ".join(f"{column} = {column} + ?" for column in columns)
+    sql = f"UPDATE {move.table} SET {later} WHERE seq > ? AND seq <= ?"  # noqa: S608
+    db.execute(sql, [*[add] * len(columns), move.after, until])
 
 
 def _moved(why: bytes, by: timedelta) -> bytes:

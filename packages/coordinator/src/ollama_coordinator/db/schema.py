@@ -168,6 +168,7 @@ STEPS: Mapping[str, Table | Column] = {
     "create_coordinators": COORDINATORS,
     "create_usage": USAGE,
     "create_audit": AUDIT,
+    "add_used": Column("requests", "used", str),
 }
 """The steps in their order, and what each one makes."""
 

@@ -1,13 +1,15 @@
 """Usage: what each person, key and model took on a day of UTC.
 
-It is added up in the transaction that writes the requests: each counts once, whatever fails.
+It is added up in the transaction that writes the requests: each counts once, whatever fails. A
+request's row says what it added, so that it can be moved to another day.
 """
 
 from collections.abc import Iterable, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any
 
-from msgspec import Struct
+import msgspec
+from msgspec import Struct, structs
 
 from .database import Database
 
@@ -51,6 +53,50 @@ class Used(Struct, frozen=True):
     prompt_tokens: int = 0
     output_tokens: int = 0
     gpu_seconds: float = 0.0
+
+
+def day_of(milliseconds: int) -> str:
+    """The day of UTC of a Unix time; empty for one that is none."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).date().isoformat()
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def to_column(used: Used | None) -> str | None:
+    """What a request used, beside what its row has anyway; `None`: it does not count."""
+    if used is None:
+        return None
+    return msgspec.json.encode([used.person, used.key, used.gpu_seconds]).decode()
+
+
+def move(db: Database, rows: Iterable[dict[str, Any]], by: int) -> None:
+    """Move what requests used to the days on which they ended so many milliseconds later."""
+    moved = []
+    for row in rows:
+        before, after = day_of(row["finished_ms"]), day_of(row["finished_ms"] + by)
+        if row["used"] is None or before == after:
+            continue
+        person, key, seconds = _share.decode(row["used"])
+        read, written = row["prompt_tokens"] or 0, row["output_tokens"] or 0
+        used = Used(after, person, key, row["model"], 1, read, written, seconds)
+        moved += [used, _less(structs.replace(used, day=before))]
+    if moved:
+        add_up(db, moved)
+        db.execute("DELETE FROM usage_days WHERE requests <= 0")
+
+
+_share = msgspec.json.Decoder(tuple[str, str, float])
+
+
+def _less(used: Used) -> Used:
+    return structs.replace(
+        used,
+        requests=-used.requests,
+        prompt_tokens=-used.prompt_tokens,
+        output_tokens=-used.output_tokens,
+        gpu_seconds=-used.gpu_seconds,
+    )
 
 
 def add_up(db: Database, used: Iterable[Used]) -> None:

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ollama_coordinator.aio import beside
-from ollama_coordinator.db import DatabaseError, History, Store, StoredBucket
+from ollama_coordinator.db import Change, DatabaseError, History, Store, StoredBucket
 from ollama_coordinator.dispatch import Dispatch
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
@@ -86,6 +86,12 @@ class Observation:
                     yield
         finally:
             await self.sampler.write(everything=True)
+
+    def note_change(self, change: Change) -> None:
+        """Somebody changed something just now."""
+        at = self._clock.utc(self._clock.now())
+        change = structs.replace(change, at=at)
+        self.history.note_change(change, stepped_by=self._clock.stepped_by)
 
     async def points(self, name: str, seconds: float, *, agent: bool) -> list[Point]:
         """The last so many seconds of a series, as a chart's points.

@@ -268,7 +268,7 @@ class Rebalance:
             details={"agent": piece.agent, "why": text, "saved_seconds": piece.saved_seconds},
             http_status=200,
         )
-        self._observation.history.note_change(change)
+        self._observation.note_change(change)
 
 
 def _embeds(agent: AgentState, key: str) -> bool:

@@ -256,7 +256,7 @@ class Proxy:
             raise caller.needs(Right.MANAGE)
         await unload_everywhere(self._parts, call)
         tell(scope, call.request.name, unloads=True)
-        self._parts.observation.history.note_change(change_of(scope, self._route.path, 200))
+        self._parts.observation.note_change(change_of(scope, self._route.path, 200))
 
     @contextmanager
     def _followed(self, call: Call, scope: Scope) -> Iterator[tuple[JournalEntry, Account]]:

@@ -125,6 +125,7 @@ class HistoryApi:
         self._history: History = parts.observation.history
         self._registry = parts.registry
         self._rebalance = parts.rebalance
+        self._clock = parts.clock
 
     @operation(
         gives={200: HistoryPage},
@@ -213,7 +214,8 @@ class HistoryApi:
             raise HttpError(400, f"by: give some of {','.join(DIMENSIONS)}, each once")
         if query.get("format", "json") not in ("json", "csv"):
             raise HttpError(400, f"format={query['format']} is not known: give csv or json")
-        until = _day(request, "until", datetime.now(UTC).date())
+        today = self._clock.utc(self._clock.now()).date()
+        until = _day(request, "until", today)
         first = max(until.toordinal() - USAGE_DAYS + 1, date.min.toordinal())
         since = _day(request, "since", date.fromordinal(first))
         only = {name: query[name] for name in ("person", "key") if query.get(name)}
