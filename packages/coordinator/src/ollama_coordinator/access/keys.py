@@ -354,6 +354,12 @@ class KeyRing:
         if wanted.expires_at is not None and wanted.expires_at.tzinfo is None:
             raise WrongKey("expires_at: give a time with its zone, such as 2030-01-31T00:00:00Z")
 
+    def forget(self, key: Key) -> None:
+        """A key was not made after all: nobody has its text. It is written behind."""
+        del self._keys[key.id]
+        self._index()
+        self.keep()
+
     def revoke(self, name: str) -> Key:
         """End a key. It is written behind.
 

@@ -18,6 +18,11 @@ class DatabaseError(OllamaCoordinatorError):
     def __init__(self, name: str, reason: str, *, in_use: bool = False) -> None:
         super().__init__(f"database {name}: {reason}")
         self.in_use = in_use
+        self._name, self._reason = name, reason
+
+    def with_advice(self, advice: str) -> "DatabaseError":
+        """The same, with what it means for whoever asked."""
+        return DatabaseError(self._name, f"{self._reason}; {advice}", in_use=self.in_use)
 
 
 class InUse(Exception):

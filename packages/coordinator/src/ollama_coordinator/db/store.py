@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNSURE = "it counts here, and is written as soon as that works again; ask once more to be sure"
+"""What follows the reason why a change is not written."""
+
 FLUSH_SECONDS = 1.0
 """How often it is written behind: so much may be lost in a crash."""
 
@@ -150,15 +153,25 @@ class Store:
 
     # ── writing behind ────────────────────────────────────────────────────────────────────────
 
-    async def flush(self) -> None:
-        """Write everything that was noted; what cannot be written stays noted.
+    async def flush(self) -> DatabaseError | None:
+        """Write everything that was noted; what cannot be written stays noted, and why is returned.
 
         One flush at a time: a caller must not return while another flush writes what it noted.
         """
         async with self._flushing:
-            await self._flush()
+            return await self._flush()
 
-    async def _flush(self) -> None:
+    async def commit(self) -> None:
+        """As `flush`, for what must not be answered as done before it is written.
+
+        Raises:
+            DatabaseError: it is not written.
+        """
+        error = await self.flush()
+        if error is not None:
+            raise error
+
+    async def _flush(self) -> DatabaseError | None:
         documents = {
             name: body if isinstance(body, bytes) else body()
             for name, body in self._documents.items()
@@ -166,7 +179,7 @@ class Store:
         agents, seen = self._agents, self._seen
         self._agents, self._seen, self._documents = {}, {}, {}
         try:
-            await self._run(lambda: self._write(agents, seen, documents))
+            is_ours = await self._run(lambda: self._write(agents, seen, documents))
         except (DatabaseError, asyncio.CancelledError) as exc:
             # A cancelled write may not have begun; what is written twice is the same twice.
             self._agents = agents | self._agents
@@ -175,8 +188,11 @@ class Store:
             if not isinstance(exc, DatabaseError):
                 raise
             self._report(str(exc))
-        else:
-            self._report(None)
+            return exc.with_advice(UNSURE)
+        self._report(None)
+        if is_ours:
+            return None
+        return DatabaseError(self.name, "another coordinator leads by now; ask again", in_use=True)
 
     def _report(self, problem: str | None) -> None:
         """Log once when writing stops or goes on."""
@@ -213,13 +229,14 @@ class Store:
         agents: dict[AgentId, AgentRow | None],
         seen: dict[AgentId, datetime],
         documents: dict[str, bytes],
-    ) -> None:
+    ) -> bool:
+        """Whether the database is still this coordinator's to write."""
         db = self._database
         db.check()
         if self._is_yielded or self.lost.is_set():
-            return
+            return False
         if not agents and not seen and not documents:
-            return
+            return True
         with db.atomic():
             db.execute_many(PUT_AGENT, [to_columns(row) for row in agents.values() if row])
             removed = [[agent_id] for agent_id, row in agents.items() if row is None]
@@ -228,6 +245,7 @@ class Store:
             db.execute_many("UPDATE agents SET last_seen = ? WHERE id = ?", heard)
             named = [[name, body.decode()] for name, body in documents.items()]
             db.execute_many(_PUT_DOCUMENT, named)
+        return True
 
 
 def _read_agents(db: Database) -> list[AgentRow]:

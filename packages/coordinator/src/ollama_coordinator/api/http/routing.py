@@ -178,8 +178,10 @@ class Methods:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = message["status"]
+                # What is answered 503 after it was told counts, but is not in the database yet.
                 # A machine that registers again changes nothing.
-                if status < 400 and (not guarded.right & Right.ASK or status == 201):
+                done = status < 400 or (status == 503 and ABOUT in scope)
+                if done and (not guarded.right & Right.ASK or status == 201):
                     self._note(change_of(scope, guarded.changes, status))
             await send(message)
 

@@ -330,19 +330,20 @@ class AliasesApi:
         """Make an alias, or replace the one of its name."""
         alias = await decode(Alias, request)
         self._aliases.put(alias)
-        await self._store.flush()
         by = caller_of(request.scope).name
         tell(request.scope, alias.name, models=alias.models)
         log.info("alias set", extra={"alias": alias.name, "models": alias.models, "by": by})
+        await self._store.commit()
         return reply(self._view(alias))
 
     @operation(gives={204: None}, errors=(400, 404))
     async def remove(self, request: Request) -> Response:
         """Delete an alias; its models stay."""
         alias = self._aliases.remove(request.path_params["name"])
-        await self._store.flush()
         by = caller_of(request.scope).name
+        tell(request.scope, alias.name)
         log.info("alias deleted", extra={"alias": alias.name, "by": by})
+        await self._store.commit()
         return Response(status_code=204)
 
     def _view(self, alias: Alias) -> AliasView:

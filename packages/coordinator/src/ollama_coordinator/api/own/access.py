@@ -89,7 +89,11 @@ class KeysApi:
     async def create(self, request: Request) -> Response:
         """Make a key; its text is in this answer and nowhere else."""
         key, text = self._keys.create(await decode(NewKey, request))
-        await self._store.flush()
+        try:
+            await self._store.commit()
+        except BaseException:
+            self._keys.forget(key)
+            raise
         self._log("key made", key, request)
         token = JoinToken(text, self._tls.fingerprint).text if key.is_token and text else ""
         shown = {**msgspec.structs.asdict(self._view(key)), "key": text}
@@ -110,8 +114,8 @@ class KeysApi:
         """
         key = self._keys.revoke(request.path_params["name"])
         self._access.sessions.end_all(key)
-        await self._store.flush()
         self._log("key revoked", key, request)
+        await self._store.commit()
         return reply(self._view(key))
 
     def _log(self, event: str, key: Key, request: Request) -> None:
@@ -170,8 +174,8 @@ class JoiningApi:
     async def refuse(self, request: Request) -> Response:
         """Refuse a machine, now and when it asks again; with a join token it still comes in."""
         asked = self._machines.refuse(request.path_params["name"])
-        await self._store.flush()
         self._log("machine refused", asked, request)
+        await self._store.commit()
         return reply(asked)
 
     def _log(self, event: str, asked: JoinRequest, request: Request) -> None:

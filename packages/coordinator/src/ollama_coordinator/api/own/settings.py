@@ -82,10 +82,10 @@ class SettingsApi:
             raise HttpError(400, str(exc)) from exc
         self._parts.apply_settings()
         self._settings.keep()
-        await self._parts.store.flush()
         shown = {name: _shown(name, wanted[name]) for name in wanted}
         tell(request.scope, ", ".join(wanted), **shown)
         log.info("settings changed", extra=shown)
+        await self._parts.store.commit()
         return await self.list(request)
 
     def _view(self, setting: Setting) -> SettingView:
