@@ -19,6 +19,7 @@ from ollama_coordinator_common.network import public_address
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
 from support.coordinator import Running, running
+from support.databases import Space
 from support.ollama import StandIn
 
 PRIVATE, OTHER = "192.168.1.7", "192.168.1.8"
@@ -277,6 +278,40 @@ async def test_a_machine_that_is_refused_does_not_ask_again() -> None:
             secret = proof(f"{number:043d}")
             assert (await sent(coordinator, "/api/agents", body, of=PRIVATE, **secret))[0] == 403
         assert len((await coordinator.get("/api/join-requests"))["join_requests"]) == 64
+
+
+@pytest.mark.spec("ACCESS-24")
+async def test_an_address_that_asks_with_ever_new_secrets_pushes_nobody_else_out() -> None:
+    async with running(**PROXIED) as coordinator, StandIn() as ollama:
+        coordinator.parts.access.keys.create(NewKey(name="first"))
+        body = registration(ollama, name="real", ip_address=OTHER)
+        await sent(coordinator, "/api/agents", body, of=OTHER, **proof(OWN))
+        [asked] = (await coordinator.get("/api/join-requests"))["join_requests"]
+        for number in range(70):
+            body = registration(ollama, name=f"n{number}", ip_address=PRIVATE)
+            await sent(coordinator, "/api/agents", body, of=PRIVATE, **proof(f"{number:043d}"))
+        listed = (await coordinator.get("/api/join-requests"))["join_requests"]
+        assert len(listed) == 64
+        assert asked in listed
+
+
+@pytest.mark.spec("ACCESS-24")
+async def test_an_admitted_machine_joins_also_after_a_restart(database: Space) -> None:
+    async with StandIn() as ollama:
+        body = registration(ollama, ip_address=PRIVATE, **ids(1))
+        async with running(database_url=database.url, **PROXIED) as coordinator:
+            coordinator.parts.access.keys.create(NewKey(name="first"))
+            for secret in (OWN, ANOTHER):
+                await sent(coordinator, "/api/agents", body, of=PRIVATE, **proof(secret))
+            first, _ = (await coordinator.get("/api/join-requests"))["join_requests"]
+            await run(coordinator.url, "join-request", "admit", first["id"])
+        async with running(database_url=database.url, **PROXIED) as coordinator:
+            for secret, status in ((ANOTHER, 403), (OWN, 201)):
+                sent_by = {"of": PRIVATE, **proof(secret)}
+                assert (await sent(coordinator, "/api/agents", body, **sent_by))[0] == status
+            await coordinator.parts.store.flush()
+            kept = await coordinator.parts.store.document("known machines")
+            assert b'"admitted":[]' in (kept or b"")
 
 
 @pytest.mark.spec("ACCESS-21")

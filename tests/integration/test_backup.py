@@ -115,6 +115,34 @@ async def test_what_is_no_backup_is_refused(
     assert not (tmp_path / "b.db").exists()
 
 
+@pytest.mark.spec("OPERATION-70")
+@pytest.mark.parametrize(
+    ("table", "column"), [("documents", "body"), ("sqlite_master", "sql"), ("agents", "id")]
+)
+async def test_a_damaged_backup_is_refused_and_nothing_of_it_is_shown(
+    tmp_path: Path, table: str, column: str
+) -> None:
+    file, target = tmp_path / "copy.db", tmp_path / "new.db"
+    async with StandIn() as ollama, running(database_url=f"sqlite:///{tmp_path}/a.db") as running_:
+        await lived(running_, ollama)
+        back_up(database_of(f"sqlite:///{tmp_path}/a.db"), file)
+    with closing(sqlite3.connect(file)) as db:
+        texts = [row[0] for row in db.execute(f"SELECT {column} FROM {table}") if row[0]]  # noqa: S608
+    texts = [text for text in texts if '"hash"' in text] or texts
+    damaged = file.read_bytes()
+    for text in texts:
+        damaged = damaged.replace(text.encode(), text.encode()[:-2] + b"\xff" + text.encode()[-1:])
+    file.write_bytes(damaged)
+    done = await run("restore", file, url=f"sqlite:///{target}")
+    assert done.exit_code == 1
+    assert "damaged" in done.output
+    assert "Traceback" not in done.output
+    assert '"hash"' not in done.output
+    if target.exists():
+        with closing(sqlite3.connect(target)) as db:
+            assert db.execute("SELECT count(*) FROM agents").fetchone() == (0,)
+
+
 @pytest.mark.spec("OPERATION-72")
 async def test_a_database_of_a_newer_version_is_refused_with_both_versions(
     database: Space, tmp_path: Path

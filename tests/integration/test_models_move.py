@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,9 @@ async def test_the_registry_needs_a_ticket_or_the_right_to_use_models(machines: 
             assert answer.status == 307
             assert answer.headers["location"].startswith(other)
         content = disk(ollamas[0]).file(model.blob).read_bytes()
-        async with session.get(f"{url}?part=1", headers={"Range": "bytes=10-19"}) as answer:
-            assert (answer.status, await answer.read()) == (206, content[10:20])
+        for _ in range(5):  # whoever else asks for the same piece gets it too
+            async with session.get(f"{url}?part=1", headers={"Range": "bytes=10-19"}) as answer:
+                assert (answer.status, await answer.read()) == (206, content[10:20])
         agent = named(coordinator, 0)
         ways = coordinator.parts.transfers
         async with session.get(ways.url(agent, "tiny", "sha256:" + "0" * 64, "read")) as answer:
@@ -222,6 +224,28 @@ async def test_the_registry_needs_a_ticket_or_the_right_to_use_models(machines: 
         for asked in (f"{base}/manifests/latest", url, f"{coordinator.url}/v2"):
             async with session.get(asked) as answer:
                 assert (answer.status, "'use'" in await answer.text()) == (401, True)
+
+
+@pytest.mark.spec("SURFACE-78")
+@pytest.mark.parametrize(
+    "content",
+    [b"no manifest", b'{"layers":[%b{}]}' % (b"{}," * 200_000), b'{"layers":[{"size":1e400}]}'],
+    ids=["no JSON", "many layers", "size"],
+)
+async def test_what_is_no_manifest_is_not_shown(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    async with machines([TINY], access="open") as (coordinator, _):
+        digest = f"sha256:{sha256(content).hexdigest()}"
+        monkeypatch.setattr("ollama_coordinator.operations.transfers._digest", lambda _: digest)
+
+        async def fetched(*_: object, **__: object) -> tuple[int, bytes]:
+            return 200, content
+
+        monkeypatch.setattr(coordinator.parts.upstreams, "fetch", fetched)
+        url = f"{coordinator.url}/v2/library/tiny/manifests/latest"
+        async with coordinator.session.get(url) as answer:
+            assert answer.status == 404
 
 
 GIB = 1024**3

@@ -8,9 +8,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from ollama_coordinator.access import KeyRing, NewKey
+from ollama_coordinator.aliases import Aliases
+from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.registry import Registry
 from support import programs
 from support.coordinator import running
-from support.databases import PostgresSchema, Space, SqliteFile, agent_ids
+from support.databases import PostgresSchema, Space, SqliteFile, agent_ids, store_of
 from support.deadline import DEADLINE_SECONDS
 from support.line import Line
 from support.ollama import StandIn
@@ -209,3 +213,28 @@ class Client:
 
     async def close(self) -> None:
         await self._session.close()
+
+
+@pytest.mark.spec("OPERATION-5")
+@pytest.mark.parametrize("body", ["", "{}", "null", '[{"id":1'])
+async def test_keys_and_aliases_that_are_damaged_are_not_begun_anew(
+    database: Space, body: str
+) -> None:
+    async with store_of(database) as store:
+        for name in ("keys", "aliases"):
+            store.note_document(name, body.encode())
+        await store.flush()
+        for part in (KeyRing(store), Aliases(Registry(60.0), store)):
+            with pytest.raises(DatabaseError, match="damaged; restore a copy"):
+                await part.restore()
+
+
+@pytest.mark.spec("ACCESS-9")
+async def test_a_key_that_was_used_at_no_time_of_any_calendar_is_listed(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    async with running(database_url=url) as coordinator:
+        key, _ = coordinator.parts.access.keys.create(NewKey(name="a"))
+        key.last_used = 1e308
+    async with running(database_url=url) as coordinator:
+        [listed] = (await coordinator.get("/api/keys"))["keys"]
+        assert listed["last_used_at"] is None

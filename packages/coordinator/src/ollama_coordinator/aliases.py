@@ -67,10 +67,9 @@ class Aliases:
         """Read the aliases of the database.
 
         Raises:
-            DatabaseError: it cannot be read.
+            DatabaseError: it, or what it has of aliases, cannot be read.
         """
-        body = await self._store.document(DOCUMENT)
-        for alias in msgspec.json.decode(body, type=list[Alias]) if body else ():
+        for alias in await self._store.read(DOCUMENT, list[Alias]) or ():
             self._aliases[model_key(alias.name)] = alias
         self.revision += 1
 

@@ -248,10 +248,8 @@ class KeyRing:
         Raises:
             DatabaseError: it cannot be read, or what it has of keys cannot.
         """
-        body = await self._store.document(DOCUMENT)
-        if body:
-            for key in msgspec.json.decode(body, type=list[Key]):
-                self._keys[key.id] = key
+        for key in await self._store.read(DOCUMENT, list[Key]) or ():
+            self._keys[key.id] = key
         self._index()
 
     def __iter__(self) -> Iterator[Key]:

@@ -7,6 +7,7 @@ is renewed and reported on by its own machine alone.
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Collection
 from datetime import UTC, datetime
 
@@ -37,7 +38,8 @@ DOCUMENT = "known machines"
 """Under which name it is in the database what is known of each agent's machine: a JSON object."""
 
 MOST_REQUESTS = 64
-"""Machines that want to join: the one that was silent for longest is forgotten for one more."""
+"""Machines that want to join. For one more, one of the address with most of them is forgotten, the
+one that was silent for longest: an address that asks with ever new secrets is alone in that."""
 
 MOST_REFUSED = 1024
 """Machines that were refused, and are not asked about again."""
@@ -92,6 +94,7 @@ class JoinRequest(Struct):
 class _SavedMachines(Struct):
     machines: dict[AgentId, KnownMachine] = {}
     refused: list[str] = []
+    admitted: list[tuple[str, JoinRequest]] = []
 
 
 def secret_in(scope: Scope) -> str:
@@ -127,6 +130,7 @@ class KnownMachines:
             log.warning("what is known of machines is unreadable", extra={"reason": str(exc)})
         else:
             self._known, self._refused = saved.machines, saved.refused
+            self._requests = {(secret, one.address): one for secret, one in saved.admitted}
 
     def note(self, agent_id: AgentId, address: str, secret: str = "") -> None:
         """An agent was believed that spoke from an address; a first secret is pinned.
@@ -142,9 +146,11 @@ class KnownMachines:
             self._keep()
 
     def _keep(self) -> None:
-        self._store.note_document(
-            DOCUMENT, lambda: msgspec.json.encode(_SavedMachines(self._known, self._refused))
-        )
+        def saved() -> bytes:
+            admitted = [(key[0], one) for key, one in self._requests.items() if one.admitted]
+            return msgspec.json.encode(_SavedMachines(self._known, self._refused, admitted))
+
+        self._store.note_document(DOCUMENT, saved)
 
     def knows(self, address: str) -> bool:
         """Whether a machine without a secret is registered at an address, or spoke from it."""
@@ -225,7 +231,8 @@ class KnownMachines:
 
     def joined(self, secret: str, caller: Caller) -> None:
         """A machine is in the fleet now: it does not ask any more."""
-        self._requests.pop((secret, caller.client.address), None)
+        if self._requests.pop((secret, caller.client.address), None) is not None:
+            self._keep()
 
     def ask(self, wanted: RegisterRequest, secret: str, caller: Caller) -> Denied:
         """Note that a machine wants to join; the answer to it."""
@@ -235,8 +242,8 @@ class KnownMachines:
         key = secret, caller.client.address
         asked = self._requests.pop(key, None)
         if asked is None:
-            while len(self._requests) >= MOST_REQUESTS:
-                del self._requests[next(iter(self._requests))]
+            if len(self._requests) >= MOST_REQUESTS:
+                self._forget_one()
             asked = JoinRequest(
                 id=secrets.token_hex(4),
                 fingerprint=fingerprint,
@@ -259,14 +266,20 @@ class KnownMachines:
             retry_after=ASK_AGAIN_SECONDS,
         )
 
+    def _forget_one(self) -> None:
+        many = Counter(address for _, address in self._requests)
+        [(most, _)] = many.most_common(1)
+        del self._requests[next(key for key in self._requests if key[1] == most)]
+
     def admit(self, name: str) -> JoinRequest:
-        """Let a machine join; it does when it asks again, some seconds later.
+        """Let a machine join; it does when it asks again, some seconds later. Written behind.
 
         Raises:
             UnknownJoinRequest: none has this id, fingerprint or name.
         """
         asked = self._asking(name)
         asked.admitted = True
+        self._keep()
         return asked
 
     def refuse(self, name: str) -> JoinRequest:

@@ -143,5 +143,7 @@ def secret_path(database: Path | None) -> Path | None:
 
 
 def utc(seconds: float) -> datetime | None:
-    """A time of Unix seconds; `None` for 0, which is never."""
-    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+    """A time of Unix seconds; `None` for 0, which is never, and for what no calendar has."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, UTC) if seconds else None
+    return None

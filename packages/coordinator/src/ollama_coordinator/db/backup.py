@@ -140,3 +140,5 @@ def _named(db: Database) -> Iterator[None]:
         raise DatabaseError(db.name, IN_USE, in_use=True) from exc
     except db.errors as exc:
         raise DatabaseError(db.name, db.advice(exc)) from exc
+    except ValueError as exc:
+        raise DatabaseError(db.name, f"{exc} (it is damaged; use another copy)") from exc

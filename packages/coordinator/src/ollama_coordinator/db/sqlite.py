@@ -199,7 +199,7 @@ class SqliteDatabase:
 
     def advice(self, error: Exception) -> str:
         """SQLite's text, with what an operator can do about it."""
-        text = str(error)
+        text, _, _ = str(error).partition(" with text ")  # what is damaged may be a secret
         hint = next((hint for key, hint in _HINTS.items() if key in text), None)
         return f"{text} ({hint})" if hint else text
 
@@ -211,6 +211,7 @@ _HINTS = {
     "full": "the disk is full; free some space",
     "not a database": "the file is not an SQLite database; move it away or restore a copy",
     "malformed": "the file is damaged; move it away or restore a copy",
+    "not decode": "the file is damaged; move it away or restore a copy",
     "unknown here": "a newer version wrote it; update the coordinator, or give another"
     " DATABASE_URL",
     "unable to open": "the file cannot be opened; check that its folder exists and is writable",

@@ -134,6 +134,19 @@ class Store:
         """
         return await self.run(lambda db: _read_document(db, name))
 
+    async def read(self, name: str, kind: type[T]) -> T | None:
+        """What a document has, for what must not be begun anew where it is damaged.
+
+        Raises:
+            DatabaseError: it cannot be read.
+        """
+
+        def decoded(db: Database) -> T | None:
+            body = _read_document(db, name)
+            return None if body is None else msgspec.json.decode(body, type=kind)
+
+        return await self.run(decoded)
+
     def note_document(self, name: str, body: bytes | Callable[[], bytes]) -> None:
         """Write a document behind; a function is called when it is written."""
         self._documents[name] = body

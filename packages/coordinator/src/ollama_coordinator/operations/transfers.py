@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -58,8 +58,9 @@ LISTED_SECONDS = 3.0
 """How long a machine is waited for that gives the model: its list may come after the model."""
 
 MANIFEST_SECONDS = 10.0
-MANIFEST_BYTES = 8 * 1024 * 1024
-"""A manifest has some kilobytes, and that of a model of many tensors some hundred."""
+MANIFEST_BYTES, MANIFEST_COMMAS = 2 * 1024 * 1024, 50_000
+"""A manifest has some kilobytes, and that of a model of many tensors some hundred. What is more
+would hold up others while it is read, and is remembered."""
 
 UNREACHED_SECONDS = 600.0
 """How long a way from machine to machine is not tried again on which a piece did not come."""
@@ -101,6 +102,8 @@ def files_of(manifest: bytes) -> dict[str, int]:
     Raises:
         msgspec.DecodeError: it is none.
     """
+    if manifest.count(b",") > MANIFEST_COMMAS:
+        raise msgspec.DecodeError("it has more values than a manifest")
     read = msgspec.json.decode(manifest, type=_Manifest)
     found = [*read.layers, *([read.config] if read.config is not None else ())]
     return {one.digest: one.size for one in found if DIGEST.fullmatch(one.digest)}
@@ -273,8 +276,11 @@ class Transfers:
         except Unreachable as exc:
             log.info("no manifest from an agent", extra={"agent": agent.name, "reason": str(exc)})
             return None
-        is_it = status == 200 and f"sha256:{sha256(body).hexdigest()}" == digest
-        return body if is_it else None
+        if status == 200 and f"sha256:{sha256(body).hexdigest()}" == digest:
+            with suppress(msgspec.DecodeError):
+                files_of(body)
+                return body
+        return None
 
     def url(self, agent: AgentState, model: str, digest: str, purpose: str) -> str:
         """Where this coordinator asks an agent for one thing, once."""
@@ -333,9 +339,12 @@ class Transfers:
     def way(self, transfer: Transfer, digest: str, piece: str) -> FileWay | None:
         """Where a piece of a file is had this time; `None` once no way has brought it.
 
-        `piece` says which one: where it ends. What is asked for again did not come before.
+        `piece` says which one: where it ends. What a receiver asks for again did not come before;
+        of callers without a ticket there may be many.
         """
         ways = list(self._ways(transfer, digest))
+        if transfer.receiver is None:
+            return ways[0] if ways else None
         asked = transfer.asked[digest, piece]
         if not ways or asked >= WAYS_TRIED * len(ways):
             transfer.lost.fire(SourceLost(transfer.name.short))

@@ -168,6 +168,7 @@ class JoiningApi:
         """Let a machine join: it does when it asks again, some seconds later."""
         asked = self._machines.admit(request.path_params["name"])
         self._log("machine admitted", asked, request)
+        await self._store.commit()
         return reply(asked)
 
     @operation(gives={200: JoinRequest}, errors=(404,))
