@@ -55,6 +55,7 @@ class Coordinator:
         self.log_status: int | None = None
         self.problem: str | None = None
         self.asks_findings = False
+        self.handshake = False
         self.logs: list[LogReport] = []
         self._prefix = prefix
         self._port = free_port()
@@ -112,7 +113,8 @@ class Coordinator:
             return _again(self.answer)
         agent_id = f"agent-{registration.ollama_port}"
         self.known.add(agent_id)
-        return web.json_response({"agent_id": agent_id, "status": "registered"}, status=201)
+        can = {"handshake": True} if self.handshake else {}
+        return web.json_response({"agent_id": agent_id, "status": "registered", **can}, status=201)
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
         self.asked_by.append(dict(request.headers))
@@ -143,7 +145,8 @@ class Coordinator:
         wanted = {} if self.log_status is None else {"log_after": 0}
         problem = {} if self.problem is None else {"problem": self.problem}
         asked = {"asks_findings": True} if self.asks_findings else {}
-        return web.json_response({"status": "ok", **wanted, **problem, **asked})
+        can = {"handshake": True} if self.handshake else {}
+        return web.json_response({"status": "ok", **wanted, **problem, **asked, **can})
 
     async def _log(self, request: web.Request) -> web.StreamResponse:
         report = msgspec.json.decode(await request.read(), type=LogReport)

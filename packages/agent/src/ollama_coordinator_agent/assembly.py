@@ -11,8 +11,10 @@ from pathlib import Path
 import aiohttp
 from msgspec import structs
 
+from ollama_coordinator_common.handshake import relay_key
 from ollama_coordinator_common.protocol import Finding
 from ollama_coordinator_common.settings import AgentConfig
+from ollama_coordinator_common.tickets import key_of
 from ollama_coordinator_common.types import AgentStatus
 
 from .availability import Availability, signs
@@ -58,7 +60,9 @@ async def assembled(
     state = StateFolder(state_folder(config, take_over=True), config.ollama_port)
     host = ollama_host(environ)
     changed = asyncio.Event()
-    relay = TcpRelay(host, config.ollama_port, parse_networks(config.relay_allow))
+    secret = state.secret()
+    allowed = parse_networks(config.relay_allow)
+    relay = TcpRelay(host, config.ollama_port, allowed, relay_key(key_of(secret)) if secret else "")
     supervisor = Supervisor(
         serve_command(config, environ, state.log_file),
         state,
@@ -75,7 +79,7 @@ async def assembled(
         ollama = Ollama(session, host, config.ollama_port)
         client = CoordinatorClient(
             session,
-            secret=state.secret(),
+            secret=secret,
             token=join_token(config),
             certificate=certificate(config),
         )

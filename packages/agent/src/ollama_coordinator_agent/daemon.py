@@ -177,6 +177,7 @@ class Daemon:
             self.agent_id, self._sent_findings = reply.agent_id, None
             self.parts.state.remember(agent_id=reply.agent_id, instance_id=self._instance_id)
             self._is_proven = False
+            self.parts.reach.note_handshake(reply.handshake)
             self.parts.transport.note(reply.reached, is_running=self._is_running)
             if request.link:
                 await self._open_link(reply.agent_id)
@@ -273,6 +274,7 @@ class Daemon:
         if reply.log_after is not UNSET:
             await self._send_log(channel, agent_id, reply.log_after)
         self._note_accepted(reply)
+        self.parts.reach.note_handshake(reply.handshake)
         self.parts.transport.note(reply.reached, is_running=self._is_running)
         if reply.restart is not UNSET:
             await self.parts.watch.restart(reply.restart)
@@ -408,6 +410,7 @@ class Daemon:
             sleeps=self.parts.state.last_run.slept,
             mac=offer.wake.mac,
             broadcast=offer.wake.broadcast,
+            handshake=self.parts.reach.can_handshake,
         )
 
     def _report(

@@ -95,7 +95,8 @@ class Reach:
         self._relay_is_open = asyncio.Event()
         self._reminder = Reminder()
         self._addresses: list[str] = []
-        self._coordinator = ("", 80)
+        self._coordinator, self._url = ("", 80), ""
+        relay.asks_handshake = state.last_run.handshakes_with is not None  # before anybody is there
 
     @property
     def relayed_requests(self) -> int:
@@ -109,7 +110,18 @@ class Reach:
 
     def follow(self, url: str) -> None:
         """Offer what the coordinator at a URL reaches."""
-        self._coordinator = coordinator_address(url)
+        self._coordinator, self._url = coordinator_address(url), url
+        self._relay.asks_handshake = self._state.last_run.handshakes_with == url
+
+    @property
+    def can_handshake(self) -> bool:
+        """Whether the relay can ask for a handshake."""
+        return self._relay.can_handshake
+
+    def note_handshake(self, handshake: bool | UnsetType) -> None:
+        """Take note whether the coordinator's connections to the relay begin with a handshake."""
+        self._relay.asks_handshake = handshake is True
+        self._state.remember(handshakes_with=self._url if handshake is True else None)
 
     async def run(self) -> None:
         """Refresh the offer every now and then, and run the relay once it is needed."""

@@ -113,6 +113,7 @@ class LastRun(Struct, frozen=True):
 
     `slept`: the machine was seen to sleep.
     `coordinator` is the id of the one that it found, which was at `coordinator_url` last.
+    `handshakes_with` is the URL of one whose connections to the relay begin with a handshake.
     """
 
     agent_id: str | None = None
@@ -123,6 +124,7 @@ class LastRun(Struct, frozen=True):
     slept: bool = False
     coordinator: str | None = None
     coordinator_url: str | None = None
+    handshakes_with: str | None = None
     child: ChildRecord | None = None
 
 

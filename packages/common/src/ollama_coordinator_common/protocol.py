@@ -37,13 +37,15 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     """`POST /api/agents`: this machine offers its Ollama to the fleet.
 
     `machine_id` is a random id on the agent's disk: a machine with another name or address keeps
-    it. `relay_port` is the agent's own port where Ollama listens on loopback only; the coordinator
-    connects to it in place of `ollama_port`. `link`: the coordinator does not reach that port, and
-    the agent opens a link. `sleeps`: the machine was seen to sleep. `mac` is the network card that
-    faces the coordinator, `broadcast` the address of all machines on its network: there the
-    coordinator wakes it. `instance_id` is new in every agent process, `previous_instance_id` is
-    that of the run before on the same disk: they distinguish copies of one disk. `url` is that of
-    an Ollama without an agent that an operator added; no agent sends it.
+    it. `relay_port` is the agent's own port where Ollama listens on loopback only; the
+    coordinator connects to it in place of `ollama_port`. `link`: the coordinator does not reach
+    that port, and the agent opens a link. `sleeps`: the machine was seen to sleep. `mac` is the
+    network card that faces the coordinator, `broadcast` the address of all machines on its
+    network: there the coordinator wakes it. `handshake`: its relay asks for one
+    (`handshake.py`), once the coordinator says that it can. `instance_id` is new in every agent
+    process, `previous_instance_id` is that of the run before on the same disk: they distinguish
+    copies of one disk. `url` is that of an Ollama without an agent that an operator added; no
+    agent sends it.
     """
 
     machine_name: Annotated[str, Meta(min_length=1, max_length=253)]
@@ -61,6 +63,7 @@ class RegisterRequest(Struct, frozen=True, omit_defaults=True):
     sleeps: bool = False
     mac: Mac | None = None
     broadcast: Annotated[str, Meta(max_length=45)] | None = None
+    handshake: bool = False
 
     def __post_init__(self) -> None:
         for name in ("machine_name", "ollama_version", "agent_version", "platform"):
@@ -89,12 +92,14 @@ record has the `id`, and the `scheme` of its URL where that is not http."""
 class RegisterReply(Struct, frozen=True):
     """The agent's id, to be sent with every heartbeat, and `registered` or `updated`.
 
-    `reached` false: the coordinator does not reach the port of the registration.
+    `reached` false: the coordinator does not reach the port of the registration. `handshake`: its
+    connections to the relay begin with one.
     """
 
     agent_id: AgentId
     status: str
     reached: bool | UnsetType = UNSET
+    handshake: bool | UnsetType = UNSET
 
 
 class ModelStore(Struct, frozen=True, omit_defaults=True):
@@ -193,6 +198,7 @@ class HealthReply(Struct, frozen=True):
     it is mistaken for. `restart`: why the agent should restart the Ollama that it started itself.
     `reached` false: the coordinator cannot connect to the port of the registration.
     `asks_findings`: the coordinator knows none of the agent's findings, and wants them.
+    `handshake`: as in the reply to a registration.
     """
 
     status: str = "ok"
@@ -201,6 +207,7 @@ class HealthReply(Struct, frozen=True):
     restart: str | UnsetType = UNSET
     reached: bool | UnsetType = UNSET
     asks_findings: bool | UnsetType = UNSET
+    handshake: bool | UnsetType = UNSET
 
 
 class LogLine(Struct, frozen=True):

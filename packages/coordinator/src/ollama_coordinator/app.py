@@ -92,7 +92,7 @@ def assembled(config: CoordinatorConfig, cluster: Cluster, tls: Tls) -> Parts:
     scheduler = create_scheduler(config.policy, registry, max_queue=config.max_queue)
     dispatch = Dispatch(scheduler, registry, clock)
     links = Links(clock)
-    upstreams = Upstreams(clock, links, registry.api_keys)
+    upstreams = Upstreams(clock, links, registry.api_keys, machines.relay_key_at)
     limits = Limits(config.history_rows, config.history_days)
     aliases = Aliases(registry, store)
     observation = Observation(dispatch, store, limits, status_of=status_of)

@@ -41,7 +41,7 @@ from ollama_coordinator_common.network import (
 )
 
 from .clock import Clock
-from .link import LinkConnector, Links
+from .link import KeyAt, LinkConnector, Links, no_key
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Upstreams:
     monitor's probes.
 
     `api_keys` are by URLs of Ollamas. A request gets the key of its own Ollama and of no other; no
-    redirect is followed.
+    redirect is followed. `relay_key_at` is what connections to relays begin with.
 
     A kept connection that its agent closes just when a request goes out says nothing about the
     agent. Where it ends at once and before a byte of an answer, the request is sent once more, on
@@ -172,17 +172,20 @@ class Upstreams:
         clock: Clock | None = None,
         links: Links | None = None,
         api_keys: Mapping[str, str] = NO_KEYS,
+        relay_key_at: KeyAt = no_key,
     ) -> None:
         self._clock = Clock() if clock is None else clock
         self._links = Links(self._clock) if links is None else links
         self._api_keys = api_keys
+        self._relay_key_at = relay_key_at
         self.instance_id = token_hex(8)
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Upstreams":
-        self._kept = _session(self._links, keepalive_timeout=KEPT_SECONDS)
-        self._fresh = _session(self._links, force_close=True)
+        known = self._links, self._clock, self._relay_key_at
+        self._kept = _session(*known, keepalive_timeout=KEPT_SECONDS)
+        self._fresh = _session(*known, force_close=True)
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -531,10 +534,14 @@ def _payload(body: bytes | bytearray, sending: _Sending) -> bytes | bytearray | 
     return LargeBody(body, sending) if len(body) > LargeBody.SLICE_BYTES else body or None
 
 
-def _session(links: Links, **connections: Any) -> aiohttp.ClientSession:
+def _session(
+    links: Links, clock: Clock, relay_key_at: KeyAt, **connections: Any
+) -> aiohttp.ClientSession:
     connector = LinkConnector(
         links,
+        clock,
         CONNECT_SECONDS,
+        relay_key_at,
         limit=0,
         socket_factory=_socket,
         ttl_dns_cache=DNS_SECONDS,

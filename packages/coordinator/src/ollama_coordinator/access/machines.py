@@ -14,10 +14,12 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec import Struct, structs
 from starlette.types import Scope
+from yarl import URL
 
 from ollama_coordinator.db import Store
-from ollama_coordinator.registry import AgentState, Registry, UnknownAgent
+from ollama_coordinator.registry import AgentState, Registry, UnknownAgent, url_of
 from ollama_coordinator_common.error import OllamaCoordinatorError
+from ollama_coordinator_common.handshake import relay_key
 from ollama_coordinator_common.network import (
     METADATA_NAMES,
     Address,
@@ -206,6 +208,20 @@ class KnownMachines:
     def ticket_key(self, agent_id: AgentId) -> str:
         """What tickets for an agent are signed with; empty where its secret is not known."""
         return (self._known.get(agent_id) or NO_MACHINE).secret
+
+    def relay_key(self, agent: AgentState) -> str:
+        """What a connection to an agent's relay begins with; empty where there is no handshake."""
+        where = agent.registration
+        is_asked = where.handshake and where.relay_port is not None
+        return relay_key(self._of(agent).secret) if is_asked else ""
+
+    def relay_key_at(self, url: URL) -> str:
+        """The same, of the agent whose relay is at the host and port of a URL."""
+        at = [agent for agent in self._registry if agent.registration.relay_port == url.port]
+        for agent in sorted(at, key=lambda agent: agent.left):
+            if URL(url_of(agent.registration)).host == url.host:
+                return self.relay_key(agent)
+        return ""
 
     def _of(self, agent: AgentState) -> KnownMachine:
         return self._known.get(agent.id) or NO_MACHINE

@@ -14,6 +14,7 @@ from ollama_coordinator.api.http.json_edit import Body
 from ollama_coordinator.api.inference.relay import ROUTES, Failure, Tracked, attempted
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import CANCELLED, Held
+from ollama_coordinator.link import relay_key_here
 from ollama_coordinator.scheduler import Result
 from ollama_coordinator.upstream import RequestCancelled, TakenBack, UpstreamError, Upstreams
 from ollama_coordinator_common.error import OllamaCoordinatorError
@@ -259,6 +260,7 @@ class FrontAttempts:
             attempt.began_at = attempt.progress_at = kept.reported_at = now()
             self._report(order.id, kept)
 
+        relay_key_here.set(sent.relay_key)
         body = answering.body if sent.body is None else sent.body
         # The client that leaves ends it with no error of its own.
         ended = AttemptEnd(CANCELLED, 0)

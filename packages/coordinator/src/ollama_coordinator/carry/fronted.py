@@ -32,6 +32,7 @@ from .messages import (
     framed,
     is_understood,
     read_carries,
+    shakes_hands,
 )
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ async def follows(send: Send) -> None:
 class FrontCarrier:
     """One request that a front has passed on, with the way back to it; a `Carrier`."""
 
-    def __init__(self, carried: Carried, send: Send) -> None:
+    def __init__(self, carried: Carried, send: Send, *, shakes_hands: bool) -> None:
+        self.shakes_hands = shakes_hands
         self._carried = carried
         self._send = send
         self._is_open = False
@@ -156,7 +158,8 @@ class Fronted:
             if carries is None or not self._is_understood(carries, scope):
                 await self._app(scope, receive, send)
                 return
-            scope[CARRIER] = carrier = FrontCarrier(self._carried, send)
+            can = shakes_hands(read_carries(carries)[0])
+            scope[CARRIER] = carrier = FrontCarrier(self._carried, send, shakes_hands=can)
             try:
                 await self._app(scope, receive, carrier.send)
                 await carrier.finish()

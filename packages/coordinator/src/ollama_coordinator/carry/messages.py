@@ -24,10 +24,12 @@ from ollama_coordinator.upstream import (
 )
 from ollama_coordinator_common.types import AgentId
 
-WIRE = 2
-"""Of this version: 2 says hello to a new leader, 1 does not."""
+WIRE = 3
+"""Of this version: 3 shakes hands with relays, 2 does not; 1 says no hello to a new leader."""
 
-OLDEST_WIRE = 1
+HANDSHAKE_WIRE = 3
+
+OLDEST_WIRE = 2
 """The lowest number that is understood."""
 
 NEWEST_WIRE = WIRE + 1
@@ -183,6 +185,11 @@ def abort(number: int, error: Exception) -> Abort:
     """The message that ends an attempt with an error."""
     name = type(error).__name__
     return Abort(number, name if name in ABORTS else AgentLost.__name__, str(error))
+
+
+def shakes_hands(wire: int) -> bool:
+    """Whether a front can, with relays that ask for a handshake."""
+    return wire >= HANDSHAKE_WIRE
 
 
 def is_understood(wire: int) -> bool:

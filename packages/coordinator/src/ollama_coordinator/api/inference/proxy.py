@@ -473,8 +473,8 @@ class Proxy:
         way = self._way(call, held)
         continues = None if onward is None else onward.by(held.agent.name)
         sent = Sent(url + path, path, call.headers, way, onward=continues)
-        is_ours_alone = held.agent.registration.link or self._upstreams.has_key(url)
-        if call.carrier is not None and not is_ours_alone:
+        if call.carrier is not None and not self._is_ours_alone(held.agent, call.carrier):
+            sent = structs.replace(sent, relay_key=self._parts.machines.relay_key(held.agent))
             if body is not call.body:
                 sent = structs.replace(sent, body=bytes(body))
             others, again_after = self._others(call.request, held), self._again_after(held)
@@ -497,6 +497,12 @@ class Proxy:
         if held.status and call.request.model.endswith(OF_THE_CLOUD):
             self._cloud.note(held.agent.id, held.status)
         return failure
+
+    def _is_ours_alone(self, agent: AgentState, carrier: Carrier) -> bool:
+        """Whether a front cannot carry out attempts at an agent."""
+        if agent.registration.link or self._upstreams.has_key(agent.url):
+            return True
+        return not carrier.shakes_hands and bool(self._parts.machines.relay_key(agent))
 
     def _way(self, call: Call, held: Held) -> Way:
         request, agent = call.request, held.agent

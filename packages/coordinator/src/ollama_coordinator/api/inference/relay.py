@@ -178,7 +178,8 @@ class Way(Struct, frozen=True):
 class Sent(Struct, frozen=True):
     """One attempt as it goes out: to which URL, on which route, and what its way back has to know.
 
-    `body`: `None` where it is as the client sent it. `onward`: it continues an answer.
+    `body`: `None` where it is as the client sent it. `onward`: it continues an answer. `relay_key`:
+    of the agent's relay, for whoever carries the attempt out elsewhere.
     """
 
     url: str
@@ -187,10 +188,16 @@ class Sent(Struct, frozen=True):
     way: Way
     body: bytes | None = None
     onward: Onward | None = None
+    relay_key: str = ""
 
 
 class Carrier(Protocol):
-    """Whoever has the client's connection, where that is another process: the bytes pass there."""
+    """Whoever has the client's connection, where that is another process: the bytes pass there.
+
+    `shakes_hands`: it does with relays.
+    """
+
+    shakes_hands: bool
 
     async def carry(
         self, sent: Sent, held: Held, others: list[str] | None, again_after: float

@@ -29,12 +29,14 @@ from ollama_coordinator.api.http.openapi import Either, operation
 from ollama_coordinator.api.http.routing import tell
 from ollama_coordinator.clock import Clock
 from ollama_coordinator.journal import AgentEvent
+from ollama_coordinator.link import relay_key_here
 from ollama_coordinator.model_probes import ask_restart
 from ollama_coordinator.monitor import LIST_BYTES, InCircles, VersionReply
 from ollama_coordinator.parts import Parts
 from ollama_coordinator.registry import AgentSettings, AgentState, Registration, place_of, url_of
 from ollama_coordinator.scheduler import Estimate
 from ollama_coordinator.upstream import Unreachable, bearer
+from ollama_coordinator_common.handshake import relay_key
 from ollama_coordinator_common.network import machine_of, netloc, parse_address
 from ollama_coordinator_common.printable import check_printable
 from ollama_coordinator_common.protocol import (
@@ -220,7 +222,8 @@ class AgentsApi:
             raise self._unknown(wanted, secret, request)
         away = self._registry.doubtful(wanted, now, host=host, believed=believed)
         answering = [away.id] if away is not None and await self._monitor.answers(away) else []
-        found = None if wanted.link else await self._version_of(wanted)
+        key = relay_key(secret) if wanted.handshake and wanted.relay_port else ""
+        found = None if wanted.link else await self._version_of(wanted, key)
         now = self._clock.now()
         done = self._registry.register(
             wanted,
@@ -250,7 +253,8 @@ class AgentsApi:
             await self._monitor.look_at(agent, seconds=FIRST_LOOK_SECONDS)
         status = "registered" if done.created else "updated"
         reached = UNSET if wanted.link or found is not None else False
-        answer = RegisterReply(agent.id, status, reached)
+        shakes_hands = bool(key) and self._machines.relay_key(agent) == key
+        answer = RegisterReply(agent.id, status, reached, shakes_hands or UNSET)
         return reply(answer, 201 if done.created else 200)
 
     async def _add(self, asked: UrlRequest, request: Request) -> Response:
@@ -330,13 +334,16 @@ class AgentsApi:
         check_address(host, parsed, caller)
         return machine_of(found[0] if found else host)
 
-    async def _version_of(self, wanted: RegisterRequest) -> VersionReply | None:
+    async def _version_of(self, wanted: RegisterRequest, key: str) -> VersionReply | None:
         """What the Ollama of a registration says of itself; `None`: it does not answer now.
+
+        `key`: of its relay.
 
         Raises:
             HttpError: it is a coordinator that asks this one (400).
         """
         url = url_of(wanted)
+        token = relay_key_here.set(key)
         try:
             async with self._clock.timeout(FIRST_LOOK_SECONDS):
                 return await self._monitor.version_at(url)
@@ -344,6 +351,8 @@ class AgentsApi:
             raise HttpError(400, f"the Ollama at {url} {exc}") from exc
         except (TimeoutError, Unreachable):
             return None
+        finally:
+            relay_key_here.reset(token)
 
     @operation(gives={200: list[AgentView]})
     async def list(self, request: Request) -> Response:

@@ -121,6 +121,7 @@ class HealthApi:
             restart=take_restart(agent, self._dispatch) or UNSET,
             asks_findings=True if agent.findings is None else UNSET,
             reached=False if self._is_cut_off(agent) else UNSET,
+            handshake=bool(self._parts.machines.relay_key(agent)) or UNSET,
         )
 
     def _is_cut_off(self, agent: AgentState) -> bool:
