@@ -1,6 +1,8 @@
 """Keys, proxies, browsers and machines at the gate, on real sockets."""
 
+import asyncio
 import base64
+import gc
 import json
 import logging
 import shutil
@@ -10,13 +12,14 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 from yarl import URL
 
 from ollama_coordinator.access import NewKey
-from ollama_coordinator.access.keys import key_made_in
+from ollama_coordinator.access.keys import hash_of, key_made_in
 from ollama_coordinator_common.error import ConfigError
 from support.coordinator import Running, running
 from support.ollama import StandIn
@@ -514,6 +517,56 @@ async def test_guessing_is_slowed_down_and_logged(
         f"{behind.url}/api/tags", headers={"X-Forwarded-For": PUBLIC, **bearer("x")}
     ) as answer:
         assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.spec("ACCESS-14")
+async def test_one_network_of_ipv6_is_one_who_guesses(behind: Running) -> None:
+    await made(behind)
+    wrong = bearer("oc_" + "x" * 43)
+    statuses = [(await asked(behind, of=f"2001:db8::{n:x}", **wrong))[0] for n in range(50)]
+    assert (statuses[0], statuses[-1]) == (401, 429)
+    assert (await asked(behind, of="2001:db8:0:1::1", **wrong))[0] == 401
+
+
+@pytest.mark.spec("ACCESS-6")
+@pytest.mark.spec("ACCESS-22")
+async def test_what_a_caller_sends_is_compared_as_its_hash(behind: Running) -> None:
+    """How long that takes tells nobody how much of a guess was right: nothing else is there."""
+    access = behind.parts.access
+    key, text = access.keys.create(NewKey(name="boss", rights=("operate",)))
+    cookie, secret = access.sessions.begin(key, time.time()), "s" * 43
+    async with (
+        StandIn() as ollama,
+        behind.session.post(
+            f"{behind.url}/api/agents",
+            json=registration("127.0.0.1", ollama.port),
+            headers={"X-Agent-Secret": secret, "X-Api-Key": text},
+        ) as answer,
+    ):
+        assert answer.status == 201
+    for right in (bearer(text), {"Cookie": f"ollama_coordinator_session={cookie}"}):
+        assert (await asked(behind, "/api/keys", of=PUBLIC, **right))[0] == 200
+    texts = texts_in(access)
+    assert {hash_of(one) for one in (text, cookie, secret)} <= texts
+    assert not {text, cookie, secret} & texts
+
+
+def texts_in(root: object) -> set[str]:
+    """Every text that an object has, or that those have which it has."""
+    seen, found, left = {id(root)}, set(), [root]
+    while left:
+        one = left.pop()
+        if isinstance(one, str | bytes):
+            found.add(one if isinstance(one, str) else one.decode("latin-1"))
+        # The collector passes over the keys of a dictionary that are texts.
+        for other in (*gc.get_referents(one), *(one if isinstance(one, dict) else ())):
+            if id(other) not in seen and not isinstance(other, NO_DATA):
+                seen.add(id(other))
+                left.append(other)
+    return found
+
+
+NO_DATA = (type, ModuleType, FunctionType, asyncio.AbstractEventLoop)
 
 
 # ── browsers ──────────────────────────────────────────────────────────────────────────────────

@@ -1,16 +1,23 @@
 """One address takes not all connections, and some are kept for agents and operators."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from integration.test_link_network import Machines, Network, have_namespaces
 from ollama_coordinator.access import NewKey
 from ollama_coordinator.http1 import ConnectionLimits
 from ollama_coordinator.http1.limits import capacity_of
+from support import programs
 from support.coordinator import running, serving
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 MOST = capacity_of(200).connections
@@ -112,3 +119,84 @@ async def test_who_is_known() -> None:
         }
         access.identify(scope)
         assert access.is_known("192.168.1.9")
+
+
+# ── a process with few files ──────────────────────────────────────────────────────────────────
+
+GREEDY, GUEST, AGENT = "10.77.0.2", "10.77.0.3", "10.77.0.4"
+"""The addresses of the other machine, each another client's."""
+
+CLIENTS = """
+import http.client, json, socket, sys
+
+GREEDY, GUEST, AGENT = sys.argv[1:]
+FACTS = {"machine_name": "m", "ip_address": AGENT, "ollama_version": "0.33.0", "ollama_port": 11434}
+
+def ask(of, method="GET", path="/api/version", body=None):
+    connection = http.client.HTTPConnection("10.77.0.1", 8080, timeout=60, source_address=(of, 0))
+    try:
+        connection.request(method, path, json.dumps(body) if body else None)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except ConnectionError:
+        return 0, b""  # so many are refused
+    finally:
+        connection.close()
+
+status, said = ask(AGENT, "POST", "/api/agents", FACTS)
+assert status == 201, said
+beat = {"cpu_usage": 1, "memory_usage": 1, "active_requests": 0}
+beat["agent_id"] = json.loads(said)["agent_id"]
+idle = [
+    socket.create_connection(("10.77.0.1", 8080), timeout=60, source_address=(GREEDY, 0))
+    for _ in range(300)
+]
+refused = ask(GREEDY)[0]
+guests = [ask(GUEST)[0] for _ in range(20)]
+beats = [ask(AGENT, "POST", "/api/health", beat)[0] for _ in range(5)]
+for one in idle:
+    one.close()
+for _ in range(1000):
+    later = ask(GREEDY)[0]
+    if later == 200:
+        break
+print(json.dumps([refused, guests, beats, later]))
+"""
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    with Network() as network:
+        for address in (GUEST, AGENT):
+            place = (f"{address}/24", "dev", "cable")
+            subprocess.run(["ip", "-n", network.machine, "address", "add", *place], check=True)
+        yield network
+
+
+@pytest.mark.spec("ACCESS-29")
+@pytest.mark.skipif(bool(have_namespaces()), reason=have_namespaces() or "")
+async def test_a_process_with_200_files_serves_others_beside_one_clients_idle_connections(
+    network: Network, tmp_path: Path
+) -> None:
+    limited = ("sh", "-c", 'ulimit -n 200; exec "$@"', "sh")
+    settings = {"COORDINATOR_HOST": "0.0.0.0", "DATABASE_URL": "sqlite://:memory:"}
+    machines = Machines(network, tmp_path)
+    started = machines.run(
+        network.center, "log", *limited, programs.command("ollama-coordinator"), **settings
+    )
+    async with started as coordinator, asyncio.timeout(DEADLINE_SECONDS):
+        await coordinator.says("coordinator listens")
+        clients = await asyncio.create_subprocess_exec(
+            *("ip", "netns", "exec", network.machine, sys.executable, "-c", CLIENTS),
+            *(GREEDY, GUEST, AGENT),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        told, _ = await clients.communicate()
+        assert clients.returncode == 0
+        refused, guests, beats, later = json.loads(told)
+        assert refused in (0, 503)
+        assert guests == [200] * 20
+        assert beats == [200] * 5
+        assert later == 200
+        assert "as many connections of one address" in coordinator.output
+        assert "Traceback" not in coordinator.output

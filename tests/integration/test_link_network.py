@@ -301,6 +301,38 @@ async def test_behind_a_firewall_that_drops_it_is_served_in_ten_seconds_and_then
         assert took < most, agent.output
 
 
+NEIGHBOUR = """
+import socket, sys
+peer = socket.create_connection(("10.77.0.2", int(sys.argv[1])), timeout=60)
+peer.sendall(b"GET /api/tags HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\nConnection: close\\r\\n\\r\\n")
+try:
+    print(peer.recv(4096))
+except ConnectionResetError:
+    print(b"")
+"""
+
+
+@pytest.mark.spec("AGENT-84")
+async def test_another_program_on_the_coordinators_machine_does_not_get_through_the_relay(
+    machines: Machines,
+) -> None:
+    machines.network.unfilter("shut")
+    async with machines.agent(AGENT_TRANSPORT="direct") as agent, machines.client(1) as out:
+        assert await out.readline()
+        port = agent.output.partition("relaying the coordinator to Ollama port=")[2].split()[0]
+        neighbour = await asyncio.create_subprocess_exec(
+            *("ip", "netns", "exec", machines.network.center, sys.executable, "-c", NEIGHBOUR),
+            port,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            said, _ = await neighbour.communicate()
+            assert said.strip() == b"b''"
+            await agent.says("the relay refused a peer")
+        async with machines.client(1) as out:
+            assert await out.readline()
+
+
 @pytest.mark.spec("LINK-2")
 async def test_a_router_that_forgets_silent_connections_forgets_none_of_a_link(
     routed: Network, machines: Machines

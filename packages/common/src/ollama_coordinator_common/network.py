@@ -180,6 +180,14 @@ def machine_of(host: str) -> str:
     return LOOPBACK
 
 
+def client_network(address: str) -> str:
+    """What one client has: an IPv4 address, or the 64 bits before those of its own choice."""
+    found = parse_address(address)
+    if found is None or found.version == 4:
+        return address
+    return f"{int(found) >> 64:x}::/64"
+
+
 def keep_alive(
     sock: socket.socket | TransportSocket,
     *,

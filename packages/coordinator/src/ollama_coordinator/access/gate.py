@@ -16,7 +16,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.types import Scope
 
-from ollama_coordinator_common.network import parse_address
+from ollama_coordinator_common.network import client_network, parse_address
 from ollama_coordinator_common.settings import CoordinatorConfig
 
 from . import signature
@@ -65,8 +65,8 @@ NOTICE_SECONDS = 86_400.0
 """How long the dashboard shows what strangers did."""
 
 WRONG_KEYS_A_MINUTE = 30
-"""Of one address; the right key is taken also after more. A browser page with a wrong key asks
-some ten times a minute."""
+"""Of one address, or one network of 64 bits in IPv6; the right key is taken also after more. A page
+with a wrong key asks some ten times a minute."""
 
 MOST_GUESSERS = 4096
 """Addresses whose wrong keys are counted; the counts begin anew where there are more."""
@@ -348,7 +348,7 @@ class Access:
         caller = caller_of(scope)
         if self._is_closed_to(caller.client):
             return self._closed(caller.client)
-        address, now = caller.client.address, time.monotonic()
+        address, now = client_network(caller.client.address), time.monotonic()
         if now - self._guesses_since >= LOG_SECONDS or len(self._guesses) >= MOST_GUESSERS:
             self._guesses, self._guesses_since = {}, now
         count = self._guesses[address] = self._guesses.get(address, 0) + 1

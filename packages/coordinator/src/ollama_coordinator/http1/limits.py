@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 
 from msgspec import Struct
 
-from ollama_coordinator_common.network import parse_address
+from ollama_coordinator_common.network import client_network
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,6 @@ else:
         return 0
 
 
-def _network_of(address: str) -> str:
-    """What one client has: an IPv4 address, or the 64 bits before those of its own choice."""
-    found = parse_address(address)
-    if found is None or found.version == 4:
-        return address
-    return f"{int(found) >> 64:x}::/64"
-
-
 class ClientConnection:
     """One open connection. `end_reason`: why the coordinator ended it; empty where it did not.
 
@@ -90,7 +82,7 @@ class ClientConnection:
         self._unsent_since = now
         self.client = transport.get_extra_info("peername")
         self.address = str(self.client[0]) if isinstance(self.client, tuple) else ""
-        self.network = _network_of(self.address)
+        self.network = client_network(self.address)
         self.end_reason = ""
         self.of_link = False
 
