@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from ollama_coordinator.operations import runner
 from support.coordinator import Running, running
@@ -84,6 +85,35 @@ async def test_an_upload_with_another_digest_is_not_kept(tmp_path: Path) -> None
         assert _files(tmp_path) == []
         assert await _upload(coordinator) == 201
         assert await _upload(coordinator, b"not read") == 200
+
+
+@pytest.mark.spec("SURFACE-24")
+@pytest.mark.parametrize(
+    "digest",
+    [
+        "sha256:../../outside", "sha256-..%2f..%2foutside", "..%2f..%2foutside", "%2e%2e/outside",
+        "..%5c..%5coutside", "sha256:" + "..%2f" * 12 + "outside", "sha256:" + "a" * 63 + "%00",
+        "sha256:" + "a" * 64 + "%2f..%2f..%2foutside", "sha256:" + "a" * 65, "sha512:" + "a" * 64,
+        "", ".", "sha256:" + "%C3%A9" * 64,
+    ],
+)  # fmt: skip
+async def test_a_file_whose_digest_is_a_path_is_written_and_asked_for_nowhere(
+    tmp_path: Path, digest: str
+) -> None:
+    async with (
+        running(database_url=f"sqlite:///{tmp_path}/c.db") as coordinator,
+        StandIn() as ollama,
+    ):
+        await coordinator.register(ollama)
+        before = sorted(tmp_path.rglob("*"))
+        url = URL(f"{coordinator.url}/api/blobs/{digest}", encoded=True)
+        for method in ("HEAD", "POST"):
+            async with coordinator.session.request(
+                method, url, data=BLOB if method == "POST" else None, allow_redirects=False
+            ) as response:
+                assert response.status in (307, 400, 404, 405), response.status
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not any("blobs" in path or "outside" in path for path in ollama.seen.counts)
 
 
 @pytest.mark.spec("SURFACE-24")
