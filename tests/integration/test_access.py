@@ -519,6 +519,33 @@ async def test_guessing_is_slowed_down_and_logged(
         assert int(answer.headers["retry-after"]) > 0
 
 
+WRONG = "oc_" + "x" * 43
+JOINS = {"machine_name": "m", "ip_address": PRIVATE, "ollama_version": "1", "ollama_port": 9}
+GUESSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "x-api-key": ("/api/tags", {"X-Api-Key": WRONG}),
+    "password": (
+        "/api/tags", {"Authorization": "Basic " + base64.b64encode(f"a:{WRONG}".encode()).decode()},
+    ),
+    "path": (f"/k/{WRONG}/api/tags", {}),
+    "signature": ("/api/tags", {"Authorization": "A" * 68 + ":" + "B" * 88}),
+    "a free form": ("/api/tags", {"Authorization": WRONG}),
+    "join token": ("/api/agents", {"method": "POST", "body": JOINS, "X-Api-Key": WRONG}),
+    "join token of an agent": (
+        "/api/agents",
+        {"method": "POST", "body": JOINS, "X-Api-Key": WRONG, "X-Agent-Secret": "s" * 43},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.spec("ACCESS-14")
+@pytest.mark.parametrize("form", GUESSES)
+async def test_a_guess_counts_in_each_form(behind: Running, form: str) -> None:
+    await made(behind)
+    path, sent = GUESSES[form]
+    statuses = [(await asked(behind, path, of=PUBLIC, **sent))[0] for _ in range(32)]
+    assert (statuses[0], statuses[-1]) == (401, 429)
+
+
 @pytest.mark.spec("ACCESS-14")
 async def test_one_network_of_ipv6_is_one_who_guesses(behind: Running) -> None:
     await made(behind)
