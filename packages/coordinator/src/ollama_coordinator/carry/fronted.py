@@ -147,9 +147,9 @@ class Fronted:
         scope, known = {**scope, "headers": headers}, self._cluster.secret
         if not known or not compare_digest(secret.encode(), known.encode()):
             await self._app(scope, receive, send)
-        elif scope["path"] == REPORTS:
+        elif not client and scope["path"] == REPORTS:  # it speaks for itself, and for no client
             await self._take_reports(receive, send)
-        elif scope["path"] == HELLO:
+        elif not client and scope["path"] == HELLO:
             await self._takeover.hear(scope, receive, send)
         elif not port.isdigit():
             await self._app(scope, receive, send)

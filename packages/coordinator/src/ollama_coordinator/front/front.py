@@ -65,7 +65,7 @@ from ollama_coordinator.upstream import (
 )
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
-from .link import NOBODY_LEADS, pass_link_on, target
+from .link import NOBODY_LEADS, is_link, pass_link_on, target
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ class Front:
                     raise HttpError(503, "this coordinator is stopping")
                 if first(scope["headers"], FRONT) is not None:
                     await follows(send)
-                elif (first(scope["headers"], b"upgrade") or "").lower() == "websocket":
+                elif is_link(scope):
                     leader = await self._leader(
                         asyncio.get_running_loop().time() + PATIENCE_SECONDS
                     )
@@ -285,7 +285,7 @@ class Front:
                         raise HttpError(503, NOBODY_LEADS)  # it comes again at once
                     certificate = self._cluster.certificate_at(leader.url)
                     where = leader.url, target(scope), self._credentials(scope).encode()
-                    await pass_link_on(scope, *where, certificate)
+                    await pass_link_on(scope, *where, certificate, self._clock)
                 else:
                     await self._pass_on(scope, receive, send)
         finally:

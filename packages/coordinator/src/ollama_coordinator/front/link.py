@@ -13,8 +13,15 @@ from ollama_coordinator.api.http.errors import HttpError
 from ollama_coordinator.api.http.headers import first
 from ollama_coordinator.api.http.routing import NO_HTTP1
 from ollama_coordinator.carry import FRONT
+from ollama_coordinator.clock import Clock
 from ollama_coordinator.http1 import CLIENT_CONNECTION, EXCHANGE, ClientConnection, Exchange
 from ollama_coordinator_common.pump import Pipe
+
+HEAD_SECONDS = 10.0
+"""For the leader to take a connection and to answer its head."""
+
+NOT_PASSED = (FRONT, b"content-length", b"transfer-encoding")
+"""Of the head; a body does not pass, and the leader would wait for it."""
 
 NOBODY_LEADS = "none of the coordinators leads now; please try again"
 
@@ -25,8 +32,20 @@ def target(scope: Scope) -> str:
     return f"{path}?{query}" if query else path
 
 
+def is_link(scope: Scope) -> bool:
+    """Whether an agent opens a connection of its link; nothing else is upgraded."""
+    path: str = scope["path"]
+    upgrade = (first(scope["headers"], b"upgrade") or "").lower()
+    return upgrade == "websocket" and path.startswith("/api/agents/") and path.endswith("/link")
+
+
 async def pass_link_on(
-    scope: Scope, url: str, path: str, credentials: bytes, certificate: bytes | None
+    scope: Scope,
+    url: str,
+    path: str,
+    credentials: bytes,
+    certificate: bytes | None,
+    clock: Clock,
 ) -> None:
     """Join the connection with one to the leader at a URL, until both have ended.
 
@@ -40,24 +59,25 @@ async def pass_link_on(
     if exchange is None or client is None:
         raise HttpError(501, NO_HTTP1)
     where = urlsplit(url)
-    head = [f"GET {path} HTTP/1.1".encode()]
-    given = ((FRONT, credentials), *scope["headers"])
-    head += [b"%b: %b" % pair for pair in given if pair[0] != FRONT or pair is given[0]]
+    head = [f"GET {path} HTTP/1.1".encode(), b"%b: %b" % (FRONT, credentials)]
+    head += [b"%b: %b" % pair for pair in scope["headers"] if pair[0] not in NOT_PASSED]
     far, near = Pipe(), Pipe()
     try:
-        reader, writer = await asyncio.open_connection(
-            where.hostname, where.port, ssl=_unverified() if where.scheme == "https" else None
-        )
+        async with clock.timeout(HEAD_SECONDS):
+            reader, writer = await asyncio.open_connection(
+                where.hostname, where.port, ssl=_unverified() if where.scheme == "https" else None
+            )
         _check(writer, certificate)
     except OSError as exc:
         raise HttpError(503, NOBODY_LEADS) from exc
     try:
-        writer.write(b"\r\n".join([*head, b"", b""]))
-        status, answered = await _head_of_answer(reader)
-        if status != 101:
-            length = int(first(answered, b"content-length") or 0)
-            text = (await reader.readexactly(min(length, 4096))).decode("utf-8", "replace")
-            raise HttpError(status, _error_in(text))
+        async with clock.timeout(HEAD_SECONDS):
+            writer.write(b"\r\n".join([*head, b"", b""]))
+            status, answered = await _head_of_answer(reader)
+            if status != 101:
+                length = int(first(answered, b"content-length") or 0)
+                text = (await reader.readexactly(min(length, 4096))).decode("utf-8", "replace")
+                raise HttpError(status, _error_in(text))
         client.of_link = True
         _take_over(exchange.hand_over(answered), near)
         _take_over(cast(asyncio.Transport, writer.transport), far)
