@@ -166,6 +166,31 @@ async def test_a_spoilt_file_is_refused_and_taken_from_elsewhere(
 
 
 @pytest.mark.spec("SURFACE-77")
+async def test_of_two_that_gave_a_spoilt_file_together_the_good_one_gives_it_alone(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, cut = model_server.ModelServer._send, 0
+    async with machines([TINY], [TINY], []) as (coordinator, ollamas):
+        first = min(named(coordinator, 0), named(coordinator, 1), key=lambda agent: agent.id)
+        spoil(ollamas[int(first.name[-1])])
+
+        async def cuts_one(server: Any, request: web.BaseRequest, file: Any) -> Any:
+            nonlocal cut
+            is_last = request.headers.get("Range", "").endswith(f"-{TINY.size_bytes - 1}")
+            if is_last and server.port == first.store.port and not cut:
+                cut += 1
+                assert request.transport is not None
+                request.transport.abort()
+            return await send(server, request, file)
+
+        monkeypatch.setattr(model_server.ModelServer, "_send", cuts_one)
+        ended = await brought(coordinator, 2)
+        assert (ended["state"], cut) == ("done", 1), json.dumps(ended)
+        assert manifest(ollamas[2]) == manifest(ollamas[0])
+        assert left_over(ollamas[2]) == []
+
+
+@pytest.mark.spec("SURFACE-77")
 async def test_a_model_goes_over_links_where_no_port_is_reached(machines: Machines) -> None:
     async with machines([TINY], [], agent={"transport": "link"}) as (coordinator, ollamas):
         code, output = await run(coordinator, "models", "copy", "tiny", "machine-1")

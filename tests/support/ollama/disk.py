@@ -27,6 +27,8 @@ WEIGHTS = "application/vnd.ollama.image.model"
 MISMATCH = "digest mismatch, file must be downloaded again"
 CONFIG = b'{"model":"stand-in"}'
 TRIES, PARTS = 6, 16
+STALL_SECONDS = 30.0
+NO_SPACE = "write {}: no space left on device"
 PART_BYTES = 100_000  # Ollama's own are 100 MB and more
 Progress = Callable[..., Awaitable[None]]
 
@@ -171,6 +173,7 @@ async def _download(
     content = bytearray(total)
     starts = list(range(0, total, PART_BYTES))
     done = 0
+    stall = aiohttp.ClientTimeout(sock_read=STALL_SECONDS)
     status = f"pulling {digest[7:19]}"
     limit = asyncio.Semaphore(PARTS)
 
@@ -178,16 +181,19 @@ async def _download(
         nonlocal done
         stop, at = min(start + PART_BYTES, total), start
         for attempt in range(TRIES):
+            begun = at
             try:
                 async with limit, session.get(
                     _connectable(direct), headers={"Range": f"bytes={at}-{stop - 1}"},
-                    allow_redirects=True,
+                    allow_redirects=True, timeout=stall,
                 ) as response:  # fmt: skip
                     async for piece in response.content.iter_any():
                         taken = piece[: stop - at]  # io.CopyN, whatever the status says
                         content[at : at + len(taken)] = taken
                         at, done = at + len(taken), done + len(taken)
                         await progress(status, digest=digest, total=total, completed=done)
+                if at < stop:  # io.EOF, as after an error: rolled back; what was cut is kept
+                    at, done = begun, done - (at - begun)
             except aiohttp.ClientError:
                 pass
             if at >= stop:
@@ -196,7 +202,11 @@ async def _download(
         raise StreamError("max retries exceeded: unexpected EOF")
 
     await asyncio.gather(*map(part, starts))
-    part_file.write_bytes(content)
+    try:
+        part_file.write_bytes(content)
+    except OSError as exc:
+        part_file.unlink(missing_ok=True)
+        raise StreamError(NO_SPACE.format(part_file)) from exc
     part_file.rename(store.file(digest))
 
 

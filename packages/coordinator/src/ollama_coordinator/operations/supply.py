@@ -183,16 +183,19 @@ class Supply:
             raise Refused(507, f"{NO_ROOM}: {reason}")
         failed: set[AgentId] = self._not_asked(command)
         last: Refused | None = None
+        from_one = False
         for attempt in range(TRIES):
             transfer = None
             try:
                 async with self._transfers.moving(agent, name, _full(digest), failed) as transfer:
+                    transfer.from_one = from_one
                     report({"status": f"{agent.name} gets it from {transfer.first.name}"})
                     await self._bring(agent, transfer, report)
                     return
             except Refused as exc:
                 givers = transfer.given_by or {transfer.first.id} if transfer is not None else set()
-                failed |= givers
+                from_one = from_one or len(givers) > 1  # which of them spoilt it is not known
+                failed |= set() if len(givers) > 1 else givers
                 if isinstance(exc, NoSource) and last is not None:
                     raise last from exc
                 last = exc

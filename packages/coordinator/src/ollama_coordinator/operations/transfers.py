@@ -54,8 +54,9 @@ MOST_AT_ONCE = 2
 LOOK_SECONDS = 0.1
 """How often a transfer that waits looks for a machine that gives it."""
 
-LISTED_SECONDS = 3.0
-"""How long a machine is waited for that gives the model: its list may come after the model."""
+LISTED_SECONDS = 15.0
+"""How long a machine is waited for that gives the model: its list may come with a heartbeat only,
+and the internet costs more."""
 
 MANIFEST_SECONDS = 10.0
 MANIFEST_BYTES, MANIFEST_COMMAS = 2 * 1024 * 1024, 50_000
@@ -120,7 +121,8 @@ class FileWay(Struct, frozen=True):
 class Transfer:
     """One content of a model on its way to `receiver`; `None`: to a caller of the registry.
 
-    `first` gives it, and others where that fails. `given_by`: those that were asked for pieces.
+    `first` gives it, and others where that fails, unless it comes `from_one` alone. `given_by`:
+    those that were asked for pieces.
     `lost` ends what runs inside of it, once no machine gives the content any more.
     """
 
@@ -134,6 +136,7 @@ class Transfer:
         self.digest = f"sha256:{sha256(manifest).hexdigest()}"
         self.files = files_of(manifest)
         self.first = first
+        self.from_one = False
         self.given_by: set[AgentId] = set()
         self.excluded: frozenset[AgentId] = frozenset()
         self.lost = Interrupt()
@@ -244,13 +247,17 @@ class Transfers:
     ) -> AgentState:
         began = self._clock.now()
         while True:
-            found = self.sources(name.key, digest, banned)
-            if not found and self._clock.now() - began >= LISTED_SECONDS:
+            found, now = self.sources(name.key, digest, banned), self._clock.now()
+            if not found and (now - began >= LISTED_SECONDS or not self._may_give(banned, now)):
                 raise NoSource(name.short)
             free = [agent for agent in found if self._giving[agent.id] < self._most(agent)]
             if free:
                 return min(free, key=lambda agent: (self._load(agent), agent.id))
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _may_give(self, banned: Collection[AgentId], now: float) -> bool:
+        """Whether any other machine is there that may turn out to have a model."""
+        return any(a.id not in banned and self._registry.is_online(a, now) for a in self._registry)
 
     def _most(self, agent: AgentState) -> int:
         return 1 if self._scheduler.in_flight(agent.id) else MOST_AT_ONCE
@@ -365,7 +372,8 @@ class Transfers:
     def _ways(self, transfer: Transfer, digest: str) -> Iterator[FileWay]:
         """First by the receiver itself, then through this coordinator; `first` before others."""
         key, own = transfer.name.key, _digest(transfer.digest)
-        others = self.sources(key, own, {*transfer.excluded, transfer.first.id})
+        banned = {*transfer.excluded, transfer.first.id}
+        others = [] if transfer.from_one else self.sources(key, own, banned)
         others.sort(key=lambda agent: (self._load(agent), agent.id))
         # Its list may be older than its model: a report that was under way when it got it.
         gives = transfer.first.id not in transfer.excluded
