@@ -413,6 +413,9 @@ async def test_a_models_page_has_its_machines_users_history_and_where_it_would_f
         agent = await coordinator.register(small, "small")
         await coordinator.heartbeat(agent, gpus=[GPU], disk_free_bytes=10**9)
         await coordinator.chat()
+        # Its context is known once it is listed; that is asked for at some time by itself.
+        for listed in coordinator.parts.registry:
+            await coordinator.parts.monitor.look_at(listed, seconds=5)
         await visit.open("models")
         await page.locator("a.model-name").click()
         await expect(page.locator("h1")).to_have_text("llama3.2")

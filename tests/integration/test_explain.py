@@ -1,13 +1,16 @@
 """Why a request goes where it goes, over HTTP and on the command line."""
 
 import asyncio
+import io
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
 from ollama_coordinator.api.http.errors import OWN_BODY_LIMIT
+from ollama_coordinator.commands.scheduling import TERMS, decided
 from ollama_coordinator.simulation import TraceRequest, write_trace
 from support import programs
 from support.coordinator import Running, running
@@ -48,6 +51,19 @@ async def test_explain_tells_every_candidate_and_sends_nothing(
     assert told["spare"]["refused"] == "its Ollama does not answer"
     assert ollama.seen.count("/api/chat") == 0
     assert coordinator.at_rest()
+
+
+@pytest.mark.spec("OPERATION-20")
+def test_of_an_agent_that_could_serve_now_or_later_one_row_is_the_chosen_one() -> None:
+    terms = dict.fromkeys((f"{term}_seconds" for term in TERMS), 0.5)
+    both = {"agent_id": "a", "agent": "gpu-1", "cached_tokens": 0, **terms}
+    candidates = [{**both, "action": "go", "cost": 1.1}, {**both, "action": "wait", "cost": 9.9}]
+    decision = {"chosen": "a", "action": "go", "candidates": candidates}
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(decided(decision, 80))
+    assert isinstance(screen.file, io.StringIO)
+    lines = [line for line in screen.file.getvalue().splitlines() if "chosen" in line]
+    assert [line.split()[:3] for line in lines] == [["gpu-1", "go", "1.10"]]
 
 
 @pytest.mark.spec("OPERATION-20")
@@ -94,6 +110,8 @@ async def test_the_commands_tell_it_in_tables(tmp_path: Path) -> None:
             assert code == 0, output
             assert "← chosen" in output
             assert {"fast", "slow"} <= set(output.split())
+            code, output = await command(tmp_path, coordinator.url, "explain", "llama3.2")
+            assert "; 0 tokens" not in output  # a request, not a load
             code, output = await command(tmp_path, coordinator.url, "agents")
             assert code == 0, output
             assert output.count("online") == 2

@@ -56,8 +56,13 @@ async def test_agents_are_listed_shown_and_changed(coordinator: Running) -> None
         settings = coordinator.agent(agent_id).settings
         assert (settings.labels, settings.display_name) == (["fast", "new"], "quick")
         assert (settings.preference, settings.backup_seconds) == (2.0, 5.0)
+        gpu = {"name": "X", "memory_used_bytes": 3_200_000_000, "temperature_celsius": 61}
+        readings = {"cpu_usage": 37.1911, "memory_total_bytes": 2**36, "gpus": [gpu, gpu]}
+        assert await coordinator.heartbeat(agent_id, **readings) == 200
         code, output = await run(coordinator, "agents", "show", "quick")
         assert "fast, new" in output
+        units = ("37.2 %", "68.7 GB", "memory_used_bytes 3.2 GB", "61.0 °C")
+        assert [one for one in units if one not in " ".join(output.split())] == []
         assert widest(output) <= 80
         assert (await answer(coordinator, "agents", "show", "quick"))["id"] == agent_id
         assert (await run(coordinator, "agents", "label", "quick"))[0] == 0

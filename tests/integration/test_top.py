@@ -205,6 +205,31 @@ def test_a_wide_terminal_shows_more_and_none_is_overrun(width: int) -> None:
     assert ("JUST ENDED" in text, "10.0.0.7" in text) == (False, width >= 130)
 
 
+@pytest.mark.spec("DASH-77")
+@pytest.mark.parametrize("width", [80, 100, 160])
+async def test_a_long_name_takes_no_numbers_place(coordinator: Running, width: int) -> None:
+    name, model = "a-workstation-with-a-very-long-name.physics.example.edu", "m" * 70
+    async with StandIn((f"{model}:q4",)) as ollama:
+        agent_id = await coordinator.register(ollama, name)
+        await coordinator.heartbeat(agent_id, cpu_usage=37.0, memory_total_bytes=64 * 2**30)
+        ollama.hold(after=2)
+        follower = Follower(Client(coordinator.url, coordinator.session))
+        async with (
+            coordinator.stream(model=f"{model}:q4") as streamed,
+            aclosing(follower.follow()) as states,
+            asyncio.timeout(DEADLINE_SECONDS),
+        ):
+            await streamed.content.readline()
+            async for state in states:
+                if [row["tokens"] for row in state["requests"].values()] == [2]:
+                    break
+            text = drawn(follower.state, view=View(width=width))
+            ollama.release()
+    assert max(map(len, text.splitlines())) <= width
+    for shown in ("37 %", "/64 GiB", "1/1", "TOK/S", "ELAPSED", "127.0.0.1", "a-works", "mmmmm"):
+        assert shown in text
+
+
 @pytest.mark.parametrize(
     ("sent", "keys"),
     [("\x1b[A\x1bOB", ["up", "down"]), ("\x1b", ["escape"]), ("aé\r", ["a", "é", "enter"])],

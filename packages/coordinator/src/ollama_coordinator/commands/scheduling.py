@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import typer
 from msgspec import Struct, structs
-from rich.console import Group
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -37,6 +37,12 @@ from .tables import WIDE, console, name_of, shown_json, table
 
 SEEN_SECONDS = 0.005
 """What is less is shown as 0.00."""
+
+PROMPT = "Why is the sky blue?"
+"""What is asked where nothing is given: a request without a prompt only loads the model."""
+
+MOST_TERMS = 5
+"""So many have room at 80 columns, beside the name of an agent."""
 
 FEW_WAITED = 0.05
 """Where fewer requests than this share wait for a slot under every policy, none of them chooses."""
@@ -66,7 +72,7 @@ class Recorded(Struct, frozen=True):
 async def explain(
     client: Client,
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="What to ask.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="What to ask.")] = PROMPT,
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", metavar="TOKENS", help="The context to ask for.")
     ] = None,
@@ -88,19 +94,21 @@ async def explain(
 def decided(decision: Mapping[str, Any], width: int) -> Group:
     """The candidates of a decision, the cheapest first, then why others were none.
 
-    In a narrow terminal only terms of which something is seen are columns.
+    In a narrow terminal only terms of which something is seen are columns, the largest ones.
     """
     candidates = decision["candidates"]
     known = [one for one in candidates if one["cost"] is not None]
-    least = 0.0 if width >= WIDE else SEEN_SECONDS
-    terms = [t for t in TERMS if any(one[f"{t}_seconds"] >= least for one in known)]
+    most = {t: max((one[f"{t}_seconds"] for one in known), default=0.0) for t in TERMS}
+    seen = [t for t in sorted(TERMS, key=lambda t: -most[t]) if most[t] >= SEEN_SECONDS]
+    terms = [t for t in TERMS if width >= WIDE or t in seen[:MOST_TERMS]]
     cached = ["CACHED"] if any(one["cached_tokens"] for one in known) else []
     numbers = ("COST", *(term.upper() for term in terms), *cached)
     made = table("AGENT", "WOULD", *numbers, "", right=numbers)
     for column in made.columns[1:]:
         column.no_wrap = True
     for one in sorted(known, key=lambda one: float(one["cost"])):
-        is_chosen = one["agent_id"] == decision["chosen"]
+        chosen = decision["chosen"], decision["action"]  # an agent may be there twice
+        is_chosen = (one["agent_id"], one["action"]) == chosen
         made.add_row(
             Text(one["agent"]),
             one["action"],
@@ -199,8 +207,9 @@ async def replay(
     if not played:
         raise NoAnswer("nothing is recorded yet that could be played; send some requests first")
     summaries, most = {}, 0
-    for name in policies:
-        run = Simulation(fleet, partial(_create, name)).run(played)
+    for number, name in enumerate(policies, 1):
+        with Console(stderr=True).status(f"{name}, {number} of {len(policies)} policies"):
+            run = Simulation(fleet, partial(_create, name)).run(played)
         most = max(most, sum(_waited(record) for record in run.records))
         summaries[name] = summarise(run, fleet)
     if json:

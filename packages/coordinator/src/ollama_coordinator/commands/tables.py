@@ -110,8 +110,27 @@ def facts(row: Mapping[str, Any]) -> Table:
     for name, value in row.items():
         if value in (None, "", [], {}):
             continue
-        made.add_row(Text(name, "bold"), Text(readable(value), overflow="fold"))
+        made.add_row(Text(name, "bold"), Text(_with_unit(name, value), overflow="fold"))
     return made
+
+
+UNITS = {"_usage": " %", "_percent": " %", "_celsius": " °C", "_watts": " W"}
+"""Of numbers, by the ends of their names."""
+
+
+def _with_unit(name: str, value: object) -> str:
+    """A fact for people: a number with its unit, the rows of a list in lines of their own."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "\n".join(_with_unit(name, part) for part in value)
+    if isinstance(value, dict):
+        parts = ((key, _with_unit(key, part)) for key, part in value.items() if part)
+        return "; ".join(f"{key} {text}" for key, text in parts)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return readable(value)
+    if name.endswith("_bytes"):
+        return decimal(int(value))
+    unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+    return f"{value:.1f}{unit}" if isinstance(value, float) or unit else str(value)
 
 
 def readable(value: object) -> str:
@@ -145,7 +164,7 @@ def settings_table(settings: Iterable[Mapping[str, Any]]) -> Table:
     """Settings, and where each comes from."""
     made = table("NAME", "VALUE", "FROM", "VARIABLE")
     for one in settings:
-        value = readable(one["value"]) if one["value"] != "" else "-"
+        value = readable(one["value"]) or "-"
         made.add_row(one["name"], Text(value), one["source"], one["variable"])
     return made
 

@@ -31,6 +31,9 @@ from .tables import table
 
 Row = dict[str, Any]
 
+ROOMY = 96
+"""Columns in which a list has room for bars and for what is loaded."""
+
 DRAWS_PER_SECOND = 4
 """Enough for a terminal, and little work over SSH."""
 
@@ -246,6 +249,12 @@ class View:
     why: Row = field(default_factory=dict)
     ended: bool = False
 
+    @property
+    def list_width(self) -> int:
+        """The columns that the lists have, where something stands beside them or not."""
+        is_alone = self.width < SIDE_BY_SIDE or not (self.why or self.footer)
+        return self.width if is_alone else self.width * 3 // 5
+
     def requests(self, state: Row) -> list[Row]:
         """The requests that the filter lets through, in order."""
         words = ("model", "client", "agent", "state")
@@ -375,6 +384,7 @@ def _side(state: Row, view: View) -> RenderableType | None:
         return None
     right = ("FIRST", "TOK/S", "TOOK")
     made = table("JUST ENDED", "RESULT", "AGENT", *right, right=right, is_cut=True)
+    _give_way(made, {"JUST ENDED": 1, "AGENT": 1})
     for one in reversed(over[-ENDED_SHOWN:]):
         first, speed = one.get("first_token_seconds"), one.get("tokens_per_second")
         made.add_row(
@@ -424,21 +434,30 @@ def _summary(fleet: Row, problem: str | None) -> Text:
 
 def _agents(agents: Iterable[Row], view: View) -> Table:
     right = ("CPU", "GPU", "SLOTS", "TOK/S")
-    made = table("AGENT", "STATE", "MEMORY", *right, "LOADED", right=right, is_cut=True)
+    is_narrow = view.list_width < ROOMY
+    last = () if is_narrow else ("LOADED",)
+    made = table("AGENT", "STATE", "MEMORY", *right, *last, right=right, is_cut=True)
     made.caption, made.caption_justify = _ordered(view.agents_by, "name"), "left"
+    _give_way(made, {"AGENT": 3, "LOADED": 2})
     for agent in agents:
         loaded = ", ".join(_short(model["name"]) for model in agent["loaded_models"])
         made.add_row(
             Text(agent["name"]),
             _state(agent["state"]),
-            _memory(agent),
+            _memory(agent, 0 if is_narrow else BAR_WIDTH),
             _percent(agent.get("cpu_usage")),
             _percent(_mean(gpu.get("utilization_percent") for gpu in agent["gpus"])),
             f"{agent['in_flight']}/{max(agent['slots'], agent['in_flight'])}",
             f"{agent['sparkline'][1]:.0f}",
-            Text(loaded),
+            *(Text(loaded) for _ in last),
         )
     return made
+
+
+def _give_way(made: Table, shares: Mapping[str, int]) -> None:
+    """Columns of names share what the others leave: no number is cut for a long name."""
+    for column in made.columns:
+        column.ratio = shares.get(str(column.header))
 
 
 def _ordered(by: str, usual: str) -> str | None:
@@ -449,6 +468,7 @@ def _requests(requests: Iterable[Row], now: datetime, view: View) -> Table:
     right = ("NEXT", "TOKENS", "TOK/S", "ELAPSED")
     made = table("MODEL", "STATE", "AGENT", *right, "CLIENT", right=right, is_cut=True)
     made.caption, made.caption_justify = _ordered(view.requests_by, "state"), "left"
+    _give_way(made, {"MODEL": 3, "AGENT": 3, "CLIENT": 2})
     for request in requests:
         began = request.get("first_byte_at")
         tokens = request.get("tokens", 0)
@@ -479,7 +499,7 @@ def _next_step(request: Row, now: datetime) -> str:
     return f"~{max(0.0, (ends_at - now).total_seconds()):.0f} s"
 
 
-def _memory(agent: Row) -> Text:
+def _memory(agent: Row, bar: int) -> Text:
     gpus = [gpu for gpu in agent["gpus"] if gpu.get("memory_total_bytes")]
     total = sum(gpu["memory_total_bytes"] for gpu in gpus) or agent.get("memory_total_bytes", 0)
     total = agent.get("by_hand", {}).get("memory_bytes") or total
@@ -488,9 +508,9 @@ def _memory(agent: Row) -> Text:
     used = sum(gpu.get("memory_used_bytes", 0) for gpu in gpus)
     if not gpus:
         used = agent.get("memory_usage", 0) / 100 * total
-    full = min(BAR_WIDTH, round(BAR_WIDTH * used / total))
-    figures = f" {used / GIBIBYTE:.0f}/{total / GIBIBYTE:.0f} GiB"
-    return Text.assemble(("█" * full, "blue"), ("░" * (BAR_WIDTH - full), "dim"), figures)
+    full = min(bar, round(bar * used / total))
+    figures = f"{' ' if bar else ''}{used / GIBIBYTE:.0f}/{total / GIBIBYTE:.0f} GiB"
+    return Text.assemble(("█" * full, "blue"), ("░" * (bar - full), "dim"), figures)
 
 
 def _more(hidden: int) -> Text:
