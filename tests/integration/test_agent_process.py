@@ -1,6 +1,7 @@
 """The agent as its own process: signals, exit codes, what it prints."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -217,6 +218,14 @@ async def test_status_shows_what_would_be_reported(
     assert code == 1
     assert "not registered" in " ".join(output.split())
     assert "llama3.2:latest" in output
+    async with launch("status", "--json", OLLAMA_PORT=ollama.port) as process:
+        code, output = await outcome(process)
+    told = json.loads(output)
+    assert code == 1
+    assert "not registered" in told["coordinator_trouble"]
+    assert told["models"] == ["llama3.2:latest"]
+    assert told["ollama_version"] == ollama.settings.version
+    assert told["readings"]["memory_total_bytes"] > 0
     assert not (tmp_path / "state").exists()
     async with launch(OLLAMA_PORT=ollama.port):
         await coordinator.next_report(lambda report: report.ollama_running)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from msgspec import Struct
+from msgspec import Struct, structs
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import (
@@ -48,6 +48,20 @@ class StatusView(Struct, frozen=True):
     paused: str | None = None
     coordinator_trouble: str | None = None
     ollama_trouble: str | None = None
+
+
+def plain(view: StatusView) -> dict[str, object]:
+    """One view for scripts, with models by their names."""
+    facts, shown = view.facts, structs.asdict(view)
+    del shown["facts"]
+    return shown | {
+        "ollama_running": facts.is_running,
+        "ollama_version": facts.version,
+        "models": [name for name, *_ in facts.tags.models] if facts.tags else [],
+        "loaded_models": [name for name, *_ in facts.ps.models] if facts.ps else [],
+        "runner": facts.runner,
+        "left_behind": facts.left_behind,
+    }
 
 
 def render(view: StatusView) -> RenderableType:

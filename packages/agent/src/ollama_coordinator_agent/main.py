@@ -33,7 +33,7 @@ from ollama_coordinator_common.settings import AgentConfig
 
 from . import __version__
 from .assembly import assembled, diagnosed, examined
-from .display import loading, render, render_finding, show
+from .display import loading, plain, render, render_finding, show
 from .doctor import FAILED, cards
 from .installation import (
     RELEASE,
@@ -96,11 +96,17 @@ def run(settings: AgentConfig) -> None:
 
 @app.command()
 @with_settings(read, AgentConfig.settings(), typer.Option)
-def status(settings: AgentConfig) -> None:
+def status(
+    settings: AgentConfig,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
     """Show what the agent would report; the exit code is 1 if something is wrong."""
     log_to(logging.StreamHandler(), "WARNING", PLAIN)
     view = asyncio.run(examined(settings, os.environ))
-    Console().print(render(view))
+    if json:
+        typer.echo(msgspec.json.encode(plain(view)))
+    else:
+        Console().print(render(view))
     if view.coordinator_trouble or view.ollama_trouble:
         raise typer.Exit(1)
 
