@@ -158,7 +158,7 @@ class Site:
     ) -> programs.Program:
         self._started += 1
         log = self.folder / f"{self._started}-{name}.log"
-        path = str(Path(__file__).parents[1])
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         run = programs.program(
             log, "ip", "netns", "exec", place, *command, **{"PYTHONPATH": path, **environment}
         )

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from integration.test_operate import run
-from ollama_coordinator_agent import model_server, watch
+from ollama_coordinator_agent import metrics, model_server, watch
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
 from support.coordinator import Running, running
@@ -274,6 +274,19 @@ async def test_what_is_no_manifest_is_not_shown(
 
 
 GIB = 1024**3
+
+
+@pytest.mark.spec("AGENT-85")
+async def test_the_disk_is_that_of_the_servers_models(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free(folder: Path) -> int:
+        return 7 * GIB if folder == tmp_path / "machine-0" else 0
+
+    monkeypatch.setattr(metrics, "_free_bytes", free)
+    async with machines([TINY]) as (coordinator, _):
+        agent = named(coordinator, 0)
+        await coordinator.until(lambda: agent.report.disk_free_bytes == 7 * GIB)
 
 
 @asynccontextmanager

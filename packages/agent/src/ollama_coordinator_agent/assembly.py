@@ -74,8 +74,6 @@ async def assembled(
         stack.enter_context(state.only_agent())
         recent = stack.enter_context(_recording())
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
-        stack.enter_context(meter)
         ollama = Ollama(session, host, config.ollama_port)
         client = CoordinatorClient(
             session,
@@ -85,6 +83,9 @@ async def assembled(
         )
         reach = Reach(config, relay, state, changed, pace)
         watch = Watch(ollama, supervisor, environ, changed, pace)
+        usual = model_folders(environ)[0]
+        meter = Meter(ollama_port=config.ollama_port, disk=usual, folders=lambda: watch.folders)
+        stack.enter_context(meter)
         parts = AgentParts(
             client=client,
             coordinators=Coordinators(config, client, reach, state),
@@ -159,7 +160,7 @@ async def diagnosed(
                 break
         ollama = Ollama(session, ollama_host(environ), config.ollama_port)
         facts = await _facts(ollama, config, environ)
-    meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
+    meter = await asyncio.to_thread(_meter, config, environ)
     around = structs.replace(
         surroundings(config, environ, state, ollama.url),
         cards=await asyncio.to_thread(cards),
@@ -167,6 +168,12 @@ async def diagnosed(
     )
     for finding in of_machine(facts, await asyncio.to_thread(meter.read), around):
         yield finding
+
+
+def _meter(config: AgentConfig, environ: Mapping[str, str]) -> Meter:
+    """One that looks at the disk where the server keeps its models."""
+    served = environment_of_listener(config.ollama_port) or environ
+    return Meter(ollama_port=config.ollama_port, disk=model_folders(served)[0])
 
 
 async def _standing(client: CoordinatorClient, agent_id: str | None) -> Finding:
@@ -194,7 +201,7 @@ async def examined(config: AgentConfig, environ: Mapping[str, str]) -> StatusVie
     state = StateFolder(state_folder(config), config.ollama_port)
     agent_id = state.last_run.agent_id
     host = ollama_host(environ)
-    meter = Meter(ollama_port=config.ollama_port, disk=model_folders(environ)[0])
+    meter = await asyncio.to_thread(_meter, config, environ)
     async with aiohttp.ClientSession() as session:
         ollama = Ollama(session, host, config.ollama_port)
         facts, ollama_trouble = await _look_at_ollama(ollama, config, environ)

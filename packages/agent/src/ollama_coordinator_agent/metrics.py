@@ -6,7 +6,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -49,11 +49,19 @@ class Meter:
     The thread is a daemon: a graphics driver that hangs must not keep the agent from ending.
     """
 
-    def __init__(self, *, ollama_port: int, disk: Path, interval_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        *,
+        ollama_port: int,
+        disk: Path,
+        folders: Callable[[], Sequence[Path]] = tuple,
+        interval_seconds: float = 2.0,
+    ) -> None:
+        """Prepare; `folders` are where the server keeps its models, `disk` as long as none is."""
         self.latest = Readings()
         self.ready = threading.Event()
         self._ollama_port = ollama_port
-        self._disk = disk
+        self._disk, self._folders = disk, folders
         self._interval_seconds = interval_seconds
         self._stop = threading.Event()
         self.gpus = Gpus()
@@ -93,7 +101,7 @@ class Meter:
             cpu_percent=psutil.cpu_percent(),
             memory_percent=memory.percent,
             memory_total_bytes=memory.total,
-            disk_free_bytes=_free_bytes(self._disk),
+            disk_free_bytes=_free_bytes(next(iter(self._folders()), self._disk)),
             gpus=self.gpus.read(),
             requests=requests_at(self._ollama_port),
         )
