@@ -229,6 +229,27 @@ async def test_keys_and_aliases_that_are_damaged_are_not_begun_anew(
                 await part.restore()
 
 
+@pytest.mark.spec("OPERATION-5")
+async def test_an_agents_damaged_settings_end_the_start_and_damaged_lists_are_asked_for_anew(
+    tmp_path: Path,
+) -> None:
+    url, database = f"sqlite:///{tmp_path}/a.db", SqliteFile(tmp_path / "a.db")
+    async with StandIn() as ollama:
+        async with running(database_url=url) as coordinator:
+            await coordinator.register(ollama, "first")
+        database.ask("UPDATE agents SET blobs = '[', tags = '{'")
+        async with running(database_url=url) as coordinator:
+            assert (await coordinator.chat())[0] == 200
+    database.ask("UPDATE agents SET settings = '{'")
+    port = programs.free_port()
+    environment = {"DATABASE_URL": url, "COORDINATOR_PORT": str(port)}
+    log = tmp_path / "log"
+    async with programs.program(log, "ollama-coordinator", **environment) as program:
+        assert await program.ended() == 1
+        assert "settings of agent first" in program.output
+        assert "Traceback" not in program.output
+
+
 @pytest.mark.spec("ACCESS-9")
 async def test_a_key_that_was_used_at_no_time_of_any_calendar_is_listed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a.db"

@@ -10,7 +10,7 @@ from ollama_coordinator_common.network import machine_of
 from ollama_coordinator_common.types import AgentId
 
 from .clock import Clock
-from .db import AgentRow, Store
+from .db import DAMAGED, AgentRow, DatabaseError, Store
 from .registry import AgentSettings, AgentState, Registry, place_of
 
 
@@ -34,7 +34,7 @@ class AgentStore:
         """Take over every agent in the database.
 
         Raises:
-            DatabaseError: the database cannot be read.
+            DatabaseError: the database cannot be read, or what it has of an agent's settings.
         """
         now = self._clock.now()
         for row in await self._store.agents():
@@ -49,13 +49,22 @@ class AgentStore:
                 heard_at=min(now, self._clock.monotonic(row.last_seen)),
                 left=row.has_left,
                 host=place_of(registration, machine),
-                settings=msgspec.json.decode(row.settings, type=AgentSettings),
+                settings=self._settings_of(row),
             )
             if row.tags:
-                disk = msgspec.json.decode(row.blobs, type=SavedDisk)
-                with suppress(msgspec.DecodeError):  # more models than are read: it is asked anew
+                # Damaged, or more models than are read: it is asked anew.
+                with suppress(msgspec.DecodeError):
+                    disk = msgspec.json.decode(row.blobs, type=SavedDisk)
                     agent.inventory.read_tags(row.tags, disk.blobs, disk.contents, disk.broken)
             self._registry.restore(agent, now)
+
+    def _settings_of(self, row: AgentRow) -> AgentSettings:
+        """What the operator has set: a machine that is to drain must not serve for want of that."""
+        try:
+            return msgspec.json.decode(row.settings, type=AgentSettings)
+        except msgspec.DecodeError as exc:
+            text = f"settings of agent {row.registration.machine_name}: {exc} ({DAMAGED})"
+            raise DatabaseError(self._store.name, text) from exc
 
     def keep(self, agent: AgentState) -> None:
         """Write an agent behind, unless it was removed meanwhile: it would come back."""

@@ -4,13 +4,14 @@ from .address import database_of, database_path, files_beside, without_password,
 from .agents import AgentRow
 from .audit import Change
 from .backup import back_up, move, restored
-from .database import Database, DatabaseError, SharedDatabase
+from .database import DAMAGED, Database, DatabaseError, SharedDatabase
 from .finished import Cursor, Filter, Finished, Status
 from .history import History, StoredBucket, Wait
 from .store import Store
 from .usage import DIMENSIONS, Used
 
 __all__ = [
+    "DAMAGED",
     "DIMENSIONS",
     "AgentRow",
     "Change",

@@ -8,6 +8,8 @@ from ollama_coordinator_common.error import OllamaCoordinatorError
 
 IN_USE = "another coordinator uses it; stop that one, or give another DATABASE_URL"
 
+DAMAGED = "a row is damaged; restore a copy, or move the database away"
+
 
 class DatabaseError(OllamaCoordinatorError):
     """The database cannot be opened, read or written; the text has its name and the reason.

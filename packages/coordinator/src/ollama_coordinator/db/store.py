@@ -18,7 +18,7 @@ import msgspec
 from ollama_coordinator_common.types import AgentId
 
 from .agents import PUT_AGENT, SELECT_AGENTS, AgentRow, from_columns, to_columns
-from .database import IN_USE, Database, DatabaseError, InUse, SharedDatabase
+from .database import DAMAGED, IN_USE, Database, DatabaseError, InUse, SharedDatabase
 
 log = logging.getLogger(__name__)
 
@@ -230,8 +230,7 @@ class Store:
             self.lost.set()
             raise DatabaseError(self._database.name, IN_USE, in_use=True) from exc
         except (ValueError, msgspec.DecodeError) as exc:
-            text = f"{exc} (a row is damaged; restore a copy, or move the database away)"
-            raise DatabaseError(self._database.name, text) from exc
+            raise DatabaseError(self._database.name, f"{exc} ({DAMAGED})") from exc
         except self._database.errors as exc:
             raise DatabaseError(self._database.name, self._database.advice(exc)) from exc
 
