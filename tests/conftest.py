@@ -1,7 +1,9 @@
 """What every test may ask for: a coordinator, and stand-ins registered with it."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,9 +14,22 @@ from support.coordinator import Running, running
 from support.databases import PostgresSchema, Space, SqliteFile, postgres_schema
 from support.ollama import StandIn
 
+if sys.platform != "win32":
+    import uvloop
+
 # An example that takes longer than 200 ms only shows that the machine is busy.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """asyncio's event loop; those marked `loops` run on uvloop's as well, as the programs do."""
+    factories = {"asyncio": asyncio.new_event_loop}
+    if item.get_closest_marker("loops") is not None and sys.platform != "win32":
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 @pytest.fixture(autouse=True)

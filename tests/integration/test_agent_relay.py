@@ -21,6 +21,8 @@ from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 from support.sockets import asked_every_15_seconds, reset
 
+pytestmark = pytest.mark.loops
+
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -214,11 +216,12 @@ async def test_a_silent_connection_is_kept_open_on_both_sides(
 
 @pytest.mark.spec("AGENT-40")
 async def test_a_client_that_leaves_is_noticed_by_ollama() -> None:
-    noticed = asyncio.Event()
+    asked, noticed = asyncio.Event(), asyncio.Event()
 
     async def generate(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await reader.readexactly(1)
+            asked.set()
             await reader.readexactly(1)
         except (asyncio.IncompleteReadError, ConnectionError):
             noticed.set()
@@ -227,10 +230,11 @@ async def test_a_client_that_leaves_is_noticed_by_ollama() -> None:
 
     async with relayed(generate) as (_, port):
         for leave in (reset, asyncio.StreamWriter.close):
+            asked.clear()
             noticed.clear()
             async with connected(port) as (_, writer):
                 writer.write(b"?")
-                await writer.drain()
+                await asked.wait()
                 leave(writer)
                 await noticed.wait()
 

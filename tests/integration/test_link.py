@@ -30,6 +30,8 @@ from support.ollama.script import Script
 from support.sockets import asked_every_15_seconds
 from support.wire import wired
 
+pytestmark = pytest.mark.loops
+
 FLAPS = 100
 
 NOWHERE = "127.77.7.7"

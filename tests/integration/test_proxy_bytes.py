@@ -12,6 +12,8 @@ import pytest
 from support.coordinator import Running, running
 from support.ollama import Model, StandIn
 
+pytestmark = pytest.mark.loops
+
 CHAT: dict[str, Any] = {"model": "llama3.2", "messages": [{"role": "user", "content": "hello"}]}
 ROUTES: dict[str, dict[str, Any]] = {
     "/api/chat": CHAT,

@@ -19,7 +19,9 @@ def asked_every_15_seconds(sock: socket.socket | TransportSocket) -> bool:
 
 def reset(writer: asyncio.StreamWriter) -> None:
     """Close with a reset."""
-    with contextlib.suppress(OSError):  # it may be closed already
-        sock = writer.get_extra_info("socket")
+    sock = writer.get_extra_info("socket")
+    if sock is None:  # it is closed already, on uvloop
+        return
+    with contextlib.suppress(OSError, ValueError):  # the same on asyncio; while it closes on uvloop
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

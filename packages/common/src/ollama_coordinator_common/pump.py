@@ -55,7 +55,8 @@ class Pipe(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         """Send what the other one read."""
-        if self._transport is not None:
+        # uvloop's transports refuse what comes after their end; asyncio's ignore it.
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def finish(self) -> None:

@@ -318,8 +318,9 @@ class _Control(asyncio.Protocol):
         self._transport.resume_reading()
 
     def send(self, line: bytes) -> None:
-        """Send a line."""
-        self._transport.write(head_of(len(line), masked=True) + line)
+        """Send a line, unless the connection has ended."""
+        if not self._transport.is_closing():
+            self._transport.write(head_of(len(line), masked=True) + line)
 
     def close(self) -> None:
         """Close it once everything is sent."""
