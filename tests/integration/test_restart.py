@@ -11,6 +11,7 @@ import pytest
 from ollama_coordinator.access import KeyRing, NewKey
 from ollama_coordinator.aliases import Aliases
 from ollama_coordinator.db import DatabaseError
+from ollama_coordinator.operations import Deferred
 from ollama_coordinator.registry import Registry
 from support import programs
 from support.coordinator import running
@@ -217,14 +218,14 @@ class Client:
 
 @pytest.mark.spec("OPERATION-5")
 @pytest.mark.parametrize("body", ["", "{}", "null", '[{"id":1'])
-async def test_keys_and_aliases_that_are_damaged_are_not_begun_anew(
+async def test_keys_aliases_and_deferred_commands_that_are_damaged_are_not_begun_anew(
     database: Space, body: str
 ) -> None:
     async with store_of(database) as store:
-        for name in ("keys", "aliases"):
+        for name in ("keys", "aliases", "pending-operations"):
             store.note_document(name, body.encode())
         await store.flush()
-        for part in (KeyRing(store), Aliases(Registry(60.0), store)):
+        for part in (KeyRing(store), Aliases(Registry(60.0), store), Deferred(store)):
             with pytest.raises(DatabaseError, match="damaged; restore a copy"):
                 await part.restore()
 
@@ -238,8 +239,10 @@ async def test_an_agents_damaged_settings_end_the_start_and_damaged_lists_are_as
         async with running(database_url=url) as coordinator:
             await coordinator.register(ollama, "first")
         database.ask("UPDATE agents SET blobs = '[', tags = '{'")
+        database.ask("UPDATE buckets SET body = '['")
         async with running(database_url=url) as coordinator:
             assert (await coordinator.chat())[0] == 200
+            assert (await coordinator.get("/api/statistics?minutes=5"))["points"]
     database.ask("UPDATE agents SET settings = '{'")
     port = programs.free_port()
     environment = {"DATABASE_URL": url, "COORDINATOR_PORT": str(port)}

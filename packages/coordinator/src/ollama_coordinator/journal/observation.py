@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -170,4 +170,9 @@ def _width(tier: Tier, seconds: float) -> int:
 
 
 def _rows(stored: list[StoredBucket]) -> list[SeriesRow]:
-    return [SeriesRow(row.tier, row.start, row.name, _bucket.decode(row.body)) for row in stored]
+    """The rows that can be read: of a damaged one a chart lacks a point."""
+    rows = []
+    for row in stored:
+        with suppress(msgspec.DecodeError):
+            rows.append(SeriesRow(row.tier, row.start, row.name, _bucket.decode(row.body)))
+    return rows

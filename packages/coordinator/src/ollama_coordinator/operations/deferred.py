@@ -10,8 +10,6 @@ from .types import AgentCommand, DeferredCommand, OperationKind
 DOCUMENT = "pending-operations"
 """The name under which the database keeps them."""
 
-_commands = msgspec.json.Decoder(list[DeferredCommand])
-
 _MAKING = (OperationKind.PULL, OperationKind.CREATE, OperationKind.COPY)
 """Each gives the name another content, so that only the last of them counts."""
 
@@ -59,10 +57,9 @@ class Deferred:
         """Read those of the process before.
 
         Raises:
-            DatabaseError: the database cannot be read.
+            DatabaseError: the database, or what it has of them, cannot be read.
         """
-        body = await self._store.document(DOCUMENT)
-        for deferred in _commands.decode(body) if body else ():
+        for deferred in await self._store.read(DOCUMENT, list[DeferredCommand]) or ():
             self.add(deferred)
 
     def all(self) -> list[DeferredCommand]:
