@@ -12,6 +12,7 @@ from aiohttp import web
 
 from integration.test_operate import run
 from ollama_coordinator_agent import metrics, model_server, watch
+from ollama_coordinator_agent.ollama import Ollama
 from ollama_coordinator_common.settings import AgentConfig
 from support import agent_world
 from support.coordinator import Running, running
@@ -188,6 +189,25 @@ async def test_of_two_that_gave_a_spoilt_file_together_the_good_one_gives_it_alo
         assert (ended["state"], cut) == ("done", 1), json.dumps(ended)
         assert manifest(ollamas[2]) == manifest(ollamas[0])
         assert left_over(ollamas[2]) == []
+
+
+@pytest.mark.spec("SURFACE-77")
+async def test_a_model_that_was_deleted_at_the_machine_itself_comes_again(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags, known = Ollama.tags, dict[int, Any]()
+
+    async def first_ones(self: Ollama) -> Any:
+        if self.port not in known:
+            known[self.port] = await tags(self)
+        return known[self.port]
+
+    monkeypatch.setattr(Ollama, "tags", first_ones)  # as of an agent that has not looked again
+    async with machines([TINY], [TINY]) as (coordinator, ollamas):
+        disk(ollamas[1]).remove("tiny")
+        ended = await brought(coordinator, 1)
+        assert ended["state"] == "done", json.dumps(ended)
+        assert names(ollamas[1]) == ["tiny:latest"]
 
 
 @pytest.mark.spec("SURFACE-77")

@@ -131,8 +131,12 @@ class Worker:
         operation.begins(target)
         target.heard_at = self._clock.now()
         target.interrupt = Interrupt()
+        has_it = operation.command.key in agent.inventory.available
         try:
             async with target.interrupt:
+                if operation.kind is OperationKind.PULL and has_it:
+                    # It may have been deleted there since, and the list be a minute old.
+                    await self._monitor.look_at(agent, seconds=PROBE_SECONDS)
                 await self._supply.carry_out(operation, target, agent, report)
         except Refused as exc:
             log.warning("agent refused", extra=_facts(operation, target, exc))
