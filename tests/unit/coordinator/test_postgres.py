@@ -243,3 +243,10 @@ async def test_a_text_with_a_zero_is_kept_without_it(postgres: PostgresSchema) -
     async with store_of(postgres) as opened:
         await opened.save_agent(agent_row("a\0b"))
         assert agent_ids(postgres) == ["a\N{REPLACEMENT CHARACTER}b"]
+
+
+@pytest.mark.spec("OPERATION-61")
+async def test_who_has_ended_hinders_nobody_who_begins(postgres: PostgresSchema) -> None:
+    for _ in range(150):  # the server takes a moment to notice a session that ended
+        async with store_of(postgres):
+            pass

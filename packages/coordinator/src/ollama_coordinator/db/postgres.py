@@ -188,9 +188,13 @@ class PostgresDatabase:
         self.execute("SELECT pg_advisory_unlock(?, hashtext(current_schema()))", [LOCK_KEY])
 
     def close(self) -> None:
-        """End the session, and with it the lock."""
-        if self._session is not None:
-            self._session.close()
+        """Give the lock back, and end the session: the server notices that only some time later."""
+        if self._session is None:
+            return
+        if not self._session.closed:
+            with suppress(*self.errors), self.atomic():
+                self.execute("SELECT pg_advisory_unlock_all()")
+        self._session.close()
 
     def check(self) -> None:
         """Ask the server for a sign of life; a session that it ended is opened anew."""
