@@ -3,7 +3,8 @@
 Everything is measured in turns in one run, against the same stand-ins, so that a machine whose
 speed drifts slows all alike. `nox -s bench` compares with direct access; `-- --against PATH` with
 the coordinator of another checkout too, `-- --http auto hypercorn` the HTTP implementations,
-`-- --way port link relay` the ways by which a coordinator reaches an Ollama. The last column
+`-- --way port link relay` the ways by which a coordinator reaches an Ollama, `-- --front` one
+process with a front and its leader. The last column
 compares the first coordinator with the last, or with direct access if there is one. Where ways are
 compared each stand-in has its agent, and theirs are part of the CPU and the memory.
 """
@@ -32,6 +33,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import programs
+from support.databases import postgres_schema
 
 MODEL = "llama3.2"
 
@@ -194,8 +196,30 @@ async def fleet(
                         target.processes.append(psutil.Process(agent.pid))
                 await all_serve(session, url, len(urls))
             targets.append(target)
+        if arguments.front:
+            targets.append(await fronted(stack, folder, urls))
         yield targets
 
+
+async def fronted(stack: contextlib.AsyncExitStack, folder: Path, urls: list[str]) -> Target:
+    """A front and its leader, whose CPU and memory count both; the front is asked."""
+    space = stack.enter_context(postgres_schema())
+    settings = SETTINGS | {"DATABASE_URL": space.url, "COORDINATOR_LOG_LEVEL": "INFO"}
+    made = []
+    for name, said in (("leader", "coordinator leads"), ("front", "stands by")):
+        (folder / name).mkdir()
+        serving = programs.coordinator(folder / name, programs.free_port(), **settings)
+        made.append(await stack.enter_async_context(serving))
+        await made[-1][1].says(said)
+    async with aiohttp.ClientSession() as session:
+        for url in urls:
+            await register(session, made[0][0], int(url.rpartition(":")[2]))
+        await all_serve(session, made[1][0], len(urls))
+    return Target("front", [made[1][0]], [psutil.Process(program.pid) for _, program in made])
+
+
+SETTINGS = {"COORDINATOR_MAX_QUEUE": "10000", "AGENT_TIMEOUT": "86400"}
+"""Nothing reports here, however long it takes."""
 
 WAYS = ("port", "relay", "link")
 """How a coordinator reaches an Ollama: at its port, by its agent's relay, by its agent's link."""
@@ -228,9 +252,7 @@ async def all_serve(session: aiohttp.ClientSession, url: str, count: int) -> Non
 
 def coordinators(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, str]]]:
     """The coordinators to measure: their names, ways to an Ollama, and environments."""
-    settings = {"COORDINATOR_POLICY": arguments.policy, "COORDINATOR_MAX_QUEUE": "10000"}
-    # Nothing reports here, however long it takes.
-    settings["AGENT_TIMEOUT"] = "86400"
+    settings = SETTINGS | {"COORDINATOR_POLICY": arguments.policy}
     made = [
         (
             http if len(arguments.http) > 1 else way if len(arguments.way) > 1 else "through",
@@ -381,6 +403,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--http", nargs="+", default=["auto"], help="compare these with each other")
     parser.add_argument("--way", nargs="+", default=["port"], choices=WAYS, help="and these")
     parser.add_argument("--against", type=Path, help="another checkout, to compare with it too")
+    parser.add_argument("--front", action="store_true", help="and a front, on TEST_DATABASE_URL")
     parser.add_argument("--core", type=int, help="the processor for the coordinators, and no other")
     return parser.parse_args(arguments)
 

@@ -7,6 +7,7 @@ is an epoch, which counts upwards.
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -36,17 +37,36 @@ Its session would last until the server ends it; with this, and a look, and the 
 answer, another one leads well within three seconds.
 """
 
+LATE_SECONDS = 1.25
+"""A leader that has not reached the database for so long asks the others whether they do.
+
+It has to know before one of them may lead, which is after `QUIET_SECONDS` and the time in which
+it may answer them.
+"""
+
+ASK_SECONDS = 0.1
+"""Between two looks of the leader whether it is late, and two rounds of questions."""
+
+ASKED_MS = 3_000
+"""The leader asks those that were heard of so shortly before it last reached the database."""
+
+SEES_SECONDS = 0.75
+"""A coordinator that does not lead has reached the database if its last look was so recent."""
+
 HEARD_MS = 1_000
 """A coordinator that was not heard of for so long looks no more: it is dead, frozen or cut off."""
 
 SILENT_MS = 10_000
 """A coordinator that was not heard of for so long is listed no more."""
 
-RETURN_SECONDS = 3.0
+RETURN_SECONDS = 3.5
 """How long a leader that answers may take to open the database again, after its server restarted.
 
 Another leader would end the answers that run through this one.
 """
+
+PAUSE_SECONDS = 0.5
+"""The last part of that, in which the leader hears that another one may lead, and pauses."""
 
 DOCUMENT = "cluster"
 
@@ -101,6 +121,21 @@ class Cluster:
         self._has_given_way = False
         self._before: Coordinator | None = None
         self._changed = asyncio.Event()
+        self._noted_at = self._looked_at = self._led_at = -math.inf
+        self._begins = True
+
+    @property
+    def may_lead(self) -> bool:
+        """Whether a coordinator that does not lead may soon do so: it reaches the database.
+
+        Not as long as the last leader has time to return.
+        """
+        if self._begins:
+            return True
+        now = asyncio.get_running_loop().time()
+        is_free = self._looked_at > self._led_at
+        is_patient = is_free and now - self._led_at < RETURN_SECONDS - PAUSE_SECONDS
+        return now - self._looked_at < SEES_SECONDS and not is_patient
 
     @property
     def leader(self) -> Coordinator | None:
@@ -138,11 +173,41 @@ class Cluster:
             yield
             return
         self._has_given_way = False
+        self._noted_at = asyncio.get_running_loop().time()
         await store.run(self._begin)
         self._take(await store.run(_coordinators))
         log.info("coordinator leads", extra={"url": self._url, "epoch": self.epoch()})
         async with beside(self._beat(store)):
             yield
+
+    async def keep_lead(
+        self, may_lead: Callable[[str], Awaitable[bool]], pause: Callable[[bool], None]
+    ) -> None:
+        """Pause as long as another coordinator may lead, because this one is cut off.
+
+        `may_lead` tells whether the one at a URL may. While nobody reaches the database, nobody
+        does, and the leader leads on.
+        """
+        is_paused = False
+        while self._database is not None and self._database.of_machines:
+            await asyncio.sleep(ASK_SECONDS)
+            asked = [may_lead(url) for url in self._others()] if self._is_late() else []
+            is_cut_off = any(await asyncio.gather(*asked)) and self._is_late()
+            if is_cut_off is not is_paused:
+                is_paused = is_cut_off
+                pause(is_paused)
+
+    def _is_late(self) -> bool:
+        return asyncio.get_running_loop().time() - self._noted_at > LATE_SECONDS
+
+    def _others(self) -> list[str]:
+        """The URLs of those that lived when this one last reached the database."""
+        now_ms = max((one.seen_ms for one in self.coordinators if one.id == self.id), default=0)
+        return [
+            one.url
+            for one in self.coordinators
+            if one.id != self.id and now_ms - one.seen_ms < ASKED_MS
+        ]
 
     async def give_way(self, store: Store) -> None:
         """Let another coordinator lead, while this one ends its answers.
@@ -198,8 +263,10 @@ class Cluster:
                 db.execute(_FORGET, [now_ms - SILENT_MS])
                 return _coordinators(db)
 
+            at = asyncio.get_running_loop().time()
             try:
                 self._take(await store.run(beat))
+                self._noted_at = at
             except DatabaseError as exc:
                 log.debug("not noted in the database", extra={"reason": str(exc)})
 
@@ -224,29 +291,32 @@ class Cluster:
             return
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "cluster")
         errors: tuple[type[Exception], ...] = (*self._database.errors, ValueError)
-        free_since, problem = 0.0, ""
+        problem, self._begins = "", False
         try:
             while True:
                 try:
                     is_led, rows = await loop.run_in_executor(thread, self._look, self._database)
                     self._take(rows)
-                    problem = ""
+                    self._looked_at, problem = loop.time(), ""
                     if is_led and self._is_silent() and not await self._answers(answers):
                         end = partial(self._database.end_silent_leader, QUIET_SECONDS)
-                        if await loop.run_in_executor(thread, end):
+                        self._begins = True
+                        self._begins = await loop.run_in_executor(thread, end)
+                        if self._begins:
                             log.warning("the leader is silent; its session is ended")
                             return
                 except errors as exc:
-                    is_led = True
+                    is_led, self._begins, self._looked_at = True, False, -math.inf
                     if not problem:
                         problem = self._database.advice(exc)
                         log.warning("cannot see who leads", extra={"problem": problem})
                 if is_led:
-                    free_since = loop.time()
-                elif not await self._may_return(loop.time() - free_since, answers):
+                    self._led_at = loop.time()
+                elif not await self._may_return(loop.time() - self._led_at, answers):
                     return
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
+            self._begins = True
             await loop.run_in_executor(thread, self._database.close)
             thread.shutdown()
             self._is_beside = False

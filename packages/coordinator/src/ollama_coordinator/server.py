@@ -306,8 +306,19 @@ class Process:
         if self._parts is None:
             raise RuntimeError("nothing serves")
         self._ready.set()
-        lost = self._parts.store.lost
-        await first_of(lost.wait(), self._stop.asked.wait())
+        lost, served = self._parts.store.lost, front.own
+
+        def pause(is_paused: bool) -> None:
+            if is_paused:
+                log.error("cut off from the database, and another one may lead: nothing is granted")
+            else:
+                log.warning("the database answers again: grants go on")
+            front.pause(None if is_paused else served)
+            takeover.pause(is_paused=is_paused)
+
+        keeping = cluster.keep_lead(front.queries.may_lead, pause)
+        async with beside(keeping):
+            await first_of(lost.wait(), self._stop.asked.wait())
         if self._stop.asked.is_set():
             self._parts.operations.hand_over()
             with contextlib.suppress(DatabaseError):  # the others see that nobody answers
@@ -330,7 +341,7 @@ class Process:
         """Pass requests on until nobody leads, or a signal comes."""
         log.info("coordinator stands by", extra={"database": self._database.name})
         self._ready.set()
-        await first_of(cluster.follow(front.still_leads), self._stop.asked.wait())
+        await first_of(cluster.follow(front.queries.still_leads), self._stop.asked.wait())
 
     # ── the server ────────────────────────────────────────────────────────────────────────────
 

@@ -22,6 +22,7 @@ from .messages import (
     FOLLOWS,
     FRONT,
     HELLO,
+    MAY_LEAD,
     REPORTS,
     AnswerPiece,
     AnswerStart,
@@ -41,9 +42,10 @@ REPORT_BYTES = 64 * 1024 * 1024
 """Of one request of a front to its leader."""
 
 
-async def follows(send: Send) -> None:
-    """Tell another coordinator that this one does not lead."""
-    await send({"type": "http.response.start", "status": 503, "headers": [(FOLLOWS, b"1")]})
+async def follows(send: Send, *, may_lead: bool = False) -> None:
+    """Tell another coordinator that this one does not lead; `may_lead`: soon it may."""
+    headers = [(FOLLOWS, MAY_LEAD if may_lead else b"1")]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -201,6 +201,13 @@ class Takeover:
                 self._tasks.start(self._release_late())
             yield
 
+    def pause(self, *, is_paused: bool) -> None:
+        """Grant nothing as long as another coordinator may lead; what runs goes on."""
+        if is_paused:
+            self._dispatch.hold()
+        else:
+            self._dispatch.release()
+
     async def _release_late(self) -> None:
         await asyncio.sleep(HELLO_SECONDS)
         if self._dispatch.is_held:

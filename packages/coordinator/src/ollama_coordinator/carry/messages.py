@@ -43,7 +43,12 @@ CARRIES = b"x-ollama-coordinator-carries"
 request waited there, and `early` if the hello has counted it."""
 
 FOLLOWS = b"x-ollama-coordinator-follows"
-"""In the answer of a coordinator that was taken for the leader, and is not."""
+"""In the answer of a coordinator that was taken for the leader, and is not: `MAY_LEAD`, or
+something else where it does not begin to lead now.
+"""
+
+MAY_LEAD = b"may-lead"
+"""It reaches the database, and leads when it finds that nobody does."""
 
 REPORTS = "/api/coordinators/reports"
 """Where a leader takes the reports of fronts; it is no route of the API."""

@@ -36,7 +36,10 @@ ANSWER_SECONDS = 20.0
 """For one transaction; a frozen server answers never."""
 
 SILENT_SECONDS = 3
-"""After so much silence the server ends the session; it hears of the coordinator every second."""
+"""After so much silence the server ends the session; it hears of the coordinator every second.
+
+So does this side if for so long nothing that was sent arrives there, where the system can tell.
+"""
 
 PREPARING_SECONDS = 15
 """The same within a transaction, in which many rows may be prepared between two statements."""
@@ -83,7 +86,11 @@ class PostgresDatabase:
             raise ConfigError("DATABASE_URL", shown, EXPECTED) from exc
         if "@" in given.get("host", "") + given.get("dbname", ""):
             raise ConfigError("DATABASE_URL", shown, EXPECTED)
-        usual = {"connect_timeout": str(CONNECT_SECONDS), "application_name": "ollama-coordinator"}
+        usual = {
+            "connect_timeout": str(CONNECT_SECONDS),
+            "tcp_user_timeout": str(SILENT_SECONDS * 1000),
+            "application_name": "ollama-coordinator",
+        }
         self._conninfo = make_conninfo("", **(usual | given))
         self._name = shown
         self._session: Session | None = None

@@ -16,7 +16,6 @@ from contextlib import (
     suppress,
 )
 
-from aiohttp import ClientResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from yarl import URL
 
@@ -65,6 +64,7 @@ from ollama_coordinator.upstream import (
 )
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
+from .coordinator_queries import ANSWER_SECONDS, CoordinatorQueries
 from .link import NOBODY_LEADS, is_link, pass_link_on, target
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,6 @@ PATIENCE_SECONDS = 10.0
 
 AGAIN_SECONDS = 0.1
 """Until a leader that took no connection is asked again."""
-
-ANSWER_SECONDS = 0.5
-"""For a leader to say that it leads; one that is frozen does not."""
 
 REPORT_SECONDS = 3.0
 """For a leader to take reports, or a hello."""
@@ -128,6 +125,8 @@ class Front:
         self._passing = BodyTimeout(self._pass, settings, room, clock)
         self._cors = Cors(self._passing, settings.config.origins)
         self._attempts = FrontAttempts(upstreams, clock, self._report)
+        self.queries = CoordinatorQueries(cluster, upstreams, clock)
+        self._ask = self.queries.ask
 
     def lead(self, own: ASGIApp, takeover: Takeover) -> None:
         """Serve by `own` from now on, which takes over what is carried out here."""
@@ -136,6 +135,14 @@ class Front:
         takeover.take(hello, self._attempts.tell)
         self._attempts.heard(hello)
         self._leads.set()
+
+    def pause(self, own: ASGIApp | None) -> None:
+        """Serve nothing while another coordinator may lead, and by `own` when none may."""
+        self.own = own
+        if own is None:
+            self._leads.clear()
+        else:
+            self._leads.set()
 
     def follow(self, left: Iterable[tuple[int, Held, Grant]] = ()) -> None:
         """Pass requests on from now on, and speak for attempts that still run here."""
@@ -166,27 +173,6 @@ class Front:
                 is_replaced = leader is not None and asked.id != leader.id
                 if is_replaced and not self._cluster.gave_way(asked):
                     interrupt.fire(LeaderReplaced("another coordinator leads now"))
-
-    async def still_leads(self, url: str) -> bool:
-        """Whether the coordinator at a URL answers, and leads."""
-        health = self._ask("GET", url, "/healthz")
-        try:
-            async with self._clock.timeout(ANSWER_SECONDS), health as answer:
-                return answer.status == 200
-        except (UpstreamError, TimeoutError):
-            return False
-
-    def _ask(
-        self, method: str, url: str, path: str, body: bytes = b""
-    ) -> AbstractAsyncContextManager[ClientResponse]:
-        """A request of this coordinator's own to another one."""
-        return self._upstreams.open(
-            method,
-            url + path,
-            headers=[("X-Ollama-Coordinator-Front", self._cluster.secret)],
-            body=body,
-            certificate=self._cluster.certificate_at(url),
-        )
 
     # ── a new leader ──────────────────────────────────────────────────────────────────────────
 
@@ -276,7 +262,7 @@ class Front:
                 if self.stopping and scope["path"] == "/readyz":
                     raise HttpError(503, "this coordinator is stopping")
                 if first(scope["headers"], FRONT) is not None:
-                    await follows(send)
+                    await follows(send, may_lead=self._cluster.may_lead)
                 elif is_link(scope):
                     leader = await self._leader(
                         asyncio.get_running_loop().time() + PATIENCE_SECONDS
@@ -301,9 +287,16 @@ class Front:
         """
         loop = asyncio.get_running_loop()
         since = loop.time()
+        if scope["path"] in HEALTH:
+            try:
+                async with self._clock.timeout(ANSWER_SECONDS):
+                    await self._pass_body_on(scope, await receive(), receive, send, since, 0)
+            except TimeoutError as exc:
+                raise HttpError(503, NOBODY_LEADS) from exc
+            return
         if scope["path"] not in _INFERENCE or scope["method"] != "POST":
-            patience = 0 if scope["path"] in HEALTH else PATIENCE_SECONDS
-            await self._pass_body_on(scope, await receive(), receive, send, since, patience)
+            part = await receive()
+            await self._pass_body_on(scope, part, receive, send, since, PATIENCE_SECONDS)
             return
         limit = self._settings.config.max_body_bytes
         whole_body = await read_body(receive, limit, dict(scope["headers"]))
