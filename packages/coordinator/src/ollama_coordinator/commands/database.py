@@ -24,7 +24,6 @@ Url = Annotated[
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete what is in it now.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")]
-SomeUrl = typer.Argument(metavar="URL", help="As in DATABASE_URL.")
 
 
 def backup(
@@ -51,8 +50,8 @@ def restore(
 
 
 def migrate_database(
-    source: Annotated[str, SomeUrl],
-    target: Annotated[str, SomeUrl],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="As in DATABASE_URL.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="As in DATABASE_URL.")],
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
