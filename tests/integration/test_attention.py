@@ -22,7 +22,7 @@ from ollama_coordinator.journal.entry import JournalAttempt
 from ollama_coordinator.main import app
 from ollama_coordinator.model_probes import ask_restart
 from ollama_coordinator.registry.agent import AgentState, Cooldown
-from ollama_coordinator.scheduler import Lease, LeaseId, Request, RequestId
+from ollama_coordinator.scheduler import Lease, LeaseId, Outcome, Request, RequestId, Result
 from ollama_coordinator_common.names import model_key
 from support.coordinator import Running, running
 from support.ollama import StandIn
@@ -194,6 +194,16 @@ async def test_a_model_that_writes_slowly_now_is_told_long_before_its_mean_has_f
         text = "llama3.2:latest writes 10 tokens/s there, once it was 50."
         assert list(write(10))[-1] == [f"{text} Does it still run on the GPU, and is that cool?"]
         assert list(write(51))[-1] == []
+        for number in (100, 101):  # two requests in a row wait in vain, and go elsewhere
+            lease = Lease(id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now)
+            entry, held = JournalEntry(request, "/api/chat"), Held(lease, agent, now)
+            entry.attempts.append(JournalAttempt(held, None, {}))
+            speeds.sample([entry], now + number)
+            held.ended, held.outcome = True, Outcome(Result.TAKEN_BACK)
+            speeds.sample([entry], now + number + 0.5)
+        attention.look(now + 102)
+        (text,) = [one.concern.text for one in attention.open()]
+        assert text.startswith("2 requests in a row for llama3.2:latest got no answer there in")
 
 
 @pytest.mark.spec("OPERATION-43")

@@ -8,7 +8,7 @@ import pytest
 from ollama_coordinator.attention.concerns import SLOW_RATIO
 from ollama_coordinator.dispatch import Held
 from ollama_coordinator.journal.entry import JournalAttempt, JournalEntry
-from ollama_coordinator.journal.speeds import Speeds
+from ollama_coordinator.journal.speeds import Lateness, Speeds
 from ollama_coordinator.registry import AgentState
 from ollama_coordinator.scheduler import (
     Kind,
@@ -127,6 +127,27 @@ def test_answers_in_one_piece_show_it_too(beside: int) -> None:
     wrote(machine, 3, 60, streams=False, beside=beside)
     assert (machine.ratio() or 0) > SLOW_RATIO
     assert machine.now - began <= 60
+
+
+def test_requests_that_are_late_there_one_after_the_other_show_it() -> None:
+    """Another machine serves what waits there in vain: no answer ever tells its speed."""
+    machine = Machine()
+    wrote(machine, 3, 100, streams=False)
+    for number, result in enumerate((Result.TAKEN_BACK, Result.MODEL_FAILED)):
+        assert machine.speeds.lateness(AGENT, KEY, machine.now) is None
+        entry = machine.begin(streams=False)
+        machine.speed = ALONE / 10
+        for _ in range(25):
+            machine.step()
+        held = entry.attempts[-1].held
+        held.late, held.ended, held.outcome = bool(number), True, Outcome(result)
+        machine.step()  # the request is there, and waits for its next attempt
+        del machine.running[entry]
+    found = machine.speeds.lateness(AGENT, KEY, machine.now)
+    assert found == Lateness(2, 26.0)
+    machine.speed = ALONE
+    wrote(machine, 1, 100, streams=False)
+    assert machine.speeds.lateness(AGENT, KEY, machine.now) is None
 
 
 def test_a_machine_that_is_well_again_is_seen_to_be_by_short_answers_too() -> None:

@@ -195,6 +195,13 @@ class Concerns:
         That is what was learned: a mean of many answers. It follows a change after several ones,
         and a machine that became slow is given few.
         """
+        if (late := self._speeds.lateness(agent.id, key, now)) is not None:
+            name = short_name(key)
+            text = f"{late.requests} requests in a row for {name} got no answer there in time,"
+            text += f" within {span(late.seconds)}, and went elsewhere."
+            text += " Does it still run on the GPU, and does nothing else use it?"
+            yield _of(agent, "slow", text, name)
+            return
         recent = self._speeds.recent(agent.id, key, now)
         estimate = self._dispatch.scheduler.estimate(agent.id, key)
         is_known = estimate is not None and estimate.samples[1] >= MEASURED

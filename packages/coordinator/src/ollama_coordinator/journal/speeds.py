@@ -48,6 +48,18 @@ MOST_DISTURBED = 0.2
 """An answer beside which prompts were read for a larger share of its time shows no speed."""
 
 
+MOST_LATE = 100
+LATE_IN_A_ROW = 2
+"""So many requests that waited there in vain, with no answer between, are no odd request."""
+
+
+class Lateness(NamedTuple):
+    """So many requests in a row went elsewhere as no answer came in time, in so many seconds."""
+
+    requests: int
+    seconds: float
+
+
 class _Stretch(NamedTuple):
     """So many tokens were written in so many seconds, as alone, until `at`."""
 
@@ -67,6 +79,7 @@ class _Seen(Struct):
     of all, times the attempts beside it, and with a prompt that was read beside it.
     """
 
+    held: Held
     records: int
     silent: float = 0.0
     goes_on: bool = False
@@ -78,11 +91,16 @@ class _Seen(Struct):
 
 
 class Speeds:
-    """`sample` and `ended` take measurements, `recent` is the speed of a model on an agent."""
+    """`sample` and `ended` take measurements, `recent` is the speed of a model on an agent.
+
+    An answer in one piece shows its speed at its end only, and where another agent is well it does
+    not come to that: `lateness` tells it.
+    """
 
     def __init__(self) -> None:
         self._recent: defaultdict[tuple[AgentId, str], deque[_Stretch]] = defaultdict(deque)
         self._seen: dict[LeaseId, _Seen] = {}
+        self._late: defaultdict[tuple[AgentId, str], list[float]] = defaultdict(list)
         self._running: dict[AgentId, int] = {}
         self._at = float("-inf")
 
@@ -93,6 +111,13 @@ class Speeds:
             return None
         tokens, seconds = _sums(known)
         return _middle(known, tokens) if _is_enough(tokens, seconds) else None
+
+    def lateness(self, agent_id: AgentId, key: str, now: float) -> Lateness | None:
+        """Whether requests of a model are in vain there, one after the other."""
+        late = self._late.get((agent_id, key), [])
+        if len(late) < LATE_IN_A_ROW or now - late[-1] > KEPT_SECONDS:
+            return None
+        return Lateness(len(late), late[-1] - late[0])
 
     def sample(self, live: Iterable[JournalEntry], now: float) -> None:
         """Look at the requests in progress (monotonic seconds)."""
@@ -108,10 +133,21 @@ class Speeds:
             for held, writes in attempts:
                 seen = before.get(held.lease.id)
                 if seen is None:
-                    seen = _Seen(held.records)
+                    seen = _Seen(held, held.records)
                 else:
                     self._look(held, seen, since, beside, disturbed=reading > (not writes))
                 self._seen[held.lease.id] = seen
+        for lease_id in before.keys() - self._seen.keys():
+            self._note_end(before[lease_id].held, now)
+
+    def _note_end(self, held: Held, now: float) -> None:
+        """An attempt ended: well, in vain, or in a way that says nothing."""
+        pair, result = (held.agent.id, held.lease.request.model), held.outcome.result
+        if result is Result.SERVED:
+            self._late.pop(pair, None)
+        elif result is Result.TAKEN_BACK or (held.late and result is not Result.CANCELLED):
+            self._late[pair].append(now)
+            del self._late[pair][:-MOST_LATE]
 
     def _look(self, held: Held, seen: _Seen, since: float, beside: int, *, disturbed: bool) -> None:
         """A stretch counts between two others: it is neither a start, an end nor a pause."""
@@ -133,13 +169,16 @@ class Speeds:
     def ended(self, entry: JournalEntry, now: float) -> None:
         """A request ended: what it shows if no stretch of it did."""
         held = entry.held
-        if held is None or entry.is_divided or held.outcome.result is not Result.SERVED:
+        if held is None or entry.is_divided:
+            return
+        seen = self._seen.pop(held.lease.id, None)
+        self._note_end(held, now)
+        if held.outcome.result is not Result.SERVED:
             return
         agent_id = held.agent.id
-        seen = self._seen.pop(held.lease.id, None)
         beside = max(self._running.get(agent_id, 0) - 1.0, 0.0)
         if seen is None:
-            seen = _Seen(0)
+            seen = _Seen(held, 0)
         elif seen.seconds:
             beside = seen.beside / seen.seconds
         if seen.is_counted or seen.disturbed > MOST_DISTURBED * seen.seconds:
@@ -162,8 +201,9 @@ class Speeds:
 
     def forget(self, agent_id: AgentId) -> None:
         """The agent was removed."""
-        for pair in [pair for pair in self._recent if pair[0] == agent_id]:
-            del self._recent[pair]
+        for pair in [pair for pair in {*self._recent, *self._late} if pair[0] == agent_id]:
+            self._recent.pop(pair, None)
+            self._late.pop(pair, None)
 
 
 def _is_writing(attempt: JournalAttempt, now: float) -> bool:
