@@ -6,17 +6,18 @@ import io
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ollama_coordinator.db import DatabaseError, Filter, Finished, StoredBucket
+from ollama_coordinator.db import DatabaseError, Filter, Finished, StoredBucket, Used
 from ollama_coordinator.db.database import Database
 from ollama_coordinator.journal.observation import SETTLED_SECONDS
 from support.coordinator import Running, running
-from support.databases import Space
+from support.databases import Space, SqliteFile
 from support.ollama import StandIn
 from support.past import past
 
@@ -295,6 +296,28 @@ async def test_usage_and_changes_before_the_clock_was_set_have_the_days_of_the_s
     ]
     assert [after > timedelta(days=2.9) for after in changed] == [True] * 9 + [False] * 3
     assert max(changed) < timedelta(days=3.1)
+
+
+@pytest.mark.spec("OPERATION-50")
+@pytest.mark.parametrize(
+    ("column", "value"), [("used", "["), ("used", "[1]"), ("prompt_tokens", "many")]
+)
+async def test_a_damaged_row_holds_up_no_correction(
+    tmp_path: Path, column: str, value: str
+) -> None:
+    database = SqliteFile(tmp_path / "a.db")
+    async with running(database_url=database.url) as coordinator:
+        history = coordinator.parts.observation.history
+        for number in range(3):
+            request = past(number, prompt_tokens=10)
+            used = Used("2026-01-31", "anna", "k", request.model, 1, 10, 100, 0.5)
+            history.note(request, [], used)
+        assert await history.write(())
+        database.ask(f"UPDATE requests SET {column} = '{value}' WHERE seq = 2")  # noqa: S608
+        coordinator.parts.clock.stepped_by = 86_400.0
+        await coordinator.parts.observation.follow_clock()
+        days = await history.usage(["day"], date(2026, 1, 1), date(2026, 3, 1), {})
+        assert {one.day: one.requests for one in days} == {"2026-02-01": 2, "2026-01-31": 1}
 
 
 @pytest.mark.spec("OPERATION-50")

@@ -5,6 +5,7 @@ request's row says what it added, so that it can be moved to another day.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -72,18 +73,24 @@ def to_column(used: Used | None) -> str | None:
 
 def move(db: Database, rows: Iterable[dict[str, Any]], by: int) -> None:
     """Move what requests used to the days on which they ended so many milliseconds later."""
-    moved = []
+    moved: list[Used] = []
     for row in rows:
-        before, after = day_of(row["finished_ms"]), day_of(row["finished_ms"] + by)
-        if row["used"] is None or before == after:
-            continue
-        person, key, seconds = _share.decode(row["used"])
-        read, written = row["prompt_tokens"] or 0, row["output_tokens"] or 0
-        used = Used(after, person, key, row["model"], 1, read, written, seconds)
-        moved += [used, _less(structs.replace(used, day=before))]
+        with suppress(TypeError, ValueError, msgspec.DecodeError):  # a damaged one stays
+            moved += _moved(row, by)
     if moved:
         add_up(db, moved)
         db.execute("DELETE FROM usage_days WHERE requests <= 0")
+
+
+def _moved(row: dict[str, Any], by: int) -> list[Used]:
+    """What to add to two days, for one request; nothing where it stays on its day."""
+    before, after = day_of(row["finished_ms"]), day_of(row["finished_ms"] + by)
+    if row["used"] is None or before == after:
+        return []
+    person, key, seconds = _share.decode(row["used"])
+    read, written = int(row["prompt_tokens"] or 0), int(row["output_tokens"] or 0)
+    used = Used(after, person, key, row["model"], 1, read, written, seconds)
+    return [used, _less(structs.replace(used, day=before))]
 
 
 _share = msgspec.json.Decoder(tuple[str, str, float])
