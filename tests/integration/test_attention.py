@@ -195,7 +195,9 @@ async def test_a_model_that_writes_slowly_now_is_told_long_before_its_mean_has_f
         assert list(write(10))[-1] == [f"{text} Does it still run on the GPU, and is that cool?"]
         assert list(write(51))[-1] == []
         for number in (100, 101):  # two requests in a row wait in vain, and go elsewhere
-            lease = Lease(id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now)
+            lease = Lease(
+                id=LeaseId(number), request=request, agent_id=agent.id, granted_at=now + number
+            )
             entry, held = JournalEntry(request, "/api/chat"), Held(lease, agent, now)
             entry.attempts.append(JournalAttempt(held, None, {}))
             speeds.sample([entry], now + number)

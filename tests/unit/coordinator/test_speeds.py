@@ -135,14 +135,16 @@ def test_requests_that_are_late_there_one_after_the_other_show_it() -> None:
     wrote(machine, 3, 100, streams=False)
     for number, result in enumerate((Result.TAKEN_BACK, Result.MODEL_FAILED)):
         assert machine.speeds.lateness(AGENT, KEY, machine.now) is None
-        entry = machine.begin(streams=False)
+        at_once = [machine.begin(streams=False) for _ in range(2)]  # which are one trouble
         machine.speed = ALONE / 10
         for _ in range(25):
             machine.step()
-        held = entry.attempts[-1].held
-        held.late, held.ended, held.outcome = bool(number), True, Outcome(result)
-        machine.step()  # the request is there, and waits for its next attempt
-        del machine.running[entry]
+        for entry in at_once:
+            held = entry.attempts[-1].held
+            held.late, held.ended, held.outcome = bool(number), True, Outcome(result)
+        machine.step()  # the requests are there, and wait for their next attempts
+        for entry in at_once:
+            del machine.running[entry]
     found = machine.speeds.lateness(AGENT, KEY, machine.now)
     assert found == Lateness(2, 26.0)
     machine.speed = ALONE

@@ -146,8 +146,11 @@ class Speeds:
         if result is Result.SERVED:
             self._late.pop(pair, None)
         elif result is Result.TAKEN_BACK or (held.late and result is not Result.CANCELLED):
-            self._late[pair].append(now)
-            del self._late[pair][:-MOST_LATE]
+            late = self._late[pair]
+            # Those that waited at the same time are one trouble.
+            if not late or held.lease.granted_at >= late[-1]:
+                late.append(now)
+                del late[:-MOST_LATE]
 
     def _look(self, held: Held, seen: _Seen, since: float, beside: int, *, disturbed: bool) -> None:
         """A stretch counts between two others: it is neither a start, an end nor a pause."""
