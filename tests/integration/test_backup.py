@@ -143,23 +143,47 @@ async def test_a_damaged_backup_is_refused_and_nothing_of_it_is_shown(
             assert db.execute("SELECT count(*) FROM agents").fetchone() == (0,)
 
 
-@pytest.mark.spec("OPERATION-72")
-async def test_a_database_of_a_newer_version_is_refused_with_both_versions(
-    database: Space, tmp_path: Path
-) -> None:
-    async with running(database_url=database.url):
-        pass
+def take_step(database: Space, name: str) -> None:
+    """What version 99.1.0 leaves in a database that it has changed."""
     body = """'{"version":"99.1.0"}'"""
     database.ask("UPDATE documents SET body = " + body + " WHERE name = 'opened'")  # noqa: S608
     if isinstance(database, SqliteFile):
         with closing(sqlite3.connect(database.path)) as connection, connection:
             sql = (
                 "INSERT INTO _sqlite_migrations (migration_set, name, applied_at)"
-                " VALUES ('ollama_coordinator', 'later', '9')"
+                " VALUES ('ollama_coordinator', ?, '9')"
             )
-            connection.execute(sql)
+            connection.execute(sql, [name])
     else:
-        database.ask("INSERT INTO migrations VALUES ('later', '9')")
+        database.ask(f"INSERT INTO migrations VALUES ('{name}', '9')")  # noqa: S608
+
+
+@pytest.mark.spec("OPERATION-72")
+@pytest.mark.parametrize("step", ["create_tomorrow", "add_tomorrow"])
+async def test_what_a_newer_version_added_is_no_hindrance_and_is_not_lost_in_a_backup(
+    database: Space, tmp_path: Path, step: str
+) -> None:
+    async with running(database_url=database.url):
+        pass
+    take_step(database, step)
+    with pytest.raises(DatabaseError, match=r"version 99\.1\.0 wrote it"):
+        back_up(database_of(database.url), tmp_path / "copy.db")
+    async with running(database_url=database.url) as coordinator:
+        async with StandIn() as ollama:
+            await coordinator.register(ollama, "first")
+        async with coordinator.session.get(f"{coordinator.url}/api/history") as answer:
+            assert answer.status == 200
+    with pytest.raises(DatabaseError, match=f"it has {step}, unknown here \\("):
+        back_up(database_of(database.url), tmp_path / "copy.db")
+
+
+@pytest.mark.spec("OPERATION-72")
+async def test_a_database_of_a_newer_version_is_refused_with_both_versions(
+    database: Space, tmp_path: Path
+) -> None:
+    async with running(database_url=database.url):
+        pass
+    take_step(database, "later")
     with pytest.raises(DatabaseError, match=r"version 99\.1\.0 wrote it, this is .*update"):
         async with store_of(database):
             pass

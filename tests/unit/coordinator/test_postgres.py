@@ -148,7 +148,7 @@ async def test_an_older_database_is_brought_up_to_date_and_keeps_its_agents(
 async def test_a_database_of_a_newer_version_is_left_alone(postgres: PostgresSchema) -> None:
     async with store_of(postgres):
         pass
-    postgres.ask("INSERT INTO migrations VALUES ('create_tomorrow', '2030-01-01')")
+    postgres.ask("INSERT INTO migrations VALUES ('change_tomorrow', '2030-01-01')")
     assert "a newer version wrote it; update the coordinator" in await refused(postgres.url)
 
 

@@ -239,7 +239,7 @@ async def test_a_database_of_a_newer_version_is_left_alone(path: Path) -> None:
     with closing(sqlite3.connect(path)) as newer, newer:
         newer.execute(
             "INSERT INTO _sqlite_migrations (migration_set, name, applied_at)"
-            " VALUES ('ollama_coordinator', 'create_tomorrow', '2030-01-01')"
+            " VALUES ('ollama_coordinator', 'change_tomorrow', '2030-01-01')"
         )
     assert "a newer version wrote it; update the coordinator" in await refused(path)
 

@@ -157,7 +157,7 @@ class PostgresDatabase:
         try:
             session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             session.read_only = True
-            _check_age(session, _applied(session))
+            _check_age(session, _applied(session), serves=False)
         except (psycopg.Error, ValueError):
             session.close()
             raise
@@ -323,7 +323,7 @@ def _migrate(session: Session) -> None:
         "CREATE TABLE IF NOT EXISTS migrations (name TEXT PRIMARY KEY, applied_at TEXT NOT NULL)"
     )
     applied = _applied(session)
-    _check_age(session, applied)
+    _check_age(session, applied, serves=True)
     for name, what in STEPS.items():
         if name not in applied:
             for statement in _made(what):
@@ -337,11 +337,11 @@ def _applied(session: Session) -> list[str]:
     return [row["name"] for row in rows]
 
 
-def _check_age(session: Session, applied: list[str]) -> None:
+def _check_age(session: Session, applied: list[str], *, serves: bool) -> None:
     rows: list[dict[str, Any]] = []
     if "create_documents" in applied:
         rows = session.execute("SELECT body FROM documents WHERE name = 'opened'").fetchall()
-    why_not = newer(applied, rows[0]["body"] if rows else None)
+    why_not = newer(applied, rows[0]["body"] if rows else None, serves=serves)
     if why_not:
         text = "a newer version wrote it; update the coordinator, or give another DATABASE_URL"
         raise psycopg.NotSupportedError(f"{why_not} ({text})")

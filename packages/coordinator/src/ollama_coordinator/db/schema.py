@@ -178,18 +178,29 @@ def opened() -> str:
     return msgspec.json.encode({"version": version("ollama-coordinator")}).decode()
 
 
-def newer(steps: list[str], document: str | None) -> str | None:
-    """Why this program cannot read a database; `document` is what the last start wrote into it."""
-    step = unknown(steps)
+ADDITIONS = ("create_", "add_")
+"""How the names of steps begin that make a table, or a column that may be empty. A coordinator of
+an earlier version serves on without; a step that changes anything else has another name."""
+
+
+def newer(steps: list[str], document: str | None, *, serves: bool) -> str | None:
+    """Why this program cannot use a database; `document` is what the last start wrote into it.
+
+    One that `serves` can do without additions; a copy of the database cannot.
+    """
+    step = unknown(steps, ADDITIONS if serves else ())
     if step is None:
         return None
     wrote: object = None
     with suppress(msgspec.DecodeError):
         wrote = msgspec.json.decode(document or "{}", type=dict[str, object]).get("version")
-    here = f"; version {wrote} wrote it, this is {version('ollama-coordinator')}" if wrote else ""
+    own = version("ollama-coordinator")
+    # One of this version may have served on beside what a newer one had added.
+    here = f"; version {wrote} wrote it, this is {own}" if wrote and wrote != own else ""
     return f"it has {step}, unknown here{here}"
 
 
-def unknown(steps: list[str]) -> str | None:
+def unknown(steps: list[str], harmless: tuple[str, ...]) -> str | None:
     """The last of a database's steps that a newer version of this program has taken, if any."""
-    return next((step for step in reversed(steps) if step not in STEPS), None)
+    strange = (step for step in reversed(steps) if step not in STEPS)
+    return next((step for step in strange if not step.startswith(harmless)), None)

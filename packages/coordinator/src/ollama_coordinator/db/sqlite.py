@@ -69,7 +69,7 @@ class SqliteDatabase:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             self._opened = sqlite_utils.Database(connection)
-            self._check_age()
+            self._check_age(serves=True)
             _migrations.apply(self._opened)
             # A schema that is up to date needed no write: find out now whether one works.
             connection.execute("BEGIN IMMEDIATE")
@@ -81,11 +81,11 @@ class SqliteDatabase:
             raise
         self._claim.note()
 
-    def _check_age(self) -> None:
+    def _check_age(self, *, serves: bool) -> None:
         steps = [step.name for step in _migrations.applied(self._db)]
         sql = "SELECT body FROM documents WHERE name = 'opened'"
         rows = list(self._db.query(sql)) if "create_documents" in steps else []
-        text = newer(steps, rows[0]["body"] if rows else None)
+        text = newer(steps, rows[0]["body"] if rows else None, serves=serves)
         if text:
             raise sqlite3.DatabaseError(text)
 
@@ -98,7 +98,7 @@ class SqliteDatabase:
         try:
             self._opened = sqlite_utils.Database(connection)
             connection.execute("BEGIN")
-            self._check_age()
+            self._check_age(serves=False)
             if "documents" not in self._opened.table_names():
                 raise sqlite3.DatabaseError("it is not a database of a coordinator")
         except (sqlite3.Error, ValueError):
