@@ -163,6 +163,53 @@ def test_company_is_learned_to_slow_down_by_as_much_as_it_does() -> None:
     assert state.batch[0].mean.value < 0.2
 
 
+def in_pairs(world: World, tokens_per_second: float, answers: int) -> None:
+    """So many answers, two and two beside each other."""
+    writing = 100 / tokens_per_second
+    for _ in range(answers // 2):
+        pair = [world.send(), world.send()]
+        world.now += writing + 0.2
+        for lease in pair:
+            world.began(lease)
+        for lease in pair:
+            world.end(lease, timings=Timings(400, 100, writing + 0.2, 0.0, 0.2, writing))
+
+
+@pytest.mark.spec("SCHED-102")
+@pytest.mark.parametrize("change", [1 / 6, 6.0])
+def test_a_speed_that_no_company_explains_is_learned_though_nothing_runs_alone(
+    change: float,
+) -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=2)
+    for _ in range(5):
+        world.serve(world.send(), Timings(400, 100, 5.2, 0.0, 0.2, 5.0), after=5.2)
+    in_pairs(world, 20 / 1.4, 30)
+    assert estimate(world).decode_tokens_per_second == pytest.approx(20, rel=0.02)
+    for speed in (20 * change, 20):
+        in_pairs(world, speed / 1.4, 12)
+        factor = world.scheduler.export_state().batch[0].mean.value
+        learned = estimate(world).decode_tokens_per_second
+        assert learned / (1 + factor) == pytest.approx(speed / 1.4, rel=0.15)
+        assert learned == pytest.approx(speed, rel=0.3)
+
+
+@pytest.mark.spec("SCHED-102")
+def test_one_answer_that_company_does_not_explain_teaches_no_rate() -> None:
+    world = World()
+    world.agent("a", loaded=["m"], slots=2)
+    for _ in range(5):
+        world.serve(world.send(), Timings(400, 100, 5.2, 0.0, 0.2, 5.0), after=5.2)
+    in_pairs(world, 20 / 1.4, 30)
+    pair = [world.send(), world.send()]
+    world.now += 100.0
+    for lease, writing in zip(pair, (100.0, 7.0), strict=True):
+        world.began(lease)
+        world.end(lease, timings=Timings(400, 100, 100.0, 0.0, 0.2, writing))
+    in_pairs(world, 20 / 1.4, 4)
+    assert estimate(world).decode_tokens_per_second == pytest.approx(20, rel=0.02)
+
+
 @pytest.mark.spec("SCHED-56")
 def test_what_was_learned_survives_a_restart() -> None:
     world = taught()

@@ -7,7 +7,7 @@ durations where they can mean one thing only.
 from msgspec import structs
 
 from .prompt_cache import PromptCaches
-from .rates import OutputLengths, Quantity, Rates
+from .rates import BATCH_MOST, OutputLengths, Quantity, Rates
 from .state import Place, Running
 from .types import Form, Kind, Result, Timings
 
@@ -24,6 +24,10 @@ WAITED_SECONDS = 0.1
 WAITED_SHARE = 0.2
 # Less of its time beside others is alone, all but so much is beside one; else unclear.
 OVERLAP_SHARE = 0.3
+# Faster than alone by more is no scatter: as beyond `BATCH_MOST`, the speed may have changed.
+SCATTER = 0.5
+# Of a rate so sure, the second such answer shows it; the first may have run beside another model.
+SURE_SAMPLES = 3
 # A first byte takes so long beyond reading the prompt: sampling, the network, a busy CPU.
 FIRST_BYTE_SLACK_SECONDS = 0.3
 SHORTEST_LOAD_SECONDS = 0.001  # A load of 0 s has no logarithm
@@ -75,7 +79,10 @@ class Observer:
             self._observe(Quantity.PREFILL, run.place, new / seconds * slower)
 
     def _decode(self, run: Running, timings: Timings, slower: float) -> None:
-        """The rate alone, or, where that is known, how much the requests beside it slowed it."""
+        """The rate alone, or, where that is known, how much the requests beside it slowed it.
+
+        What no batch factor explains, twice, shows that the rate alone is not known any more.
+        """
         seconds, tokens = timings.output_seconds, timings.output_tokens
         if not seconds or tokens < FEWEST_OUTPUT_TOKENS:
             return
@@ -83,10 +90,14 @@ class Observer:
         machine = place.machine
         if len(machine.busy) <= 1:
             if beside < OVERLAP_SHARE:
-                place.ran_alone()
+                place.confirm_decode(most=SURE_SAMPLES)
             elif beside > 1 - OVERLAP_SHARE and place.solo > 1:
-                slowed = 1 / (rate * place.decode) - 1
-                self._rates.observe_batch(machine.id, slowed / beside)
+                slowed = (1 / (rate * place.decode) - 1) / beside
+                if -SCATTER < slowed < BATCH_MOST:
+                    place.confirm_decode(most=SURE_SAMPLES)
+                else:
+                    place.doubt_decode()
+                self._rates.observe_batch(machine.id, slowed)
                 machine.take_batch(self._rates.batch_factor(machine.id))
                 return
         self._observe(Quantity.DECODE, place, rate * slower)

@@ -154,9 +154,13 @@ class Place:
         else:
             self.prefill = 1 / rate
 
-    def ran_alone(self) -> None:
-        """An answer was written with nothing beside it: `decode` is that of one request."""
-        self.solo += 1
+    def confirm_decode(self, *, most: int) -> None:
+        """An answer ran alone, so that `decode` is that of one request, or it fits that."""
+        self.solo = min(self.solo + 1, most)
+
+    def doubt_decode(self) -> None:
+        """An answer was slower or faster than those beside it explain."""
+        self.solo -= 1
 
     def served_for(self, seconds: float) -> None:
         """A request held its slot for so long."""
