@@ -3,8 +3,9 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
+from aiohttp import ClientResponse
 from msgspec import Struct
 from starlette.types import Message, Send
 
@@ -16,7 +17,13 @@ from ollama_coordinator.clock import Clock
 from ollama_coordinator.dispatch import CANCELLED, Held
 from ollama_coordinator.link import relay_key_here
 from ollama_coordinator.scheduler import Result
-from ollama_coordinator.upstream import RequestCancelled, TakenBack, UpstreamError, Upstreams
+from ollama_coordinator.upstream import (
+    RequestCancelled,
+    TakenBack,
+    UpstreamError,
+    Upstreams,
+    chunks,
+)
 from ollama_coordinator_common.error import OllamaCoordinatorError
 
 from .messages import (
@@ -181,13 +188,13 @@ class FrontAttempts:
         under_way = self._under_way.items()
         return any(number >> 32 < epoch and kept.grant for number, kept in under_way)
 
-    async def listen(self, chunks: AsyncIterable[bytes]) -> None:
+    async def listen(self, sent: AsyncIterable[bytes]) -> None:
         """End what the leader that has heard a hello tells to end.
 
         Raises:
             Cut: these are no messages.
         """
-        async for told in messages(chunks):
+        async for told in messages(sent):
             await self.tell(told)
 
     async def tell(self, told: Told) -> None:
@@ -200,34 +207,51 @@ class FrontAttempts:
     async def answer(
         self,
         leader: str,
-        chunks: AsyncIterable[bytes],
+        said: ClientResponse,
+        opened: AsyncExitStack,
         reading: AbstractAsyncContextManager[object],
         body: Body,
         send: Send,
     ) -> bool:
         """Answer one request as a leader says; whether the client has an answer, or a part of one.
 
-        `reading` surrounds the reading of `chunks`, and may end it. Where the leader is lost, an
-        attempt under way goes on to its end.
+        `reading` surrounds the reading of what is `said`, and may end it. Where the leader is lost,
+        an attempt under way goes on to its end. `opened` closes the leader's connection.
         """
         answering = _CarriedRequest(leader, body, send)
-        async with OwnedTasks() as tasks:
-            try:
-                async with reading, asyncio.timeout(None) as answering.limit:
-                    async for told in messages(chunks):
-                        await self._obey(told, answering, tasks)
-            except (OllamaCoordinatorError, TimeoutError) as exc:
-                if not answering.is_over:
-                    log.warning("leader lost", extra={"url": leader, "reason": str(exc)})
-            answering.is_told = False
-            if answering.attempt is not None:
-                await asyncio.wait({answering.attempt})
+        try:
+            async with OwnedTasks() as tasks:
+                try:
+                    async with reading, asyncio.timeout(None) as answering.limit:
+                        async for told in messages(chunks(said)):
+                            await self._obey(told, answering, tasks)
+                except (OllamaCoordinatorError, TimeoutError) as exc:
+                    if not answering.is_over:
+                        log.warning("leader lost", extra={"url": leader, "reason": str(exc)})
+                answering.is_told = False
+                if answering.attempt is not None:
+                    await asyncio.wait({answering.attempt})
+        finally:
+            if answering.is_over:
+                self._tasks.start(self._finish(said, opened.pop_all()))
         if answering.broken and not answering.has_ended:  # nobody says where it could go on
             record = {"body": answering.broken, "more_body": False}
             await answering.pass_on({"type": BODY, **record})
         if answering.cancelled is not None and not answering.has_begun:
             raise answering.cancelled
         return answering.has_begun
+
+    async def _finish(self, said: ClientResponse, opened: AsyncExitStack) -> None:
+        """Hear the leader out on a request whose client has its answer, and may be gone.
+
+        A connection that closed first would be a client that left before the end, to the leader
+        that has not heard of it yet; and the next request would need another one.
+        """
+        async with opened:
+            with suppress(UpstreamError, TimeoutError):
+                async with asyncio.timeout(FINISH_SECONDS):
+                    async for _ in chunks(said):
+                        pass
 
     async def _obey(self, told: Told, answering: "_CarriedRequest", tasks: OwnedTasks) -> None:
         match told:
@@ -359,7 +383,7 @@ class _CarriedRequest:
         await self._send(message)
 
     def over(self) -> None:
-        """The client has its answer; the leader has a while to end the request."""
+        """The client has its answer: what the leader still says is nothing to wait for."""
         self.is_over = True
         if self.is_told:
-            self.limit.reschedule(asyncio.get_running_loop().time() + FINISH_SECONDS)
+            self.limit.reschedule(asyncio.get_running_loop().time())

@@ -410,8 +410,9 @@ class Front:
             async with (
                 _while_connected(scope, receive, is_whole=not has_more),
                 self._while_leading(leader) as asking,
-                opened as answer,
+                AsyncExitStack() as stack,
             ):
+                answer = await stack.enter_async_context(opened)
                 headers = [(name.lower(), value) for name, value in answer.raw_headers]
                 if first(headers, FOLLOWS) is not None:
                     return False
@@ -421,7 +422,7 @@ class Front:
                     del self._under_way[asking]  # an attempt goes on without its leader
                     reading = self._while_leading(leader)
                     return await self._attempts.answer(
-                        leader.url, chunks(answer), reading, whole_body, client
+                        leader.url, answer, stack, reading, whole_body, client
                     )
                 kept = [pair for pair in headers if pair[0] not in NOT_PASSED_BACK]
                 await send(
