@@ -74,7 +74,11 @@ def test_our_own_connections_do_not_count(listens: str, asks: str) -> None:
         with socket.create_connection((asks, port)) as client, server.accept()[0] as accepted:
             client.send(b"POST")
             assert accepted.recv(4) == b"POST"
-            assert requests_at(port) in (0, None)
+            if requests_at(port) is None:
+                pytest.skip("this system shows connections to root only")
+            # Others may use the same number of a port at another address.
+            assert client.getsockname()[:2] in metrics._ends_in_use(port)
+            assert client.getsockname()[:2] in metrics._own_ends()
             accepted.send(b"200")  # it is still ours
             assert client.recv(3) == b"200"
 
