@@ -91,12 +91,14 @@ class MovingTimer:
         self._on_reached = on_reached
         self._loop = asyncio.get_running_loop()
         self._due: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        # Its own time: one that is due at once is no timer on uvloop, and knows none.
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
 
     def set(self, seconds: float) -> None:
         """Fire after so many seconds, and not before."""
         self._due = self._loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._due:
+        if self._timer is None or self._timer_at > self._due:
             self._schedule(self._due)
 
     def clear(self) -> None:
@@ -112,14 +114,14 @@ class MovingTimer:
     def _schedule(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._check)
+        self._timer_at, self._timer = when, self._loop.call_at(when, self._check)
 
     def _check(self) -> None:
-        timer, self._timer = self._timer, None
-        if self._due is None or timer is None:
+        self._timer = None
+        if self._due is None:
             return
         now = self._loop.time()
-        if now - timer.when() > LATE_SECONDS:
+        if now - self._timer_at > LATE_SECONDS:
             self._due = max(self._due, now + LATE_SECONDS)
         if self._due > now:
             self._schedule(self._due)
