@@ -1,5 +1,6 @@
 """What strangers call things is text in every view of the dashboard, and never a part of a page."""
 
+import asyncio
 import json
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +13,7 @@ from ollama_coordinator.access import NOBODY
 from ollama_coordinator_common.protocol import RegisterRequest
 from support.browser import Visit, chromium, visiting
 from support.coordinator import Running, running
+from support.deadline import DEADLINE_SECONDS
 from support.ollama import StandIn
 
 pytestmark = [
@@ -67,6 +69,9 @@ async def called_so(coordinator: Running, ollama: StandIn) -> list[str]:
         assert (await coordinator.post(path, body))[0] == 400
     wanted = RegisterRequest(NAME, "192.168.1.7", NAME, 11434, platform=NAME, agent_version=NAME)
     coordinator.parts.machines.ask(wanted, "5" * 64, NOBODY)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not (await coordinator.get("/api/usage"))["usage"]:  # it is written behind
+            await asyncio.sleep(0.05)
     return [
         "fleet", "now", "attention", "models", "model/llama3.2", f"model/{quote(NAME, safe='')}",
         "history", "usage", "try", "access", "audit", "settings", f"agents/{agent}",
