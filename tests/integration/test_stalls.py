@@ -314,6 +314,17 @@ async def test_a_client_is_not_stalled_by_the_coordinators_own_gap(http: str) ->
                 await deaf.reads(sock, 1024 * 1024)
 
 
+@pytest.mark.loops
+@pytest.mark.spec("OPERATION-13")
+async def test_a_deadline_that_is_at_once_is_met() -> None:
+    fired = asyncio.Event()
+    timer = MovingTimer(fired.set)
+    timer.set(0.0)
+    timer.set(0.0001)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await fired.wait()
+
+
 @pytest.mark.spec("OPERATION-35")
 async def test_an_idle_connection_outlasts_a_gap() -> None:
     fired = asyncio.Event()
