@@ -70,7 +70,7 @@ class LinkConnector(aiohttp.TCPConnector):
         transport = protocol.transport
         if transport is None:
             return  # closed already: the request will find that out
-        hello, answering = CoordinatorSide(key), _Answering()
+        hello, answering = CoordinatorSide(key), _RelayAnswer()
         transport.set_protocol(answering)
         try:
             async with self._clock.timeout(self._seconds):
@@ -87,7 +87,7 @@ class LinkConnector(aiohttp.TCPConnector):
             transport.set_protocol(protocol)
 
 
-class _Answering(asyncio.Protocol):
+class _RelayAnswer(asyncio.Protocol):
     """Waits for what a relay answers to a hello."""
 
     def __init__(self) -> None:
