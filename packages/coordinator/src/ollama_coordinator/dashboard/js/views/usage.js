@@ -3,7 +3,7 @@
 import { View } from "../view.js";
 import { get, path } from "../api.js";
 import { h, icon } from "../dom.js";
-import { coarse, count, model } from "../format.js";
+import { count, model, seconds } from "../format.js";
 import { empty, segmented } from "../parts/bits.js";
 import { chart } from "../parts/chart.js";
 import { act } from "../parts/toast.js";
@@ -16,7 +16,7 @@ const NAMELESS = { person: "not kept", key: "without a key", model: "others" };
 const CHARTS = [
   { title: "Tokens a day", unit: count, series: [{ label: "written", field: "output_tokens", tone: "var(--series-0)", fill: true }, { label: "read", field: "prompt_tokens", tone: "var(--series-1)", dash: true }] },
   { title: "Requests a day", unit: count, series: [{ label: "requests", field: "requests", tone: "var(--series-0)", fill: true }] },
-  { title: "GPU time a day", unit: coarse, series: [{ label: "machines' time", field: "gpu_seconds", tone: "var(--series-4)", fill: true }] },
+  { title: "GPU time a day", unit: seconds, series: [{ label: "machines' time", field: "gpu_seconds", tone: "var(--series-4)", fill: true }] },
 ];
 
 const dayOf = (at) => new Date(at).toISOString().slice(0, 10);
@@ -76,7 +76,7 @@ class UsageView extends View {
     const share = all ? one.gpu_seconds / all : 0;
     const percentage = `${Math.round(100 * share)} %`;
     return h("tr", { "data-name": name }, h("th", { scope: "row" }, shown),
-      [["requests", count(one.requests)], ["read", count(one.prompt_tokens)], ["written", count(one.output_tokens)], ["GPU time", coarse(one.gpu_seconds)]]
+      [["requests", count(one.requests)], ["read", count(one.prompt_tokens)], ["written", count(one.output_tokens)], ["GPU time", seconds(one.gpu_seconds)]]
         .map(([label, text]) => h("td.num", { "data-label": label }, text)),
       h("td.num", { "data-label": "share" }, h("meter", { min: 0, max: 1, value: share, title: `${percentage} of the machines' time` }), ` ${percentage}`));
   }
