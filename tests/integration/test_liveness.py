@@ -251,7 +251,9 @@ async def test_a_silent_agent_that_answers_probes_is_waited_for(
     loading = ollama if ollama.seen.loading else spare
     held = next(iter(coordinator.parts.dispatch.held()))
     held.progress_at -= 600
-    await coordinator.until(lambda: loading.seen.count("/api/version") > 0)
+    await loading.seen.another("/api/version")
+    await coordinator.until(lambda: held.agent.reached)
+    assert held in coordinator.parts.dispatch.held()
     loading.release()
     assert (await asked)[0] == 200
     assert not held.agent.resting

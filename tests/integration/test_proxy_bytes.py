@@ -193,8 +193,10 @@ async def test_a_stream_may_pause(coordinator: Running, ollama: StandIn) -> None
         agent = next(iter(coordinator.parts.registry))
         held = next(iter(coordinator.parts.dispatch.held()))
         held.progress_at -= 600  # ten minutes go by
-        await coordinator.until(lambda: ollama.seen.count("/api/version") > 0)
+        await ollama.seen.another("/api/version")
+        await coordinator.until(lambda: agent.reached)
         assert not agent.resting
+        assert held in coordinator.parts.dispatch.held()
         stalled.clear()
         rest = await response.content.read()
     assert json.loads(rest.splitlines()[-1])["done"] is True

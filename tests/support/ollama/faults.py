@@ -30,7 +30,9 @@ class Fault(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     """One kind of trouble and whom it befalls."""
 
     kind: Kind
-    paths: tuple[str, ...] = ()  # empty: every route; a trailing * matches any ending
+    # Empty: every route, but for stream faults only those that are not HEALTH_PATHS, so that what
+    # befalls an answer never befalls a probe. A trailing * matches any ending.
+    paths: tuple[str, ...] = ()
     model: str | None = None  # only requests that name this model
     saying: str = ""  # only requests whose body has this text
     times: int | None = None  # the next so many; None: until cleared
@@ -73,7 +75,10 @@ class Injected:
         fault = self.fault
         if fault.saying.encode() not in body:
             return False
-        if fault.paths and not any(_matches(path, pattern) for pattern in fault.paths):
+        if fault.paths:
+            if not any(_matches(path, pattern) for pattern in fault.paths):
+                return False
+        elif fault.kind in STREAM_KINDS and path in HEALTH_PATHS:
             return False
         return fault.model is None or names.canonical(fault.model) == names.canonical(model)
 

@@ -137,6 +137,15 @@ class Seen(Figures):
         finally:
             self._waiters.remove(waiter)
 
+    async def another(self, path: str) -> None:
+        """Returns when one more request of this path than now has been answered in full."""
+
+        def answered() -> int:
+            return sum(record.outcome == "completed" for record in self.of(path))
+
+        before = answered()
+        await self.wait_for(lambda _: answered() > before)
+
     def reset(self) -> None:
         """Forgets what was counted; gauges keep describing what goes on now."""
         gauges = {"open", "active", "waiting", "queued", "loading", "held", "faulted"}

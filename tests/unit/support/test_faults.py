@@ -11,7 +11,7 @@ import aiohttp
 import ollama
 import pytest
 
-from support.ollama import Model, StandIn
+from support.ollama import HEALTH_PATHS, Model, StandIn
 from support.ollama.wire import BUSY, OUT_OF_MEMORY, RUNNER_DIED
 
 # Long enough for anything on loopback that happens at all; only spent where nothing may happen.
@@ -430,3 +430,15 @@ async def test_the_control_port_says_what_it_did_not_understand(
     async with http.request(method, node.control.url + path, data=body) as answer:
         assert answer.status == status
         assert (await answer.json())["error"]
+
+
+async def test_what_befalls_an_answer_befalls_no_probe_unless_asked_to(
+    http: aiohttp.ClientSession, node: StandIn
+) -> None:
+    node.faults.stall()
+    for path in HEALTH_PATHS:
+        assert not await silent(http, node, path)
+    assert await silent(http, node, "/v1/models")
+    node.faults.stall(paths=HEALTH_PATHS)
+    for path in HEALTH_PATHS:
+        assert await silent(http, node, path)
