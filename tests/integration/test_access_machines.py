@@ -136,7 +136,9 @@ def ids(number: int) -> dict[str, str]:
 
 
 @pytest.mark.spec("ACCESS-22")
-async def test_only_who_has_the_secret_speaks_for_an_agent(tmp_path: Path) -> None:
+async def test_only_who_has_the_secret_speaks_for_an_agent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     url = f"sqlite://{tmp_path}/a.db"
     async with StandIn() as ollama:
         async with running(database_url=url) as coordinator:
@@ -155,6 +157,9 @@ async def test_only_who_has_the_secret_speaks_for_an_agent(tmp_path: Path) -> No
             assert (await sent(coordinator, path, {"lines": []}))[0] == 404
             async with coordinator.session.get(f"{coordinator.url}{path[:-3]}link") as answered:
                 assert answered.status == 404
+            [told] = [one for one in caplog.records if one.msg.startswith("not believed")]
+            assert vars(told)["agent_id"] == agent_id
+            assert vars(told)["client"] == "127.0.0.1"
             # Nobody takes its place, by whatever it says of itself.
             for more in (ids(1), ids(2), {**ids(2), "previous_instance_id": "process-1"}):
                 status, text = await sent(

@@ -7,6 +7,7 @@ is renewed and reported on by its own machine alone.
 
 import logging
 import secrets
+import time
 from collections import Counter
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -45,6 +46,9 @@ one that was silent for longest: an address that asks with ever new secrets is a
 
 MOST_REFUSED = 1024
 """Machines that were refused, and are not asked about again."""
+
+LOG_SECONDS = 60.0
+"""At most so often it is logged that somebody else speaks in an agent's name."""
 
 ASK_AGAIN_SECONDS = 5.0
 """When a machine that waits to be admitted asks again."""
@@ -118,6 +122,8 @@ class KnownMachines:
         self._known: dict[AgentId, KnownMachine] = {}
         self._refused: list[str] = []
         self._requests: dict[tuple[str, str], JoinRequest] = {}
+        self._strangers = 0
+        self._log_again = 0.0
 
     async def restore(self) -> None:
         """Take over from the database what is known.
@@ -192,13 +198,23 @@ class KnownMachines:
         return self.vouches(secret) or self.knows(caller.client.address)
 
     def check(self, agent: AgentState, scope: Scope, *instances: str | None) -> None:
-        """Refuse what is sent in an agent's name and not by its machine.
+        """Refuse what is sent in an agent's name and not by its machine, and log it.
 
         Raises:
             NotBelieved: it is.
         """
-        if not self.believes(agent, caller_of(scope), secret_in(scope), *instances):
-            raise NotBelieved(agent.id)
+        caller = caller_of(scope)
+        if self.believes(agent, caller, secret_in(scope), *instances):
+            return
+        self._strangers += 1
+        if (now := time.monotonic()) >= self._log_again:
+            facts = {"agent_id": agent.id, "agent": agent.name, "client": caller.client.address}
+            log.warning(
+                "not believed: it is not the agent's machine that speaks in its name",
+                extra={**facts, "count": self._strangers},
+            )
+            self._log_again, self._strangers = now + LOG_SECONDS, 0
+        raise NotBelieved(agent.id)
 
     def yields(self, agent: AgentState, host: str, caller: Caller) -> bool:
         """Whether an agent at a host is another machine's word, and that host itself speaks now."""
