@@ -120,6 +120,28 @@ async def test_a_token_is_in_force_from_the_start(tmp_path: Path) -> None:
             assert len(list(coordinator.parts.access.keys)) == 1
 
 
+@pytest.mark.spec("ACCESS-21")
+async def test_a_token_for_one_machine_is_used_up_in_the_database_first(database: Space) -> None:
+    settings = {"database_url": database.url, "access": "keys", **PROXIED}
+    async with running(**settings) as coordinator, StandIn() as ollama:
+        keys, store = coordinator.parts.access.keys, coordinator.parts.store
+        _, secret = keys.create(NewKey(name="one", rights=("join",), once=True))
+        await store.commit()
+        await store.run(database.stop_writing)
+        body, key = registration(ollama, ip_address=PRIVATE), {"X-Api-Key": secret}
+        status, answer = await sent(
+            coordinator, "/api/agents", body, of=PRIVATE, **key, **proof(OWN)
+        )
+        assert (status, "ask once more to be sure" in answer["error"]) == (503, True)
+        await store.run(database.mend)
+        status, _ = await sent(coordinator, "/api/agents", body, of=PRIVATE, **key, **proof(OWN))
+        assert status == 200
+    async with running(**settings) as after, StandIn() as other:
+        assert [agent.name for agent in after.parts.registry] == ["m"]
+        text = JoinToken(secret).text
+        assert await joined(after, other, text, name="n", ip_address=OTHER) == 401
+
+
 # ── who speaks for an agent ───────────────────────────────────────────────────────────────────
 
 

@@ -370,11 +370,6 @@ class KeyRing:
             self.keep()
         return key
 
-    def spend(self, key: Key) -> None:
-        """A machine has joined with a key; a token for one machine has ended by that."""
-        if key.once:
-            self.revoke(key.id)
-
     def adopt(self, text: str, name: str, *rights: str) -> None:
         """Have the key that a setting gives in force, in place of the one that it gave before."""
         known = self._by_hash.get(hash_of(text))

@@ -178,6 +178,7 @@ class AgentsApi:
         self._monitor = parts.monitor
         self._upstreams = parts.upstreams
         self._agent_store = parts.agent_store
+        self._store = parts.store
         self._operations = parts.operations
         self._observation = parts.observation
         self._snapshots = parts.snapshots
@@ -242,7 +243,7 @@ class AgentsApi:
             log_event("agent's Ollama is another agent's now", other, by=agent.name)
             self._agent_store.keep(other)
         if done.created or believed(agent):
-            self._note(done, secret, caller)
+            await self._note(done, secret, caller)
         await self._agent_store.keep_now(agent)
         tell(request.scope, agent.name, url=agent.way)
         log_event("agent registered" if done.created else "agent updated", agent, url=agent.way)
@@ -307,12 +308,18 @@ class AgentsApi:
             raise HttpError(400, f"{url} was not added: {exc}") from exc
         return found.version
 
-    def _note(self, done: Registration, secret: str, caller: Caller) -> None:
-        """Note from where a machine of the fleet spoke, and that its token is used."""
-        if done.created and caller.key is not None:
-            self._keys.spend(caller.key)
+    async def _note(self, done: Registration, secret: str, caller: Caller) -> None:
+        """Note from where a machine of the fleet spoke, and that its token is used.
+
+        Raises:
+            DatabaseError: that it is used is not written: a crash would bring it back.
+        """
         self._machines.note(done.agent.id, caller.client.address, secret)
         self._machines.joined(secret, caller)
+        if done.created and caller.key is not None and caller.key.once:
+            self._keys.revoke(caller.key.id)
+            self._agent_store.keep(done.agent)
+            await self._store.commit()
 
     def _unknown(self, wanted: RegisterRequest, secret: str, request: Request) -> Denied:
         """The answer to a machine that is not of the fleet and has nothing to join with."""
