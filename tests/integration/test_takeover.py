@@ -1,6 +1,7 @@
 """What a new leader takes over from fronts, whatever they say; the front is this test."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from msgspec import structs
 
 from ollama_coordinator.carry import Grant, Hello, Takeover, encoded
 from ollama_coordinator.carry.messages import WIRE, Abort, AttemptEnd, Carrying, Report, Told
+from ollama_coordinator.db import DatabaseError
 from ollama_coordinator.scheduler import Outcome, Request, RequestId, Result, Timings
 from ollama_coordinator_common.types import AgentId
 from support.coordinator import Running
@@ -103,11 +105,22 @@ async def test_what_ended_before_is_recorded_unless_it_was(
 ) -> None:
     monkeypatch.setattr("ollama_coordinator.carry.leader.WRITTEN_SECONDS", 0.0)
     takeover, heard = Takeover(coordinator.parts), Heard()
-    ended = AttemptEnd(SERVED, 200)
+    history, ended = coordinator.parts.observation.history, AttemptEnd(SERVED, 200)
+    written, asked = history.written, 0
+
+    async def fails_once(ids: Sequence[str]) -> set[str]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise DatabaseError("database", "away")
+        return await written(ids)
+
+    monkeypatch.setattr(history, "written", fails_once)
     async with takeover.running():
         takeover.take(hello(grant(coordinator), ended=ended), heard.tell)
         [row] = await rows(coordinator, 1)
         assert (row.id, row.status.value, row.output_tokens) == ("r1", "served", 7)
+        takeover.take(hello(grant(coordinator), ended=ended), heard.tell)  # it may speak again
         await coordinator.parts.observation.sampler.write()
         takeover.take(hello(grant(coordinator), ended=ended), heard.tell)
         takeover.take(

@@ -51,10 +51,18 @@ PROGRESS_SECONDS = 0.5
 """Between two reports on an attempt that makes progress."""
 
 REPORT_TRIES, AGAIN_SECONDS = 3, 0.2
-"""How often reports are sent to a leader that takes none, and the time between."""
+"""How often progress is reported to a leader that takes no reports, and the time between.
 
-ENDED_SECONDS = 3.0
-"""A leader that was told of an end has it in the database by then, or was lost with it."""
+An end is reported as long as nobody else leads, and at most for `UNHEARD_SECONDS`.
+"""
+
+SETTLE_SECONDS = 10.0
+"""For the last reports, before this coordinator ends."""
+
+HEARD_SECONDS = 8.0
+"""A leader that was told of an end has it in the database within half of it, or was lost with it
+and the next one says so within the other half.
+"""
 
 RETRIED = (
     *(Result.UNREACHABLE, Result.CUT, Result.BUSY, Result.MODEL_FAILED, Result.MODEL_MISSING),
@@ -86,7 +94,7 @@ class KnownAttempt(Struct, eq=False):
     """What leaders have to know of an attempt; `leader` is the one that is told of it.
 
     `held`: it runs for a leader that was here. `ended`: how it ended, at `ended_at`, once it has;
-    `is_heard`: some leader was told.
+    `heard_at`: when the last leader was told.
     """
 
     leader: str
@@ -97,7 +105,7 @@ class KnownAttempt(Struct, eq=False):
     held: Held | None = None
     ended: AttemptEnd | None = None
     ended_at: float = 0.0
-    is_heard: bool = False
+    heard_at: float | None = None
 
 
 class FrontAttempts:
@@ -114,6 +122,7 @@ class FrontAttempts:
         self._post = post
         self._under_way: dict[int, KnownAttempt] = {}
         self._over: dict[int, KnownAttempt] = {}
+        self._said: dict[int, KnownAttempt] = {}
         self._waiting: dict[str, list[Report]] = {}
         self._sending: set[asyncio.Task[None]] = set()
         self._tasks = OwnedTasks()
@@ -139,12 +148,17 @@ class FrontAttempts:
     async def settle(self) -> None:
         """Have every end reported before this coordinator ends."""
         self._see_ends()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=SETTLE_SECONDS)
 
     def _forget(self) -> None:
         now = self._clock.now()
         for number, kept in list(self._over.items()):
-            if now - kept.ended_at > (ENDED_SECONDS if kept.is_heard else UNHEARD_SECONDS):
+            heard_at = kept.heard_at
+            since, seconds = (
+                (kept.ended_at, UNHEARD_SECONDS) if heard_at is None else (heard_at, HEARD_SECONDS)
+            )
+            if now - since > seconds:
                 del self._over[number]
 
     def __len__(self) -> int:
@@ -164,6 +178,7 @@ class FrontAttempts:
         `waiting`: how many requests wait here that have no attempt.
         """
         now, carrying = self._clock.now(), []
+        self._said = self._under_way.copy()
         for number, kept in (*self._under_way.items(), *self._over.items()):
             if number >> 32 >= epoch or not kept.grant:
                 continue  # of this leader, or of one whose version hands nothing over
@@ -178,10 +193,17 @@ class FrontAttempts:
         return Hello(WIRE, own_id, waiting, carrying)
 
     def heard(self, hello: Hello) -> None:
-        """A leader has heard a hello, and the ends that were in it."""
+        """A leader has heard a hello, and the ends that were in it.
+
+        What ended since then it may have been told before it knew of the attempt.
+        """
         for one in hello.carrying:
-            if one.ended is not None:
-                self._over.pop(one.id, None)
+            if one.ended is not None and one.id in self._over:
+                self._over[one.id].heard_at = self._clock.now()
+        for number, kept in self._said.items():
+            if kept.ended is not None:
+                self._report(number, kept)
+        self._said = {}
 
     def carries_of_others(self, epoch: int) -> bool:
         """Whether attempts are under way that leaders before this epoch have granted."""
@@ -327,22 +349,31 @@ class FrontAttempts:
     async def _send(self, leader: str) -> None:
         await asyncio.sleep(0)
         sent = self._waiting.pop(leader)
-        reports = encoded(sent)
-        for left in reversed(range(REPORT_TRIES)):
-            try:
-                await self._post(leader, reports)
-            except UpstreamError as exc:
-                if not left:
-                    extra = {"url": leader, "reason": str(exc)}
-                    log.warning("the leader takes no reports", extra=extra)
-                await asyncio.sleep(AGAIN_SECONDS)
-            else:
-                break
-        else:
-            return  # the next leader hears of it, whenever there is one
+        reports, tries = encoded(sent), 0
+        while not await self._taken(leader, reports, is_last=tries == REPORT_TRIES - 1):
+            tries += 1
+            if tries >= REPORT_TRIES and not any(self._is_owed(leader, one) for one in sent):
+                return
+            await asyncio.sleep(AGAIN_SECONDS)
         for report in sent:
-            if report.id in self._over:
-                self._over[report.id].is_heard = True
+            if report.ended is not None and report.id in self._over:
+                self._over[report.id].heard_at = self._clock.now()
+
+    async def _taken(self, leader: str, reports: bytes, *, is_last: bool) -> bool:
+        """Whether a leader takes reports; `is_last`: after this, the log says that it does not."""
+        try:
+            await self._post(leader, reports)
+        except UpstreamError as exc:
+            if is_last:
+                extra = {"url": leader, "reason": str(exc)}
+                log.warning("the leader takes no reports", extra=extra)
+            return False
+        return True
+
+    def _is_owed(self, leader: str, report: Report) -> bool:
+        """Whether a leader has still to hear of an end: no other one was told of the attempt."""
+        kept = self._over.get(report.id)
+        return kept is not None and kept.leader == leader and kept.heard_at is None
 
 
 def _end_of(held: Held) -> AttemptEnd:

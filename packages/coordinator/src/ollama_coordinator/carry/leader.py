@@ -189,6 +189,7 @@ class Takeover:
         self._journal = parts.observation.journal
         self._tasks = OwnedTasks()
         self._expected: set[str] = set()
+        self._recorded: set[int] = set()
         self._early = 0
 
     @asynccontextmanager
@@ -287,7 +288,8 @@ class Takeover:
                 continue
             if one.ended is not None:
                 if far is None:
-                    over.append((one, grant))
+                    if one.id not in self._recorded:
+                        over.append((one, grant))
                 elif not far.future.done():
                     far.future.set_result(one.ended)
             elif far is None:
@@ -298,6 +300,7 @@ class Takeover:
         if attempts or over:
             extra = {"front": hello.id, "attempts": len(attempts), "ended": len(over)}
             log.info("attempts taken over", extra=extra)
+        self._recorded.update(one.id for one in hello.carrying)
         if over:
             self._tasks.start(self._record(over))
         return attempts
@@ -330,12 +333,11 @@ class Takeover:
         The leader before may have heard of it, and have written it.
         """
         history = self._parts.observation.history
-        await asyncio.sleep(WRITTEN_SECONDS)
-        try:
-            known = await history.written([grant.request.id for _, grant in over])
-        except DatabaseError as exc:
-            log.warning("cannot see what the history has", extra={"reason": str(exc)})
-            return
+        known: set[str] | None = None
+        while known is None:
+            await asyncio.sleep(WRITTEN_SECONDS)
+            with suppress(DatabaseError):  # of which the store tells
+                known = await history.written([grant.request.id for _, grant in over])
         for one, grant in over:
             agent = self._parts.registry.find(grant.agent_id)
             if agent is None or grant.request.id in known:
