@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from ollama_coordinator.access import NewKey
+from ollama_coordinator.access import NewKey, machines
 from ollama_coordinator.access.keys import hash_of, key_made_in
+from ollama_coordinator.upstream import Unreachable
 from ollama_coordinator_common.error import ConfigError
 from support.coordinator import Running, running
 from support.ollama import StandIn
@@ -708,6 +709,42 @@ async def test_an_address_outside_is_registered_by_itself_or_with_proof(behind: 
         await made(behind, "ben")
         assert await tried("192.0.2.7", PRIVATE) == 401
         assert await tried("192.0.2.7", PRIVATE, **key) == 201
+
+
+@pytest.mark.spec("ACCESS-17")
+@pytest.mark.parametrize(
+    ("of", "link", "right", "status"),
+    [
+        (PRIVATE, False, "", 403),
+        (PRIVATE, False, "join", 403),
+        (PRIVATE, False, "operate", 201),
+        (PRIVATE, True, "", 201),
+        ("192.168.1.2", False, "", 201),
+        ("192.168.1.3", False, "", 201),
+        ("127.0.0.1", False, "", 201),
+    ],
+)
+async def test_the_coordinators_own_address_is_registered_from_there_alone(
+    behind: Running, of: str, link: bool, right: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"192.168.1.2", "192.168.1.3"}
+    monkeypatch.setattr(machines, "is_ours", lambda address: str(address) in ours)
+    key: dict[str, str] = {}
+    if right:
+        key = bearer(await made(behind, rights=[right]))
+    sent: list[str] = []
+
+    def refused(self: object, method: str, url: str, **more: object) -> None:
+        sent.append(url)
+        raise Unreachable("nothing is sent in this test")
+
+    monkeypatch.setattr(type(behind.parts.upstreams), "open", refused)
+    body = {**registration("192.168.1.2", 5432), "link": link}
+    given, text = await asked(behind, "/api/agents", "POST", of=of, body=body, **key)
+    assert given == status, text
+    if status == 403:
+        assert "the coordinator's own machine" in text
+        assert sent == []
 
 
 @pytest.mark.spec("ACCESS-17")

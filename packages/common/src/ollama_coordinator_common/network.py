@@ -162,14 +162,20 @@ def same_host(host: str) -> str:
 
 
 def is_ours(address: Address) -> bool:
-    """Whether an address is one of this machine's; nothing is sent."""
+    """Whether an address is one of this machine's; nothing is sent.
+
+    Where the kernel lets programs bind others' addresses (`ip_nonlocal_bind`), the route tells: it
+    leads to an address of this machine from that address itself.
+    """
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((str(address), 0))
     except OSError:
         return False
-    return True
+    if address.is_loopback or address.is_unspecified:
+        return True
+    return local_address([str(address)], DISCARD_PORT) in (None, str(address))
 
 
 def machine_of(host: str) -> str:

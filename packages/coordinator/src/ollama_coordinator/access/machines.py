@@ -25,14 +25,15 @@ from ollama_coordinator_common.network import (
     METADATA_NAMES,
     Address,
     is_no_machine,
+    is_ours,
     machine_of,
     parse_address,
 )
 from ollama_coordinator_common.protocol import PROOF_HEADER, RegisterRequest
 from ollama_coordinator_common.types import AgentId
 
-from .caller import Caller, Denied, caller_of
-from .keys import hash_of
+from .caller import Caller, Denied, caller_of, named
+from .keys import Right, hash_of
 from .zones import Zone, zone_of
 
 log = logging.getLogger(__name__)
@@ -345,10 +346,13 @@ def fingerprint_of(secret: str) -> str:
     return "-".join(secret[at : at + 4] for at in range(0, 16, 4))
 
 
-def check_address(host: str, found: Collection[Address], caller: Caller) -> None:
+def check_address(
+    host: str, found: Collection[Address], caller: Caller, *, linked: bool = False
+) -> None:
     """Refuse what a caller may not register as a machine's address; nothing is sent.
 
-    `found` are the addresses that `host` was resolved to.
+    `found` are the addresses that `host` was resolved to. `linked`: nothing will be sent there, and
+    the network in which that address is may be another one.
 
     Raises:
         Denied: 400 for what is no other machine; 403 for one that the caller cannot vouch for.
@@ -374,6 +378,19 @@ def check_address(host: str, found: Collection[Address], caller: Caller) -> None
                 f"ip_address {host} is in no private network: register it from that machine, from "
                 "the coordinator's own machine, or with a key",
             )
+        if is_ours(address) and not (local or linked or _may_name_us(caller)):
+            raise Denied(
+                403,
+                f"ip_address {host} is the coordinator's own machine: register it from there, or "
+                f"with a key with {named(Right.OPERATE)}",
+            )
+
+
+def _may_name_us(caller: Caller) -> bool:
+    """Whether a caller may register this machine: it asks from here, or an operator does."""
+    address = parse_address(caller.client.address)
+    is_here = address is not None and is_ours(address)
+    return is_here or (caller.is_proven and caller.rights.meets(Right.OPERATE))
 
 
 def _others_loopback(host: str) -> Denied:

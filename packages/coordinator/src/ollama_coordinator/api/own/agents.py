@@ -215,7 +215,7 @@ class AgentsApi:
         may_join = bool(caller.rights & Right.JOIN) or self._machines.admits(secret, caller)
         if not (may_join or self._machines.is_known(secret, caller)):
             raise self._unknown(wanted, secret, request)
-        host = await self._host_of(wanted.ip_address, caller)
+        host = await self._host_of(wanted.ip_address, caller, linked=wanted.link)
         if wanted.link:
             host = place_of(wanted, host)
         now = self._clock.now()
@@ -329,7 +329,7 @@ class AgentsApi:
         asked = self._machines.ask(wanted, secret, caller)
         return self._access.wrong_key(request.scope) if caller.was_wrong else asked
 
-    async def _host_of(self, host: str, caller: Caller) -> str:
+    async def _host_of(self, host: str, caller: Caller, *, linked: bool = False) -> str:
         """The machine of an agent's address; a name that cannot be looked up is its own.
 
         Raises:
@@ -338,7 +338,7 @@ class AgentsApi:
         check_address(host, [], caller)  # a name of clouds' metadata is not even looked up
         found = await _addresses_of(host, self._clock)
         parsed = [address for address in map(parse_address, found or [host]) if address is not None]
-        check_address(host, parsed, caller)
+        check_address(host, parsed, caller, linked=linked)
         return machine_of(found[0] if found else host)
 
     async def _version_of(self, wanted: RegisterRequest, key: str) -> VersionReply | None:
