@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ollama_coordinator.operations.operation import ProgressFeed
-from ollama_coordinator.operations.progress import Progress
+from ollama_coordinator.operations.progress import MOST_KEPT, Progress
 from ollama_coordinator_common.types import AgentId
 
 A, B = AgentId("a"), AgentId("b")
@@ -44,6 +44,30 @@ def test_a_late_step_is_reported_when_the_last_agent_has_reached_it() -> None:
     told = progress.feed(B, {"status": "verifying sha256 digest"})
     assert told == [{"status": "verifying sha256 digest"}]
     assert progress.feed(B, {"status": "verifying sha256 digest"}) == []
+
+
+@pytest.mark.spec("SURFACE-17")
+def test_an_agent_that_reports_without_end_is_not_kept_without_end() -> None:
+    progress = Progress()
+    progress.begin(A)
+    layers = [progress.feed(A, _layer(1, str(number))) for number in range(MOST_KEPT + 9)]
+    steps = [progress.feed(A, {"status": str(number)}) for number in range(MOST_KEPT + 9)]
+    assert sum(map(bool, layers)) == sum(map(bool, steps)) == MOST_KEPT
+    assert progress.of(A) == (MOST_KEPT, 100 * MOST_KEPT)
+    [line] = progress.feed(A, _layer(2, "0"))  # those that are kept go on
+    assert line["completed"] == 2
+    assert progress.feed(A, {"status": "writing manifest"})[-1] == {"status": "writing manifest"}
+
+
+@pytest.mark.spec("SURFACE-17")
+def test_a_name_without_end_is_none_of_a_step_or_a_layer() -> None:
+    progress = Progress()
+    progress.begin(A)
+    long = "x" * 1001
+    assert progress.feed(A, {"status": long}) == []
+    assert progress.feed(A, _layer(1, long)) == []
+    assert progress.feed(A, {**_layer(1, "0"), "status": long}) == []
+    assert progress.of(A) == (0, 0)
 
 
 @pytest.mark.spec("SURFACE-17")

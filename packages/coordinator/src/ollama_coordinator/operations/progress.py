@@ -5,7 +5,7 @@ of all; its total never changes. A step after the layers
 is reported when the last agent has reached it. `success` is left to the operation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from msgspec import Struct, field
@@ -22,6 +22,14 @@ LATE = (
     "pushing manifest",
 )
 """Steps after the layers, in Ollama's words; all others are reported by the first agent."""
+
+
+MOST_KEPT = 4096
+"""Layers, and steps, of one operation that are reported; what an agent sends beyond is passed over.
+A model has some, and one of many tensors some hundred."""
+
+MOST_CHARACTERS = 1000
+"""Of the name of a step or a layer: the first has some words, the second 71."""
 
 
 class _Agent(Struct):
@@ -59,18 +67,24 @@ class Progress:
         """An agent sends a line."""
         agent = self._agents[agent_id]
         status, digest, total = line.get("status"), line.get("digest"), line.get("total")
-        if not isinstance(status, str):
+        if not isinstance(status, str) or len(status) > MOST_CHARACTERS:
             return []
         if isinstance(digest, str) and isinstance(total, int) and total > 0:
+            if not self._may_keep(digest, self._layers):
+                return []
             completed = line.get("completed")
             agent.layers[digest] = completed if isinstance(completed, int) else 0
             self._layers.setdefault(digest, (status, total))
             return self._new_layer_lines([digest])
-        agent.is_past_layers = agent.is_past_layers or status in LATE
-        agent.steps.add(status)
         if status in LATE:
+            agent.is_past_layers = True
+            agent.steps.add(status)
             return self._new_lines()
-        return self._report(status)
+        return self._report(status) if self._may_keep(status, self._reported) else []
+
+    def _may_keep(self, name: str, known: Collection[str]) -> bool:
+        """Whether a layer or a step is known, or may be one more."""
+        return name in known or (len(known) < MOST_KEPT and len(name) <= MOST_CHARACTERS)
 
     def finish(self, agent_id: AgentId) -> list[ProgressLine]:
         """An agent has succeeded."""
