@@ -1,5 +1,6 @@
 """Models go from machine to machine: real agents, real files, and what a stock Ollama asks for."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,8 @@ import pytest
 from aiohttp import web
 
 from integration.test_operate import run
+from ollama_coordinator.access import limits_of_names
+from ollama_coordinator.api.models import files
 from ollama_coordinator_agent import metrics, model_server, watch
 from ollama_coordinator_agent.ollama import Ollama
 from ollama_coordinator_common.settings import AgentConfig
@@ -269,6 +272,66 @@ async def test_the_registry_needs_a_ticket_or_the_right_to_use_models(machines: 
         for asked in (f"{base}/manifests/latest", url, f"{coordinator.url}/v2"):
             async with session.get(asked) as answer:
                 assert (answer.status, "'use'" in await answer.text()) == (401, True)
+
+
+@pytest.mark.spec("SURFACE-78")
+async def test_without_a_ticket_files_are_had_within_the_limits(machines: Machines) -> None:
+    async with machines([TINY], [], access="open") as (coordinator, ollamas):
+        base, session = f"{coordinator.url}/v2/library/tiny", coordinator.session
+        model = disk(ollamas[0]).find("tiny")
+        assert model is not None
+        usage = coordinator.parts.access.usage
+        usage.of_names = limits_of_names("* requests_per_minute=2")
+        asked = f"{base}/manifests/latest", f"{base}/blobs/{model.blob}?part=1"
+        for url, expected in zip((*asked, *asked), (200, 200, 429, 429), strict=True):
+            async with session.get(url) as answer:
+                assert answer.status == expected
+                assert ("Retry-After" in answer.headers) == (expected == 429)
+        assert (await brought(coordinator, 1))["state"] == "done"  # by a ticket
+        usage.of_names = ()
+        async with session.get(asked[1]) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.spec("SURFACE-78")
+async def test_pieces_take_turns_among_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_PIECES", 3)
+    monkeypatch.setattr(files, "MOST_OF_ONE", 2)
+    turns, began, ends = files.PieceTurns(), list[str](), dict[str, asyncio.Event]()
+
+    async def piece(name: str) -> None:
+        ends[name] = asyncio.Event()
+        async with turns.turn(name[0]):
+            began.append(name)
+            await ends[name].wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        running = {}
+        for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1"):
+            running[name] = tasks.create_task(piece(name))
+            await settled()
+        assert began == ["a1", "a2", "b1"]
+        running["c1"].cancel()  # it left while it waited
+        await settled()
+        ends["a1"].set()
+        await settled()
+        assert began == ["a1", "a2", "b1", "a3"]
+        ends["a2"].set()
+        await settled()
+        assert began[4:] == ["a4"]
+        ends["b1"].set()
+        await settled()
+        assert began[5:] == ["b2"]
+        for name in ("a3", "a4", "b2"):
+            ends[name].set()
+    assert not turns._open
+    assert not turns._waiting
+
+
+async def settled() -> None:
+    """Let every task go on as far as it can."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.spec("SURFACE-78")

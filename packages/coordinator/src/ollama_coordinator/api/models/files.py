@@ -5,8 +5,12 @@ Ollama uses them. With the namespace of a transfer they need no key; a caller wi
 right to use models.
 """
 
+import asyncio
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -30,6 +34,10 @@ BINARY = "application/octet-stream"
 PIECE = "part"
 """In the query of a URL to which a file's is redirected: pieces are asked for there."""
 
+MOST_PIECES, MOST_OF_ONE = 64, 16
+"""Pieces that pass through at a time for callers without a ticket, and for one of them: a stock
+Ollama asks for 16 at once."""
+
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 
 
@@ -39,6 +47,8 @@ class FilesApi:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._transfers = parts.transfers
+        self._usage = parts.access.usage
+        self._turns = PieceTurns()
 
     @operation(gives={200: Media("application/json", dict[str, str])}, errors=(401, 403))
     async def root(self, request: Request) -> Response:
@@ -51,7 +61,8 @@ class FilesApi:
         transfer = self._transfers.find(request.path_params["namespace"])
         if transfer is None:
             name = self._name(request, request.path_params["tag"])
-            transfer = await self._transfers.publish(name)
+            with self._usage.admitted(caller_of(request.scope), 0, 0):
+                transfer = await self._transfers.publish(name)
         if transfer is None or not _names(request, transfer):
             raise HttpError(404, "no machine of the fleet can give this model away")
         headers = {"docker-content-digest": transfer.digest}
@@ -83,16 +94,28 @@ class FilesApi:
         match = _RANGE.fullmatch(asked)
         if asked and match is None:
             asked = ""  # RFC 9110, section 14.2: what is not understood is passed over
-        way = self._transfers.way(transfer, digest, match[2] if match else "")
-        if way is None:
-            raise HttpError(503, "no machine of the fleet could give this file")
-        if way.direct:
-            return RedirectResponse(way.url, 307)
+        async with AsyncExitStack() as held:
+            if transfer.receiver is None:
+                await self._wait(request, held)
+            way = self._transfers.way(transfer, digest, match[2] if match else "")
+            if way is None:
+                raise HttpError(503, "no machine of the fleet could give this file")
+            if way.direct:
+                return RedirectResponse(way.url, 307)
+            failed = partial(self._transfers.note_failed, transfer, digest, way.agent)
+            return PassedFile(self._parts.upstreams, way, asked, failed, held.pop_all())
 
-        def failed() -> None:
-            self._transfers.note_failed(transfer, digest, way.agent)
+    async def _wait(self, request: Request, held: AsyncExitStack) -> None:
+        """Wait until a caller without a ticket may have a piece; `held` until that has passed.
 
-        return PassedFile(self._parts.upstreams, way, asked, failed)
+        Raises:
+            Denied: 429, a limit of the caller is reached.
+            ClientLeft: it has.
+        """
+        caller = caller_of(request.scope)
+        held.enter_context(self._usage.admitted(caller, 0, 0))
+        async with until_disconnect(request.scope, request.receive):
+            await held.enter_async_context(self._turns.turn(caller.name))
 
     async def _transfer(self, request: Request, digest: str) -> Transfer:
         """What is asked for with a ticket, or without.
@@ -105,12 +128,20 @@ class FilesApi:
         if found is None and DIGEST.fullmatch(digest):
             repository = self._name(request, "latest").key.rpartition(":")[0]
             found = self._transfers.published(repository, digest)
-            for key in () if found is not None else list(self._parts.registry.models):
-                if key.rpartition(":")[0] == repository:
-                    shown = await self._transfers.publish(ModelName.parse(key))
-                    found = shown if shown is not None and digest in shown.files else found
+            if found is None:
+                with self._usage.admitted(caller_of(request.scope), 0, 0):
+                    found = await self._published(repository, digest)
         if found is None or not _names(request, found):
             raise HttpError(404, "no machine of the fleet can give this file away")
+        return found
+
+    async def _published(self, repository: str, digest: str) -> Transfer | None:
+        """The model of a repository that has a file, by asking machines that have the model."""
+        found = None
+        for key in list(self._parts.registry.models):
+            if key.rpartition(":")[0] == repository:
+                shown = await self._transfers.publish(ModelName.parse(key))
+                found = shown if shown is not None and digest in shown.files else found
         return found
 
     def _name(self, request: Request, tag: str) -> ModelName:
@@ -131,14 +162,23 @@ def _names(request: Request, transfer: Transfer) -> bool:
 
 
 class PassedFile(Response):
-    """A file of an agent, or a piece of it, passed on as it comes; else `failed` is called."""
+    """A file of an agent, or a piece of it, passed on as it comes; else `failed` is called.
+
+    What is `held` for it ends with it.
+    """
 
     def __init__(
-        self, upstreams: Upstreams, way: FileWay, asked: str, failed: Callable[[], None]
+        self,
+        upstreams: Upstreams,
+        way: FileWay,
+        asked: str,
+        failed: Callable[[], None],
+        held: AsyncExitStack,
     ) -> None:
         super().__init__()
         self._upstreams = upstreams
         self._failed = failed
+        self._held = held
         self._agent: AgentState = way.agent
         self._url = way.url
         self._asked = [("Range", asked)] if asked else []
@@ -147,6 +187,7 @@ class PassedFile(Response):
         """Answer; where the agent's answer breaks off, so does this one."""
         try:
             async with (
+                self._held,
                 until_disconnect(scope, receive),
                 self._upstreams.open("GET", self._url, headers=self._asked) as response,
             ):
@@ -168,3 +209,37 @@ class PassedFile(Response):
             await send_error(send, Dialect.NATIVE, exc)
         except (Cut, ClientLeft):
             return
+
+
+class PieceTurns:
+    """Whose piece passes through next: that of the client with the fewest under way."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Wait until a client may have one more; it has it as long as the block runs."""
+        mine = client, asyncio.get_running_loop().create_future()
+        self._waiting.append(mine)
+        self._grant()
+        try:
+            await mine[1]
+            yield
+        finally:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+            else:
+                self._open[client] -= 1
+                self._open += Counter()  # without those that have none
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self._open.total() < MOST_PIECES:
+            one = min(self._waiting, key=lambda one: self._open[one[0]])
+            if self._open[one[0]] >= MOST_OF_ONE:
+                return
+            self._waiting.remove(one)
+            self._open[one[0]] += 1
+            one[1].set_result(None)
