@@ -328,6 +328,32 @@ async def test_pieces_take_turns_among_their_clients(monkeypatch: pytest.MonkeyP
     assert not turns._waiting
 
 
+@pytest.mark.spec("SURFACE-78")
+async def test_clients_that_leave_at_once_take_no_turn_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "MOST_PIECES", 1)
+    turns, began = files.PieceTurns(), list[str]()
+
+    async def piece(client: str) -> None:
+        async with turns.turn(client):
+            began.append(client)
+            await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(piece(client)) for client in "abc"]
+    await settled()
+    for leaving in tasks[:2]:  # the one that has a piece, and the next one
+        leaving.cancel()
+    left = await asyncio.gather(*tasks[:2], return_exceptions=True)
+    assert [type(one) for one in left] == [asyncio.CancelledError] * 2
+    await settled()
+    assert began == ["a", "c"]
+    tasks[2].cancel()
+    await settled()
+    assert not turns._open
+    assert not turns._waiting
+
+
 async def settled() -> None:
     """Let every task go on as far as it can."""
     for _ in range(5):

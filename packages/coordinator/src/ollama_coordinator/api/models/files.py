@@ -242,4 +242,5 @@ class PieceTurns:
                 return
             self._waiting.remove(one)
             self._open[one[0]] += 1
-            one[1].set_result(None)
+            if not one[1].done():  # else it has just left, and gives back what it got
+                one[1].set_result(None)
