@@ -85,28 +85,6 @@ async def test_the_clients_of_three_vendors_learn_of_a_cut(
                     pass
 
 
-@pytest.mark.spec("PROXY-12")
-async def test_half_a_record_is_not_passed_on(coordinator: Running) -> None:
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
-        whole, half = b'{"response":"a","done":false}\n', b'{"respon'
-        chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (whole, half))
-        writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + chunks)
-        await writer.drain()
-        writer.close()
-
-    async with StandIn() as ollama:
-        await coordinator.register(ollama, "broken")
-        await ollama.kill()
-        async with await asyncio.start_server(handle, "127.0.0.1", ollama.port):
-            async with coordinator.stream("/api/generate", prompt="x") as response:
-                lines = (await response.read()).splitlines()
-    assert json.loads(lines[0])["response"] == "a"
-    assert "error" in json.loads(lines[1])
-    assert len(lines) == 2
-
-
 @pytest.mark.spec("PROXY-13")
 async def test_a_healthy_end_without_done_is_no_failure(
     coordinator: Running, ollama: StandIn

@@ -161,3 +161,17 @@ async def test_every_stream_tells_reverse_proxies_not_to_collect_it(
         assert response.headers["x-accel-buffering"] == "no"
     async with coordinator.stream(stream=False) as response:
         assert "x-accel-buffering" not in response.headers
+
+
+@pytest.mark.loops
+@pytest.mark.spec("PROXY-12")
+async def test_half_a_record_is_not_passed_on(coordinator: Running, odd: Odd) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
+    whole, half = b'{"response":"a","done":false}\n', b'{"respon'
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (whole, half))
+    await odd("/api/generate", head + b"transfer-encoding: chunked\r\n\r\n" + chunks)
+    async with coordinator.stream("/api/generate", prompt="x") as response:
+        lines = (await response.read()).splitlines()
+    assert json.loads(lines[0])["response"] == "a"
+    assert "error" in json.loads(lines[1])
+    assert len(lines) == 2
